@@ -1,0 +1,109 @@
+"""Every error of the package: what was wanted, what came, and what to do about it."""
+
+from __future__ import annotations
+
+
+class LoraError(Exception):
+    """The base of all errors that this package raises on purpose.
+
+    Args:
+        where: the op, option, module or file that is concerned.
+        wanted: what it takes.
+        got: what came instead.
+        remedy: one sentence that says what to do.
+    """
+
+    def __init__(self, where: str, wanted: str, got: str, remedy: str) -> None:
+        # All four go to Exception itself, so that the error survives pickling between processes.
+        super().__init__(where, wanted, got, remedy)
+        self.where, self.wanted, self.got, self.remedy = where, wanted, got, remedy
+
+    def __str__(self) -> str:
+        return f"{self.where}: wanted {self.wanted}; got {self.got}. {self.remedy}"
+
+    def __repr__(self) -> str:
+        # What Dynamo prints of an error that it caught while tracing.
+        return f"{type(self).__name__}: {self}"
+
+
+class ContractError(LoraError, ValueError):
+    """A call that breaks the contract of the ops; see the table in `xpu_lora_compile.ops`."""
+
+
+class ShapeError(ContractError):
+    """A tensor has the wrong number of dimensions, or two sizes disagree."""
+
+
+class DtypeError(ContractError, TypeError):
+    """A tensor has a dtype that the op does not take."""
+
+
+class DeviceError(ContractError):
+    """The tensors of one call are on different devices."""
+
+
+class SliceError(ContractError):
+    """A slice does not lie inside the output, or its size is not the width of its weights."""
+
+
+class LostGradientError(LoraError, RuntimeError):
+    """A mutating op was given inputs or weights that require grad, which it cannot carry."""
+
+
+class OptionError(LoraError, ValueError):
+    """A mode or an option that neither this backend nor Inductor knows, or a value of the wrong type."""
+
+
+class AttachError(LoraError):
+    """A model, or one of its modules, that LoRA cannot be attached to."""
+
+
+class BatchError(LoraError, ValueError):
+    """The batch that ran has another number of rows than the adapters named by `bank.use`."""
+
+
+class AdapterError(LoraError):
+    """An adapter cannot be loaded, dropped or used; the bank is as it was before the call."""
+
+
+class AdapterFileError(AdapterError, OSError):
+    """A file of the adapter's folder is missing, unreadable, truncated or malformed."""
+
+
+class UnsupportedAdapterError(AdapterError):
+    """The adapter uses features of PEFT that this package does not have; all of them are named."""
+
+
+class UnmatchedTensorError(AdapterError):
+    """A tensor of the adapter belongs to no module of the bank, or a module's tensor is missing."""
+
+
+class AdapterShapeError(AdapterError):
+    """A tensor of the adapter does not fit the module it belongs to."""
+
+
+class RankError(AdapterError):
+    """The adapter's rank is higher than the bank's `max_rank`."""
+
+
+class NonFiniteWeightError(AdapterError):
+    """A tensor of the adapter holds NaN or infinity, which could spread to other rows of a batch."""
+
+
+class DuplicateAdapterError(AdapterError):
+    """The bank already holds an adapter of this name."""
+
+
+class UnknownAdapterError(AdapterError, KeyError):
+    """The bank holds no adapter of this name."""
+
+    # KeyError would print the repr of its arguments.
+    __str__ = LoraError.__str__
+
+
+class NoFreeSlotError(AdapterError):
+    """Every slot of the bank is taken."""
+
+
+class BankInUseError(AdapterError):
+    """The bank is inside a `use` block that this call would disturb."""

@@ -1,0 +1,26 @@
+"""The contract: public ops, their checks, their reference, and the handles that passes match on."""
+
+from xpu_lora_compile.ops.bgmv import (
+    BGMV_EXPAND,
+    BGMV_EXPAND_SLICE,
+    BGMV_SHRINK,
+    bgmv_expand,
+    bgmv_expand_slice,
+    bgmv_shrink,
+)
+from xpu_lora_compile.ops.internal import EXPAND, EXPAND_SLICE, SHRINK
+from xpu_lora_compile.ops.lora_linear import LORA_LINEAR, lora_linear
+
+__all__ = [
+    "BGMV_EXPAND",
+    "BGMV_EXPAND_SLICE",
+    "BGMV_SHRINK",
+    "EXPAND",
+    "EXPAND_SLICE",
+    "LORA_LINEAR",
+    "SHRINK",
+    "bgmv_expand",
+    "bgmv_expand_slice",
+    "bgmv_shrink",
+    "lora_linear",
+]

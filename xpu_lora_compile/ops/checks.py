@@ -1,0 +1,200 @@
+"""The contract's checks, called alike by the fakes and by the eager ops.
+
+While compiling, a size may be a `torch.SymInt`: `holds` then settles the comparison with a guard, or with a run-time
+assertion where nobody knows the size yet. Each function returns nothing, and raises a `ContractError` that names the
+op and the argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from xpu_lora_compile.errors import DeviceError, DtypeError, LostGradientError, ShapeError, SliceError
+from xpu_lora_compile.torch_internals import holds
+
+# float64 is there for `torch.autograd.gradcheck`; a call that holds any of it accumulates in float64.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDICES = (torch.int32, torch.int64)
+
+
+def without_slice_dim(weights: Tensor) -> Tensor:
+    """Weights as `[K, rows, columns]`: a view without the 1 that vLLM keeps in second place."""
+    return weights.squeeze(1) if weights.dim() == 4 else weights
+
+
+def check_shrink(
+    output_tensor: Tensor, inputs: Tensor, lora_a_weights: Tensor, lora_indices_tensor: Tensor, scaling: float = 1.0
+) -> None:
+    """Check a `bgmv_shrink` call: output `[T, >= R]`, inputs `[T, D]`, A `[K, R, D]`."""
+    op = "bgmv_shrink"
+    _check_rows(op, lora_indices_tensor, output_tensor=output_tensor, inputs=inputs)
+    _check_weights(op, "lora_a_weights", lora_a_weights, inputs)
+    rank = without_slice_dim(lora_a_weights).shape[1]
+    if not holds(output_tensor.shape[1] >= rank):
+        raise ShapeError(
+            f"{op}: output_tensor",
+            f"at least R = {rank} columns",
+            f"shape {_shape(output_tensor)}",
+            "Make the rank buffer as wide as the rank of A.",
+        )
+
+
+def check_expand(
+    output_tensor: Tensor, inputs: Tensor, lora_b_weights: Tensor, lora_indices_tensor: Tensor, add_inputs: bool = True
+) -> None:
+    """Check a `bgmv_expand` call: output `[T, H]`, inputs `[T, R]`, B `[K, W, R]`; W and H may differ."""
+    _check_rows("bgmv_expand", lora_indices_tensor, output_tensor=output_tensor, inputs=inputs)
+    _check_weights("bgmv_expand", "lora_b_weights", lora_b_weights, inputs)
+
+
+def check_expand_slice(
+    output_tensor: Tensor,
+    inputs: Tensor,
+    lora_b_weights: Tensor,
+    lora_indices_tensor: Tensor,
+    slice_offset: int,
+    slice_size: int,
+    add_inputs: bool = True,
+) -> None:
+    """Check a `bgmv_expand_slice` call: as `bgmv_expand`, with `W == slice_size` and the slice inside the output."""
+    op = "bgmv_expand_slice"
+    _check_rows(op, lora_indices_tensor, output_tensor=output_tensor, inputs=inputs)
+    _check_weights(op, "lora_b_weights", lora_b_weights, inputs)
+    width = without_slice_dim(lora_b_weights).shape[1]
+    if not holds(width == slice_size):
+        raise SliceError(
+            f"{op}: slice_size",
+            f"{width}, the number of rows of lora_b_weights",
+            str(slice_size),
+            "It is the size of the slice, not its end; pass weights of just that many rows.",
+        )
+    _check_slice(op, slice_offset, slice_size, output_tensor)
+
+
+def check_lora_linear(
+    base: Tensor,
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    indices: Tensor,
+    slice_offsets: Sequence[int],
+) -> None:
+    """Check a `lora_linear` call: base `[T, H]`, inputs `[T, D]`, and for each slice A `[K, R, D]`, B `[K, W, R]`."""
+    op = "lora_linear"
+    if not len(lora_a) == len(lora_b) == len(slice_offsets) > 0:
+        raise ShapeError(
+            op,
+            "for each slice one A, one B and one offset, and at least one slice",
+            f"{len(lora_a)} A, {len(lora_b)} B and {len(slice_offsets)} offsets",
+            "Pass three lists of the same length.",
+        )
+    _check_rows(op, indices, base=base, inputs=inputs)
+    for s, (a, b, offset) in enumerate(zip(lora_a, lora_b, slice_offsets, strict=True)):
+        _check_weights(op, f"lora_a[{s}]", a, inputs)
+        _check_weights(op, f"lora_b[{s}]", b, inputs, columns=without_slice_dim(a).shape[1])
+        if not holds(a.shape[0] == b.shape[0]):
+            raise ShapeError(
+                f"{op}: slice {s}",
+                "A and B over the same number K of adapters",
+                f"A {_shape(a)} and B {_shape(b)}",
+                "Stack both over the same adapters.",
+            )
+        _check_slice(op, offset, without_slice_dim(b).shape[1], base)
+
+
+def refuse_gradients(op: str, **operands: Tensor) -> None:
+    """Raise where a mutating op is given a tensor whose gradient it would lose without a word."""
+    for argument, tensor in operands.items():
+        if tensor.requires_grad:
+            raise LostGradientError(
+                f"{op}: {argument}",
+                "a tensor that needs no gradient, since the op writes in place and carries none",
+                "requires_grad=True",
+                "Call `lora_linear`, which is differentiable, or run under `torch.no_grad()`.",
+            )
+
+
+def _check_rows(op: str, indices: Tensor, **matrices: Tensor) -> None:
+    """Check that `indices` is `[T]` of integers, and that each matrix is `[T, columns]` of floats on its device."""
+    if indices.dim() != 1:
+        raise ShapeError(f"{op}: lora_indices_tensor", "one index a row: [T]", f"shape {_shape(indices)}", _FLATTEN)
+    if indices.dtype not in INDICES:
+        raise DtypeError(
+            f"{op}: lora_indices_tensor", "int32 or int64", _dtype(indices), "Convert it with `.to(torch.int64)`."
+        )
+    for argument, matrix in matrices.items():
+        if matrix.dim() != 2:
+            raise ShapeError(f"{op}: {argument}", "[T, columns]", f"shape {_shape(matrix)}", _FLATTEN)
+        _check_float(op, argument, matrix, indices)
+        if not holds(matrix.shape[0] == indices.shape[0]):
+            raise ShapeError(
+                f"{op}: {argument}",
+                f"T = {indices.shape[0]} rows, as lora_indices_tensor has",
+                f"shape {_shape(matrix)}",
+                "Give each row its index; cut an index buffer that is longer than the batch.",
+            )
+
+
+def _check_weights(
+    op: str, argument: str, weights: Tensor, inputs: Tensor, columns: int | torch.SymInt | None = None
+) -> None:
+    """Check that the weights are `[K, rows, columns]`, or with a 1 in second place; columns are those of inputs."""
+    columns = inputs.shape[1] if columns is None else columns
+    if weights.dim() not in (3, 4) or (weights.dim() == 4 and not holds(weights.shape[1] == 1)):
+        raise ShapeError(
+            f"{op}: {argument}",
+            "[K, rows, columns] or [K, 1, rows, columns]",
+            f"shape {_shape(weights)}",
+            "Stack the adapters in the first dimension; pass several slices to `lora_linear` as a list.",
+        )
+    _check_float(op, argument, weights, inputs)
+    if not holds(weights.shape[0] >= 1):
+        raise ShapeError(
+            f"{op}: {argument}", "at least one slot", f"shape {_shape(weights)}", "Skip the call without any adapter."
+        )
+    if not holds(weights.shape[-1] == columns):
+        raise ShapeError(
+            f"{op}: {argument}",
+            f"{columns} columns, to multiply what comes in",
+            f"shape {_shape(weights)}",
+            "Check which layer the weights belong to; A is [K, R, D] and B is [K, W, R].",
+        )
+
+
+def _check_float(op: str, argument: str, tensor: Tensor, beside: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise DtypeError(
+            f"{op}: {argument}", "float32, bfloat16 or float16", _dtype(tensor), "Convert it with `.to(...)`."
+        )
+    if tensor.device != beside.device:
+        raise DeviceError(
+            f"{op}: {argument}",
+            f"all tensors on one device, here {beside.device}",
+            str(tensor.device),
+            "Move them together before the call.",
+        )
+
+
+def _check_slice(op: str, offset: int, size: int | torch.SymInt, output: Tensor) -> None:
+    if not (holds(offset >= 0) and holds(offset + size <= output.shape[1])):
+        raise SliceError(
+            f"{op}: slice {offset}:{offset + size}",
+            f"a slice inside the output's {output.shape[1]} columns",
+            f"offset {offset} and size {size}",
+            "For weights wider than the output call `bgmv_expand`, which drops the rows that do not fit.",
+        )
+
+
+_FLATTEN = "Flatten the leading dimensions into rows, and repeat the indices to match."
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+

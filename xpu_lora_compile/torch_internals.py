@@ -1,0 +1,40 @@
+"""Every name of torch that is not public, in one place, with what differs between its versions.
+
+Nothing here loads Inductor or the symbolic-shape machinery before it is needed: importing the package must stay cheap.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def holds(condition: bool | torch.SymBool) -> bool:
+    """Whether the condition is true, while compiling too.
+
+    A symbolic condition is settled by a guard; one on sizes that nobody knows yet becomes a run-time assertion and
+    counts as true.
+    """
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import expect_true
+
+    return expect_true(condition)
+
+
+def check_before_autograd(library: torch.library.Library, op: Any, check: Any) -> None:
+    """Have `check(*args, **kwargs)` run at each call of `op` while grad mode and `requires_grad` can still be seen.
+
+    The eager function and the fake of an op run below autograd, where neither says what the caller had.
+    """
+
+    def call(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            check(*args, **kwargs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    # One key a device, since `custom_op` holds the alias key "Autograd" itself.
+    for device in ("CPU", "CUDA", "XPU", "Meta"):
+        library.impl(op._schema.name.split("::")[1], call, f"Autograd{device}", with_keyset=True)
