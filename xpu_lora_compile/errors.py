@@ -4,22 +4,20 @@ from __future__ import annotations
 
 
 class LoraError(Exception):
-    """The base of all errors that this package raises on purpose.
+    """The base of all errors that this package raises on purpose: `LoraError(where, wanted, got, remedy)`.
 
     Args:
         where: the op, option, module or file that is concerned.
         wanted: what it takes.
         got: what came instead.
-        remedy: one sentence that says what to do.
+        remedy: a sentence that says what to do.
     """
 
-    def __init__(self, where: str, wanted: str, got: str, remedy: str) -> None:
-        # All four go to Exception itself, so that the error survives pickling between processes.
-        super().__init__(where, wanted, got, remedy)
-        self.where, self.wanted, self.got, self.remedy = where, wanted, got, remedy
+    # Without an __init__ of its own, so that Dynamo can trace a `raise`, and pickle can copy the error.
 
     def __str__(self) -> str:
-        return f"{self.where}: wanted {self.wanted}; got {self.got}. {self.remedy}"
+        where, wanted, got, remedy = self.args
+        return f"{where}: wanted {wanted}; got {got}. {remedy}"
 
     def __repr__(self) -> str:
         # What Dynamo prints of an error that it caught while tracing.

@@ -38,3 +38,18 @@ def check_before_autograd(library: torch.library.Library, op: Any, check: Any) -
     # One key a device, since `custom_op` holds the alias key "Autograd" itself.
     for device in ("CPU", "CUDA", "XPU", "Meta"):
         library.impl(op._schema.name.split("::")[1], call, f"Autograd{device}", with_keyset=True)
+
+
+def settles(condition: bool | torch.SymBool) -> bool:
+    """Whether the condition is certainly true of the graph being compiled.
+
+    While Dynamo compiles, a symbolic condition on sizes of the example inputs is settled by a guard: the compiled graph
+    is kept for inputs that fulfil it, others compile once more. Elsewhere (an exported program, a graph edited by hand)
+    nobody would check such a guard, and only what holds for all sizes counts.
+    """
+    if isinstance(condition, bool):
+        return condition
+    from torch._guards import TracingContext
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+
+    return guard_or_false(condition) if TracingContext.try_get() is not None else statically_known_true(condition)

@@ -124,7 +124,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grads_b.append(OUTER_BY_SLOT(grad_slice, hidden, indices, b.shape[0]).reshape(stored_b.shape))
     assert grad_rows is not None
     grad_rows = torch.where(portable.has_adapter(indices, weights[0])[:, None], grad_rows, 0.0)
-    return (
+    grads = (
         grad,
         grad_rows.to(rows.dtype),
         [g.to(a.dtype) for g, a in zip(grads_a, weights[:slices], strict=True)],
@@ -133,6 +133,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         None,
         None,
     )
+    # While compiling, torch drops trailing arguments that equal their default, and wants no gradient for them.
+    return grads[: len(ctx.needs_input_grad)]
 
 
 torch.library.register_fake("xpu_lora::lora_linear", _fake_lora_linear)

@@ -1,0 +1,148 @@
+"""The passes in a compilation: `torch.compile(model, backend="xpu_lora")`, or as options of stock Inductor."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Graph, GraphModule
+
+from xpu_lora_compile.errors import OptionError
+from xpu_lora_compile.inductor_internals import (
+    CustomGraphPass,
+    compile_fx,
+    config_of,
+    in_slot,
+    mode_names,
+    option_names,
+)
+from xpu_lora_compile.passes import rewrite
+
+# Our own options, each with the values it takes; the first is the default.
+OPTIONS = {"xpu_lora.execute": ("inductor", "eager")}
+
+# What decides the code that a graph becomes: any change there must miss Inductor's caches.
+_HASHED = ("ops", "passes", "kernels")
+
+
+def xpu_lora(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Tensor],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend of `torch.compile(model, backend="xpu_lora")`: our passes, then Inductor.
+
+    Args:
+        graph_module: what Dynamo captured; changed in place.
+        example_inputs: its inputs, fake or real.
+        mode: as for Inductor: "default", "reduce-overhead", "max-autotune", ...
+        options: Inductor's own, and `xpu_lora.execute`: "inductor" (default), or "eager" to run the rewritten
+            graph operation by operation, without generating code.
+
+    Raises:
+        OptionError: an unknown mode or option, or a value of the wrong type.
+    """
+    options = dict(options or {})
+    execute = options.pop("xpu_lora.execute", "inductor")
+    if execute not in OPTIONS["xpu_lora.execute"]:
+        values = " or ".join(map(repr, OPTIONS["xpu_lora.execute"]))
+        raise OptionError("option xpu_lora.execute", values, repr(execute), "Leave it out for Inductor.")
+    config = _checked_config(mode, options)
+    rewrite(graph_module)
+    if execute == "eager":
+        return graph_module.forward
+    config["post_grad_custom_pre_pass"] = in_slot("post_grad_custom_pre_pass", CacheKey(), config)
+    compiled: Callable[..., Any] = compile_fx(graph_module, example_inputs, config_patches=config)
+    return compiled
+
+
+def inductor_options(options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Options that put the same passes into stock Inductor.
+
+    Args:
+        options: further options of Inductor to go with them; passes among them keep running, after ours.
+
+    Example:
+        >>> import torch
+        >>> import xpu_lora_compile as xlc
+        >>> sorted(xlc.inductor_options())
+        ['post_grad_custom_pre_pass', 'pre_grad_custom_pass']
+        >>> compiled = torch.compile(torch.nn.Linear(2, 2), options=xlc.inductor_options())
+
+    Raises:
+        OptionError: an unknown option, or a value of the wrong type.
+    """
+    config = _checked_config(None, dict(options or {}))
+    config["pre_grad_custom_pass"] = in_slot("pre_grad_custom_pass", RewritePass(), config)
+    config["post_grad_custom_pre_pass"] = in_slot("post_grad_custom_pre_pass", CacheKey(), config)
+    return config
+
+
+class CacheKey(CustomGraphPass):
+    """A pass that changes nothing: its identity puts ours into the keys of Inductor's caches.
+
+    Without it a changed kernel was answered from an older process's cache, with wrong numbers (seen on torch 2.13).
+    """
+
+    def __init__(self) -> None:
+        # An attribute, since torch before 2.12 pickles some passes instead of asking for the uuid.
+        self.identity = _identity()
+
+    def __call__(self, graph: Graph) -> None:
+        """Leave the graph as it is."""
+
+    def uuid(self) -> Any:
+        """The package's name, its version, and a hash of all that decides the code."""
+        return self.identity
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.identity == getattr(other, "identity", None)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.identity))
+
+
+class RewritePass(CacheKey):
+    """The passes of `xlc.rewrite`, for Inductor's slot `pre_grad_custom_pass`."""
+
+    def __call__(self, graph: Graph) -> None:
+        """Rewrite the graph in place."""
+        rewrite(graph.owning_module)
+
+
+@cache
+def _identity() -> tuple[str, str, str]:
+    here = Path(__file__).parent
+    sources = sorted(source for folder in _HASHED for source in (here / folder).glob("*.py"))
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(source.name.encode() + source.read_bytes())
+    return "xpu_lora", version("xpu-lora-compile"), digest.hexdigest()
+
+
+def _checked_config(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    if mode is not None and mode not in mode_names():
+        raise OptionError("mode", f"one of {', '.join(mode_names())}", repr(mode), _nearest(mode, mode_names()))
+    names = [*option_names(), *OPTIONS]
+    for name in options:
+        if name.replace("-", "_") not in names:
+            raise OptionError(
+                "options", "an option of Inductor or of xpu_lora", repr(name), _nearest(name, names)
+            )
+    try:
+        return config_of(mode, options)
+    except RuntimeError as error:
+        raise OptionError("options", "values of the right types", str(options), str(error)) from error
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    return f"Did you mean {close[0]!r}?"

@@ -1,0 +1,63 @@
+"""Every name of Inductor that is not public, with what differs between its versions.
+
+Apart from `torch_internals`, so that importing the package does not load Inductor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch._inductor import config
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph
+
+GraphPass: TypeAlias = Callable[[Graph], None]
+
+# Inductor learnt to take a list of passes in one slot with torch 2.12.
+TAKES_LISTS = torch.__version__ >= "2.12"  # `torch.__version__` compares as a version, not as text.
+
+
+def option_names() -> list[str]:
+    """All options of Inductor."""
+    return list(config.get_config_copy())
+
+
+def mode_names() -> list[str]:
+    """All values of `torch.compile(mode=...)`."""
+    return list(torch._inductor.list_mode_options())
+
+
+def config_of(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """What Inductor's own backend makes of a mode or of options; RuntimeError for a value of the wrong type."""
+    found: dict[str, Any] = torch._TorchCompileInductorWrapper(mode, options, None).config
+    return found
+
+
+def in_slot(slot: str, ours: CustomGraphPass, options: dict[str, Any]) -> Any:
+    """Our pass in front of those that the user has in this slot, by option or by global configuration."""
+    present = options.get(slot, getattr(config, slot))
+    users = [] if present is None else list(present) if isinstance(present, (list, tuple)) else [present]
+    if not users:
+        return ours
+    return (ours, *users) if TAKES_LISTS else InTurn(ours, *users)
+
+
+class InTurn(CustomGraphPass):
+    """Several passes in a slot that takes one; cached only if all of them can be."""
+
+    def __init__(self, *passes: GraphPass) -> None:
+        self.passes = passes
+
+    def __call__(self, graph: Graph) -> None:
+        for one in self.passes:
+            one(graph)
+
+    def uuid(self) -> Any:
+        uuids = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self.passes]
+        return None if None in uuids else tuple(uuids)
+
+
+__all__ = ["CustomGraphPass", "InTurn", "compile_fx", "config_of", "in_slot", "mode_names", "option_names"]

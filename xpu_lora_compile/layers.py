@@ -1,0 +1,225 @@
+"""LoRA in a user's model: its Linear and Embedding modules become ones that add each row's own adapter.
+
+A module keeps its place, its parameters and its names in `state_dict`. Its class changes, and it gains buffers with the
+stacked weights of all slots, which move with the model and are not saved with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from xpu_lora_compile.adapters.bank import AdapterBank, Routing
+from xpu_lora_compile.adapters.checkpoint import Site
+from xpu_lora_compile.adapters.config import ALL_LINEAR, Rule, is_targeted, pattern_problem
+from xpu_lora_compile.errors import AttachError
+from xpu_lora_compile.ops import bgmv_expand, bgmv_shrink, lora_linear
+
+
+def attach(
+    model: nn.Module,
+    *,
+    slots: int = 8,
+    max_rank: int = 16,
+    target_modules: str | Collection[str] = ALL_LINEAR,
+    exclude_modules: str | Collection[str] = (),
+    vocab_size: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> AdapterBank:
+    """Make a model ready for adapters, and return the bank that holds them.
+
+    Args:
+        model: changed in place; `bank.detach()` undoes it. Outside `bank.use` it computes what it did before.
+        slots: K, how many adapters the bank holds at a time.
+        max_rank: R, the highest rank it takes; adapters of lower rank are padded with zeros.
+        target_modules: which modules, by PEFT's rules: a list of names or ends of names, a regular expression for the
+            whole name, or "all-linear": every `nn.Linear` but the output embedding.
+        exclude_modules: modules to leave out, as a list or a regular expression.
+        vocab_size: rows of the vocabulary that the adapters were trained with, where the model's has been padded
+            since: LoRA on the output embedding then covers the first `vocab_size` logits. By default all of them.
+        dtype: of the stored adapters; by default that of each module's weight.
+
+    Raises:
+        AttachError: nothing matches, a module that matches is of a kind that carries no LoRA, LoRA is attached
+            already, or a number is below 1.
+    """
+    for name, number in (("slots", slots), ("max_rank", max_rank), ("vocab_size", vocab_size)):
+        if number is not None and (type(number) is not int or number < 1):
+            raise AttachError(f"attach: {name}", "an integer of at least 1", repr(number), "Correct the call.")
+    if any(isinstance(module, LoraLinear | LoraEmbedding) for module in model.modules()):
+        raise AttachError("attach", "a model without LoRA", "one that has it", "Call `bank.detach()` first.")
+    head = _output_embedding(model)
+    modules = _find_targets(model, head, target_modules, exclude_modules)
+    routing = Routing()
+    layers: dict[str, LoraLinear | LoraEmbedding] = {}
+    for name, module in modules.items():
+        if isinstance(module, nn.Embedding):
+            layers[name] = LoraEmbedding.convert(module, routing, slots, max_rank, dtype)
+        else:
+            rows = vocab_size if module is head and vocab_size else module.out_features
+            layers[name] = LoraLinear.convert(module, routing, slots, max_rank, rows, module is head, dtype)
+    embeddings = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head
+    }
+    return AdapterBank(layers, embeddings, routing, slots, max_rank)
+
+
+class LoraLinear(nn.Linear):
+    """A Linear that adds `B[i] @ A[i] @ x` to the rows of adapter i, one shrink and one expand for the batch.
+
+    Buffers: `lora_a` `[K, R, D]`, `lora_b` `[K, W, R]`, with scaling folded into B; a free slot is all zeros.
+    """
+
+    site: Site
+    lora_routing: Routing
+    lora_a: Tensor
+    lora_b: Tensor
+
+    @staticmethod
+    def convert(
+        module: nn.Linear,
+        routing: Routing,
+        slots: int,
+        rank: int,
+        rows: int,
+        is_head: bool,
+        dtype: torch.dtype | None,
+    ) -> LoraLinear:
+        """Change the module's class, and give it empty slots with W = rows."""
+        module.__class__ = LoraLinear
+        assert isinstance(module, LoraLinear)
+        module.site = Site("linear", module.in_features, rows, padded=is_head)
+        module.lora_routing = routing
+        _add_stack(module, "lora_a", (slots, rank, module.in_features), dtype)
+        _add_stack(module, "lora_b", (slots, rows, rank), dtype)
+        return module
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The base layer's output, with each row's adapter added while a `bank.use` block runs."""
+        base = super().forward(inputs)
+        indices = self.lora_routing.rows_of(inputs, features=1)
+        if indices is None:
+            return base
+        output, rows = base.view(-1, base.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
+        if torch.is_grad_enabled():
+            columns = min(self.lora_b.shape[1], output.shape[1])
+            return lora_linear(output, rows, [self.lora_a], [self.lora_b[:, :columns]], indices, [0]).view_as(base)
+        hidden = rows.new_empty(rows.shape[0], self.lora_a.shape[1], dtype=torch.float32)
+        bgmv_shrink(hidden, rows, self.lora_a, indices)
+        bgmv_expand(output, hidden, self.lora_b, indices)
+        return base
+
+    def restore(self) -> None:
+        """Become a plain Linear again."""
+        _remove(self, nn.Linear)
+
+    def store(self, slot: int, a: Tensor, b: Tensor) -> None:
+        """Copy A `[r, D]` and B `[W', r]` into an empty slot."""
+        self.lora_a[slot, : a.shape[0]].copy_(a)
+        self.lora_b[slot, : b.shape[0], : b.shape[1]].copy_(b)
+
+
+class LoraEmbedding(nn.Embedding):
+    """An Embedding that adds `B[i] @ A[i][:, token]` to the rows of adapter i.
+
+    Buffers: `lora_a` `[K, V, R]`, one row a token; `lora_b` `[K, W, R]`, with scaling folded in.
+    """
+
+    site: Site
+    lora_routing: Routing
+    lora_a: Tensor
+    lora_b: Tensor
+
+    @staticmethod
+    def convert(
+        module: nn.Embedding, routing: Routing, slots: int, rank: int, dtype: torch.dtype | None
+    ) -> LoraEmbedding:
+        """Change the module's class, and give it empty slots."""
+        module.__class__ = LoraEmbedding
+        assert isinstance(module, LoraEmbedding)
+        module.site = Site("embedding", module.num_embeddings, module.embedding_dim, padded=True)
+        module.lora_routing = routing
+        _add_stack(module, "lora_a", (slots, module.num_embeddings, rank), dtype)
+        _add_stack(module, "lora_b", (slots, module.embedding_dim, rank), dtype)
+        return module
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The base layer's output, with each row's adapter added while a `bank.use` block runs."""
+        base = super().forward(inputs)
+        indices = self.lora_routing.rows_of(inputs, features=0)
+        if indices is None:
+            return base
+        # A row without an adapter may read any slot: the op below drops what it computed.
+        hidden = self.lora_a[indices.clamp(min=0), inputs.reshape(-1)]
+        bgmv_expand(base.view(-1, base.shape[-1]), hidden, self.lora_b, indices)
+        return base
+
+    def restore(self) -> None:
+        """Become a plain Embedding again."""
+        _remove(self, nn.Embedding)
+
+    def store(self, slot: int, a: Tensor, b: Tensor) -> None:
+        """Copy A `[r, V']` and B `[W, r]` into an empty slot."""
+        self.lora_a[slot, : a.shape[1], : a.shape[0]].copy_(a.t())
+        self.lora_b[slot, :, : b.shape[1]].copy_(b)
+
+
+def _add_stack(module: nn.Linear | nn.Embedding, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    weight = module.weight
+    zeros = torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device)
+    module.register_buffer(name, zeros, persistent=False)
+
+
+def _remove(module: nn.Module, former: type[nn.Module]) -> None:
+    for name in ("lora_a", "lora_b", "lora_routing", "site"):
+        delattr(module, name)
+    module.__class__ = former
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer that makes the logits, where the model is a transformer that says so."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _find_targets(
+    model: nn.Module, head: nn.Module | None, target_modules: Rule, exclude_modules: Rule
+) -> dict[str, nn.Linear | nn.Embedding]:
+    for rule in (target_modules, exclude_modules):
+        if isinstance(rule, str) and (problem := pattern_problem(rule)):
+            raise AttachError("attach", "a regular expression", f"{rule!r}: {problem}", "Correct the pattern.")
+    matched = {
+        name: module
+        for name, module in model.named_modules()
+        if is_targeted(
+            name,
+            target_modules,
+            exclude_modules,
+            plain_linear=isinstance(module, nn.Linear) and module is not head,
+        )
+    }
+    # A subclass may compute something else in its forward, or be read by its parent without being called.
+    strangers = [f"{name} ({type(module).__name__})" for name, module in matched.items() if not _is_plain(module)]
+    if strangers:
+        raise AttachError(
+            "attach: target_modules",
+            "modules that are exactly nn.Linear or nn.Embedding",
+            ", ".join(strangers),
+            "Leave them out with exclude_modules.",
+        )
+    if not matched:
+        names = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_plain(module)})
+        raise AttachError(
+            "attach: target_modules",
+            f"names of modules such as {', '.join(names[:12]) or 'there are none in this model'}",
+            f"{target_modules!r}, which matches nothing",
+            "Pass what the adapters' adapter_config.json says.",
+        )
+    return {name: module for name, module in matched.items() if isinstance(module, nn.Linear | nn.Embedding)}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, nn.Embedding)

@@ -1,0 +1,66 @@
+"""bgmv_expand -> the one node that the relation of its two widths needs."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+from xpu_lora_compile.ops import BGMV_EXPAND, EXPAND, EXPAND_SLICE
+from xpu_lora_compile.passes.decisions import DECISION, Decision, Relation, record
+from xpu_lora_compile.passes.editing import (
+    arguments_of,
+    calls_to,
+    insert_before,
+    origin_of,
+    replace,
+    size_of,
+    value_of,
+)
+from xpu_lora_compile.torch_internals import settles
+
+
+def resolve_width(graph: Graph) -> None:
+    """Settle every `bgmv_expand` while compiling, so that nothing is decided when it runs.
+
+    Before:
+        bgmv_expand(output, inputs, b, indices, add)
+
+    After, by the relation of W (rows of an adapter's B) to H (columns of the output):
+        W == H    expand(output, inputs, b, indices, add)
+        W <  H    expand_slice(output, inputs, b, indices, 0, W, add)
+        W >  H    view = b[..., :H, :]                                    a view, never a copy
+                  expand_slice(output, inputs, view, indices, 0, H, add)
+
+    Left alone: a call whose relation is not known for all inputs that the graph is for. That is a size which
+    depends on data, or, in an exported program, a dynamic size; `bgmv_expand` then takes the smaller when it runs.
+
+    Runs on: graphs of Dynamo and of `torch.export`, before functionalization.
+    """
+    for call in calls_to(graph, BGMV_EXPAND):
+        output, inputs, weights, indices, add = arguments_of(call, BGMV_EXPAND)
+        decision = _decide(call, value_of(weights).shape[-2], value_of(output).shape[1])
+        record(decision)
+        operands = (output, inputs, weights, indices)
+        if decision.relation == "equal":
+            call = replace(call, EXPAND, (*operands, add))
+        elif decision.relation == "narrower":
+            call = replace(call, EXPAND_SLICE, (*operands, 0, size_of(weights, -2, call), add))
+        elif decision.relation == "wider":
+            columns = size_of(output, 1, call)
+            view_value = value_of(weights).narrow(-2, 0, value_of(output).shape[1])
+            view = insert_before(call, torch.ops.aten.slice.Tensor, (weights, -2, 0, columns), view_value)
+            call = replace(call, EXPAND_SLICE, (output, inputs, view, indices, 0, columns, add))
+        call.meta[DECISION] = decision
+
+
+def _decide(call: Node, width: int | torch.SymInt, columns: int | torch.SymInt) -> Decision:
+    relations: tuple[tuple[Relation, bool | torch.SymBool], ...] = (
+        ("equal", width == columns),
+        ("narrower", width < columns),
+        ("wider", width > columns),
+    )
+    settled = next(((relation, condition) for relation, condition in relations if settles(condition)), None)
+    relation, condition = settled or ("undecided", True)
+    source, module = origin_of(call)
+    guard = None if isinstance(condition, bool) else str(condition)
+    return Decision(relation, str(width), str(columns), guard, source, module)
