@@ -40,16 +40,24 @@ def check_before_autograd(library: torch.library.Library, op: Any, check: Any) -
         library.impl(op._schema.name.split("::")[1], call, f"Autograd{device}", with_keyset=True)
 
 
-def settles(condition: bool | torch.SymBool) -> bool:
-    """Whether the condition is certainly true of the graph being compiled.
+def is_known(condition: bool | torch.SymBool) -> bool:
+    """Whether the condition is true for all sizes that the graph is for."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    While Dynamo compiles, a symbolic condition on sizes of the example inputs is settled by a guard: the compiled graph
-    is kept for inputs that fulfil it, others compile once more. Elsewhere (an exported program, a graph edited by hand)
-    nobody would check such a guard, and only what holds for all sizes counts.
+    return statically_known_true(condition)
+
+
+def is_guarded(condition: bool | torch.SymBool) -> bool:
+    """Whether the condition is true of the example inputs and, from now on, of all inputs, thanks to a guard.
+
+    Only while Dynamo compiles: elsewhere (an exported program, a graph edited by hand) nobody would check the guard.
+    Never of sizes that depend on data.
     """
     if isinstance(condition, bool):
         return condition
     from torch._guards import TracingContext
-    from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-    return guard_or_false(condition) if TracingContext.try_get() is not None else statically_known_true(condition)
+    return TracingContext.try_get() is not None and guard_or_false(condition)

@@ -47,6 +47,8 @@ _RECORDS: ContextVar[tuple[list[Decision], ...]] = ContextVar("records", default
 def record_decisions() -> Iterator[list[Decision]]:
     """Collect what the passes decide while the block runs, in the order of the graph.
 
+    With `inductor_options`, a graph that Inductor answers from its cache runs no passes and yields no decisions.
+
     Example:
         >>> import torch
         >>> import xpu_lora_compile as xlc

@@ -16,7 +16,7 @@ from xpu_lora_compile.passes.editing import (
     size_of,
     value_of,
 )
-from xpu_lora_compile.torch_internals import settles
+from xpu_lora_compile.torch_internals import is_guarded, is_known
 
 
 def resolve_width(graph: Graph) -> None:
@@ -59,8 +59,10 @@ def _decide(call: Node, width: int | torch.SymInt, columns: int | torch.SymInt) 
         ("narrower", width < columns),
         ("wider", width > columns),
     )
-    settled = next(((relation, condition) for relation, condition in relations if settles(condition)), None)
-    relation, condition = settled or ("undecided", True)
     source, module = origin_of(call)
-    guard = None if isinstance(condition, bool) else str(condition)
-    return Decision(relation, str(width), str(columns), guard, source, module)
+    for settles, leaves_a_guard in ((is_known, False), (is_guarded, True)):
+        for relation, condition in relations:
+            if settles(condition):
+                guard = str(condition) if leaves_a_guard else None
+                return Decision(relation, str(width), str(columns), guard, source, module)
+    return Decision("undecided", str(width), str(columns), None, source, module)

@@ -1,0 +1,27 @@
+"""Caches of compiled code start empty, so that no test is answered by an earlier run."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+# Before torch is imported; the folder goes away with the process.
+_CACHE = tempfile.TemporaryDirectory(prefix="xpu-lora-tests-", ignore_cleanup_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture
+def without_caches() -> Iterator[None]:
+    """Inductor compiles every graph anew, and so runs every pass."""
+    import torch._functorch.config
+    import torch._inductor.config
+
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield

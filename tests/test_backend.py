@@ -1,0 +1,189 @@
+"""The backend: modes, options, users' own passes, training, dynamic shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.registry import list_backends
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import run_and_get_code
+
+import xpu_lora_compile as xlc
+from xpu_lora_compile.backend import CacheKey, RewritePass
+from xpu_lora_compile.inductor_internals import InTurn
+
+
+class Model(nn.Module):
+    """A linear layer with LoRA, whose output is wider than the adapters' weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(16, 10)
+        self.register_buffer("a", torch.randn(4, 3, 16))
+        self.register_buffer("b", torch.randn(4, 8, 3))
+
+    def forward(self, x: Tensor, indices: Tensor) -> Tensor:
+        output, hidden = self.linear(x), x.new_empty(x.shape[0], 3)
+        xlc.bgmv_shrink(hidden, x, self.a, indices)
+        xlc.bgmv_expand(output, hidden, self.b, indices)
+        return output.relu()
+
+
+@pytest.fixture
+def model() -> Model:
+    torch._dynamo.reset()
+    return Model().requires_grad_(False)
+
+
+def batch(rows: int = 5) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    return torch.randn(rows, 16, generator=generator), torch.randint(-1, 5, (rows,), generator=generator)
+
+
+def test_the_backend_is_found_by_its_name() -> None:
+    assert "xpu_lora" in list_backends()
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "fullgraph": {"fullgraph": True},
+    "dynamic": {"dynamic": True},
+    "default": {"mode": "default"},
+    "reduce-overhead": {"mode": "reduce-overhead"},
+    "max-autotune-no-cudagraphs": {"mode": "max-autotune-no-cudagraphs"},
+    "option-of-inductor": {"options": {"epilogue_fusion": False}},
+    "eager": {"options": {"xpu_lora.execute": "eager"}},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_compiled_equals_eager(model: Model, call: str) -> None:
+    compiled = torch.compile(model, backend="xpu_lora", **CALLS[call])
+    for rows in (5, 3):
+        torch.testing.assert_close(compiled(*batch(rows)), model(*batch(rows)))
+
+
+@pytest.mark.usefixtures("without_caches")
+def test_stock_inductor_with_our_options_equals_eager(model: Model) -> None:
+    with xlc.record_decisions() as decisions:
+        compiled = torch.compile(model, options=xlc.inductor_options())
+        torch.testing.assert_close(compiled(*batch()), model(*batch()))
+    assert {decision.relation for decision in decisions} == {"narrower"}
+
+
+@pytest.mark.parametrize("through", ["backend", "options"])
+def test_the_generated_code_calls_the_internal_op_and_copies_nothing(model: Model, through: str) -> None:
+    options = {"backend": "xpu_lora"} if through == "backend" else {"options": xlc.inductor_options()}
+    _, (code,) = run_and_get_code(torch.compile(model, fullgraph=True, **options), *batch())
+    assert "torch.ops.xpu_lora.expand_slice.default(" in code
+    assert "torch.ops.xpu_lora.shrink.default(" in code
+    assert "bgmv" not in code
+    assert "clone" not in code
+    assert "copy" not in code.split("def call", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"options": {"max_autotunes": True}}, "Did you mean 'max_autotune'"),
+        ({"options": {"xpu_lora.exec": "eager"}}, "Did you mean 'xpu_lora.execute'"),
+        ({"options": {"xpu_lora.execute": "ptxas"}}, "wanted 'inductor' or 'eager'; got 'ptxas'"),
+        ({"options": {"max_autotune": "yes"}}, "got str should be bool"),
+        ({"mode": "reduce-overheads"}, "Did you mean 'reduce-overhead'"),
+    ],
+    ids=["unknown", "ours-misspelt", "value", "type", "mode"],
+)
+def test_a_wrong_option_names_the_right_one(model: Model, call: dict[str, Any], message: str) -> None:
+    with pytest.raises(BackendCompilerFailed, match="OptionError") as failure:
+        torch.compile(model, backend="xpu_lora", **call)(*batch())
+    assert message in str(failure.value)
+
+
+def test_inductor_options_refuses_what_inductor_does_not_know() -> None:
+    with pytest.raises(xlc.LoraError, match="Did you mean 'epilogue_fusion'"):
+        xlc.inductor_options({"epilog_fusion": True})
+
+
+class Count(CustomGraphPass):
+    """A user's own pass."""
+
+    def __init__(self, identity: object = "count") -> None:
+        self.identity = identity
+        self.calls = 0
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.calls += 1
+
+    def uuid(self) -> object:
+        return self.identity
+
+
+@pytest.mark.usefixtures("without_caches")
+@pytest.mark.parametrize("slot", ["pre_grad_custom_pass", "post_grad_custom_pre_pass", "post_grad_custom_post_pass"])
+@pytest.mark.parametrize("given", ["option", "configuration"])
+@pytest.mark.parametrize("through", ["backend", "options"])
+def test_a_users_own_pass_keeps_running(model: Model, slot: str, given: str, through: str) -> None:
+    count = Count()
+    own = {slot: count} if given == "option" else {}
+    config = {} if given == "option" else {slot: count}
+    with torch._inductor.config.patch(config):
+        if through == "backend":
+            compiled = torch.compile(model, backend="xpu_lora", options=own)
+        else:
+            compiled = torch.compile(model, options=xlc.inductor_options(own))
+        torch.testing.assert_close(compiled(*batch()), model(*batch()))
+    assert count.calls == 1
+
+
+def test_passes_in_turn_are_cached_only_if_all_can_be() -> None:
+    assert InTurn(CacheKey(), Count("one")).uuid() == (CacheKey().uuid(), "one")
+    assert InTurn(CacheKey(), Count(None)).uuid() is None
+    assert InTurn(CacheKey(), lambda graph: None).uuid() is None
+
+
+def test_passes_in_turn_all_run() -> None:
+    counts = [Count(), Count()]
+    InTurn(*counts)(torch.fx.Graph())
+    assert [count.calls for count in counts] == [1, 1]
+
+
+def test_our_passes_compare_by_what_they_do() -> None:
+    assert CacheKey() == CacheKey()
+    assert CacheKey() != RewritePass()
+    assert len({RewritePass(), RewritePass()}) == 1
+
+
+def test_a_training_step_gives_the_gradients_of_eager(model: Model) -> None:
+    class Trained(Model):
+        def forward(self, x: Tensor, indices: Tensor) -> Tensor:
+            return xlc.lora_linear(self.linear(x), x, [self.a], [self.b], indices, [0]).relu()
+
+    def gradients(module: nn.Module, call: Any) -> list[Tensor]:
+        module.zero_grad()
+        call(*batch()).square().sum().backward()
+        return [parameter.grad.clone() for parameter in module.parameters()]
+
+    trained = Trained()
+    trained.a, trained.b = nn.Parameter(trained._buffers.pop("a")), nn.Parameter(trained._buffers.pop("b"))
+    torch.testing.assert_close(
+        gradients(trained, torch.compile(trained, backend="xpu_lora", fullgraph=True)), gradients(trained, trained)
+    )
+
+
+def test_a_gradient_that_would_be_lost_is_an_error_while_compiling(model: Model) -> None:
+    x, indices = batch()
+    with pytest.raises(RuntimeError, match="LostGradientError"):
+        torch.compile(model, backend="xpu_lora")(x.requires_grad_(), indices)
+
+
+def test_rewritten_graphs_run_without_our_backend(model: Model) -> None:
+    def backend(module: torch.fx.GraphModule, _inputs: list[Tensor]) -> Any:
+        xlc.rewrite(module)
+        return module.forward
+
+    torch.testing.assert_close(torch.compile(model, backend=backend)(*batch()), model(*batch()))
