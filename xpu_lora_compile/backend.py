@@ -134,9 +134,7 @@ def _checked_config(mode: str | None, options: dict[str, Any]) -> dict[str, Any]
     names = [*option_names(), *OPTIONS]
     for name in options:
         if name.replace("-", "_") not in names:
-            raise OptionError(
-                "options", "an option of Inductor or of xpu_lora", repr(name), _nearest(name, names)
-            )
+            raise OptionError("options", "an option of Inductor or of xpu_lora", repr(name), _nearest(name, names))
     try:
         return config_of(mode, options)
     except RuntimeError as error:

@@ -64,7 +64,7 @@ class AdapterError(LoraError):
     """An adapter cannot be loaded, dropped or used; the bank is as it was before the call."""
 
 
-class AdapterFileError(AdapterError, OSError):
+class AdapterFileError(AdapterError):
     """A file of the adapter's folder is missing, unreadable, truncated or malformed."""
 
 

@@ -35,7 +35,9 @@ def lowered(module: torch.fx.GraphModule) -> None:
 
 def test_public_ops_become_internal_ones() -> None:
     (text,) = graphs_of_compiling(shrink_and_expand, *operands(), passes=lowered)
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 %0: f32[3, 8] = input
 %1: f32[3, 6] = input
 %2: f32[2, 4, 6] = input
@@ -45,7 +47,8 @@ def test_public_ops_become_internal_ones() -> None:
 %6: f32[3, 4] = .new_empty(%1, 3, 4)
 xpu_lora.shrink(%6, %1, %2, %3, 0.5)
 xpu_lora.expand_slice(%5, %6, %4, %3, 2, 5, True)
-return (%5)""")
+return (%5)""",
+    )
 
 
 def test_lora_linear_and_an_unsettled_expand_are_left_alone() -> None:

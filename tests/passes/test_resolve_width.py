@@ -36,31 +36,39 @@ def expand(output: Tensor, hidden: Tensor, b: Tensor, indices: Tensor) -> Tensor
 
 def test_equal_widths_become_expand() -> None:
     (text,) = graphs_of_compiling(expand, *operands(10))
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 %0: f32[5, 10] = input
 %1: f32[5, 3] = input
 %2: f32[4, 10, 3] = input
 %3: i64[5] = input
 %4: f32[5, 10] = mul(%0, 2)
 xpu_lora.expand(%4, %1, %2, %3, True)
-return (%4)""")
+return (%4)""",
+    )
 
 
 def test_narrower_weights_become_a_slice_of_the_output() -> None:
     (text,) = graphs_of_compiling(expand, *operands(8))
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 %0: f32[5, 10] = input
 %1: f32[5, 3] = input
 %2: f32[4, 8, 3] = input
 %3: i64[5] = input
 %4: f32[5, 10] = mul(%0, 2)
 xpu_lora.expand_slice(%4, %1, %2, %3, 0, 8, True)
-return (%4)""")
+return (%4)""",
+    )
 
 
 def test_wider_weights_become_a_view_and_never_a_copy() -> None:
     (text,) = graphs_of_compiling(expand, *operands(13))
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 %0: f32[5, 10] = input
 %1: f32[5, 3] = input
 %2: f32[4, 13, 3] = input
@@ -68,12 +76,15 @@ def test_wider_weights_become_a_view_and_never_a_copy() -> None:
 %4: f32[5, 10] = mul(%0, 2)
 %5: f32[4, 10, 3] = aten.slice.Tensor(%2, -2, 0, 10)
 xpu_lora.expand_slice(%4, %1, %5, %3, 0, 10, True)
-return (%4)""")
+return (%4)""",
+    )
 
 
 def test_a_symbolic_batch_needs_no_decision() -> None:
     (text,) = graphs_of_compiling(expand, *mark_dynamic(operands(8), 0))
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 %0: T = input
 %1: f32[T, 10] = input
 %2: f32[T, 3] = input
@@ -81,14 +92,17 @@ def test_a_symbolic_batch_needs_no_decision() -> None:
 %4: i64[T] = input
 %5: f32[T, 10] = mul(%1, 2)
 xpu_lora.expand_slice(%5, %2, %3, %4, 0, 8, True)
-return (%5)""")
+return (%5)""",
+    )
 
 
 def test_a_symbolic_width_is_settled_by_a_guard() -> None:
     output, hidden, b, indices = operands(8)
     torch._dynamo.mark_dynamic(b, 1)
     (text,) = graphs_of_compiling(expand, output, hidden, b, indices)
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 %0: f32[5, 10] = input
 %1: f32[5, 3] = input
 %2: T = input
@@ -97,14 +111,17 @@ def test_a_symbolic_width_is_settled_by_a_guard() -> None:
 %5: f32[5, 10] = mul(%0, 2)
 %6: T = aten.sym_size.int(%3, -2)
 xpu_lora.expand_slice(%5, %1, %3, %4, 0, %6, True)
-return (%5)""")
+return (%5)""",
+    )
 
 
 def test_a_symbolic_width_that_is_wider_is_cut_to_a_symbolic_size() -> None:
     output, hidden, b, indices = operands(13)
     torch._dynamo.mark_dynamic(output, 1)
     (text,) = graphs_of_compiling(expand, output, hidden, b, indices)
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 %0: T = input
 %1: f32[5, T] = input
 %2: f32[5, 3] = input
@@ -114,7 +131,8 @@ def test_a_symbolic_width_that_is_wider_is_cut_to_a_symbolic_size() -> None:
 %6: T = aten.sym_size.int(%5, 1)
 %7: f32[4, T, 3] = aten.slice.Tensor(%3, -2, 0, %6)
 xpu_lora.expand_slice(%5, %2, %7, %4, 0, %6, True)
-return (%5)""")
+return (%5)""",
+    )
 
 
 def test_a_slice_of_a_view_as_output() -> None:
@@ -124,7 +142,9 @@ def test_a_slice_of_a_view_as_output() -> None:
         return output
 
     (text,) = graphs_of_compiling(expand_into_columns, *operands(4))
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 %0: f32[5, 10] = input
 %1: f32[5, 3] = input
 %2: f32[4, 4, 3] = input
@@ -133,13 +153,16 @@ def test_a_slice_of_a_view_as_output() -> None:
 %5: f32[5, 2, 5] = .view(%4, 5, 2, 5)
 %6: f32[5, 5] = getitem(%5, (slice(None, None, None), 1))
 xpu_lora.expand_slice(%6, %1, %2, %3, 0, 4, True)
-return (%4)""")
+return (%4)""",
+    )
 
 
 def test_weights_with_a_slice_dimension() -> None:
     output, hidden, b, indices = operands(13)
     (text,) = graphs_of_compiling(expand, output, hidden, b.unsqueeze(1), indices)
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 %0: f32[5, 10] = input
 %1: f32[5, 3] = input
 %2: f32[4, 1, 13, 3] = input
@@ -147,7 +170,8 @@ def test_weights_with_a_slice_dimension() -> None:
 %4: f32[5, 10] = mul(%0, 2)
 %5: f32[4, 1, 10, 3] = aten.slice.Tensor(%2, -2, 0, 10)
 xpu_lora.expand_slice(%4, %1, %5, %3, 0, 10, True)
-return (%4)""")
+return (%4)""",
+    )
 
 
 def test_a_call_inside_cond() -> None:
@@ -155,7 +179,9 @@ def test_a_call_inside_cond() -> None:
         return torch.cond(x.sum() > 0, lambda: expand(x, hidden, b, indices), lambda: x + 1)
 
     (text,) = graphs_of_compiling(branch, *operands(8))
-    assert_expected_inline(text, """\
+    assert_expected_inline(
+        text,
+        """\
 %0: f32[5, 10] = input
 %1: f32[4, 8, 3] = input
 %2: f32[5, 3] = input
@@ -181,7 +207,8 @@ cond_false_0:
   %2: f32[5, 3] = input
   %3: i64[5] = input
   %4: f32[5, 10] = add(%0, 1)
-  return (%4)""")
+  return (%4)""",
+    )
 
 
 def test_a_model_without_our_ops_is_untouched() -> None:

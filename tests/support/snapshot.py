@@ -67,8 +67,10 @@ def _call(node: Node, numbers: dict[Node, str]) -> str:
         return f"attribute {node.target}" if isinstance(value_of(node), type(None)) else "constant"
     target = node.target
     name = (
-        str(target).removesuffix(".default") if isinstance(target, torch._ops.OpOverload)
-        else f".{target}" if node.op == "call_method"
+        str(target).removesuffix(".default")
+        if isinstance(target, torch._ops.OpOverload)
+        else f".{target}"
+        if node.op == "call_method"
         else getattr(target, "__name__", str(target))
     )
     args = [_show(arg, numbers) for arg in node.args]

@@ -129,9 +129,7 @@ def bgmv_expand_slice(
         >>> qkv.tolist()
         [[0.0, 1.0, 1.0, 0.0]]
     """
-    BGMV_EXPAND_SLICE(
-        output_tensor, inputs, lora_b_weights, lora_indices_tensor, slice_offset, slice_size, add_inputs
-    )
+    BGMV_EXPAND_SLICE(output_tensor, inputs, lora_b_weights, lora_indices_tensor, slice_offset, slice_size, add_inputs)
 
 
 @torch.library.custom_op("xpu_lora::bgmv_shrink", mutates_args=("output_tensor",))

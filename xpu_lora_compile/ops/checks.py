@@ -197,4 +197,3 @@ def _shape(tensor: Tensor) -> list[int]:
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-

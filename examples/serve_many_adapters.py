@@ -1,0 +1,163 @@
+"""One batch, four prompts, four voices: the base model and three adapters, answered by one compiled graph.
+
+The model's vocabulary is padded after the adapters were trained, so that its logits are wider than their `lm_head`
+weights: what the compiler decides about that is shown at the end. The answers are checked against PEFT, which runs each
+adapter alone on the unpadded model; a difference makes the exit status 1. Run it with
+`python examples/serve_many_adapters.py`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from smollm2 import ORIGINAL_VOCAB, chat_prompt, load_model, load_tokenizer, pad_vocabulary
+from torch import Tensor
+from transformers import CompileConfig, StoppingCriteria
+
+import xpu_lora_compile as xlc
+
+ADAPTERS = Path(__file__).parent / "adapters"
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+BATCH: list[tuple[str | None, str]] = [
+    (None, "Tell me about the sea."),
+    ("pirate", "Tell me about the sea."),
+    ("haiku", "Tell me about the sea."),
+    ("telegram", "Tell me about the sea."),
+]
+NEW_TOKENS = 32
+RUNS = 3
+
+
+class OnToken(StoppingCriteria):
+    """Never stops; says that another token is there."""
+
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self.advance = lambda: progress.advance(task)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        self.advance()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def compiled_decoding() -> CompileConfig:
+    """Have `generate` compile the step that makes one token; the prompt, whose length varies, stays eager."""
+    config = CompileConfig(backend="xpu_lora", fullgraph=True, mode="default")
+    # transformers does so by itself on XPU and CUDA only.
+    config._compile_all_devices = True
+    return config
+
+
+def main() -> int:
+    """Serve the batch, check it, and report."""
+    console = Console()
+    names = [name for name, _ in BATCH]
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("loading SmolLM2-135M, float32", total=None)
+        model, tokenizer = load_model(), load_tokenizer()
+        pad_vocabulary(model, tokenizer)
+        prompts = tokenizer([chat_prompt(tokenizer, text) for _, text in BATCH], padding=True, return_tensors="pt")
+
+        progress.update(task, description="loading three adapters")
+        bank = xlc.attach(model, slots=4, max_rank=8, target_modules=TARGETS, vocab_size=ORIGINAL_VOCAB)
+        for folder in sorted(ADAPTERS.iterdir()):
+            bank.load(folder.name, folder)
+
+        def generate(what: str) -> tuple[Tensor, float]:
+            progress.reset(task, total=NEW_TOKENS, description=what)
+            start = time.perf_counter()
+            tokens = model.generate(
+                **prompts,
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                cache_implementation="static",
+                compile_config=compiled_decoding(),
+                stopping_criteria=[OnToken(progress, task)],
+            )
+            return tokens[:, prompts["input_ids"].shape[1] :], time.perf_counter() - start
+
+        with bank.use(names), xlc.record_decisions() as decisions:
+            mixed, compile_time = generate("compiling the mixed batch (a minute or two)")
+        generate("compiling the base model, to compare with")
+        seconds: dict[str, list[float]] = {"base model": [], "mixed adapters": [], "PEFT adapter_names": []}
+        # From here on a recompile would be an error.
+        torch.compiler.set_stance("fail_on_recompile")
+        for run in range(RUNS):
+            seconds["base model"].append(generate(f"base model, run {run + 1}")[1])
+            # Other rows, other adapters: the graph is the same.
+            with bank.use(names[run:] + names[:run]):
+                seconds["mixed adapters"].append(generate(f"mixed adapters, run {run + 1}")[1])
+        torch.compiler.set_stance("default")
+        progress.update(task, description="asking PEFT for each adapter alone")
+        alone, seconds["PEFT adapter_names"] = ask_peft(tokenizer, prompts, names)
+        progress.update(task, description="done")
+
+    for (name, text), row in zip(BATCH, mixed, strict=True):
+        console.print(f"\n[bold]{name or 'base model'}[/bold]: {text}")
+        console.print(tokenizer.decode(row, skip_special_tokens=True), markup=False, highlight=False)
+    console.print(sites_table(decisions), speed_table(seconds, compile_time, len(decisions) // len(bank.sites)))
+    wrong = [str(name) for name, row, wanted in zip(names, mixed, alone, strict=True) if not torch.equal(row, wanted)]
+    if wrong:
+        console.print(f"[red]These rows differ from PEFT's tokens: {', '.join(wrong)}[/red]")
+        return 1
+    console.print(f"All {len(BATCH)} rows equal PEFT's greedy tokens, adapter by adapter, on the unpadded model.")
+    return 0
+
+
+def ask_peft(tokenizer: Any, prompts: Any, names: list[str | None]) -> tuple[list[Tensor], list[float]]:
+    """Each row's tokens with its adapter alone, unpadded and unbatched; and the seconds of PEFT's own mixed batch."""
+    folders = sorted(ADAPTERS.iterdir())
+    model = PeftModel.from_pretrained(load_model(), folders[0], adapter_name=folders[0].name)
+    for folder in folders[1:]:
+        model.load_adapter(folder, adapter_name=folder.name)
+    length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    alone = []
+    for name, text in BATCH:
+        prompt = tokenizer(chat_prompt(tokenizer, text), return_tensors="pt")
+        if name is None:
+            with model.disable_adapter():
+                tokens = model.generate(**prompt, **length)
+        else:
+            model.set_adapter(name)
+            tokens = model.generate(**prompt, **length)
+        alone.append(tokens[0, prompt["input_ids"].shape[1] :])
+    seconds = []
+    pad_vocabulary(model.get_base_model(), tokenizer)
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        model.generate(**prompts, **length, adapter_names=[name or "__base__" for name in names])
+        seconds.append(time.perf_counter() - start)
+    return alone, seconds
+
+
+def sites_table(decisions: list[xlc.Decision]) -> Table:
+    """What the pass found and decided, equal cases together."""
+    table = Table("calls", "W (adapter's rows)", "H (output's columns)", "decision", title="bgmv_expand in the graph")
+    becomes = {"equal": "expand", "narrower": "expand_slice(0, W)", "wider": "view of B, then expand_slice(0, H)"}
+    kinds = Counter((one.width, one.columns, one.relation) for one in decisions)
+    for (width, columns, relation), count in kinds.items():
+        table.add_row(str(count), width, columns, f"{relation}: {becomes.get(relation, 'left to run time')}")
+    return table
+
+
+def speed_table(seconds: dict[str, list[float]], compile_time: float, graphs: int) -> Table:
+    """Median speed of the runs, prompts included."""
+    caption = f"{graphs} graph compiled with LoRA, {compile_time:.0f} s with its first run; 0 recompiles afterwards"
+    table = Table("batch of 4", "tokens/s", title=f"median of {RUNS} runs of {NEW_TOKENS} tokens", caption=caption)
+    for what, runs in seconds.items():
+        table.add_row(what, f"{len(BATCH) * NEW_TOKENS / statistics.median(runs):.1f}")
+    return table
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,17 @@
+"""The examples in docstrings run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = ["ops.bgmv", "ops.lora_linear", "passes.decisions", "backend"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"xpu_lora_compile.{name}"))
+    assert result.attempted > 0
+    assert result.failed == 0
