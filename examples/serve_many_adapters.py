@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from smollm2 import ORIGINAL_VOCAB, chat_prompt, load_model, load_tokenizer, pad_vocabulary
 from torch import Tensor
-from transformers import CompileConfig, StoppingCriteria
+from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
 
 import xpu_lora_compile as xlc
 
@@ -40,11 +40,12 @@ RUNS = 3
 class OnToken(StoppingCriteria):
     """Never stops; says that another token is there."""
 
-    def __init__(self, progress: Progress, task: Any) -> None:
-        self.advance = lambda: progress.advance(task)
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self.progress, self.task = progress, task
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        self.advance()
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Advance, and let every row go on."""
+        self.progress.advance(self.task)
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
@@ -52,7 +53,7 @@ def compiled_decoding() -> CompileConfig:
     """Have `generate` compile the step that makes one token; the prompt, whose length varies, stays eager."""
     config = CompileConfig(backend="xpu_lora", fullgraph=True, mode="default")
     # transformers does so by itself on XPU and CUDA only.
-    config._compile_all_devices = True
+    vars(config)["_compile_all_devices"] = True
     return config
 
 
@@ -65,6 +66,8 @@ def main() -> int:
         task = progress.add_task("loading SmolLM2-135M, float32", total=None)
         model, tokenizer = load_model(), load_tokenizer()
         pad_vocabulary(model, tokenizer)
+        # The library's own annotations keep a model from calling `generate`.
+        decoder: Any = model
         prompts = tokenizer([chat_prompt(tokenizer, text) for _, text in BATCH], padding=True, return_tensors="pt")
 
         progress.update(task, description="loading three adapters")
@@ -75,14 +78,14 @@ def main() -> int:
         def generate(what: str) -> tuple[Tensor, float]:
             progress.reset(task, total=NEW_TOKENS, description=what)
             start = time.perf_counter()
-            tokens = model.generate(
+            tokens: Tensor = decoder.generate(
                 **prompts,
                 max_new_tokens=NEW_TOKENS,
                 min_new_tokens=NEW_TOKENS,
                 do_sample=False,
                 cache_implementation="static",
                 compile_config=compiled_decoding(),
-                stopping_criteria=[OnToken(progress, task)],
+                stopping_criteria=StoppingCriteriaList([OnToken(progress, task)]),
             )
             return tokens[:, prompts["input_ids"].shape[1] :], time.perf_counter() - start
 
@@ -117,7 +120,7 @@ def main() -> int:
 def ask_peft(tokenizer: Any, prompts: Any, names: list[str | None]) -> tuple[list[Tensor], list[float]]:
     """Each row's tokens with its adapter alone, unpadded and unbatched; and the seconds of PEFT's own mixed batch."""
     folders = sorted(ADAPTERS.iterdir())
-    model = PeftModel.from_pretrained(load_model(), folders[0], adapter_name=folders[0].name)
+    model: Any = PeftModel.from_pretrained(load_model(), folders[0], adapter_name=folders[0].name)
     for folder in folders[1:]:
         model.load_adapter(folder, adapter_name=folder.name)
     length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
@@ -132,7 +135,8 @@ def ask_peft(tokenizer: Any, prompts: Any, names: list[str | None]) -> tuple[lis
             tokens = model.generate(**prompt, **length)
         alone.append(tokens[0, prompt["input_ids"].shape[1] :])
     seconds = []
-    pad_vocabulary(model.get_base_model(), tokenizer)
+    # The pad token is beyond this model's vocabulary; what stands in its place is masked.
+    prompts["input_ids"].clamp_(max=ORIGINAL_VOCAB - 1)
     for _ in range(RUNS):
         start = time.perf_counter()
         model.generate(**prompts, **length, adapter_names=[name or "__base__" for name in names])

@@ -32,7 +32,7 @@ PAD_TOKEN = "<|pad|>"  # noqa: S105
 
 def load_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """The model in eval mode on the CPU, with its original vocabulary and `lm_head` tied to the embedding."""
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bar()
     model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(converted_folder(), dtype=dtype, local_files_only=True)
     return model
 

@@ -130,7 +130,7 @@ def train(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, 
             logits_to_keep=batch.answers.shape[1] + 1,
         ).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), batch.answers.flatten(), ignore_index=IGNORED)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()

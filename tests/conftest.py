@@ -14,6 +14,14 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tensors here are tiny, and the cores are shared."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def without_caches() -> Iterator[None]:
     """Inductor compiles every graph anew, and so runs every pass."""

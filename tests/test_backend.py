@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.cases import DEVICE
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import list_backends
 from torch._dynamo.exc import BackendCompilerFailed
@@ -37,12 +38,13 @@ class Model(nn.Module):
 @pytest.fixture
 def model() -> Model:
     torch._dynamo.reset()
-    return Model().requires_grad_(False)
+    return Model().requires_grad_(False).to(DEVICE)
 
 
 def batch(rows: int = 5) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rows)
-    return torch.randn(rows, 16, generator=generator), torch.randint(-1, 5, (rows,), generator=generator)
+    x, indices = torch.randn(rows, 16, generator=generator), torch.randint(-1, 5, (rows,), generator=generator)
+    return x.to(DEVICE), indices.to(DEVICE)
 
 
 def test_the_backend_is_found_by_its_name() -> None:
@@ -168,7 +170,7 @@ def test_a_training_step_gives_the_gradients_of_eager(model: Model) -> None:
         call(*batch()).square().sum().backward()
         return [parameter.grad.clone() for parameter in module.parameters()]
 
-    trained = Trained()
+    trained = Trained().to(DEVICE)
     trained.a, trained.b = nn.Parameter(trained._buffers.pop("a")), nn.Parameter(trained._buffers.pop("b"))
     torch.testing.assert_close(
         gradients(trained, torch.compile(trained, backend="xpu_lora", fullgraph=True)), gradients(trained, trained)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.fx import Graph, GraphModule
@@ -60,8 +60,8 @@ def xpu_lora(
     if execute == "eager":
         return graph_module.forward
     config["post_grad_custom_pre_pass"] = in_slot("post_grad_custom_pre_pass", CacheKey(), config)
-    compiled: Callable[..., Any] = compile_fx(graph_module, example_inputs, config_patches=config)
-    return compiled
+    compiled: Any = compile_fx(graph_module, example_inputs, config_patches=config)
+    return cast("Callable[..., Any]", compiled)
 
 
 def inductor_options(options: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -115,7 +115,8 @@ class RewritePass(CacheKey):
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite the graph in place."""
-        rewrite(graph.owning_module)
+        if graph.owning_module is not None:
+            rewrite(graph.owning_module)
 
 
 @cache

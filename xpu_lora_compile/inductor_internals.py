@@ -52,10 +52,12 @@ class InTurn(CustomGraphPass):
         self.passes = passes
 
     def __call__(self, graph: Graph) -> None:
+        """Run each."""
         for one in self.passes:
             one(graph)
 
     def uuid(self) -> Any:
+        """All identities together, or None, which keeps Inductor from caching."""
         uuids = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self.passes]
         return None if None in uuids else tuple(uuids)
 

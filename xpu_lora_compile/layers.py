@@ -7,6 +7,7 @@ stacked weights of all slots, which move with the model and are not saved with i
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,9 @@ def attach(
             rows = vocab_size if module is head and vocab_size else module.out_features
             layers[name] = LoraLinear.convert(module, routing, slots, max_rank, rows, module is head, dtype)
     embeddings = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and module is head)
     }
     return AdapterBank(layers, embeddings, routing, slots, max_rank)
 
@@ -89,12 +92,12 @@ class LoraLinear(nn.Linear):
     ) -> LoraLinear:
         """Change the module's class, and give it empty slots with W = rows."""
         module.__class__ = LoraLinear
-        assert isinstance(module, LoraLinear)
-        module.site = Site("linear", module.in_features, rows, padded=is_head)
-        module.lora_routing = routing
-        _add_stack(module, "lora_a", (slots, rank, module.in_features), dtype)
-        _add_stack(module, "lora_b", (slots, rows, rank), dtype)
-        return module
+        layer = cast("LoraLinear", module)
+        layer.site = Site("linear", layer.in_features, rows, padded=is_head)
+        layer.lora_routing = routing
+        _add_stack(layer, "lora_a", (slots, rank, layer.in_features), dtype)
+        _add_stack(layer, "lora_b", (slots, rows, rank), dtype)
+        return layer
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The base layer's output, with each row's adapter added while a `bank.use` block runs."""
@@ -138,12 +141,12 @@ class LoraEmbedding(nn.Embedding):
     ) -> LoraEmbedding:
         """Change the module's class, and give it empty slots."""
         module.__class__ = LoraEmbedding
-        assert isinstance(module, LoraEmbedding)
-        module.site = Site("embedding", module.num_embeddings, module.embedding_dim, padded=True)
-        module.lora_routing = routing
-        _add_stack(module, "lora_a", (slots, module.num_embeddings, rank), dtype)
-        _add_stack(module, "lora_b", (slots, module.embedding_dim, rank), dtype)
-        return module
+        layer = cast("LoraEmbedding", module)
+        layer.site = Site("embedding", layer.num_embeddings, layer.embedding_dim, padded=True)
+        layer.lora_routing = routing
+        _add_stack(layer, "lora_a", (slots, layer.num_embeddings, rank), dtype)
+        _add_stack(layer, "lora_b", (slots, layer.embedding_dim, rank), dtype)
+        return layer
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The base layer's output, with each row's adapter added while a `bank.use` block runs."""
@@ -178,11 +181,11 @@ def _remove(module: nn.Module, former: type[nn.Module]) -> None:
     module.__class__ = former
 
 
-def _output_embedding(model: nn.Module) -> nn.Module | None:
+def _output_embedding(model: nn.Module) -> nn.Linear | None:
     """The layer that makes the logits, where the model is a transformer that says so."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find else None
-    return head if isinstance(head, nn.Module) else None
+    return head if isinstance(head, nn.Linear) else None
 
 
 def _find_targets(

@@ -24,16 +24,17 @@ def holds(condition: bool | torch.SymBool) -> bool:
 
 
 def check_before_autograd(library: torch.library.Library, op: Any, check: Any) -> None:
-    """Have `check(*args, **kwargs)` run at each call of `op` while grad mode and `requires_grad` can still be seen.
+    """Have `check(*args)` run at each call of `op` in grad mode, where it can see what requires grad.
 
     The eager function and the fake of an op run below autograd, where neither says what the caller had.
     """
 
-    def call(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(keyset: Any, *args: Any) -> Any:
+        # The dispatcher has put keywords in their places, and has dropped trailing defaults.
         if torch.is_grad_enabled():
-            check(*args, **kwargs)
+            check(*args)
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     # One key a device, since `custom_op` holds the alias key "Autograd" itself.
     for device in ("CPU", "CUDA", "XPU", "Meta"):

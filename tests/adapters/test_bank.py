@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.cases import DEVICE
 from support.peft_folders import CASES, edited_weights, loaded_by_peft, save_adapter, tiny_llama
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -19,7 +20,7 @@ from xpu_lora_compile import errors
 from xpu_lora_compile.adapters.checkpoint import WEIGHTS_FILE
 
 EVERYWHERE = "(q|k|v|o|gate|up|down)_proj|lm_head|embed_tokens".join((r".*\.?(", ")"))
-TOKENS = torch.randint(0, 70, (4, 6), generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(0, 70, (4, 6), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def model() -> nn.Module:
     torch._dynamo.reset()
-    return tiny_llama().requires_grad_(False)
+    return tiny_llama().requires_grad_(False).to(DEVICE)
 
 
 @pytest.fixture
@@ -51,8 +52,8 @@ def expected(folders: dict[str, Path]) -> dict[str | None, Tensor]:
     """The logits that PEFT gives with each adapter alone, and without any."""
     with torch.no_grad():
         return {
-            None: tiny_llama()(TOKENS).logits,
-            **{name: loaded_by_peft(folder)(TOKENS).logits for name, folder in folders.items()},
+            None: tiny_llama().to(DEVICE)(TOKENS).logits,
+            **{name: loaded_by_peft(folder).to(DEVICE)(TOKENS).logits for name, folder in folders.items()},
         }
 
 
@@ -64,9 +65,9 @@ def test_a_loaded_adapter_computes_what_peft_computes(case: str, model: nn.Modul
     with bank.use([case] * len(TOKENS)):
         logits = model(TOKENS).logits
     with torch.no_grad():
-        peft = loaded_by_peft(folder)(TOKENS).logits
+        peft = loaded_by_peft(folder).to(DEVICE)(TOKENS).logits
     torch.testing.assert_close(logits, peft, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(peft, tiny_llama()(TOKENS).logits, atol=1e-3)
+    assert not torch.allclose(peft, tiny_llama().to(DEVICE)(TOKENS).logits, atol=1e-3)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "grad-mode"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from expecttest import assert_expected_inline
+from support.cases import DEVICE
 from support.snapshot import as_text, graphs_of_compiling
 from torch import Tensor
 
@@ -12,13 +13,13 @@ from xpu_lora_compile.ops import reference
 from xpu_lora_compile.passes import lower
 from xpu_lora_compile.passes.editing import graphs_of
 
-INDICES = torch.tensor([0, -1, 1])
+INDICES = torch.tensor([0, -1, 1], device=DEVICE)
 
 
 def operands() -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     shapes = ((3, 8), (3, 6), (2, 4, 6), (2, 5, 4))
-    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+    return tuple(torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)
 
 
 def shrink_and_expand(output: Tensor, inputs: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from support.cases import DEVICE
 from support.snapshot import as_text, graphs_of_compiling
 from torch import Tensor
 from torch.export import Dim
@@ -16,14 +17,14 @@ from xpu_lora_compile.ops import BGMV_EXPAND, reference
 from xpu_lora_compile.passes.decisions import DECISION
 
 T, R, K, H = 5, 3, 4, 10
-INDICES = torch.tensor([0, 3, -1, 9, 1])
+INDICES = torch.tensor([0, 3, -1, 9, 1], device=DEVICE)
 
 
 def operands(width: int, columns: int = H, rows: int = T) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(DEVICE)
 
     return random(rows, columns), random(rows, R), random(K, width, R), INDICES.repeat(rows)[:rows]
 

@@ -1,0 +1,1 @@
+"""From a PEFT folder to a slot of a bank: config, checkpoint, bank."""

@@ -59,7 +59,6 @@ class Layer(Protocol):
     """What a layer that carries LoRA offers to its bank."""
 
     site: Site
-    weight: nn.Parameter
     lora_a: Tensor
     lora_b: Tensor
 
@@ -80,7 +79,7 @@ class AdapterBank:
     def __init__(
         self,
         layers: Mapping[str, Layer],
-        embeddings: Mapping[str, nn.Module],
+        embeddings: Mapping[str, nn.Embedding | nn.Linear],
         routing: Routing,
         slots: int,
         max_rank: int,

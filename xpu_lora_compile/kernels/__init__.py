@@ -1,0 +1,1 @@
+"""Plain functions over tensors: what runs when an op is called."""

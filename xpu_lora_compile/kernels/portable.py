@@ -14,14 +14,14 @@ from torch import Tensor
 
 def shrink(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, scaling: float) -> None:
     """Write `scaling * A[i] @ inputs[t]` into the first R columns of `output`, zero where `i` is no slot."""
-    hidden = slot_products(inputs, weights, indices)
+    hidden = slot_products(inputs.to(accumulator(output, inputs, weights)), weights, indices)
     hidden = torch.where(has_adapter(indices, weights)[:, None], hidden * scaling, 0.0)
     output[:, : weights.shape[1]].copy_(hidden)
 
 
 def expand(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, add: bool) -> None:
     """Write or add `B[i] @ inputs[t]` into `output`, `[T, W]`; rows whose `i` is no slot keep their value."""
-    value = slot_products(inputs, weights, indices)
+    value = slot_products(inputs.to(accumulator(output, inputs, weights)), weights, indices)
     if add:
         value += output
     output.copy_(torch.where(has_adapter(indices, weights)[:, None], value, output.to(value.dtype)))

@@ -37,7 +37,8 @@ def bgmv_shrink(
 
     Raises:
         ContractError: a shape, dtype or device that does not fit; the subclass says which.
-        LostGradientError: inputs or weights require grad, in grad mode.
+        LostGradientError: in grad mode, a gradient would be lost: inputs or weights require one, or the output does
+            and is replaced or is a leaf.
 
     Precision: float32, bfloat16 and float16 mix freely; products are summed in float32 and rounded once.
 
@@ -72,7 +73,8 @@ def bgmv_expand(
 
     Raises:
         ContractError: a shape, dtype or device that does not fit; the subclass says which.
-        LostGradientError: inputs or weights require grad, in grad mode.
+        LostGradientError: in grad mode, a gradient would be lost: inputs or weights require one, or the output does
+            and is replaced or is a leaf.
 
     Precision: float32, bfloat16 and float16 mix freely; products are summed in float32, the output is added in
     float32, and the sum is rounded once.
@@ -117,7 +119,8 @@ def bgmv_expand_slice(
 
     Raises:
         ContractError: a shape, dtype, device or slice that does not fit; the subclass says which.
-        LostGradientError: inputs or weights require grad, in grad mode.
+        LostGradientError: in grad mode, a gradient would be lost: inputs or weights require one, or the output does
+            and is replaced or is a leaf.
 
     Precision: as `bgmv_expand`.
 
@@ -175,13 +178,18 @@ BGMV_EXPAND = torch.ops.xpu_lora.bgmv_expand.default
 BGMV_EXPAND_SLICE = torch.ops.xpu_lora.bgmv_expand_slice.default
 
 
-def _refuse_gradients(op: torch._ops.OpOverload) -> None:
-    def check(_output: Tensor, inputs: Tensor, weights: Tensor, *_: Any, **__: Any) -> None:
-        checks.refuse_gradients(op._schema.name.split("::")[1], inputs=inputs, weights=weights)
+def _register_gradient_check(op: torch._ops.OpOverload) -> None:
+    name, arguments = op._schema.name.split("::")[1], [argument.name for argument in op._schema.arguments]
+
+    def check(*args: Any) -> None:
+        given = dict(zip(arguments, args, strict=False))
+        replaces = op is BGMV_SHRINK or not given.get("add_inputs", True)
+        output, inputs, weights = args[:3]
+        checks.refuse_gradients(name, output, inputs, weights, replaces)
 
     check_before_autograd(_LIBRARY, op, check)
 
 
 _LIBRARY = torch.library.Library("xpu_lora", "FRAGMENT")
 for _op in (BGMV_SHRINK, BGMV_EXPAND, BGMV_EXPAND_SLICE):
-    _refuse_gradients(_op)
+    _register_gradient_check(_op)

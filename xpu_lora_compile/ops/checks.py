@@ -105,9 +105,12 @@ def check_lora_linear(
         _check_slice(op, offset, without_slice_dim(b).shape[1], base)
 
 
-def refuse_gradients(op: str, **operands: Tensor) -> None:
-    """Raise where a mutating op is given a tensor whose gradient it would lose without a word."""
-    for argument, tensor in operands.items():
+def refuse_gradients(op: str, output: Tensor, inputs: Tensor, weights: Tensor, replaces: bool) -> None:
+    """Raise where a mutating op would lose a gradient, or hand on a wrong one, without a word.
+
+    The gradient of the output passes through unchanged: that is right of what is added to, not of what is replaced.
+    """
+    for argument, tensor in (("inputs", inputs), ("weights", weights)):
         if tensor.requires_grad:
             raise LostGradientError(
                 f"{op}: {argument}",
@@ -115,6 +118,13 @@ def refuse_gradients(op: str, **operands: Tensor) -> None:
                 "requires_grad=True",
                 "Call `lora_linear`, which is differentiable, or run under `torch.no_grad()`.",
             )
+    if output.requires_grad and (replaces or output.is_leaf):
+        raise LostGradientError(
+            f"{op}: output_tensor",
+            "a tensor that needs no gradient, or one that is added to and is no leaf",
+            f"requires_grad=True of a {'leaf' if output.is_leaf else 'tensor that is replaced'}",
+            "Call `lora_linear`, which is differentiable, or run under `torch.no_grad()`.",
+        )
 
 
 def _check_rows(op: str, indices: Tensor, **matrices: Tensor) -> None:

@@ -109,7 +109,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """
     rows, indices, *weights = ctx.saved_tensors
     slices = len(ctx.slice_offsets)
-    grad_rows: Tensor | None = None
+    grad_rows = rows.new_zeros(rows.shape, dtype=portable.accumulator(grad, rows, *weights))
     grads_a: list[Tensor] = []
     grads_b: list[Tensor] = []
     for stored_a, stored_b, offset in zip(weights[:slices], weights[slices:], ctx.slice_offsets, strict=True):
@@ -119,10 +119,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         hidden = ctx.scaling * SLOT_PRODUCTS(rows, a, indices).to(dtype)
         grad_hidden = ctx.scaling * SLOT_PRODUCTS(grad_slice, b.transpose(1, 2), indices)
         from_slice = SLOT_PRODUCTS(grad_hidden, a.transpose(1, 2), indices)
-        grad_rows = from_slice if grad_rows is None else grad_rows + from_slice
+        grad_rows = grad_rows + from_slice
         grads_a.append(OUTER_BY_SLOT(grad_hidden, rows.to(dtype), indices, a.shape[0]).reshape(stored_a.shape))
         grads_b.append(OUTER_BY_SLOT(grad_slice, hidden, indices, b.shape[0]).reshape(stored_b.shape))
-    assert grad_rows is not None
     grad_rows = torch.where(portable.has_adapter(indices, weights[0])[:, None], grad_rows, 0.0)
     grads = (
         grad,

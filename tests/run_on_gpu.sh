@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The suites that run on an accelerator, on a machine that has one: bash tests/run_on_gpu.sh [cuda|xpu] [pytest's arguments]
+# It installs nothing: the package itself, pytest, expecttest, hypothesis, and for the bank peft and transformers must be there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export XPU_LORA_TEST_DEVICE="${1:-cuda}" PYTHONPATH="$PWD"
+shift || true
+python3 -c "
+import torch
+name = getattr(torch, '$XPU_LORA_TEST_DEVICE').get_device_name()
+print('torch', torch.__version__, 'on', name)
+"
+python3 -m pytest tests/ops tests/passes tests/test_backend.py tests/adapters/test_bank.py "$@"
