@@ -147,7 +147,7 @@ def ask_peft(tokenizer: Any, prompts: Any, names: list[str | None]) -> tuple[lis
 def sites_table(decisions: list[xlc.Decision]) -> Table:
     """What the pass found and decided, equal cases together."""
     table = Table("calls", "W (adapter's rows)", "H (output's columns)", "decision", title="bgmv_expand in the graph")
-    becomes = {"equal": "expand", "narrower": "expand_slice(0, W)", "wider": "view of B, then expand_slice(0, H)"}
+    becomes = {"equal": "expand", "narrower": "expand_slice(…, 0, W)", "wider": "view of B, expand_slice(…, 0, H)"}
     kinds = Counter((one.width, one.columns, one.relation) for one in decisions)
     for (width, columns, relation), count in kinds.items():
         table.add_row(str(count), width, columns, f"{relation}: {becomes.get(relation, 'left to run time')}")

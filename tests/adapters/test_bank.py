@@ -23,6 +23,11 @@ EVERYWHERE = "(q|k|v|o|gate|up|down)_proj|lm_head|embed_tokens".join((r".*\.?(",
 TOKENS = torch.randint(0, 70, (4, 6), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
+def assert_same_logits(actual: Tensor, expected: Tensor) -> None:
+    """Equal but for the order of sums in float32; two adapters here differ by far more, as a test below shows."""
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Adapters of different targets and ranks, by name."""
@@ -66,8 +71,8 @@ def test_a_loaded_adapter_computes_what_peft_computes(case: str, model: nn.Modul
         logits = model(TOKENS).logits
     with torch.no_grad():
         peft = loaded_by_peft(folder).to(DEVICE)(TOKENS).logits
-    torch.testing.assert_close(logits, peft, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(peft, tiny_llama().to(DEVICE)(TOKENS).logits, atol=1e-3)
+    assert_same_logits(logits, peft)
+    assert not torch.allclose(peft, tiny_llama().to(DEVICE)(TOKENS).logits, atol=1e-2)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "grad-mode"])
@@ -90,8 +95,8 @@ def test_every_row_is_answered_by_its_own_adapter(
             with bank.use(names):
                 logits = run(TOKENS).logits
             for row, name in enumerate(names):
-                torch.testing.assert_close(logits[row], expected[name][row], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(run(TOKENS).logits, expected[None], atol=1e-5, rtol=1e-5)
+                assert_same_logits(logits[row], expected[name][row])
+        assert_same_logits(run(TOKENS).logits, expected[None])
 
 
 def test_nothing_recompiles_over_200_changes(
@@ -111,7 +116,7 @@ def test_nothing_recompiles_over_200_changes(
         with bank.use(names), torch.no_grad():
             logits = compiled(TOKENS).logits
         for row, one in enumerate(names):
-            torch.testing.assert_close(logits[row], expected[one][row], atol=1e-5, rtol=1e-5)
+            assert_same_logits(logits[row], expected[one][row])
     assert counter.frame_count == 1
 
 
@@ -129,7 +134,7 @@ def test_a_dynamic_batch_compiles_once(
         with bank.use(names), torch.no_grad():
             logits = compiled(TOKENS[rows]).logits
         for position, (row, name) in enumerate(zip(rows, names, strict=True)):
-            torch.testing.assert_close(logits[position], expected[name][row], atol=1e-5, rtol=1e-5)
+            assert_same_logits(logits[position], expected[name][row])
     assert counter.frame_count == 1
 
 
@@ -256,7 +261,7 @@ def test_a_dropped_slot_keeps_nothing_of_its_adapter(
     assert all(not stack.any() for stack in state_of(bank)[3])
     bank.load("pirate", folders["pirate"])
     with bank.use(["pirate"] * 4):
-        torch.testing.assert_close(model(TOKENS).logits, expected["pirate"], atol=1e-5, rtol=1e-5)
+        assert_same_logits(model(TOKENS).logits, expected["pirate"])
 
 
 def test_an_adapter_in_use_cannot_be_dropped(bank: xlc.AdapterBank, folders: dict[str, Path]) -> None:
@@ -272,8 +277,8 @@ def test_an_inner_block_gives_way_to_the_outer_one(
     bank.load("pirate", folders["pirate"])
     with bank.use(["pirate"] * 4):
         with bank.use([None] * 4):
-            torch.testing.assert_close(model(TOKENS).logits, expected[None], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(model(TOKENS).logits, expected["pirate"], atol=1e-5, rtol=1e-5)
+            assert_same_logits(model(TOKENS).logits, expected[None])
+        assert_same_logits(model(TOKENS).logits, expected["pirate"])
 
 
 def test_an_error_in_the_block_ends_it(bank: xlc.AdapterBank, folders: dict[str, Path]) -> None:
@@ -316,7 +321,7 @@ def test_use_inside_inference_mode_and_then_outside(
             model(TOKENS)
     bank.load("haiku", folders["haiku"])
     with bank.use(["haiku"] * 4):
-        torch.testing.assert_close(model(TOKENS).logits, expected["haiku"], atol=1e-5, rtol=1e-5)
+        assert_same_logits(model(TOKENS).logits, expected["haiku"])
 
 
 def test_the_order_of_names_is_that_of_the_slots(bank: xlc.AdapterBank, folders: dict[str, Path]) -> None:

@@ -1,0 +1,120 @@
+"""The examples run, say what they should, and the real model's compiled graph is what we claim it is."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import padded_vocab
+import pytest
+import serve_many_adapters
+import smollm2
+import torch
+import train_adapters
+from safetensors import safe_open
+from torch._inductor.utils import run_and_get_code
+
+import xpu_lora_compile as xlc
+
+ADAPTERS = Path(serve_many_adapters.ADAPTERS)
+
+
+@pytest.fixture(autouse=True)
+def _library_warnings() -> object:
+    """What transformers and PEFT warn of is for the reader of the example."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.compiler.set_stance("default")
+
+
+def test_the_padded_vocabulary_is_settled_while_compiling(capsys: pytest.CaptureFixture[str]) -> None:
+    assert padded_vocab.main() == 0
+    printed = capsys.readouterr().out
+    assert "slice_size: wanted 51865" in printed
+    assert "0, 51865, True)" in printed
+    assert "51865 < 51904" in printed
+    assert "padded columns untouched: True" in printed
+
+
+@pytest.fixture(scope="module")
+def served() -> tuple[int, str, list[str]]:
+    """The main example: its exit status, what it printed, and the code that Inductor generated for it."""
+    torch._dynamo.reset()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setenv("COLUMNS", "120")
+        from rich.console import Console
+
+        recorder = Console(record=True, width=120)
+        patch.setattr(serve_many_adapters, "Console", lambda: recorder)
+        status, codes = run_and_get_code(serve_many_adapters.main)
+    torch.set_num_threads(threads)
+    return status, recorder.export_text(), codes
+
+
+def test_every_row_equals_peft_on_the_real_model(served: tuple[int, str, list[str]]) -> None:
+    status, printed, _ = served
+    assert status == 0, printed
+    assert "All 4 rows equal PEFT's greedy tokens" in printed
+    assert re.search(r"90 .*576 .*576 .*equal: expand", printed)
+    assert re.search(r"1 .*49152 .*49216 .*narrower: expand_slice", printed)
+    assert "1 graph compiled with LoRA" in printed
+
+
+def test_the_real_models_graph_copies_nothing_for_lora(served: tuple[int, str, list[str]]) -> None:
+    mixed, base = served[2]
+    assert mixed.count("torch.ops.xpu_lora.shrink.default(") == 211
+    assert mixed.count("torch.ops.xpu_lora.expand.default(") == 210
+    assert mixed.count("torch.ops.xpu_lora.expand_slice.default(") == 1
+    assert "bgmv" not in mixed
+    assert "xpu_lora" not in base
+    for copying in ("aten.clone", "aten.copy_", "aten._to_copy", ".contiguous("):
+        assert mixed.count(copying) == base.count(copying)
+    allocated = set(re.findall(r"empty_strided_cpu\(\((.*?)\)", mixed))
+    assert allocated
+    model = smollm2.load_model()
+    bank = xlc.attach(model, slots=4, max_rank=8, target_modules=serve_many_adapters.TARGETS, vocab_size=49152)
+    for path in bank.sites:
+        layer = model.get_submodule(path)
+        for stack in (layer.lora_a, layer.lora_b):
+            assert ", ".join(map(str, stack.shape)) not in allocated
+
+
+def test_padding_the_vocabulary_changes_no_token() -> None:
+    model, tokenizer = smollm2.load_model(), smollm2.load_tokenizer()
+    prompt = tokenizer(smollm2.chat_prompt(tokenizer, "What is tea?"), return_tensors="pt")
+    with torch.no_grad():
+        before = model(**prompt).logits
+        smollm2.pad_vocabulary(model, tokenizer)
+        after = model(**prompt).logits
+    assert (before.shape[-1], after.shape[-1]) == (49152, 49216)
+    assert torch.equal(after[..., :49152], before)
+    assert (after[..., 49152:].amax(-1) < before.amax(-1)).all()
+    assert tokenizer.pad_token_id == 49152
+
+
+def test_the_committed_adapters_are_small_and_hold_lora_alone() -> None:
+    folders = sorted(ADAPTERS.iterdir())
+    assert [folder.name for folder in folders] == ["haiku", "pirate", "telegram"]
+    assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) < 5_000_000
+    for folder in folders:
+        config = (folder / "adapter_config.json").read_text()
+        assert json.loads(config)["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            assert all(".lora_A." in name or ".lora_B." in name for name in file.keys())  # noqa: SIM118
+
+
+def test_an_adapter_can_be_trained_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["train_adapters.py", "--only", "pirate", "--steps", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    train_adapters.main()
+    bank = xlc.attach(smollm2.load_model(), slots=1, max_rank=8, target_modules=["q_proj", "v_proj"])
+    bank.load("pirate", tmp_path / "pirate")
+    assert bank.names == ("pirate",)
