@@ -10,4 +10,5 @@ import torch
 name = getattr(torch, '$XPU_LORA_TEST_DEVICE').get_device_name()
 print('torch', torch.__version__, 'on', name)
 "
-python3 -m pytest tests/ops tests/passes tests/test_backend.py tests/adapters/test_bank.py "$@"
+# The examples read a package of weights that such a machine may not have.
+python3 -m pytest --ignore=tests/test_examples.py "$@"
