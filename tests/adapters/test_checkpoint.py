@@ -29,8 +29,9 @@ from support.peft_folders import (
 from torch import Tensor
 
 from xpu_lora_compile.adapters import checkpoint
-from xpu_lora_compile.adapters.checkpoint import PICKLE_FILE, WEIGHTS_FILE, LoraWeights, Site, read_checkpoint
+from xpu_lora_compile.adapters.checkpoint import WEIGHTS_FILE, LoraWeights, Site, read_checkpoint
 from xpu_lora_compile.adapters.config import read_config
+from xpu_lora_compile.adapters.files import PICKLE_FILE
 from xpu_lora_compile.errors import (
     AdapterError,
     AdapterFileError,

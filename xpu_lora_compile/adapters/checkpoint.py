@@ -8,22 +8,18 @@ here knows the bank: a load that fails has touched nothing.
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from xpu_lora_compile.adapters.config import AdapterConfig, regular_file, shown
+from xpu_lora_compile.adapters.config import AdapterConfig
+from xpu_lora_compile.adapters.files import few, opened_safetensors, reading, shown
 from xpu_lora_compile.errors import (
-    AdapterFileError,
     AdapterShapeError,
     NonFiniteWeightError,
     RankError,
@@ -32,7 +28,6 @@ from xpu_lora_compile.errors import (
 )
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
 
 _DTYPES = ("F32", "BF16", "F16")
 _PARTS = {"linear": ("lora_A.weight", "lora_B.weight"), "embedding": ("lora_embedding_A", "lora_embedding_B")}
@@ -43,8 +38,6 @@ _KEY = re.compile(
     r"(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|base_layer\.weight|weight)"
 )
 _KEY_OF_A_LIVE_MODEL = re.compile(r".*\.lora_([AB]\.[^.]+\.weight|embedding_[AB]\.[^.]+)")
-# 200,000 tensors; safetensors itself takes 100 MB, and seconds to read them.
-_LARGEST_HEADER = 32 * 2**20
 _BASE_VALUES_AT_ONCE = 2**22
 
 _SAVE_AGAIN = "Save the adapter again with PEFT's save_pretrained()."
@@ -112,7 +105,7 @@ def read_checkpoint(
     targeted = {name: site for name, site in sites.items() if config.targets(name, plain_linear=_is_plain(site))}
     path = folder / WEIGHTS_FILE
     _check_ranks(path, config, targeted, max_rank)
-    with _opened(path) as file:
+    with opened_safetensors(path) as file:
         keys, base_copies = _sorted_by_module(path, file.keys(), config, sites, targeted, base_weights)
         for name, site in targeted.items():
             _check_shapes(path, file, keys[name], site, config.rank(name))
@@ -137,43 +130,7 @@ def _check_ranks(path: Path, config: AdapterConfig, targeted: Iterable[str], max
     if too_high := [f"{name} (rank {rank})" for name, rank in ranks.items() if rank > max_rank]:
         highest = max(ranks.values())
         remedy = f"Give the bank max_rank={highest}, or train the adapter with a lower rank."
-        raise RankError(str(path.parent), f"a rank of at most {max_rank}", _few(too_high), remedy)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    _check_is_there(path)
-    with _reading(path), path.open("rb") as raw:
-        length = int.from_bytes(raw.read(8), "little")
-        # A shorter file, and a length beyond the file's end, are refused by safetensors below.
-        if length > _LARGEST_HEADER:
-            raise ValueError(f"its header claims {length} bytes; at most {_LARGEST_HEADER} are read")
-        file = safe_open(path, framework="pt", device="cpu")
-        # The header is JSON now, of safe depth. Where a name comes twice, readers differ in which tensor they take.
-        names = json.loads(raw.read(length), object_pairs_hook=lambda pairs: [name for name, _ in pairs])
-        if repeated := [name for name, times in Counter(names).items() if times > 1]:
-            raise ValueError(f"these names come more than once: {_few(repeated)}")
-    with file as opened:
-        yield opened
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        remedy = "Copy or download the file again; it is damaged, or not what PEFT wrote."
-        raise AdapterFileError(str(path), "a well-formed safetensors file", str(error), remedy) from error
-
-
-def _check_is_there(path: Path) -> None:
-    remedy = "Give the folder that PEFT's save_pretrained() wrote."
-    if (path.parent / PICKLE_FILE).exists() and not path.exists():
-        remedy = (
-            f"There is only {PICKLE_FILE}, a pickle, which can run any code when it is read, so it is not. "
-            "If you trust it: load it with PEFT's PeftModel.from_pretrained() and call save_pretrained()."
-        )
-    regular_file(path, remedy)
+        raise RankError(str(path.parent), f"a rank of at most {max_rank}", few(too_high), remedy)
 
 
 def _sorted_by_module(
@@ -205,7 +162,7 @@ def _sorted_by_module(
     wanted = [(name, part) for name, site in targeted.items() for part in _PARTS[site.kind]]
     if missing := [f"{name}.{part}" for name, part in wanted if (name, part) not in found]:
         remedy = f"adapter_config.json targets these modules, so the file is incomplete. {_SAVE_AGAIN}"
-        raise UnmatchedTensorError(str(path), "A and B for every targeted module", f"no {_few(missing)}", remedy)
+        raise UnmatchedTensorError(str(path), "A and B for every targeted module", f"no {few(missing)}", remedy)
     parts = {name: tuple(found[name, part] for part in _PARTS[site.kind]) for name, site in targeted.items()}
     return parts, base_copies
 
@@ -216,7 +173,7 @@ def _unmatched(
     uncovered = [name for name in strangers.values() if name and name not in sites and config.targets(name)]
     if uncovered:
         remedy = (
-            f"The adapter targets {_few(dict.fromkeys(uncovered))}, which this bank does not cover: "
+            f"The adapter targets {few(dict.fromkeys(uncovered))}, which this bank does not cover: "
             "attach it to them too with xlc.attach(model, target_modules=...), or use the model it was trained on."
         )
     elif any(_KEY_OF_A_LIVE_MODEL.fullmatch(key) for key in strangers):
@@ -225,7 +182,7 @@ def _unmatched(
     else:
         remedy = f"adapter_config.json does not account for them, so PEFT would not use them. {_SAVE_AGAIN}"
     wanted = "only lora_A and lora_B of modules that the adapter targets and the bank covers"
-    return UnmatchedTensorError(str(path), wanted, _few(strangers), remedy)
+    return UnmatchedTensorError(str(path), wanted, few(strangers), remedy)
 
 
 def _check_shapes(path: Path, file: Any, keys: tuple[str, ...], site: Site, rank: int) -> None:
@@ -240,7 +197,7 @@ def _check_shapes(path: Path, file: Any, keys: tuple[str, ...], site: Site, rank
 
 def _check_shape(path: Path, file: Any, key: str, wanted: tuple[int, int], rank: int, token_axis: int | None) -> None:
     where = f"{path}: {key}"
-    with _reading(path):
+    with reading(path):
         header = file.get_slice(key)
         shape, dtype = header.get_shape(), header.get_dtype()
     text = ", ".join(f"at most {size}" if axis == token_axis else str(size) for axis, size in enumerate(wanted))
@@ -257,14 +214,14 @@ def _check_shape(path: Path, file: Any, key: str, wanted: tuple[int, int], rank:
 
 
 def _check_base_copy(path: Path, file: Any, key: str, weight: Tensor) -> None:
-    with _reading(path):
+    with reading(path):
         copy = file.get_slice(key)
         shape, dtype = copy.get_shape(), copy.get_dtype()
     fits = len(shape) == 2 and shape[1] == weight.shape[1] and dtype in _DTYPES
     # An embedding may be gigabytes: some rows at a time, and none after the first that differ.
     step = max(1, _BASE_VALUES_AT_ONCE // weight.shape[1])
     for start in range(0, shape[0] if fits else 0, step):
-        with _reading(path):
+        with reading(path):
             rows = copy[start : start + step]
         own = weight.detach()[start : start + len(rows)]
         rows = rows.to(own.device)
@@ -283,7 +240,7 @@ def _check_base_copy(path: Path, file: Any, key: str, weight: Tensor) -> None:
 
 
 def _read_finite(path: Path, file: Any, key: str, scaling: float, dtype: torch.dtype) -> Tensor:
-    with _reading(path):
+    with reading(path):
         # A copy, even of float32: what safetensors returns may be the file itself, mapped into memory.
         tensor: Tensor = file.get_tensor(key).to(torch.float32, copy=True)
     where = f"{path}: {key}"
@@ -295,10 +252,3 @@ def _read_finite(path: Path, file: Any, key: str, scaling: float, dtype: torch.d
         remedy = "Use a bank with a wider dtype, such as torch.bfloat16, or train with a smaller lora_alpha."
         raise NonFiniteWeightError(where, f"values that {dtype} can hold", got, remedy)
     return tensor
-
-
-def _few(names: Iterable[str]) -> str:
-    """Name the first three, and count the rest."""
-    names = list(names)
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(name if len(name) < 200 else shown(name) for name in names[:3]) + rest

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import reprlib
-import stat
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from xpu_lora_compile.adapters.files import regular_file, shown
 from xpu_lora_compile.errors import AdapterFileError, UnsupportedAdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -147,25 +145,6 @@ def read_config(folder: Path) -> AdapterConfig:
     if config.layers_pattern and not config.layers_to_transform:
         raise fields.refusal("layers_pattern", "no pattern, where layers_to_transform is not set")
     return config
-
-
-def regular_file(path: Path, remedy: str) -> os.stat_result:
-    """Stop unless `path` is a regular file: a pipe would be waited for without end, and a device has no end."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError) as error:
-        # A symbolic link to itself, and a NUL in the name, are told apart by the text of the error.
-        raise AdapterFileError(str(path), "a file that can be read", str(error), remedy) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise AdapterFileError(str(path), "a regular file", stat.filemode(status.st_mode), remedy)
-    return status
-
-
-def shown(value: object) -> str:
-    """Return the value as it would be written in Python, cut short: a file may hold anything."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 100
-    return short.repr(value)
 
 
 @dataclass(frozen=True)
