@@ -96,9 +96,10 @@ def test_the_generated_code_calls_the_internal_op_and_copies_nothing(model: Mode
         ({"options": {"xpu_lora.exec": "eager"}}, "Did you mean 'xpu_lora.execute'"),
         ({"options": {"xpu_lora.execute": "ptxas"}}, "wanted 'inductor' or 'eager'; got 'ptxas'"),
         ({"options": {"max_autotune": "yes"}}, "got str should be bool"),
+        ({"options": {"xpu_lora.execute": "eager", "max_autotune": True}}, "no mode and no options of Inductor"),
         ({"mode": "reduce-overheads"}, "Did you mean 'reduce-overhead'"),
     ],
-    ids=["unknown", "ours-misspelt", "value", "type", "mode"],
+    ids=["unknown", "ours-misspelt", "value", "type", "eager-and-more", "mode"],
 )
 def test_a_wrong_option_names_the_right_one(model: Model, call: dict[str, Any], message: str) -> None:
     with pytest.raises(BackendCompilerFailed, match="OptionError") as failure:
@@ -109,6 +110,16 @@ def test_a_wrong_option_names_the_right_one(model: Model, call: dict[str, Any], 
 def test_inductor_options_refuses_what_inductor_does_not_know() -> None:
     with pytest.raises(xlc.LoraError, match="Did you mean 'epilogue_fusion'"):
         xlc.inductor_options({"epilog_fusion": True})
+    with pytest.raises(xlc.LoraError, match="Use backend="):
+        xlc.inductor_options({"xpu_lora.execute": "eager"})
+    with pytest.raises(xlc.LoraError, match="a dict of names and values"):
+        xlc.inductor_options(5)  # type: ignore[arg-type]
+
+
+def test_rewrite_refuses_what_holds_no_graph(model: Model) -> None:
+    for wrong in (None, model, torch.fx.Graph()):
+        with pytest.raises(xlc.LoraError, match="a GraphModule or an ExportedProgram"):
+            xlc.rewrite(wrong)  # type: ignore[arg-type]
 
 
 class Count(CustomGraphPass):

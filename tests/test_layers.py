@@ -126,6 +126,19 @@ def test_a_gradient_reaches_the_inputs_and_not_the_bank(tmp_path: Path) -> None:
     assert layer.lora_a.grad is None
 
 
+def hooked(model: nn.Module) -> nn.Module:
+    """A forward on the instance, as accelerate puts it there."""
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.forward = layer.forward
+    return model
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    return model
+
+
 class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -144,14 +157,43 @@ class Odd(nn.Module):
         (tiny_llama(), {"slots": 0}, "slots: wanted an integer of at least 1; got 0"),
         (tiny_llama(), {"max_rank": 1.5}, "max_rank: wanted an integer of at least 1; got 1.5"),
         (tiny_llama(), {"vocab_size": -1}, "vocab_size"),
+        (tiny_llama(), {"dtype": torch.int32}, "float32, bfloat16 or float16"),
+        (tiny_llama(), {"target_modules": None}, "a list of names or a string"),
+        (hooked(tiny_llama()), {}, r"layers.0.self_attn.q_proj \(Linear\)"),
+        (quantized(tiny_llama()), {}, "no quantized weight"),
     ],
-    ids=["nothing", "regex", "container", "attention", "norm", "slots", "rank", "vocabulary"],
+    ids=[
+        *("nothing", "regex", "container", "attention", "norm", "slots", "rank", "vocabulary"),
+        *("dtype", "target", "hooked", "quantized"),
+    ],
 )
 def test_what_cannot_carry_lora_is_refused(model: nn.Module, call: dict[str, object], message: str) -> None:
     kinds = [type(module) for module in model.modules()]
     with pytest.raises(AttachError, match=message):
         xlc.attach(model, **call)
     assert [type(module) for module in model.modules()] == kinds
+
+
+def test_an_attach_that_runs_out_of_memory_changes_nothing() -> None:
+    model = tiny_llama()
+    with pytest.raises(RuntimeError):
+        xlc.attach(model, slots=10**13)
+    assert not any(isinstance(module, LoraLinear | LoraEmbedding) for module in model.modules())
+    xlc.attach(model)
+
+
+def test_attached_in_inference_mode_and_loaded_outside(tmp_path: Path) -> None:
+    model = tiny_llama()
+    with torch.inference_mode():
+        bank = xlc.attach(model, target_modules=["q_proj"])
+    bank.load("a", save_adapter(tmp_path / "a", target_modules=["q_proj"]))
+
+
+def test_a_layer_is_called_by_keyword_as_before() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Embedding(3, 4))
+    xlc.attach(model, target_modules=["0", "1"])
+    assert model[0](input=torch.ones(1, 6)).shape == (1, 5)
+    assert model[1](input=torch.tensor([1])).shape == (1, 4)
 
 
 def test_attaching_twice_is_refused() -> None:

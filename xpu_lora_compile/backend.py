@@ -50,12 +50,19 @@ def xpu_lora(
     Raises:
         OptionError: an unknown mode or option, or a value of the wrong type.
     """
-    options = dict(options or {})
+    options = dict(_checked_type(options or {}))
     execute = options.pop("xpu_lora.execute", "inductor")
     if execute not in OPTIONS["xpu_lora.execute"]:
         values = " or ".join(map(repr, OPTIONS["xpu_lora.execute"]))
         raise OptionError("option xpu_lora.execute", values, repr(execute), "Leave it out for Inductor.")
     config = _checked_config(mode, options)
+    if execute == "eager" and config:
+        raise OptionError(
+            "option xpu_lora.execute",
+            "no mode and no options of Inductor beside 'eager', which does without Inductor",
+            ", ".join(config),
+            "Leave out one or the other.",
+        )
     rewrite(graph_module)
     if execute == "eager":
         return graph_module.forward
@@ -80,7 +87,7 @@ def inductor_options(options: dict[str, Any] | None = None) -> dict[str, Any]:
     Raises:
         OptionError: an unknown option, or a value of the wrong type.
     """
-    config = _checked_config(None, dict(options or {}))
+    config = _checked_config(None, options or {})
     config["pre_grad_custom_pass"] = in_slot("pre_grad_custom_pass", RewritePass(), config)
     config["post_grad_custom_pre_pass"] = in_slot("post_grad_custom_pre_pass", CacheKey(), config)
     return config
@@ -133,13 +140,21 @@ def _checked_config(mode: str | None, options: dict[str, Any]) -> dict[str, Any]
     if mode is not None and mode not in mode_names():
         raise OptionError("mode", f"one of {', '.join(mode_names())}", repr(mode), _nearest(mode, mode_names()))
     names = [*option_names(), *OPTIONS]
-    for name in options:
+    for name in _checked_type(options):
+        if name in OPTIONS:
+            raise OptionError("options", "options of Inductor", repr(name), 'Use backend="xpu_lora" for this one.')
         if name.replace("-", "_") not in names:
             raise OptionError("options", "an option of Inductor or of xpu_lora", repr(name), _nearest(name, names))
     try:
         return config_of(mode, options)
     except RuntimeError as error:
         raise OptionError("options", "values of the right types", str(options), str(error)) from error
+
+
+def _checked_type(options: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(options, dict) and all(isinstance(name, str) for name in options):
+        return options
+    raise OptionError("options", "a dict of names and values", repr(options), "Pass names as strings.")
 
 
 def _nearest(name: str, names: list[str]) -> str:

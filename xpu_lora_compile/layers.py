@@ -46,27 +46,34 @@ def attach(
         AttachError: nothing matches, a module that matches is of a kind that carries no LoRA, LoRA is attached
             already, or a number is below 1.
     """
-    for name, number in (("slots", slots), ("max_rank", max_rank), ("vocab_size", vocab_size)):
-        if number is not None and (type(number) is not int or number < 1):
-            raise AttachError(f"attach: {name}", "an integer of at least 1", repr(number), "Correct the call.")
-    if any(isinstance(module, LoraLinear | LoraEmbedding) for module in model.modules()):
-        raise AttachError("attach", "a model without LoRA", "one that has it", "Call `bank.detach()` first.")
+    _check_arguments(
+        model, target_modules, exclude_modules, dtype, slots=slots, max_rank=max_rank, vocab_size=vocab_size
+    )
     head = _output_embedding(model)
     modules = _find_targets(model, head, target_modules, exclude_modules)
+    sites = {
+        name: Site("embedding", module.num_embeddings, module.embedding_dim, padded=True)
+        if isinstance(module, nn.Embedding)
+        else Site("linear", module.in_features, (module is head and vocab_size) or module.out_features, module is head)
+        for name, module in modules.items()
+    }
+    # All memory is taken before the first module changes.
+    stacks = {name: _empty_stacks(module, sites[name], slots, max_rank, dtype) for name, module in modules.items()}
     routing = Routing()
     layers: dict[str, LoraLinear | LoraEmbedding] = {}
     for name, module in modules.items():
-        if isinstance(module, nn.Embedding):
-            layers[name] = LoraEmbedding.convert(module, routing, slots, max_rank, dtype)
-        else:
-            rows = vocab_size if module is head and vocab_size else module.out_features
-            layers[name] = LoraLinear.convert(module, routing, slots, max_rank, rows, module is head, dtype)
+        kind = LoraEmbedding if isinstance(module, nn.Embedding) else LoraLinear
+        module.__class__ = kind
+        layers[name] = cast("LoraLinear | LoraEmbedding", module)
+        layers[name].lora_site, layers[name].lora_routing = sites[name], routing
+        for buffer, stack in stacks[name].items():
+            module.register_buffer(buffer, stack, persistent=False)
     embeddings = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and module is head)
     }
-    return AdapterBank(layers, embeddings, routing, slots, max_rank)
+    return AdapterBank(model, layers, embeddings, routing, slots, max_rank)
 
 
 class LoraLinear(nn.Linear):
@@ -75,41 +82,24 @@ class LoraLinear(nn.Linear):
     Buffers: `lora_a` `[K, R, D]`, `lora_b` `[K, W, R]`, with scaling folded into B; a free slot is all zeros.
     """
 
-    site: Site
+    lora_site: Site
     lora_routing: Routing
     lora_a: Tensor
     lora_b: Tensor
 
-    @staticmethod
-    def convert(
-        module: nn.Linear,
-        routing: Routing,
-        slots: int,
-        rank: int,
-        rows: int,
-        is_head: bool,
-        dtype: torch.dtype | None,
-    ) -> LoraLinear:
-        """Change the module's class, and give it empty slots with W = rows."""
-        module.__class__ = LoraLinear
-        layer = cast("LoraLinear", module)
-        layer.site = Site("linear", layer.in_features, rows, padded=is_head)
-        layer.lora_routing = routing
-        _add_stack(layer, "lora_a", (slots, rank, layer.in_features), dtype)
-        _add_stack(layer, "lora_b", (slots, rows, rank), dtype)
-        return layer
-
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, for calls by keyword
         """The base layer's output, with each row's adapter added while a `bank.use` block runs."""
-        base = super().forward(inputs)
-        indices = self.lora_routing.rows_of(inputs, features=1)
+        base = super().forward(input)
+        indices = self.lora_routing.rows_of(input, features=1)
         if indices is None:
             return base
-        output, rows = base.view(-1, base.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
+        output, rows = base.view(-1, base.shape[-1]), input.reshape(-1, input.shape[-1])
         if torch.is_grad_enabled():
             columns = min(self.lora_b.shape[1], output.shape[1])
             return lora_linear(output, rows, [self.lora_a], [self.lora_b[:, :columns]], indices, [0]).view_as(base)
-        hidden = rows.new_empty(rows.shape[0], self.lora_a.shape[1], dtype=torch.float32)
+        hidden = rows.new_empty(
+            rows.shape[0], self.lora_a.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32)
+        )
         bgmv_shrink(hidden, rows, self.lora_a, indices)
         bgmv_expand(output, hidden, self.lora_b, indices)
         return base
@@ -130,32 +120,19 @@ class LoraEmbedding(nn.Embedding):
     Buffers: `lora_a` `[K, V, R]`, one row a token; `lora_b` `[K, W, R]`, with scaling folded in.
     """
 
-    site: Site
+    lora_site: Site
     lora_routing: Routing
     lora_a: Tensor
     lora_b: Tensor
 
-    @staticmethod
-    def convert(
-        module: nn.Embedding, routing: Routing, slots: int, rank: int, dtype: torch.dtype | None
-    ) -> LoraEmbedding:
-        """Change the module's class, and give it empty slots."""
-        module.__class__ = LoraEmbedding
-        layer = cast("LoraEmbedding", module)
-        layer.site = Site("embedding", layer.num_embeddings, layer.embedding_dim, padded=True)
-        layer.lora_routing = routing
-        _add_stack(layer, "lora_a", (slots, layer.num_embeddings, rank), dtype)
-        _add_stack(layer, "lora_b", (slots, layer.embedding_dim, rank), dtype)
-        return layer
-
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, for calls by keyword
         """The base layer's output, with each row's adapter added while a `bank.use` block runs."""
-        base = super().forward(inputs)
-        indices = self.lora_routing.rows_of(inputs, features=0)
+        base = super().forward(input)
+        indices = self.lora_routing.rows_of(input, features=0)
         if indices is None:
             return base
         # A row without an adapter may read any slot: the op below drops what it computed.
-        hidden = self.lora_a[indices.clamp(min=0), inputs.reshape(-1)]
+        hidden = self.lora_a[indices.clamp(min=0), input.reshape(-1)]
         bgmv_expand(base.view(-1, base.shape[-1]), hidden, self.lora_b, indices)
         return base
 
@@ -169,16 +146,43 @@ class LoraEmbedding(nn.Embedding):
         self.lora_b[slot, :, : b.shape[1]].copy_(b)
 
 
-def _add_stack(module: nn.Linear | nn.Embedding, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
-    weight = module.weight
-    zeros = torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device)
-    module.register_buffer(name, zeros, persistent=False)
+def _empty_stacks(
+    module: nn.Linear | nn.Embedding, site: Site, slots: int, rank: int, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Zeros for A and B of every slot, beside the module's weight."""
+    a = (rank, site.in_features) if site.kind == "linear" else (site.in_features, rank)
+    shapes = {"lora_a": (slots, *a), "lora_b": (slots, site.out_features, rank)}
+    # A buffer made in inference mode could not be written outside of it.
+    with torch.inference_mode(False):
+        return {
+            name: torch.zeros(shape, dtype=dtype or module.weight.dtype, device=module.weight.device)
+            for name, shape in shapes.items()
+        }
 
 
 def _remove(module: nn.Module, former: type[nn.Module]) -> None:
-    for name in ("lora_a", "lora_b", "lora_routing", "site"):
+    for name in ("lora_a", "lora_b", "lora_routing", "lora_site"):
         delattr(module, name)
     module.__class__ = former
+
+
+def _check_arguments(
+    model: nn.Module, target_modules: object, exclude_modules: object, dtype: torch.dtype | None, **numbers: int | None
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise AttachError("attach: model", "a torch.nn.Module", type(model).__name__, "Pass the model itself.")
+    for name, number in numbers.items():
+        if number is not None and (type(number) is not int or number < 1):
+            raise AttachError(f"attach: {name}", "an integer of at least 1", repr(number), "Correct the call.")
+    for name, rule in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
+        if not isinstance(rule, str | list | tuple | set | frozenset):
+            raise AttachError(f"attach: {name}", "a list of names or a string", repr(rule), "Correct the call.")
+        if isinstance(rule, str) and (problem := pattern_problem(rule)):
+            raise AttachError(f"attach: {name}", "a regular expression", f"{rule!r}: {problem}", "Correct it.")
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise AttachError("attach: dtype", "float32, bfloat16 or float16", str(dtype), "Leave it out for the model's.")
+    if any(isinstance(module, LoraLinear | LoraEmbedding) for module in model.modules()):
+        raise AttachError("attach", "a model without LoRA", "one that has it", "Call `bank.detach()` first.")
 
 
 def _output_embedding(model: nn.Module) -> nn.Linear | None:
@@ -191,9 +195,6 @@ def _output_embedding(model: nn.Module) -> nn.Linear | None:
 def _find_targets(
     model: nn.Module, head: nn.Module | None, target_modules: Rule, exclude_modules: Rule
 ) -> dict[str, nn.Linear | nn.Embedding]:
-    for rule in (target_modules, exclude_modules):
-        if isinstance(rule, str) and (problem := pattern_problem(rule)):
-            raise AttachError("attach", "a regular expression", f"{rule!r}: {problem}", "Correct the pattern.")
     matched = {
         name: module
         for name, module in model.named_modules()
@@ -204,12 +205,13 @@ def _find_targets(
             plain_linear=isinstance(module, nn.Linear) and module is not head,
         )
     }
-    # A subclass may compute something else in its forward, or be read by its parent without being called.
+    # A subclass, or a forward that was put on the instance (by hooks of accelerate, say), may compute something else,
+    # or the parent may read the weight without a call.
     strangers = [f"{name} ({type(module).__name__})" for name, module in matched.items() if not _is_plain(module)]
     if strangers:
         raise AttachError(
             "attach: target_modules",
-            "modules that are exactly nn.Linear or nn.Embedding",
+            "plain nn.Linear or nn.Embedding modules: no subclass, no quantized weight, no hooked forward",
             ", ".join(strangers),
             "Leave them out with exclude_modules.",
         )
@@ -225,4 +227,10 @@ def _find_targets(
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, nn.Embedding)
+    return (
+        type(module) in (nn.Linear, nn.Embedding)
+        and "forward" not in vars(module)
+        and isinstance(module.weight, Tensor)
+        and module.weight.is_floating_point()
+        and not hasattr(module, "lora_a")
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import shutil
 import threading
@@ -14,6 +15,7 @@ from support.cases import DEVICE
 from support.peft_folders import CASES, edited_weights, loaded_by_peft, save_adapter, tiny_llama
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile import errors
@@ -238,7 +240,7 @@ def test_an_unknown_adapter_is_refused(names: list[str], unchanged: xlc.AdapterB
         unchanged.drop("nobody")
 
 
-@pytest.mark.parametrize("names", ["haiku", [], None])
+@pytest.mark.parametrize("names", ["haiku", [], None, 5, {"haiku"}, torch.tensor([1])], ids=str)
 def test_names_that_are_no_list_are_refused(names: object, unchanged: xlc.AdapterBank) -> None:
     with pytest.raises(errors.BatchError, match="a list with a name"), unchanged.use(names):  # type: ignore[arg-type]
         pass
@@ -310,6 +312,95 @@ def test_only_one_thread_can_use_the_bank_while_another_may_load(
     other_again.start()
     other_again.join()
     assert seen == [errors.BankInUseError, None]
+
+
+def test_two_tasks_of_one_thread_do_not_share_the_bank(
+    model: nn.Module, bank: xlc.AdapterBank, folders: dict[str, Path], expected: dict[str | None, Tensor]
+) -> None:
+    for name in ("pirate", "haiku"):
+        bank.load(name, folders[name])
+
+    async def serve(name: str) -> Tensor:
+        with bank.use([name] * 4):
+            await asyncio.sleep(0)
+            return model(TOKENS).logits
+
+    async def both() -> list[object]:
+        return await asyncio.gather(serve("pirate"), serve("haiku"), return_exceptions=True)
+
+    first, second = asyncio.run(both())
+    assert_same_logits(first, expected["pirate"])
+    assert isinstance(second, errors.BankInUseError)
+    with bank.use(["haiku"] * 4):
+        assert_same_logits(model(TOKENS).logits, expected["haiku"])
+
+
+def test_blocks_that_close_out_of_order_protect_what_is_still_in_use(
+    bank: xlc.AdapterBank, folders: dict[str, Path]
+) -> None:
+    for name in ("pirate", "haiku"):
+        bank.load(name, folders[name])
+    first, second = bank.use(["pirate"]), bank.use(["haiku"])
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with pytest.raises(errors.BankInUseError, match="haiku"):
+        bank.drop("haiku")
+    bank.drop("pirate")
+    second.__exit__(None, None, None)
+    bank.drop("haiku")
+
+
+def test_a_block_that_cannot_open_leaves_the_bank_as_it_was(
+    model: nn.Module, bank: xlc.AdapterBank, folders: dict[str, Path], expected: dict[str | None, Tensor]
+) -> None:
+    bank.load("pirate", folders["pirate"])
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(errors.AdapterError, match="FakeTensor"):
+        bank.use(["pirate"] * 4).__enter__()
+    with torch.device("meta"), bank.use(["pirate"] * 4):
+        pass
+    with bank.use(["pirate"] * 4):
+        assert_same_logits(model(TOKENS).logits, expected["pirate"])
+    bank.detach()
+
+
+def test_a_load_that_was_interrupted_leaves_nothing_in_the_slot(
+    model: nn.Module,
+    bank: xlc.AdapterBank,
+    folders: dict[str, Path],
+    expected: dict[str | None, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[1].mlp.down_proj, "store", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            bank.load("telegram", folders["telegram"])
+    assert bank.names == ()
+    bank.load("pirate", folders["pirate"])
+    with bank.use(["pirate"] * 4):
+        assert_same_logits(model(TOKENS).logits, expected["pirate"])
+
+
+def test_a_module_that_was_replaced_or_hooked_is_noticed(
+    model: nn.Module, bank: xlc.AdapterBank, folders: dict[str, Path]
+) -> None:
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.forward = layer.forward
+    with pytest.raises(errors.AdapterError, match=r"q_proj.*forward was replaced"):
+        bank.detach()
+    del layer.forward
+    model.lm_head = nn.Linear(32, 70)
+    with pytest.raises(errors.AdapterError, match="lm_head"):
+        bank.load("pirate", folders["pirate"])
+
+
+@pytest.mark.parametrize("folder", [None, 5, b"/tmp"])
+def test_a_folder_that_is_no_path_is_refused(folder: object, unchanged: xlc.AdapterBank) -> None:
+    with pytest.raises(errors.AdapterError, match="path of a PEFT folder"):
+        unchanged.load("pirate", folder)  # type: ignore[arg-type]
 
 
 def test_use_inside_inference_mode_and_then_outside(

@@ -360,3 +360,29 @@ def _error_of(function: Callable[[], object]) -> LoraError:
     with pytest.raises(LoraError) as caught:
         function()
     return caught.value
+
+
+@mutating
+def test_an_output_whose_elements_share_memory_is_refused(op: str) -> None:
+    call = build(op, Case(H=10))
+    call.args["output_tensor"] = torch.zeros(1, 10, device=DEVICE).expand(5, 10)
+    with pytest.raises(ShapeError, match=r"output_tensor: wanted .* own memory"):
+        call.run()
+
+
+@mutating
+def test_a_sparse_operand_is_refused(op: str) -> None:
+    call = build(op, Case(H=10))
+    call.args["inputs"] = call.args["inputs"].float().to_sparse()
+    with pytest.raises(ContractError, match="inputs: wanted a dense tensor"):
+        call.run()
+
+
+@mutating
+def test_a_view_of_a_leaf_that_needs_a_gradient_is_not_changed_in_place(op: str) -> None:
+    call = build(op, Case(H=10))
+    leaf = torch.zeros(5, 10, device=DEVICE, requires_grad=True)
+    call.args["output_tensor"] = leaf.view(5, 10)
+    with pytest.raises(LostGradientError, match="leaf"):
+        call.run()
+    assert torch.count_nonzero(leaf) == 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Protocol
 
@@ -58,7 +60,7 @@ class Routing:
 class Layer(Protocol):
     """What a layer that carries LoRA offers to its bank."""
 
-    site: Site
+    lora_site: Site
     lora_a: Tensor
     lora_b: Tensor
 
@@ -69,21 +71,30 @@ class Layer(Protocol):
         """Become again the module it was before LoRA."""
 
 
+class Block:
+    """One `use` block that is open: the names for the batch."""
+
+    def __init__(self, names: list[str | None]) -> None:
+        self.names = names
+
+
 class AdapterBank:
     """The adapters of one model: loaded, dropped and put to use while it serves, without recompiling.
 
     Made by `xpu_lora_compile.attach`. A call that fails leaves the bank as it was. Adapters may be loaded and dropped
-    by one thread while another is inside a `use` block; only one thread at a time can be.
+    by one thread while another is inside a `use` block.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         layers: Mapping[str, Layer],
         embeddings: Mapping[str, nn.Embedding | nn.Linear],
         routing: Routing,
         slots: int,
         max_rank: int,
     ) -> None:
+        self._model = model
         self._layers = dict(layers)
         # The model's input and output embeddings: PEFT saves copies of them beside an adapter.
         self._embeddings = dict(embeddings)
@@ -92,8 +103,9 @@ class AdapterBank:
         self._max_rank = max_rank
         # One tensor for each size of batch, so that its address stays the same for captured graphs.
         self._batches: dict[tuple[int, torch.device], Tensor] = {}
-        self._in_use: list[Sequence[str | None]] = []
-        self._user: int | None = None
+        self._blocks: list[Block] = []
+        # The innermost block of this thread or asyncio task; others start without one.
+        self._mine: ContextVar[Block | None] = ContextVar("mine", default=None)
         self._lock = threading.RLock()
 
     @property
@@ -104,9 +116,9 @@ class AdapterBank:
     @property
     def sites(self) -> dict[str, Site]:
         """The modules that carry LoRA, by name, with the sizes that an adapter must fit."""
-        return {name: layer.site for name, layer in self._layers.items()}
+        return {name: layer.lora_site for name, layer in self._layers.items()}
 
-    def load(self, name: str, folder: str | Path) -> None:
+    def load(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Put the adapter of a PEFT folder into a free slot.
 
         Args:
@@ -116,32 +128,25 @@ class AdapterBank:
         Raises:
             AdapterError: the name is taken or no slot is free, or the adapter does not fit; the subclass says which.
         """
+        if not isinstance(folder, str | os.PathLike):
+            raise AdapterError(f"load {name!r}", "the path of a PEFT folder", repr(folder), "Pass a string or a Path.")
         with self._lock:
-            self._check_attached()
-            if not isinstance(name, str) or not name:
-                raise AdapterError("load", "a name for the adapter", repr(name), "Pass a string that is not empty.")
-            if name in self._slots:
-                raise DuplicateAdapterError(
-                    f"load {name!r}", "a name that is free", "one in the bank", "Drop it first, or choose another."
-                )
-            if None not in self._slots:
-                raise NoFreeSlotError(
-                    f"load {name!r}",
-                    "a free slot",
-                    f"{len(self._slots)} slots, all taken by {', '.join(self.names)}",
-                    "Drop an adapter, or attach with more slots.",
-                )
-            slot = self._slots.index(None)
-            # Everything that can be wrong is found while reading; only then is the slot written.
-            stored_in = {layer.lora_a.dtype for layer in self._layers.values()}
-            weights = read_checkpoint(
-                Path(folder),
-                read_config(Path(folder)),
-                self.sites,
-                {path: embedding.weight for path, embedding in self._embeddings.items()},
-                self._max_rank,
-                min(stored_in, key=lambda dtype: torch.finfo(dtype).max),
-            )
+            self._free_slot(name)
+        # Everything that can be wrong is found while reading, when nobody waits for the lock.
+        dtypes = {layer.lora_a.dtype for layer in self._layers.values()}
+        weights = read_checkpoint(
+            Path(folder),
+            read_config(Path(folder)),
+            self.sites,
+            {path: embedding.weight for path, embedding in self._embeddings.items()},
+            self._max_rank,
+            min(dtypes, key=lambda dtype: torch.finfo(dtype).max),
+        )
+        with self._lock:
+            # Another thread may have been faster.
+            slot = self._free_slot(name)
+            # First, since an earlier load may have been interrupted half-way.
+            self._clear(slot)
             with torch.no_grad():
                 for site, pair in weights.items():
                     self._layers[site].store(slot, pair.a, pair.b)
@@ -152,23 +157,23 @@ class AdapterBank:
 
         Raises:
             UnknownAdapterError: the bank has no such adapter.
-            BankInUseError: a `use` block that is running names it.
+            BankInUseError: a `use` block that is open names it.
         """
         with self._lock:
             slot = self._slot_of(name)
-            if any(name in names for names in self._in_use):
+            if any(name in block.names for block in self._blocks):
                 raise BankInUseError(
                     f"drop {name!r}", "an adapter that is not in use", "one that is", "Drop it after the `use` block."
                 )
-            with torch.no_grad():
-                for layer in self._layers.values():
-                    layer.lora_a[slot].zero_()
-                    layer.lora_b[slot].zero_()
+            self._clear(slot)
             self._slots[slot] = None
 
     @contextmanager
     def use(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Have each sequence of the batch answered by its own adapter while the block runs.
+        """Have each sequence of the batch answered by its own adapter while the block is open.
+
+        The model belongs to the block: run it from this thread or asyncio task alone, and run a backward pass before
+        the block ends. Blocks may be nested; the inner one counts.
 
         Args:
             names: for each sequence of the batch (the first dimension of the model's inputs) an adapter's name, or
@@ -176,58 +181,97 @@ class AdapterBank:
 
         Raises:
             UnknownAdapterError: the bank has no adapter of a name.
-            BankInUseError: another thread is inside a `use` block.
-            BatchError: no names; and, when the model runs, as many names as there are sequences are wanted.
+            BankInUseError: another thread or task is inside a `use` block.
+            BatchError: no list, or an empty one. The model raises it too, where the batch has another size.
         """
-        with self._lock:
-            self._check_attached()
-            if isinstance(names, str) or not names:
-                raise BatchError(
-                    "use", "a list with a name, or None, for each sequence", repr(names), "Write `use(['pirate'])`."
-                )
-            if self._user not in (None, threading.get_ident()):
-                raise BankInUseError(
-                    "use", "a bank that no other thread uses", "a `use` block in another thread", "Wait for its end."
-                )
-            names = list(names)
-            for name in names:
-                if name is not None:
-                    self._slot_of(name)
-            self._in_use.append(names)
-            self._user = threading.get_ident()
-            self._route()
+        block = self._open(names)
+        token = self._mine.set(block)
         try:
             yield
         finally:
             with self._lock:
-                self._in_use.pop()
-                self._route()
-                if not self._in_use:
-                    self._user = None
+                self._blocks.remove(block)
+                self._route(self._blocks[-1].names if self._blocks else None)
+            # A generator may be closed in another context than the one it was started in.
+            with suppress(ValueError):
+                self._mine.reset(token)
 
     def detach(self) -> None:
-        """Take LoRA out of the model, which is then as it was before `attach`; the bank is empty afterwards."""
+        """Take LoRA out of the model, which is then as it was before `attach`; the bank is empty afterwards.
+
+        Raises:
+            BankInUseError: a `use` block is open.
+            AdapterError: a module has been replaced, or its forward hooked, since `attach`.
+        """
         with self._lock:
-            if self._in_use:
+            if self._blocks:
                 raise BankInUseError("detach", "a bank that is not in use", "a `use` block", "Leave the block first.")
+            self._check_modules()
             for layer in self._layers.values():
                 layer.restore()
             self._layers.clear()
             self._slots = [None] * len(self._slots)
 
-    def _route(self) -> None:
-        """Point the layers at the slots of the innermost `use` block."""
-        if not self._in_use:
+    def _open(self, names: Sequence[str | None]) -> Block:
+        with self._lock:
+            self._check_attached()
+            if not isinstance(names, list | tuple) or not names:
+                raise BatchError(
+                    "use", "a list with a name, or None, for each sequence", repr(names), "Write `use(['pirate'])`."
+                )
+            if self._blocks and self._blocks[-1] is not self._mine.get():
+                raise BankInUseError(
+                    "use",
+                    "a bank that nobody else uses",
+                    "a `use` block of another thread or task",
+                    "Wait for its end.",
+                )
+            block = Block(list(names))
+            self._route(block.names)
+            self._blocks.append(block)
+            return block
+
+    def _route(self, names: list[str | None] | None) -> None:
+        """Point the layers at the slots of these names; None outside all blocks."""
+        if names is None:
             self._routing.slots = None
             return
-        names = self._in_use[-1]
+        wanted = [NO_ADAPTER if name is None else self._slot_of(name) for name in names]
         device = next(iter(self._layers.values())).lora_a.device
         # A tensor made in inference mode could not be changed outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            slots = torch.tensor([NO_ADAPTER if name is None else self._slot_of(name) for name in names])
-            batch = self._batches.setdefault((len(names), device), slots.to(device))
-            batch.copy_(slots)
-        self._routing.slots = batch
+            slots = torch.tensor(wanted, device="cpu")
+            batch = self._batches.get((len(names), device))
+            batch = slots.to(device, copy=True) if batch is None else batch.copy_(slots)
+        if type(batch) is not Tensor:
+            raise AdapterError(
+                "use", "real tensors", type(batch).__name__, "Enter the block outside of torch.export and fake modes."
+            )
+        self._batches[len(names), device] = self._routing.slots = batch
+
+    def _clear(self, slot: int) -> None:
+        with torch.no_grad():
+            for layer in self._layers.values():
+                layer.lora_a[slot].zero_()
+                layer.lora_b[slot].zero_()
+
+    def _free_slot(self, name: str) -> int:
+        """The slot that an adapter of this name would take."""
+        self._check_modules()
+        if not isinstance(name, str) or not name:
+            raise AdapterError("load", "a name for the adapter", repr(name), "Pass a string that is not empty.")
+        if name in self._slots:
+            raise DuplicateAdapterError(
+                f"load {name!r}", "a name that is free", "one in the bank", "Drop it first, or choose another."
+            )
+        if None not in self._slots:
+            raise NoFreeSlotError(
+                f"load {name!r}",
+                "a free slot",
+                f"{len(self._slots)} slots, all taken by {', '.join(self.names)}",
+                "Drop an adapter, or attach with more slots.",
+            )
+        return self._slots.index(None)
 
     def _slot_of(self, name: str) -> int:
         if name not in self._slots or name is None:
@@ -242,3 +286,17 @@ class AdapterBank:
     def _check_attached(self) -> None:
         if not self._layers:
             raise AdapterError("bank", "a model it is attached to", "a bank that was detached", "Call xlc.attach().")
+
+    def _check_modules(self) -> None:
+        self._check_attached()
+        present = dict(self._model.named_modules())
+        for name, layer in self._layers.items():
+            if present.get(name) is not layer or "forward" in vars(layer):
+                raise AdapterError(
+                    f"bank: {name}",
+                    "the module that LoRA was attached to",
+                    "another one, or one whose forward was replaced since",
+                    "Change the model first, and then attach.",
+                )
+            if layer.lora_a.is_meta:
+                raise AdapterError(f"bank: {name}", "weights that have memory", "meta tensors", "Load the model first.")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xpu_lora_compile.errors import DeviceError, DtypeError, LostGradientError, ShapeError, SliceError
+from xpu_lora_compile.errors import ContractError, DeviceError, DtypeError, LostGradientError, ShapeError, SliceError
 from xpu_lora_compile.torch_internals import holds
 
 # float64 is there for `torch.autograd.gradcheck`; a call that holds any of it accumulates in float64.
@@ -30,6 +30,7 @@ def check_shrink(
 ) -> None:
     """Check a `bgmv_shrink` call: output `[T, >= R]`, inputs `[T, D]`, A `[K, R, D]`."""
     op = "bgmv_shrink"
+    _check_writable(op, output_tensor)
     _check_rows(op, lora_indices_tensor, output_tensor=output_tensor, inputs=inputs)
     _check_weights(op, "lora_a_weights", lora_a_weights, inputs)
     rank = without_slice_dim(lora_a_weights).shape[1]
@@ -46,6 +47,7 @@ def check_expand(
     output_tensor: Tensor, inputs: Tensor, lora_b_weights: Tensor, lora_indices_tensor: Tensor, add_inputs: bool = True
 ) -> None:
     """Check a `bgmv_expand` call: output `[T, H]`, inputs `[T, R]`, B `[K, W, R]`; W and H may differ."""
+    _check_writable("bgmv_expand", output_tensor)
     _check_rows("bgmv_expand", lora_indices_tensor, output_tensor=output_tensor, inputs=inputs)
     _check_weights("bgmv_expand", "lora_b_weights", lora_b_weights, inputs)
 
@@ -61,6 +63,7 @@ def check_expand_slice(
 ) -> None:
     """Check a `bgmv_expand_slice` call: as `bgmv_expand`, with `W == slice_size` and the slice inside the output."""
     op = "bgmv_expand_slice"
+    _check_writable(op, output_tensor)
     _check_rows(op, lora_indices_tensor, output_tensor=output_tensor, inputs=inputs)
     _check_weights(op, "lora_b_weights", lora_b_weights, inputs)
     width = without_slice_dim(lora_b_weights).shape[1]
@@ -118,13 +121,28 @@ def refuse_gradients(op: str, output: Tensor, inputs: Tensor, weights: Tensor, r
                 "requires_grad=True",
                 "Call `lora_linear`, which is differentiable, or run under `torch.no_grad()`.",
             )
-    if output.requires_grad and (replaces or output.is_leaf):
+    changes_leaf = output.is_leaf or (output._base is not None and output._base.is_leaf)
+    if output.requires_grad and (replaces or changes_leaf):
         raise LostGradientError(
             f"{op}: output_tensor",
             "a tensor that needs no gradient, or one that is added to and is no leaf",
-            f"requires_grad=True of a {'leaf' if output.is_leaf else 'tensor that is replaced'}",
+            f"requires_grad=True of a {'leaf' if changes_leaf else 'tensor that is replaced'}",
             "Call `lora_linear`, which is differentiable, or run under `torch.no_grad()`.",
         )
+
+
+def _check_writable(op: str, output: Tensor) -> None:
+    """Check that no two elements of the output share their memory, as those of an expanded tensor do."""
+    if output.layout is not torch.strided:
+        return  # Refused below, with the other operands.
+    for size, stride in zip(output.shape, output.stride(), strict=True):
+        if isinstance(stride, int) and stride == 0 and isinstance(size, int) and size > 1:
+            raise ShapeError(
+                f"{op}: output_tensor",
+                "a tensor whose elements each have their own memory",
+                f"strides {list(output.stride())} of an expanded tensor",
+                "Pass `output.contiguous()`, and keep it: the op writes into it.",
+            )
 
 
 def _check_rows(op: str, indices: Tensor, **matrices: Tensor) -> None:
@@ -179,6 +197,8 @@ def _check_float(op: str, argument: str, tensor: Tensor, beside: Tensor) -> None
         raise DtypeError(
             f"{op}: {argument}", "float32, bfloat16 or float16", _dtype(tensor), "Convert it with `.to(...)`."
         )
+    if tensor.layout is not torch.strided:
+        raise ContractError(f"{op}: {argument}", "a dense tensor", str(tensor.layout), "Call `.to_dense()` on it.")
     if tensor.device != beside.device:
         raise DeviceError(
             f"{op}: {argument}",
