@@ -71,12 +71,12 @@ def test_wider_weights_become_a_view_and_never_a_copy() -> None:
         text,
         """\
 %0: f32[5, 10] = input
-%1: f32[5, 3] = input
-%2: f32[4, 13, 3] = input
+%1: f32[4, 13, 3] = input
+%2: f32[5, 3] = input
 %3: i64[5] = input
 %4: f32[5, 10] = mul(%0, 2)
-%5: f32[4, 10, 3] = aten.slice.Tensor(%2, -2, 0, 10)
-xpu_lora.expand_slice(%4, %1, %5, %3, 0, 10, True)
+%5: f32[4, 10, 3] = aten.slice.Tensor(%1, -2, 0, 10)
+xpu_lora.expand_slice(%4, %2, %5, %3, 0, 10, True)
 return (%4)""",
     )
 
@@ -86,13 +86,13 @@ def test_a_symbolic_batch_needs_no_decision() -> None:
     assert_expected_inline(
         text,
         """\
-%0: T = input
-%1: f32[T, 10] = input
-%2: f32[T, 3] = input
-%3: f32[4, 8, 3] = input
-%4: i64[T] = input
-%5: f32[T, 10] = mul(%1, 2)
-xpu_lora.expand_slice(%5, %2, %3, %4, 0, 8, True)
+%0: f32[T, 10] = input
+%1: f32[T, 3] = input
+%2: f32[4, 8, 3] = input
+%3: i64[T] = input
+%4: T = input
+%5: f32[T, 10] = mul(%0, 2)
+xpu_lora.expand_slice(%5, %1, %2, %3, 0, 8, True)
 return (%5)""",
     )
 
@@ -105,13 +105,13 @@ def test_a_symbolic_width_is_settled_by_a_guard() -> None:
         text,
         """\
 %0: f32[5, 10] = input
-%1: f32[5, 3] = input
-%2: T = input
-%3: f32[4, T, 3] = input
-%4: i64[5] = input
+%1: f32[4, T, 3] = input
+%2: f32[5, 3] = input
+%3: i64[5] = input
+%4: T = input
 %5: f32[5, 10] = mul(%0, 2)
-%6: T = aten.sym_size.int(%3, -2)
-xpu_lora.expand_slice(%5, %1, %3, %4, 0, %6, True)
+%6: T = aten.sym_size.int(%1, -2)
+xpu_lora.expand_slice(%5, %2, %1, %3, 0, %6, True)
 return (%5)""",
     )
 
@@ -123,15 +123,15 @@ def test_a_symbolic_width_that_is_wider_is_cut_to_a_symbolic_size() -> None:
     assert_expected_inline(
         text,
         """\
-%0: T = input
-%1: f32[5, T] = input
+%0: f32[5, T] = input
+%1: f32[4, 13, 3] = input
 %2: f32[5, 3] = input
-%3: f32[4, 13, 3] = input
-%4: i64[5] = input
-%5: f32[5, T] = mul(%1, 2)
+%3: i64[5] = input
+%4: T = input
+%5: f32[5, T] = mul(%0, 2)
 %6: T = aten.sym_size.int(%5, 1)
-%7: f32[4, T, 3] = aten.slice.Tensor(%3, -2, 0, %6)
-xpu_lora.expand_slice(%5, %2, %7, %4, 0, %6, True)
+%7: f32[4, T, 3] = aten.slice.Tensor(%1, -2, 0, %6)
+xpu_lora.expand_slice(%5, %2, %7, %3, 0, %6, True)
 return (%5)""",
     )
 
@@ -165,12 +165,12 @@ def test_weights_with_a_slice_dimension() -> None:
         text,
         """\
 %0: f32[5, 10] = input
-%1: f32[5, 3] = input
-%2: f32[4, 1, 13, 3] = input
+%1: f32[4, 1, 13, 3] = input
+%2: f32[5, 3] = input
 %3: i64[5] = input
 %4: f32[5, 10] = mul(%0, 2)
-%5: f32[4, 1, 10, 3] = aten.slice.Tensor(%2, -2, 0, 10)
-xpu_lora.expand_slice(%4, %1, %5, %3, 0, 10, True)
+%5: f32[4, 1, 10, 3] = aten.slice.Tensor(%1, -2, 0, 10)
+xpu_lora.expand_slice(%4, %2, %5, %3, 0, 10, True)
 return (%4)""",
     )
 
@@ -196,11 +196,11 @@ cond(%5, %6, %7, (%0, %1, %2, %3))
 return (%9)
 cond_true_0:
   %0: f32[5, 10] = input
-  %1: f32[4, 8, 3] = input
-  %2: f32[5, 3] = input
+  %1: f32[5, 3] = input
+  %2: f32[4, 8, 3] = input
   %3: i64[5] = input
   %4: f32[5, 10] = mul(%0, 2)
-  xpu_lora.expand_slice(%4, %2, %1, %3, 0, 8, True)
+  xpu_lora.expand_slice(%4, %1, %2, %3, 0, 8, True)
   return (%4)
 cond_false_0:
   %0: f32[5, 10] = input

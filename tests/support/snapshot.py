@@ -1,6 +1,7 @@
 """A graph as text that says what a reader needs and nothing that changes by itself.
 
-One line a node: `%2: f32[T, 10] = linear(%0, %1)`. Symbolic sizes are renamed by first use: T, S1, S2, ...; a subgraph
+One line a node: `%2: f32[T, 10] = linear(%0, %1)`. Inputs come in the order of their first use, since torch's own order
+differs between its versions. Symbolic sizes are renamed by first use: T, S1, S2, ...; a subgraph
 follows, indented. No node names, stack traces, devices or paths.
 """
 
@@ -45,9 +46,10 @@ def as_text(module: GraphModule) -> str:
 
 
 def _lines(module: GraphModule, indent: str) -> list[str]:
-    numbers = {node: f"%{position}" for position, node in enumerate(module.graph.nodes)}
+    nodes = _by_first_use(module)
+    numbers = {node: f"%{position}" for position, node in enumerate(nodes)}
     lines = []
-    for node in module.graph.nodes:
+    for node in nodes:
         if node.op == "output":
             lines.append(f"{indent}return {_show(node.args[0], numbers)}")
         elif (value := _type(node)) or node.op != "call_function":
@@ -58,6 +60,14 @@ def _lines(module: GraphModule, indent: str) -> list[str]:
         if isinstance(child, GraphModule):
             lines += [f"{indent}{name}:", *_lines(child, indent + "  ")]
     return lines
+
+
+def _by_first_use(module: GraphModule) -> list[Node]:
+    nodes = list(module.graph.nodes)
+    used = dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes if operand.op == "placeholder")
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    unused = [node for node in inputs if node not in used]
+    return [*used, *unused, *nodes[len(inputs) :]]
 
 
 def _call(node: Node, numbers: dict[Node, str]) -> str:
