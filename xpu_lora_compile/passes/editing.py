@@ -24,6 +24,7 @@ def graphs_of(module: torch.nn.Module) -> Iterator[Graph]:
     """The module's graph, and those of the subgraphs that its higher-order ops call."""
     for child in module.modules():
         if isinstance(child, GraphModule):
+            _hand_values_down(child)
             yield child.graph
 
 
@@ -86,6 +87,35 @@ def replace(node: Node, op: torch._ops.OpOverload, args: tuple[Any, ...]) -> Nod
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
     return new
+
+
+def _hand_values_down(module: GraphModule) -> None:
+    """Tell the inputs of subgraphs what they stand for, as newer versions of torch do themselves (2.8 does not).
+
+    Only of higher-order ops that hand their operands on as they are; a `map` hands on slices of them.
+    """
+    ops = torch.ops.higher_order
+    plain = (ops.cond, ops.while_loop, ops.invoke_subgraph, ops.tag_activation_checkpoint)
+    for node in module.graph.nodes:
+        child = getattr(module, str(node.target), None) if node.op == "get_attr" else None
+        if not isinstance(child, GraphModule):
+            continue
+        inputs = [one for one in child.graph.nodes if one.op == "placeholder"]
+        for call in node.users:
+            # The operands come last, singly or as a tuple.
+            operands = list(_nodes_in(call.args))[-len(inputs) :] if call.target in plain else []
+            for one, operand in zip(inputs, operands, strict=False):
+                for key in _VALUES:
+                    if key in operand.meta:
+                        one.meta.setdefault(key, operand.meta[key])
+
+
+def _nodes_in(args: Any) -> Iterator[Node]:
+    for arg in args:
+        if isinstance(arg, Node):
+            yield arg
+        elif isinstance(arg, tuple | list):
+            yield from _nodes_in(arg)
 
 
 def origin_of(node: Node) -> tuple[str, str]:
