@@ -153,6 +153,53 @@ def test_a_users_own_pass_keeps_running(model: Model, slot: str, given: str, thr
     assert count.calls == 1
 
 
+@pytest.fixture
+def padded_products(monkeypatch: pytest.MonkeyPatch, without_caches: None) -> None:
+    """Inductor pads products whose width is no multiple of a few elements, as its benchmark may choose on a GPU."""
+    from torch._inductor.fx_passes import pad_mm
+
+    monkeypatch.setattr(pad_mm, "check_device", lambda *_: True)
+    monkeypatch.setattr(pad_mm, "has_triton", lambda: True, raising=False)
+    with torch._inductor.config.patch(force_shape_pad=True, shape_padding=True):
+        yield
+
+
+def expand_into_a_view(x: Tensor, weight: Tensor, b: Tensor, indices: Tensor) -> Tensor:
+    output = torch.nn.functional.linear(x, weight)
+    xlc.bgmv_expand(output.view(-1, output.shape[-1]), torch.ones(24, 2, device=DEVICE), b, indices)
+    return output
+
+
+@pytest.mark.usefixtures("padded_products")
+@pytest.mark.parametrize("through", ["backend", "options"])
+def test_an_op_that_changes_a_view_of_a_product_is_right_whatever_inductor_pads(through: str) -> None:
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    x, weight, b = (torch.randn(shape, generator=generator).to(DEVICE) for shape in ((4, 6, 32), (70, 32), (3, 70, 2)))
+    indices = torch.arange(-1, 3, device=DEVICE).repeat_interleave(6)
+    options = {"backend": "xpu_lora"} if through == "backend" else {"options": xlc.inductor_options()}
+    result = torch.compile(expand_into_a_view, fullgraph=True, **options)(x, weight, b, indices)
+    torch.testing.assert_close(result, expand_into_a_view(x, weight, b, indices), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("padded_products")
+def test_a_layer_is_right_whatever_stock_inductor_pads() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(32, 70, bias=False)).requires_grad_(False).to(DEVICE)
+    bank = xlc.attach(layer, slots=2, max_rank=2)
+    layer[0].store(1, torch.randn(2, 32), torch.randn(70, 2))
+    bank._slots[1] = "a"
+    x = torch.randn(4, 6, 32).to(DEVICE)
+    with torch.no_grad(), bank.use(["a", None, "a", None]):
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), atol=1e-4, rtol=1e-4)
+
+
+def test_padding_of_products_cannot_be_asked_for() -> None:
+    with pytest.raises(xlc.LoraError, match="shape_padding: wanted False; got True"):
+        xlc.inductor_options({"shape_padding": True})
+
+
 def test_passes_in_turn_are_cached_only_if_all_can_be() -> None:
     assert InTurn(CacheKey(), Count("one")).uuid() == (CacheKey().uuid(), "one")
     assert InTurn(CacheKey(), Count(None)).uuid() is None

@@ -27,6 +27,10 @@ from xpu_lora_compile.passes import rewrite
 # Our own options, each with the values it takes; the first is the default.
 OPTIONS = {"xpu_lora.execute": ("inductor", "eager")}
 
+# Inductor may compute a product with padded columns, and then hands an op that changes a view of the product in place
+# the strides it had without the padding: wrong numbers, seen on CUDA with torch 2.11 and reproduced on torch 2.13.
+_SAFE = {"shape_padding": False}
+
 # What decides the code that a graph becomes: any change there must miss Inductor's caches.
 _HASHED = ("ops", "passes", "kernels")
 
@@ -66,7 +70,7 @@ def xpu_lora(
     rewrite(graph_module)
     if execute == "eager":
         return graph_module.forward
-    config["post_grad_custom_pre_pass"] = in_slot("post_grad_custom_pre_pass", CacheKey(), config)
+    config.update(_SAFE, post_grad_custom_pre_pass=in_slot("post_grad_custom_pre_pass", CacheKey(), config))
     compiled: Any = compile_fx(graph_module, example_inputs, config_patches=config)
     return cast("Callable[..., Any]", compiled)
 
@@ -81,16 +85,19 @@ def inductor_options(options: dict[str, Any] | None = None) -> dict[str, Any]:
         >>> import torch
         >>> import xpu_lora_compile as xlc
         >>> sorted(xlc.inductor_options())
-        ['post_grad_custom_pre_pass', 'pre_grad_custom_pass']
+        ['post_grad_custom_pre_pass', 'pre_grad_custom_pass', 'shape_padding']
         >>> compiled = torch.compile(torch.nn.Linear(2, 2), options=xlc.inductor_options())
 
     Raises:
         OptionError: an unknown option, or a value of the wrong type.
     """
     config = _checked_config(None, options or {})
-    config["pre_grad_custom_pass"] = in_slot("pre_grad_custom_pass", RewritePass(), config)
-    config["post_grad_custom_pre_pass"] = in_slot("post_grad_custom_pre_pass", CacheKey(), config)
-    return config
+    return {
+        **config,
+        **_SAFE,
+        "pre_grad_custom_pass": in_slot("pre_grad_custom_pass", RewritePass(), config),
+        "post_grad_custom_pre_pass": in_slot("post_grad_custom_pre_pass", CacheKey(), config),
+    }
 
 
 class CacheKey(CustomGraphPass):
@@ -145,6 +152,9 @@ def _checked_config(mode: str | None, options: dict[str, Any]) -> dict[str, Any]
             raise OptionError("options", "options of Inductor", repr(name), 'Use backend="xpu_lora" for this one.')
         if name.replace("-", "_") not in names:
             raise OptionError("options", "an option of Inductor or of xpu_lora", repr(name), _nearest(name, names))
+    for name, value in _SAFE.items():
+        if options.get(name, value) != value:
+            raise OptionError(f"option {name}", repr(value), repr(options[name]), "See `_SAFE` in backend.py for why.")
     try:
         return config_of(mode, options)
     except RuntimeError as error:

@@ -89,20 +89,22 @@ class LoraLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, for calls by keyword
         """The base layer's output, with each row's adapter added while a `bank.use` block runs."""
-        base = super().forward(input)
         indices = self.lora_routing.rows_of(input, features=1)
         if indices is None:
-            return base
-        output, rows = base.view(-1, base.shape[-1]), input.reshape(-1, input.shape[-1])
+            return super().forward(input)
+        # Rows first, so that the op changes the product itself and not a view of it: see `backend._SAFE`.
+        rows = input.reshape(-1, input.shape[-1])
+        output = super().forward(rows)
+        shape = (*input.shape[:-1], output.shape[1])
         if torch.is_grad_enabled():
             columns = min(self.lora_b.shape[1], output.shape[1])
-            return lora_linear(output, rows, [self.lora_a], [self.lora_b[:, :columns]], indices, [0]).view_as(base)
+            return lora_linear(output, rows, [self.lora_a], [self.lora_b[:, :columns]], indices, [0]).view(shape)
         hidden = rows.new_empty(
             rows.shape[0], self.lora_a.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32)
         )
         bgmv_shrink(hidden, rows, self.lora_a, indices)
         bgmv_expand(output, hidden, self.lora_b, indices)
-        return base
+        return output.view(shape)
 
     def restore(self) -> None:
         """Become a plain Linear again."""
@@ -127,14 +129,15 @@ class LoraEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, for calls by keyword
         """The base layer's output, with each row's adapter added while a `bank.use` block runs."""
-        base = super().forward(input)
         indices = self.lora_routing.rows_of(input, features=0)
         if indices is None:
-            return base
+            return super().forward(input)
+        tokens = input.reshape(-1)
+        output = super().forward(tokens)
         # A row without an adapter may read any slot: the op below drops what it computed.
-        hidden = self.lora_a[indices.clamp(min=0), input.reshape(-1)]
-        bgmv_expand(base.view(-1, base.shape[-1]), hidden, self.lora_b, indices)
-        return base
+        hidden = self.lora_a[indices.clamp(min=0), tokens]
+        bgmv_expand(output, hidden, self.lora_b, indices)
+        return output.view(*input.shape, output.shape[1])
 
     def restore(self) -> None:
         """Become a plain Embedding again."""
