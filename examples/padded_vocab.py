@@ -43,7 +43,7 @@ def main() -> int:
     try:
         xlc.bgmv_expand_slice(hidden @ head.t(), torch.ones(4, RANK), b, indices, 0, COLUMNS)
     except xlc.LoraError as error:
-        print("without a decision:", error)
+        print("what a kernel that wants equal widths says:", error, sep="\n")
     result = torch.compile(logits_with_lora, backend=show_and_run)(hidden, head, a, b, indices)
     expected = hidden @ head.t()
     for row, slot in ((0, 0), (2, 2), (3, 1)):

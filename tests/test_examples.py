@@ -65,7 +65,7 @@ def test_every_row_equals_peft_on_the_real_model(served: tuple[int, str, list[st
     assert "All 4 rows equal PEFT's greedy tokens" in printed
     assert re.search(r"90 .*576 .*576 .*equal: expand", printed)
     assert re.search(r"1 .*49152 .*49216 .*narrower: expand_slice", printed)
-    assert "1 graph compiled with LoRA" in printed
+    assert re.search(r"graphs compiled with LoRA .* 1 ", printed)
 
 
 def test_the_real_models_graph_copies_nothing_for_lora(served: tuple[int, str, list[str]]) -> None:

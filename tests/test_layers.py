@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.peft_folders import loaded_by_peft, save_adapter, tiny_llama
+from peft import LoraConfig, get_peft_model
+from support.peft_folders import loaded_by_peft, quiet, save_adapter, tiny_llama
 from support.snapshot import graphs_of_compiling
 from torch import nn
 
@@ -133,6 +134,11 @@ def hooked(model: nn.Module) -> nn.Module:
     return model
 
 
+def wrapped_by_peft() -> nn.Module:
+    with quiet():
+        return get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+
+
 def quantized(model: nn.Module) -> nn.Module:
     layer = model.model.layers[0].self_attn.q_proj
     layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
@@ -161,10 +167,12 @@ class Odd(nn.Module):
         (tiny_llama(), {"target_modules": None}, "a list of names or a string"),
         (hooked(tiny_llama()), {}, r"layers.0.self_attn.q_proj \(Linear\)"),
         (quantized(tiny_llama()), {}, "no quantized weight"),
+        (tiny_llama(), {"vocab_size": 60}, "an output embedding among target_modules"),
+        (wrapped_by_peft(), {}, "plain base model"),
     ],
     ids=[
         *("nothing", "regex", "container", "attention", "norm", "slots", "rank", "vocabulary"),
-        *("dtype", "target", "hooked", "quantized"),
+        *("dtype", "target", "hooked", "quantized", "no-head", "peft"),
     ],
 )
 def test_what_cannot_carry_lora_is_refused(model: nn.Module, call: dict[str, object], message: str) -> None:

@@ -19,7 +19,15 @@ __version__ = "0.1.0"
 
 
 def inductor_options(options: dict[str, Any] | None = None) -> dict[str, Any]:
-    """See `xpu_lora_compile.backend.inductor_options`, which loads Inductor and therefore waits until it is called."""
+    """Options that put our passes into stock Inductor: `torch.compile(model, options=xlc.inductor_options())`.
+
+    Args:
+        options: further options of Inductor to go with them; passes among them keep running, after ours.
+
+    Raises:
+        OptionError: an option that Inductor does not know, or a value of the wrong type.
+    """
+    # Loads Inductor, and therefore waits until it is called.
     from xpu_lora_compile.backend import inductor_options
 
     return inductor_options(options)

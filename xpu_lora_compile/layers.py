@@ -51,6 +51,13 @@ def attach(
     )
     head = _output_embedding(model)
     modules = _find_targets(model, head, target_modules, exclude_modules)
+    if vocab_size is not None and head not in modules.values():
+        raise AttachError(
+            "attach: vocab_size",
+            "an output embedding among target_modules",
+            ", ".join(list(modules)[:3]) + ", ...",
+            "Name it in target_modules, or leave vocab_size out.",
+        )
     sites = {
         name: Site("embedding", module.num_embeddings, module.embedding_dim, padded=True)
         if isinstance(module, nn.Embedding)
@@ -177,6 +184,10 @@ def _check_arguments(
     for name, number in numbers.items():
         if number is not None and (type(number) is not int or number < 1):
             raise AttachError(f"attach: {name}", "an integer of at least 1", repr(number), "Correct the call.")
+    if hasattr(model, "peft_config"):
+        raise AttachError(
+            "attach: model", "the plain base model", "one that PEFT has wrapped", "Load the model without adapters."
+        )
     for name, rule in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
         if not isinstance(rule, str | list | tuple | set | frozenset):
             raise AttachError(f"attach: {name}", "a list of names or a string", repr(rule), "Correct the call.")

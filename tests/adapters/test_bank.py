@@ -421,3 +421,4 @@ def test_the_order_of_names_is_that_of_the_slots(bank: xlc.AdapterBank, folders:
     bank.drop("pirate")
     bank.load("telegram", folders["telegram"])
     assert bank.names == ("telegram", "haiku")
+    assert repr(bank).startswith("AdapterBank(telegram, haiku; 2 of 3 slots taken, max_rank=4, ")

@@ -324,6 +324,15 @@ def test_an_exported_program_with_dynamic_widths_is_left_alone() -> None:
         torch.testing.assert_close(program.module()(*operands(width)), Expand()(*operands(width)))
 
 
+def test_a_rewritten_program_still_refuses_to_lose_a_gradient() -> None:
+    output, hidden, b, indices = operands(8)
+    with torch.no_grad():
+        program = torch.export.export(Expand(), (output, hidden, b, indices))
+    xlc.rewrite(program)
+    with pytest.raises(xlc.LoraError, match="expand_slice: inputs: wanted a tensor that needs no gradient"):
+        program.module()(output, hidden.requires_grad_(), b, indices)
+
+
 def test_running_twice_changes_nothing() -> None:
     texts: list[str] = []
 

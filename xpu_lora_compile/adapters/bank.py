@@ -108,6 +108,13 @@ class AdapterBank:
         self._mine: ContextVar[Block | None] = ContextVar("mine", default=None)
         self._lock = threading.RLock()
 
+    def __repr__(self) -> str:
+        held = ", ".join(self.names) or "empty"
+        return (
+            f"AdapterBank({held}; {len(self.names)} of {len(self._slots)} slots taken, "
+            f"max_rank={self._max_rank}, {len(self._layers)} modules)"
+        )
+
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters in the bank, in the order of their slots."""

@@ -1,4 +1,4 @@
-"""The ops that the passes emit: every question of shape is already settled, so they check nothing and branch nowhere.
+"""The ops that the passes emit: every question of shape is already settled, so they check no shapes and branch nowhere.
 
 They are registered with the low-level `torch.library.Library`: a call from compiled code costs about 2.5 us, against
 20 us for a `torch.library.custom_op` (measured on torch 2.13 CPU, two Xeon cores). Not for calling by hand.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile.kernels import portable
-from xpu_lora_compile.ops.checks import without_slice_dim
+from xpu_lora_compile.ops.checks import refuse_gradients, without_slice_dim
 
 _LIBRARY = torch.library.Library("xpu_lora", "FRAGMENT")
 
@@ -21,17 +21,26 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 
 def _shrink(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, scaling: float) -> None:
+    _refuse_gradients("shrink", output, inputs, weights, replaces=True)
     portable.shrink(output, inputs, without_slice_dim(weights), indices, scaling)
 
 
 def _expand(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, add: bool) -> None:
+    _refuse_gradients("expand", output, inputs, weights, replaces=not add)
     portable.expand(output, inputs, without_slice_dim(weights), indices, add)
 
 
 def _expand_slice(
     output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, offset: int, size: int, add: bool
 ) -> None:
+    _refuse_gradients("expand_slice", output, inputs, weights, replaces=not add)
     portable.expand(output.narrow(1, offset, size), inputs, without_slice_dim(weights), indices, add)
+
+
+def _refuse_gradients(op: str, output: Tensor, inputs: Tensor, weights: Tensor, replaces: bool) -> None:
+    # An exported program may run in another grad mode than it was traced in.
+    if torch.is_grad_enabled():
+        refuse_gradients(op, output, inputs, weights, replaces)
 
 
 def _no_result(*_: object) -> None:

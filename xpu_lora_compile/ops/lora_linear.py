@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xpu_lora_compile.errors import ShapeError
 from xpu_lora_compile.kernels import portable
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.checks import without_slice_dim
@@ -59,6 +60,8 @@ def lora_linear(
         >>> lora_linear(torch.zeros(2, 2), torch.ones(2, 3), [a], [b], torch.tensor([0, -1]), [0]).tolist()
         [[3.0, 3.0], [0.0, 0.0]]
     """
+    if isinstance(lora_a, Tensor) or isinstance(lora_b, Tensor):
+        raise ShapeError("lora_linear", "lists of A and B, one of each a slice", "a tensor", "Pass `[a]` and `[b]`.")
     result: Tensor = LORA_LINEAR(
         base, inputs, list(lora_a), list(lora_b), lora_indices_tensor, list(slice_offsets), scaling
     )

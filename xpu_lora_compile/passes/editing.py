@@ -126,7 +126,9 @@ def origin_of(node: Node) -> tuple[str, str]:
     frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
     outside = [f"{file}:{line}" for file, line in frames if not file.startswith(_PACKAGE)]
     modules = list((node.meta.get("nn_module_stack") or {}).values())
-    return outside[-1] if outside else "", str(modules[-1][0]) if modules else ""
+    # Dynamo writes L['self'].model.lm_head.
+    path = str(modules[-1][0]).removeprefix("L['self']").removeprefix(".") if modules else ""
+    return outside[-1] if outside else "", path
 
 
 _PACKAGE = str(Path(__file__).parents[1])
