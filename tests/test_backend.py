@@ -195,9 +195,10 @@ def test_a_layer_is_right_whatever_stock_inductor_pads() -> None:
         torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), atol=1e-4, rtol=1e-4)
 
 
-def test_padding_of_products_cannot_be_asked_for() -> None:
+@pytest.mark.parametrize("spelling", ["shape_padding", "shape-padding"])
+def test_padding_of_products_cannot_be_asked_for(spelling: str) -> None:
     with pytest.raises(xlc.LoraError, match="shape_padding: wanted False; got True"):
-        xlc.inductor_options({"shape_padding": True})
+        xlc.inductor_options({spelling: True})
 
 
 def test_passes_in_turn_are_cached_only_if_all_can_be() -> None:

@@ -152,13 +152,16 @@ def _checked_config(mode: str | None, options: dict[str, Any]) -> dict[str, Any]
             raise OptionError("options", "options of Inductor", repr(name), 'Use backend="xpu_lora" for this one.')
         if name.replace("-", "_") not in names:
             raise OptionError("options", "an option of Inductor or of xpu_lora", repr(name), _nearest(name, names))
-    for name, value in _SAFE.items():
-        if options.get(name, value) != value:
-            raise OptionError(f"option {name}", repr(value), repr(options[name]), "See `_SAFE` in backend.py for why.")
     try:
-        return config_of(mode, options)
+        config = config_of(mode, options)
     except RuntimeError as error:
         raise OptionError("options", "values of the right types", str(options), str(error)) from error
+    # Of the result, in which every spelling of an option's name has become one.
+    for name, value in _SAFE.items():
+        if config.get(name, value) != value:
+            remedy = "Leave it out: an op that changes a view of a padded product would compute wrong numbers."
+            raise OptionError(f"option {name}", repr(value), repr(config[name]), remedy)
+    return config
 
 
 def _checked_type(options: dict[str, Any]) -> dict[str, Any]:
