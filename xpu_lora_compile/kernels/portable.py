@@ -1,56 +1,98 @@
-"""The kernel of every device: plain PyTorch, no host synchronisation, no shape known only to the device.
+"""Plain PyTorch for every device: no shape known only to the device, no weight read into a row that does not use it.
 
-Two forms, by the number of rows T and of slots K. With few rows each row's weights are gathered, `[T, rows, columns]`.
-With more rows than slots every slot multiplies all rows and a mask keeps the right ones: K products, but no copy of
-weights that grows with T. In both, what a row without an adapter computes is dropped by `torch.where`, never
-multiplied by zero, so that NaN in a slot stays in that slot.
+Three forms of the same product, picked by `choose`. In all of them, what a row without an adapter computes is dropped
+by `torch.where`, never multiplied by zero, so that NaN in a slot stays in that slot.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from xpu_lora_compile.kernels.choose import choose
+from xpu_lora_compile.kernels.routing import Routing
 
-def shrink(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, scaling: float) -> None:
+
+def shrink(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, scaling: float) -> None:
     """Write `scaling * A[i] @ inputs[t]` into the first R columns of `output`, zero where `i` is no slot."""
-    hidden = slot_products(inputs.to(accumulator(output, inputs, weights)), weights, indices)
-    hidden = torch.where(has_adapter(indices, weights)[:, None], hidden * scaling, 0.0)
-    output[:, : weights.shape[1]].copy_(hidden)
+    hidden = slot_products(inputs.to(accumulator(output, inputs, weights)), weights, routing)
+    output[:, : weights.shape[1]].copy_(torch.where(routing.has_adapter, hidden * scaling, 0.0))
 
 
-def expand(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, add: bool) -> None:
+def expand(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, add: bool) -> None:
     """Write or add `B[i] @ inputs[t]` into `output`, `[T, W]`; rows whose `i` is no slot keep their value."""
-    value = slot_products(inputs.to(accumulator(output, inputs, weights)), weights, indices)
+    value = slot_products(inputs.to(accumulator(output, inputs, weights)), weights, routing)
     if add:
         value += output
-    output.copy_(torch.where(has_adapter(indices, weights)[:, None], value, output.to(value.dtype)))
+    output.copy_(torch.where(routing.has_adapter, value, output.to(value.dtype)))
 
 
-def slot_products(inputs: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+def add_lora(
+    outputs: Sequence[Tensor],
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    routing: Routing,
+    slice_outputs: Sequence[int],
+    slice_offsets: Sequence[int],
+    scaling: float,
+) -> None:
+    """Add every slice's `B[i] @ (scaling * A[i] @ inputs[t])` into the columns of its output, rounding once.
+
+    Args:
+        outputs: `[T, H]` each, changed in place.
+        inputs: `[T, D]`.
+        lora_a: for each slice, A `[K, R, D]`.
+        lora_b: for each slice, B `[K, W, R]`.
+        routing: of the T rows among K slots.
+        slice_outputs: for each slice, its output's position in `outputs`.
+        slice_offsets: for each slice, its first column there.
+        scaling: factor on what is added.
+    """
+    dtype = accumulator(*outputs, inputs, *lora_a, *lora_b)
+    inputs = inputs.to(dtype)
+    for position, output in enumerate(outputs):
+        slices = [
+            (a, b, offset)
+            for a, b, mine, offset in zip(lora_a, lora_b, slice_outputs, slice_offsets, strict=True)
+            if mine == position
+        ]
+        ends = sorted((offset, offset + b.shape[1]) for _, b, offset in slices)
+        overlap = any(end > start for (_, end), (start, _) in zip(ends, ends[1:], strict=False))
+        # Columns of two slices are rounded once, after both.
+        target = output.to(dtype) if overlap else output
+        for a, b, offset in slices:
+            hidden = torch.where(routing.has_adapter, slot_products(inputs, a, routing) * scaling, 0.0)
+            expand(target.narrow(1, offset, b.shape[1]), hidden, b, routing, add=True)
+        if target is not output:
+            output.copy_(target)
+
+
+def slot_products(inputs: Tensor, weights: Tensor, routing: Routing) -> Tensor:
     """`weights[i] @ inputs[t]` of every row, `[T, rows]`, accumulated in fp32; arbitrary where `i` is no slot.
 
     Args:
         inputs: `[T, columns]`.
         weights: `[K, rows, columns]`, any strides.
-        indices: `[T]`, any integers.
+        routing: of the T rows among K slots.
     """
     dtype = accumulator(inputs, weights)
     inputs = inputs.to(dtype)
-    slots = len(weights)
-    if len(inputs) <= slots:
-        chosen = weights[indices.clamp(0, slots - 1)].to(dtype)
+    kernel = choose(inputs.device.type, len(inputs), len(weights)).kernel
+    if kernel == "gather":
+        chosen = weights[routing.slot].to(dtype)
         return torch.bmm(chosen, inputs.unsqueeze(2)).squeeze(2)
     result = inputs.new_empty(len(inputs), weights.shape[1])
-    for slot in range(slots):
+    if kernel == "grouped":
+        for slot, rows in routing.rows_by_slot:
+            result[rows] = inputs[rows] @ weights[slot].to(dtype).t()
+        return result
+    for slot in range(len(weights)):
         product = inputs @ weights[slot].to(dtype).t()
-        torch.where((indices == slot)[:, None], product, result, out=result)
+        torch.where((routing.slot == slot)[:, None], product, result, out=result)
     return result
-
-
-def has_adapter(indices: Tensor, weights: Tensor) -> Tensor:
-    """`[T]`, true where the index is one of the K slots."""
-    return (indices >= 0) & (indices < len(weights))
 
 
 def accumulator(*operands: Tensor) -> torch.dtype:
@@ -58,13 +100,13 @@ def accumulator(*operands: Tensor) -> torch.dtype:
     return torch.float64 if any(operand.dtype == torch.float64 for operand in operands) else torch.float32
 
 
-def outer_by_slot(left: Tensor, right: Tensor, indices: Tensor, slots: int) -> Tensor:
+def outer_by_slot(left: Tensor, right: Tensor, routing: Routing) -> Tensor:
     """`[K, m, n]`: for each slot the sum of `left[t] right[t]^T` over its rows, in the dtype of `left`.
 
     Both factors are masked: a NaN in the row of one adapter must not reach the gradient of another.
     """
-    result = left.new_empty(slots, left.shape[1], right.shape[1])
-    for slot in range(slots):
-        mine = (indices == slot)[:, None]
+    result = left.new_empty(routing.slots, left.shape[1], right.shape[1])
+    for slot in range(routing.slots):
+        mine = (routing.indices == slot)[:, None]
         torch.mm(torch.where(mine, left, 0.0).t(), torch.where(mine, right, 0.0), out=result[slot])
     return result

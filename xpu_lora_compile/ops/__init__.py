@@ -8,16 +8,19 @@ from xpu_lora_compile.ops.bgmv import (
     bgmv_expand_slice,
     bgmv_shrink,
 )
-from xpu_lora_compile.ops.internal import EXPAND, EXPAND_SLICE, SHRINK
-from xpu_lora_compile.ops.lora_linear import LORA_LINEAR, lora_linear
+from xpu_lora_compile.ops.internal import ADD_LORA, EXPAND, EXPAND_SLICE, ROUTE, SHRINK
+from xpu_lora_compile.ops.lora_linear import LORA_LINEAR, LORA_LINEARS, lora_linear
 
 __all__ = [
+    "ADD_LORA",
     "BGMV_EXPAND",
     "BGMV_EXPAND_SLICE",
     "BGMV_SHRINK",
     "EXPAND",
     "EXPAND_SLICE",
     "LORA_LINEAR",
+    "LORA_LINEARS",
+    "ROUTE",
     "SHRINK",
     "bgmv_expand",
     "bgmv_expand_slice",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile.kernels import portable
+from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.checks import without_slice_dim
 from xpu_lora_compile.torch_internals import check_before_autograd
@@ -140,7 +141,8 @@ def _shrink(
     output_tensor: Tensor, inputs: Tensor, lora_a_weights: Tensor, lora_indices_tensor: Tensor, scaling: float = 1.0
 ) -> None:
     checks.check_shrink(output_tensor, inputs, lora_a_weights, lora_indices_tensor)
-    portable.shrink(output_tensor, inputs, without_slice_dim(lora_a_weights), lora_indices_tensor, scaling)
+    weights = without_slice_dim(lora_a_weights)
+    portable.shrink(output_tensor, inputs, weights, Routing(lora_indices_tensor, len(weights)), scaling)
 
 
 @torch.library.custom_op("xpu_lora::bgmv_expand", mutates_args=("output_tensor",))
@@ -150,7 +152,8 @@ def _expand(
     checks.check_expand(output_tensor, inputs, lora_b_weights, lora_indices_tensor)
     weights = without_slice_dim(lora_b_weights)
     columns = min(weights.shape[1], output_tensor.shape[1])
-    portable.expand(output_tensor[:, :columns], inputs, weights[:, :columns], lora_indices_tensor, add_inputs)
+    routing = Routing(lora_indices_tensor, len(weights))
+    portable.expand(output_tensor[:, :columns], inputs, weights[:, :columns], routing, add_inputs)
 
 
 @torch.library.custom_op("xpu_lora::bgmv_expand_slice", mutates_args=("output_tensor",))
@@ -164,8 +167,8 @@ def _expand_slice(
     add_inputs: bool = True,
 ) -> None:
     checks.check_expand_slice(output_tensor, inputs, lora_b_weights, lora_indices_tensor, slice_offset, slice_size)
-    columns = output_tensor.narrow(1, slice_offset, slice_size)
-    portable.expand(columns, inputs, without_slice_dim(lora_b_weights), lora_indices_tensor, add_inputs)
+    columns, weights = output_tensor.narrow(1, slice_offset, slice_size), without_slice_dim(lora_b_weights)
+    portable.expand(columns, inputs, weights, Routing(lora_indices_tensor, len(weights)), add_inputs)
 
 
 # These ops return nothing, so that all a fake has to do is to check.

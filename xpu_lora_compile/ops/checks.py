@@ -86,16 +86,30 @@ def check_lora_linear(
     slice_offsets: Sequence[int],
 ) -> None:
     """Check a `lora_linear` call: base `[T, H]`, inputs `[T, D]`, and for each slice A `[K, R, D]`, B `[K, W, R]`."""
+    check_lora_linears([base], inputs, lora_a, lora_b, indices, [0] * len(slice_offsets), slice_offsets)
+
+
+def check_lora_linears(
+    bases: Sequence[Tensor],
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    indices: Tensor,
+    slice_bases: Sequence[int],
+    slice_offsets: Sequence[int],
+) -> None:
+    """Check a call with several bases; `slice_bases` says for each slice which one it is added to."""
     op = "lora_linear"
-    if not len(lora_a) == len(lora_b) == len(slice_offsets) > 0:
+    if not len(lora_a) == len(lora_b) == len(slice_offsets) == len(slice_bases) > 0:
         raise ShapeError(
             op,
             "for each slice one A, one B and one offset, and at least one slice",
             f"{len(lora_a)} A, {len(lora_b)} B and {len(slice_offsets)} offsets",
             "Pass three lists of the same length.",
         )
-    _check_rows(op, indices, base=base, inputs=inputs)
-    for s, (a, b, offset) in enumerate(zip(lora_a, lora_b, slice_offsets, strict=True)):
+    names = ["base"] if len(bases) == 1 else [f"bases[{position}]" for position in range(len(bases))]
+    _check_rows(op, indices, **dict(zip(names, bases, strict=True)), inputs=inputs)
+    for s, (a, b, base, offset) in enumerate(zip(lora_a, lora_b, slice_bases, slice_offsets, strict=True)):
         _check_weights(op, f"lora_a[{s}]", a, inputs)
         _check_weights(op, f"lora_b[{s}]", b, inputs, columns=without_slice_dim(a).shape[1])
         if not holds(a.shape[0] == b.shape[0]):
@@ -105,7 +119,7 @@ def check_lora_linear(
                 f"A {_shape(a)} and B {_shape(b)}",
                 "Stack both over the same adapters.",
             )
-        _check_slice(op, offset, without_slice_dim(b).shape[1], base)
+        _check_slice(op, offset, without_slice_dim(b).shape[1], bases[base])
 
 
 def refuse_gradients(op: str, output: Tensor, inputs: Tensor, weights: Tensor, replaces: bool) -> None:

@@ -8,10 +8,13 @@ Weights may be `[K, rows, columns]` or `[K, 1, rows, columns]`, with any strides
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from xpu_lora_compile.kernels import portable
+from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.ops.checks import refuse_gradients, without_slice_dim
 
 _LIBRARY = torch.library.Library("xpu_lora", "FRAGMENT")
@@ -22,19 +25,52 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 def _shrink(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, scaling: float) -> None:
     _refuse_gradients("shrink", output, inputs, weights, replaces=True)
-    portable.shrink(output, inputs, without_slice_dim(weights), indices, scaling)
+    portable.shrink(output, inputs, without_slice_dim(weights), Routing(indices, len(weights)), scaling)
 
 
 def _expand(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, add: bool) -> None:
     _refuse_gradients("expand", output, inputs, weights, replaces=not add)
-    portable.expand(output, inputs, without_slice_dim(weights), indices, add)
+    portable.expand(output, inputs, without_slice_dim(weights), Routing(indices, len(weights)), add)
 
 
 def _expand_slice(
     output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, offset: int, size: int, add: bool
 ) -> None:
     _refuse_gradients("expand_slice", output, inputs, weights, replaces=not add)
-    portable.expand(output.narrow(1, offset, size), inputs, without_slice_dim(weights), indices, add)
+    columns = output.narrow(1, offset, size)
+    portable.expand(columns, inputs, without_slice_dim(weights), Routing(indices, len(weights)), add)
+
+
+def _route(indices: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return Routing(indices, slots).tensors()
+
+
+def _add_lora(
+    outputs: Sequence[Tensor],
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    routing: Sequence[Tensor],
+    slice_outputs: Sequence[int],
+    slice_offsets: Sequence[int],
+    scaling: float,
+) -> None:
+    if torch.is_grad_enabled():
+        for output in outputs:
+            for weights in (*lora_a, *lora_b):
+                refuse_gradients("add_lora", output, inputs, weights, replaces=False)
+    stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
+    slot, has_adapter, order, starts = routing
+    known = Routing.of(slot, has_adapter, order, starts)
+    portable.add_lora(outputs, inputs, stacks_a, stacks_b, known, slice_outputs, slice_offsets, scaling)
+
+
+def _slot_products(inputs: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    return portable.slot_products(inputs, weights, Routing(indices, len(weights)))
+
+
+def _outer_by_slot(left: Tensor, right: Tensor, indices: Tensor, slots: int) -> Tensor:
+    return portable.outer_by_slot(left, right, Routing(indices, slots))
 
 
 def _refuse_gradients(op: str, output: Tensor, inputs: Tensor, weights: Tensor, replaces: bool) -> None:
@@ -45,6 +81,16 @@ def _refuse_gradients(op: str, output: Tensor, inputs: Tensor, weights: Tensor, 
 
 def _no_result(*_: object) -> None:
     """What a mutating op returns to the compiler: nothing, and its output keeps its shape."""
+
+
+def _fake_route(indices: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, long = indices.shape[0], torch.int64
+    return (
+        indices.new_empty(rows, dtype=long),
+        indices.new_empty(rows, 1, dtype=torch.bool),
+        indices.new_empty(rows, dtype=long),
+        indices.new_empty(slots + 2, dtype=long),
+    )
 
 
 def _fake_slot_products(inputs: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -61,15 +107,20 @@ for _schema, _kernel, _fake in (
     (f"shrink({_ROW_OPERANDS}, float scaling) -> ()", _shrink, _no_result),
     (f"expand({_ROW_OPERANDS}, bool add) -> ()", _expand, _no_result),
     (f"expand_slice({_ROW_OPERANDS}, SymInt offset, SymInt size, bool add) -> ()", _expand_slice, _no_result),
-    # For the gradients of `lora_linear`.
+    # What every call of one graph shares: `Routing.tensors`.
+    ("route(Tensor indices, SymInt slots) -> (Tensor, Tensor, Tensor, Tensor)", _route, _fake_route),
+    # `lora_linears` in place, after `route`.
     (
-        "slot_products(Tensor inputs, Tensor weights, Tensor indices) -> Tensor",
-        portable.slot_products,
-        _fake_slot_products,
+        "add_lora(Tensor(a!)[] outputs, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b, Tensor[] routing,"
+        " int[] slice_outputs, SymInt[] slice_offsets, float scaling) -> ()",
+        _add_lora,
+        _no_result,
     ),
+    # For the gradients of `lora_linear`.
+    ("slot_products(Tensor inputs, Tensor weights, Tensor indices) -> Tensor", _slot_products, _fake_slot_products),
     (
         "outer_by_slot(Tensor left, Tensor right, Tensor indices, SymInt slots) -> Tensor",
-        portable.outer_by_slot,
+        _outer_by_slot,
         _fake_outer_by_slot,
     ),
 ):
@@ -83,5 +134,7 @@ for _schema, _kernel, _fake in (
 SHRINK = torch.ops.xpu_lora.shrink.default
 EXPAND = torch.ops.xpu_lora.expand.default
 EXPAND_SLICE = torch.ops.xpu_lora.expand_slice.default
+ROUTE = torch.ops.xpu_lora.route.default
+ADD_LORA = torch.ops.xpu_lora.add_lora.default
 SLOT_PRODUCTS = torch.ops.xpu_lora.slot_products.default
 OUTER_BY_SLOT = torch.ops.xpu_lora.outer_by_slot.default

@@ -1,4 +1,7 @@
-"""The functional op: a linear layer's output plus every row's own adapter, differentiable."""
+"""The functional op: a linear layer's output plus every row's own adapter, differentiable.
+
+And its internal form for several outputs, which `share_input` emits: one op, called on lists.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from xpu_lora_compile.errors import ShapeError
 from xpu_lora_compile.kernels import portable
+from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.checks import without_slice_dim
 from xpu_lora_compile.ops.internal import OUTER_BY_SLOT, SLOT_PRODUCTS
@@ -79,13 +83,58 @@ def _lora_linear(
     scaling: float = 1.0,
 ) -> Tensor:
     checks.check_lora_linear(base, inputs, lora_a, lora_b, lora_indices_tensor, slice_offsets)
-    dtype = portable.accumulator(base, inputs, *lora_a, *lora_b)
-    result = base.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    for a, b, offset in zip(map(without_slice_dim, lora_a), map(without_slice_dim, lora_b), slice_offsets, strict=True):
-        hidden = inputs.new_empty(inputs.shape[0], a.shape[1], dtype=dtype)
-        portable.shrink(hidden, inputs, a, lora_indices_tensor, scaling)
-        portable.expand(result.narrow(1, offset, b.shape[1]), hidden, b, lora_indices_tensor, add=True)
-    return result.to(base.dtype)
+    result = base.clone(memory_format=torch.contiguous_format)
+    _add([result], inputs, lora_a, lora_b, lora_indices_tensor, [0] * len(lora_a), slice_offsets, scaling)
+    return result
+
+
+@torch.library.custom_op("xpu_lora::lora_linears", mutates_args=())
+def _lora_linears(
+    bases: Sequence[Tensor],
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    lora_indices_tensor: Tensor,
+    slice_bases: Sequence[int],
+    slice_offsets: Sequence[int],
+    scaling: float = 1.0,
+) -> list[Tensor]:
+    checks.check_lora_linears(bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_bases, slice_offsets)
+    results = [base.clone(memory_format=torch.contiguous_format) for base in bases]
+    _add(results, inputs, lora_a, lora_b, lora_indices_tensor, slice_bases, slice_offsets, scaling)
+    return results
+
+
+def _add(
+    results: list[Tensor],
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    indices: Tensor,
+    slice_bases: Sequence[int],
+    slice_offsets: Sequence[int],
+    scaling: float,
+) -> None:
+    """Add every slice in place, those of each number of slots K together: a routing is for one K."""
+    stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
+    dtype = portable.accumulator(*results, inputs, *stacks_a, *stacks_b)
+    # With several K, columns that two of them share are still rounded once.
+    sums = results if len({len(a) for a in stacks_a}) == 1 else [result.to(dtype) for result in results]
+    for slots in dict.fromkeys(len(a) for a in stacks_a):
+        mine = [s for s, a in enumerate(stacks_a) if len(a) == slots]
+        portable.add_lora(
+            sums,
+            inputs,
+            [stacks_a[s] for s in mine],
+            [stacks_b[s] for s in mine],
+            Routing(indices, slots),
+            [slice_bases[s] for s in mine],
+            [slice_offsets[s] for s in mine],
+            scaling,
+        )
+    for result, total in zip(results, sums, strict=True):
+        if total is not result:
+            result.copy_(total)
 
 
 def _fake_lora_linear(
@@ -101,46 +150,76 @@ def _fake_lora_linear(
     return torch.empty_like(base, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _fake_lora_linears(
+    bases: Sequence[Tensor],
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    lora_indices_tensor: Tensor,
+    slice_bases: Sequence[int],
+    slice_offsets: Sequence[int],
+    scaling: float = 1.0,
+) -> list[Tensor]:
+    checks.check_lora_linears(bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_bases, slice_offsets)
+    return [torch.empty_like(base, memory_format=torch.contiguous_format) for base in bases]
+
+
+def _setup_one(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _base, rows, lora_a, lora_b, indices, ctx.slice_offsets, ctx.scaling = inputs
+    ctx.slice_bases = [0] * len(lora_a)
     ctx.save_for_backward(rows, indices, *lora_a, *lora_b)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """The gradients in the order of the op's arguments.
+def _setup_several(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _bases, rows, lora_a, lora_b, indices, ctx.slice_bases, ctx.slice_offsets, ctx.scaling = inputs
+    ctx.save_for_backward(rows, indices, *lora_a, *lora_b)
+
+
+def _backward_one(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grads = (grad, *_gradients(ctx, [grad]), None, None, None)
+    # While compiling, torch drops trailing arguments that equal their default, and wants no gradient for them.
+    return grads[: len(ctx.needs_input_grad)]
+
+
+def _backward_several(ctx: Any, grads_out: list[Tensor]) -> tuple[Any, ...]:
+    grads = (grads_out, *_gradients(ctx, grads_out), None, None, None, None)
+    return grads[: len(ctx.needs_input_grad)]
+
+
+def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The gradients of inputs, of each A and of each B.
 
     One slice: with `h = scaling * A[i] x`, `grad_h = B[i]^T grad` goes on to `x` and `A`, and `grad h^T` to `B`.
     """
     rows, indices, *weights = ctx.saved_tensors
     slices = len(ctx.slice_offsets)
-    grad_rows = rows.new_zeros(rows.shape, dtype=portable.accumulator(grad, rows, *weights))
+    grad_rows = rows.new_zeros(rows.shape, dtype=portable.accumulator(*grads_out, rows, *weights))
     grads_a: list[Tensor] = []
     grads_b: list[Tensor] = []
-    for stored_a, stored_b, offset in zip(weights[:slices], weights[slices:], ctx.slice_offsets, strict=True):
+    for s in range(slices):
+        stored_a, stored_b, offset = weights[s], weights[slices + s], ctx.slice_offsets[s]
+        grad = grads_out[ctx.slice_bases[s]]
         a, b = without_slice_dim(stored_a), without_slice_dim(stored_b)
         dtype = portable.accumulator(grad, rows, a, b)
         grad_slice = grad[:, offset : offset + b.shape[1]].to(dtype)
         hidden = ctx.scaling * SLOT_PRODUCTS(rows, a, indices).to(dtype)
         grad_hidden = ctx.scaling * SLOT_PRODUCTS(grad_slice, b.transpose(1, 2), indices)
         from_slice = SLOT_PRODUCTS(grad_hidden, a.transpose(1, 2), indices)
-        grad_rows = grad_rows + from_slice
+        has_adapter = ((indices >= 0) & (indices < a.shape[0]))[:, None]
+        grad_rows = grad_rows + torch.where(has_adapter, from_slice, 0.0)
         grads_a.append(OUTER_BY_SLOT(grad_hidden, rows.to(dtype), indices, a.shape[0]).reshape(stored_a.shape))
         grads_b.append(OUTER_BY_SLOT(grad_slice, hidden, indices, b.shape[0]).reshape(stored_b.shape))
-    grad_rows = torch.where(portable.has_adapter(indices, weights[0])[:, None], grad_rows, 0.0)
-    grads = (
-        grad,
+    return (
         grad_rows.to(rows.dtype),
-        [g.to(a.dtype) for g, a in zip(grads_a, weights[:slices], strict=True)],
-        [g.to(b.dtype) for g, b in zip(grads_b, weights[slices:], strict=True)],
-        None,
-        None,
-        None,
+        [grad.to(a.dtype) for grad, a in zip(grads_a, weights[:slices], strict=True)],
+        [grad.to(b.dtype) for grad, b in zip(grads_b, weights[slices:], strict=True)],
     )
-    # While compiling, torch drops trailing arguments that equal their default, and wants no gradient for them.
-    return grads[: len(ctx.needs_input_grad)]
 
 
 torch.library.register_fake("xpu_lora::lora_linear", _fake_lora_linear)
-torch.library.register_autograd("xpu_lora::lora_linear", _backward, setup_context=_setup_context)
+torch.library.register_autograd("xpu_lora::lora_linear", _backward_one, setup_context=_setup_one)
+torch.library.register_fake("xpu_lora::lora_linears", _fake_lora_linears)
+torch.library.register_autograd("xpu_lora::lora_linears", _backward_several, setup_context=_setup_several)
 
 LORA_LINEAR = torch.ops.xpu_lora.lora_linear.default
+LORA_LINEARS = torch.ops.xpu_lora.lora_linears.default

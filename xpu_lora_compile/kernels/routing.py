@@ -1,0 +1,64 @@
+"""What is computed from the indices alone: which slot each row reads, and the rows in the order of their slots."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class Routing:
+    """The indices of a batch in the forms that kernels want, each computed when first asked for.
+
+    Args:
+        indices: `[T]`, int32 or int64; a row has an adapter where its index is in `[0, K)`.
+        slots: K.
+    """
+
+    def __init__(self, indices: Tensor, slots: int) -> None:
+        self.indices = indices
+        self.slots = slots
+
+    @classmethod
+    def of(cls, slot: Tensor, has_adapter: Tensor, order: Tensor, starts: Tensor) -> Routing:
+        """A routing that was computed before, by `tensors`."""
+        routing = cls(slot, starts.shape[0] - 2)
+        routing.__dict__.update(slot=slot, has_adapter=has_adapter, order=order, starts=starts)
+        return routing
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All of it, for `of`."""
+        return self.slot, self.has_adapter, self.order, self.starts
+
+    @cached_property
+    def slot(self) -> Tensor:
+        """`[T]`, int64: a slot that row t may read; 0 or K - 1 where it has no adapter."""
+        return self.indices.clamp(0, self.slots - 1).long()
+
+    @cached_property
+    def has_adapter(self) -> Tensor:
+        """`[T, 1]`, bool."""
+        return ((self.indices >= 0) & (self.indices < self.slots))[:, None]
+
+    @cached_property
+    def order(self) -> Tensor:
+        """`[T]`, int64: the rows sorted by slot, those without an adapter last."""
+        return torch.argsort(self._group, stable=True)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """`[K + 2]`, int64: where each slot's rows start in `order`; at K those without an adapter, at K + 1 the end."""
+        bounds = torch.arange(self.slots + 2, device=self.indices.device)
+        return torch.searchsorted(self._group[self.order], bounds)
+
+    @cached_property
+    def _group(self) -> Tensor:
+        return torch.where(self.has_adapter[:, 0], self.slot, self.slots)
+
+    @cached_property
+    def rows_by_slot(self) -> list[tuple[int, Tensor]]:
+        """For each slot that any row uses, its number and its rows. Waits for the device, so only for the CPU."""
+        bounds = self.starts.tolist()
+        pairs = zip(bounds[: self.slots], bounds[1:], strict=False)
+        return [(slot, self.order[start:end]) for slot, (start, end) in enumerate(pairs) if start < end]
