@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+from pathlib import Path
+
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from xpu_lora_compile.errors import ContractError
+from xpu_lora_compile.errors import ContractError, OptionError
 from xpu_lora_compile.passes.decisions import Decision, record_decisions
-from xpu_lora_compile.passes.editing import graphs_of
+from xpu_lora_compile.passes.editing import graphs_of, limited_to
+from xpu_lora_compile.passes.find_sites import find_sites
+from xpu_lora_compile.passes.fuse_lora import fuse_lora
 from xpu_lora_compile.passes.lower import lower
 from xpu_lora_compile.passes.resolve_width import resolve_width
+from xpu_lora_compile.passes.share_input import share_input
+from xpu_lora_compile.passes.share_routing import share_routing
+from xpu_lora_compile.passes.text import as_text
 
 PIPELINE = (
+    find_sites,
     resolve_width,
+    fuse_lora,
+    share_routing,
+    share_input,
     lower,
 )
+
+# For whoever looks for a wrong rewrite: how many rewrites each program gets, and where to write its graphs.
+FUEL, DUMP = "XPU_LORA_FUEL", "XPU_LORA_DUMP"
+
+_programs = itertools.count()
 
 
 def rewrite(program: GraphModule | ExportedProgram) -> list[Decision]:
     """Run the passes over a graph and its subgraphs, in place; what the graph computes stays the same.
+
+    The environment variable `XPU_LORA_FUEL=n` stops after n rewrites of each program, and `XPU_LORA_DUMP=folder`
+    writes the graph before and after each pass there.
 
     Args:
         program: what Dynamo gives a backend, or what `torch.export.export` returns. An exported program is decided
@@ -29,16 +50,23 @@ def rewrite(program: GraphModule | ExportedProgram) -> list[Decision]:
 
     Raises:
         ContractError: something that holds no graph.
+        OptionError: XPU_LORA_FUEL is no number.
     """
     module = program.graph_module if isinstance(program, ExportedProgram) else program
     if not isinstance(module, GraphModule):
         raise ContractError(
             "rewrite", "a GraphModule or an ExportedProgram", type(module).__name__, "Compile or export the model."
         )
-    with record_decisions() as decisions:
-        for graph in graphs_of(module):
-            for transform in PIPELINE:
+    folder = _dump_folder()
+    with record_decisions() as decisions, limited_to(fuel()):
+        graphs = list(graphs_of(module))
+        for position, transform in enumerate(PIPELINE):
+            name = f"{position}-{transform.__name__}"
+            _dump(folder, f"{name}-before.txt", module)
+            for graph in graphs:
                 transform(graph)
+            _dump(folder, f"{name}-after.txt", module)
+        for graph in graphs:
             graph.lint()
     for child in module.modules():
         if isinstance(child, GraphModule):
@@ -46,4 +74,29 @@ def rewrite(program: GraphModule | ExportedProgram) -> list[Decision]:
     return decisions
 
 
-__all__ = ["PIPELINE", "Decision", "record_decisions", "rewrite"]
+def fuel() -> int | None:
+    """How many rewrites each program gets; None is without limit."""
+    value = os.environ.get(FUEL, "")
+    if not value:
+        return None
+    if not value.isdecimal():
+        raise OptionError(FUEL, "a number of rewrites, 0 or more", repr(value), "Correct it, or unset it.")
+    return int(value)
+
+
+def _dump_folder() -> Path | None:
+    """A new folder for one program, inside the one that the environment names."""
+    root = os.environ.get(DUMP, "")
+    if not root:
+        return None
+    folder = Path(root) / f"{os.getpid()}-{next(_programs)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _dump(folder: Path | None, name: str, module: GraphModule) -> None:
+    if folder is not None:
+        (folder / name).write_text(as_text(module) + "\n")
+
+
+__all__ = ["PIPELINE", "Decision", "fuel", "record_decisions", "rewrite"]

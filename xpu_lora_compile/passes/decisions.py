@@ -5,39 +5,69 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-Relation = Literal["equal", "narrower", "wider", "undecided"]
+from torch.fx import Node
 
-# The key of a node's meta that holds its Decision.
-DECISION = "xpu_lora"
+Relation = Literal["equal", "narrower", "wider", "slice", "undecided"]
+
+# The key of a node's meta that holds the decisions on all the calls that it stands for, a list.
+_DECISIONS = "xpu_lora"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Decision:
-    """How one `bgmv_expand` was settled.
+    """What the passes decided about one call that adds LoRA to an output: a site.
 
     Attributes:
-        relation: of the weights' width to the output's; `undecided` keeps the op that decides at run time.
-        width: W, rows of an adapter's B; a symbol's name where it is symbolic.
-        columns: H, columns of the output, likewise.
-        guard: the condition under which the compiled graph is kept; None where the sizes are constants.
+        op: the public op that was called.
         source: `file:line` of the call.
         module: path of the module that made the call, as Dynamo names it; empty outside modules.
+        width: W, rows of an adapter's B; a symbol's name where it is symbolic. Of a `lora_linear` all slices' together.
+        columns: H, columns of the output, likewise.
+        relation: of W to H; `slice` where the call itself says which columns, `undecided` keeps the op that decides
+            when it runs.
+        guard: the condition under which the compiled graph is kept; None where the sizes are constants.
+        notes: what each pass did with the call, or why it left it alone, in their order.
     """
 
-    relation: Relation
-    width: str
-    columns: str
-    guard: str | None
+    op: str
     source: str
     module: str
+    width: str
+    columns: str
+    relation: Relation = "slice"
+    guard: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        sign = {"equal": "==", "narrower": "<", "wider": ">", "undecided": "?"}[self.relation]
+        sign = {"equal": "==", "narrower": "<", "wider": ">", "slice": "in", "undecided": "?"}[self.relation]
         guard = f", guarded by {self.guard}" if self.guard else ""
         return f"{self.module or '(no module)'}: {self.width} {sign} {self.columns}{guard} ({self.source})"
+
+    @property
+    def place(self) -> str:
+        """The module, or the source line outside of modules."""
+        return self.module or self.source
+
+
+def decisions_on(node: Node) -> list[Decision]:
+    """The decisions on the calls that a node stands for."""
+    found: list[Decision] = node.meta.get(_DECISIONS, [])
+    return found
+
+
+def set_decisions(node: Node, decisions: list[Decision]) -> None:
+    """Have the node stand for the calls that these decisions are about."""
+    node.meta[_DECISIONS] = decisions
+
+
+def note(node: Node, text: str) -> None:
+    """Add a line to each decision on a node, unless it is there."""
+    for decision in decisions_on(node):
+        if text not in decision.notes:
+            decision.notes.append(text)
 
 
 _RECORDS: ContextVar[tuple[list[Decision], ...]] = ContextVar("records", default=())

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+
+from xpu_lora_compile.passes.decisions import decisions_on, set_decisions
 
 # What of a node's meta tells where it comes from. Never the rest: Inductor keeps notes there that belong to the
 # arguments of the old node, and fails on a new node that carries them.
@@ -82,11 +86,41 @@ def insert_before(node: Node, op: Any, args: tuple[Any, ...], value: Any) -> Nod
 
 
 def replace(node: Node, op: torch._ops.OpOverload, args: tuple[Any, ...]) -> Node:
-    """Put a call of a mutating op in the place of `node`, which returns nothing either."""
+    """Put a call of a mutating op in the place of `node`, which returns nothing either; the decisions stay with it."""
     new = insert_before(node, op, args, None)
+    set_decisions(new, decisions_on(node))
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
     return new
+
+
+def erase_unused(nodes: list[Node]) -> None:
+    """Erase those of the nodes that nothing uses, users before what they use."""
+    for node in reversed(nodes):
+        if not node.users:
+            node.graph.erase_node(node)
+
+
+@contextmanager
+def limited_to(rewrites: int | None) -> Iterator[None]:
+    """Have `may_rewrite` say yes this often and then no; None is without limit."""
+    token = _FUEL.set(None if rewrites is None else [rewrites])
+    try:
+        yield
+    finally:
+        _FUEL.reset(token)
+
+
+def may_rewrite() -> bool:
+    """Whether one more rewrite may happen; every pass asks before each."""
+    fuel = _FUEL.get()
+    if fuel is None:
+        return True
+    fuel[0] -= 1
+    return fuel[0] >= 0
+
+
+_FUEL: ContextVar[list[int] | None] = ContextVar("fuel", default=None)
 
 
 def _hand_values_down(module: GraphModule) -> None:

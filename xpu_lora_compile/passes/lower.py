@@ -1,28 +1,150 @@
-"""bgmv_shrink, bgmv_expand_slice -> their internal twins, which check nothing and cost little to call."""
+"""The ops of the contract -> their internal twins, in place where nobody sees the difference."""
 
 from __future__ import annotations
 
-from torch.fx import Graph
+import operator
+from typing import Any, cast
 
-from xpu_lora_compile.ops import BGMV_EXPAND_SLICE, BGMV_SHRINK, EXPAND_SLICE, SHRINK
-from xpu_lora_compile.passes.editing import arguments_of, calls_to, replace
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from xpu_lora_compile.ops import (
+    ADD_LORA,
+    BGMV_EXPAND_SLICE,
+    BGMV_SHRINK,
+    EXPAND_SLICE,
+    LORA_LINEAR,
+    LORA_LINEARS,
+    ROUTE,
+    SHRINK,
+)
+from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
+from xpu_lora_compile.passes.editing import arguments_of, calls_to, insert_before, may_rewrite, replace, size_of, value_of
+from xpu_lora_compile.passes.memory import input_storages, knows_its_views, storage_of, storages_of
 
 
 def lower(graph: Graph) -> None:
-    """Replace the public ops that are left by internal ones: their fakes checked each call while tracing.
+    """Replace what is left of the contract's ops by internal ones: their fakes checked each call while tracing.
 
     Before:
+        result = lora_linear(base, inputs, a, b, indices, offsets, scaling)
+        one, two = lora_linears([base_1, base_2], inputs, a, b, indices, outputs, offsets, scaling)
         bgmv_shrink(output, inputs, a, indices, scaling)
         bgmv_expand_slice(output, inputs, b, indices, offset, size, add)
 
     After:
+        routing = route(indices, K)                                         once for all calls on these indices
+        add_lora([base], inputs, a, b, routing, [0], offsets, scaling)      the base itself is the result
+        add_lora([base_1, base_2], inputs, a, b, routing, outputs, offsets, scaling)
         shrink(output, inputs, a, indices, scaling)
         expand_slice(output, inputs, b, indices, offset, size, add)
 
-    Left alone: `bgmv_expand` that `resolve_width` could not settle, and `lora_linear`, which carries gradients.
+    A base that is seen again afterwards, or that is an input of the graph, is cloned first.
+
+    Left alone: `bgmv_expand` that `resolve_width` could not settle; a `lora_linear` that carries gradients, or whose
+    slices have different numbers of slots.
 
     Runs on: graphs of Dynamo and of `torch.export`, before functionalization.
     """
     for public, internal in ((BGMV_SHRINK, SHRINK), (BGMV_EXPAND_SLICE, EXPAND_SLICE)):
         for call in calls_to(graph, public):
-            replace(call, internal, tuple(arguments_of(call, public)))
+            if may_rewrite():
+                replace(call, internal, tuple(arguments_of(call, public)))
+    single, several = set(calls_to(graph, LORA_LINEAR)), set(calls_to(graph, LORA_LINEARS))
+    if not (single or several):
+        return
+    nodes = _Nodes(graph)
+    for call in [node for node in graph.nodes if node in single | several]:
+        if call in single:
+            base, *rest, offsets, scaling = arguments_of(call, LORA_LINEAR)
+            arguments = ([base], *rest, [0] * len(offsets), offsets, scaling)
+        else:
+            arguments = tuple(arguments_of(call, LORA_LINEARS))
+        refusal = _refusal(arguments)
+        if refusal:
+            note(call, f"lower: left functional, since {refusal}")
+        elif may_rewrite():
+            _lower(call, arguments, nodes)
+
+
+def _refusal(arguments: tuple[Any, ...]) -> str:
+    bases, inputs, a, b, *_ = arguments
+    if any(value_of(one).requires_grad for one in (*bases, inputs, *a, *b)):
+        return "it carries gradients"
+    if len({str(value_of(one).shape[0]) for one in a}) > 1:
+        return "its slices have different numbers of slots"
+    return ""
+
+
+class _Nodes:
+    """What `lower` asks of a graph: the order of its nodes, and who has which memory."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.order: dict[Node, int] = {node: at for at, node in enumerate(graph.nodes)}
+        self.inputs = input_storages(graph) if knows_its_views(graph) else None
+        self.aliases: dict[int, list[Node]] = {}
+        for node in graph.nodes:
+            for storage in storages_of(node):
+                self.aliases.setdefault(storage, []).append(node)
+
+    def is_seen_after(self, base: Node, call: Node) -> bool:
+        """Whether the content that the base has now may be seen after the call."""
+        value, at = value_of(base), self.order[call]
+        if self.inputs is None or storage_of(value) in self.inputs or not value.is_contiguous():
+            return True
+        results = {call, *(user for user in call.users if user.target is operator.getitem)}
+        return any(
+            self.order.get(user, -1) > at
+            for alias in self.aliases[storage_of(value)]
+            if alias not in results and self.order[alias] < at
+            for user in alias.users
+        )
+
+
+def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
+    bases, inputs, a, b, indices, slice_bases, offsets, scaling = arguments
+    outputs = []
+    written_back = _written_back(call, bases)
+    for base in bases:
+        target = base
+        if base in outputs or (written_back is None and nodes.is_seen_after(base, call)):
+            value: Tensor = value_of(base)
+            target = insert_before(call, torch.ops.aten.clone.default, (base,), torch.empty_like(value))
+            target.kwargs = {"memory_format": torch.contiguous_format}
+            note(call, "lower: on a copy of the base, which is seen again")
+        outputs.append(target)
+    routing = _routing(indices, a[0], call)
+    lowered = insert_before(call, ADD_LORA, (outputs, inputs, a, b, routing, slice_bases, offsets, scaling), None)
+    set_decisions(lowered, decisions_on(call))
+    if written_back is not None:
+        call.graph.erase_node(written_back)
+    if call.target in (LORA_LINEAR, LORA_LINEAR.overloadpacket):
+        call.replace_all_uses_with(outputs[0])
+    else:
+        for user in list(call.users):
+            user.replace_all_uses_with(outputs[user.args[1]])
+            user.graph.erase_node(user)
+    call.graph.erase_node(call)
+
+
+def _written_back(call: Node, bases: list[Node]) -> Node | None:
+    """The `copy_` of the result into its base that follows the call, if that is all it is used for."""
+    after = call.next
+    is_copy = after.target is torch.ops.aten.copy_.default and after.args == (bases[0], call)
+    return after if is_copy and len(call.users) == 1 and not after.users else None
+
+
+def _routing(indices: Node, weights: Node, before: Node) -> list[Node]:
+    """The tensors of the one `route` call for these indices and this number of slots, made if there is none."""
+    slots = value_of(weights).shape[0]
+    for user in indices.users:
+        if user.target is ROUTE and str(slots) == str(_size(user.args[1])):
+            return sorted(user.users, key=lambda one: cast("int", one.args[1]))
+    value = ROUTE(value_of(indices), slots)
+    route = insert_before(before, ROUTE, (indices, size_of(weights, 0, before)), value)
+    return [insert_before(before, operator.getitem, (route, at), value[at]) for at in range(len(value))]
+
+
+def _size(size: object) -> object:
+    return value_of(size) if isinstance(size, Node) else size

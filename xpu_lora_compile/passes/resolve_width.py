@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 from xpu_lora_compile.ops import BGMV_EXPAND, EXPAND, EXPAND_SLICE
-from xpu_lora_compile.passes.decisions import DECISION, Decision, Relation, record
+from xpu_lora_compile.passes.decisions import Relation
 from xpu_lora_compile.passes.editing import (
     arguments_of,
     calls_to,
     insert_before,
-    origin_of,
+    may_rewrite,
     replace,
     size_of,
     value_of,
 )
+from xpu_lora_compile.passes.find_sites import decision_of
 from xpu_lora_compile.torch_internals import is_guarded, is_known
 
 
@@ -38,31 +39,31 @@ def resolve_width(graph: Graph) -> None:
     """
     for call in calls_to(graph, BGMV_EXPAND):
         output, inputs, weights, indices, add = arguments_of(call, BGMV_EXPAND)
-        decision = _decide(call, value_of(weights).shape[-2], value_of(output).shape[1])
-        record(decision)
+        decision = decision_of(call, BGMV_EXPAND)
+        decision.relation, decision.guard = _relation(value_of(weights).shape[-2], value_of(output).shape[1])
+        if decision.relation == "undecided" or not may_rewrite():
+            continue
         operands = (output, inputs, weights, indices)
         if decision.relation == "equal":
-            call = replace(call, EXPAND, (*operands, add))
+            replace(call, EXPAND, (*operands, add))
         elif decision.relation == "narrower":
-            call = replace(call, EXPAND_SLICE, (*operands, 0, size_of(weights, -2, call), add))
-        elif decision.relation == "wider":
+            replace(call, EXPAND_SLICE, (*operands, 0, size_of(weights, -2, call), add))
+        else:
             columns = size_of(output, 1, call)
             view_value = value_of(weights).narrow(-2, 0, value_of(output).shape[1])
             view = insert_before(call, torch.ops.aten.slice.Tensor, (weights, -2, 0, columns), view_value)
-            call = replace(call, EXPAND_SLICE, (output, inputs, view, indices, 0, columns, add))
-        call.meta[DECISION] = decision
+            replace(call, EXPAND_SLICE, (output, inputs, view, indices, 0, columns, add))
 
 
-def _decide(call: Node, width: int | torch.SymInt, columns: int | torch.SymInt) -> Decision:
+def _relation(width: int | torch.SymInt, columns: int | torch.SymInt) -> tuple[Relation, str | None]:
+    """The relation of W to H, and the guard that it rests on."""
     relations: tuple[tuple[Relation, bool | torch.SymBool], ...] = (
         ("equal", width == columns),
         ("narrower", width < columns),
         ("wider", width > columns),
     )
-    source, module = origin_of(call)
     for settles, leaves_a_guard in ((is_known, False), (is_guarded, True)):
         for relation, condition in relations:
             if settles(condition):
-                guard = str(condition) if leaves_a_guard else None
-                return Decision(relation, str(width), str(columns), guard, source, module)
-    return Decision("undecided", str(width), str(columns), None, source, module)
+                return relation, str(condition) if leaves_a_guard else None
+    return "undecided", None

@@ -1,0 +1,197 @@
+"""Which memory the nodes of a graph share, read and write: what a pass asks before it moves or drops a call.
+
+Graphs of Dynamo and of `torch.export` are not functional yet. What two nodes share is read from the fake tensors that
+they stand for: a view shares its storage there too. What an op writes is read from its schema; one whose schema nobody
+knows counts as writing all that it is given.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterator
+from functools import cache
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from xpu_lora_compile.passes.editing import value_of
+
+# Methods and functions that use a tensor's shape or dtype alone; and conversions that ATen has no op for.
+_QUESTIONS = {"size", "dim", "numel", "stride", "is_contiguous", "nelement", "ndimension", "element_size"}
+_QUESTIONS |= {"new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like", "ones_like", "full_like"}
+_CONVERSIONS = {"float", "half", "bfloat16", "double", "int", "long", "bool", "cpu", "cuda", "xpu", "type"}
+# Python's operators that write into their first argument.
+_WRITING = {vars(operator)[name] for name in ("setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv")}
+_WRITING |= {vars(operator)[name] for name in ("imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift")}
+
+
+class Region(NamedTuple):
+    """The elements of a tensor in memory; nodes of equal regions hold the same elements in the same order."""
+
+    storage: int
+    shape: tuple[str, ...]
+    stride: tuple[str, ...]
+    offset: str
+
+
+def region_of(tensor: Tensor) -> Region:
+    """The region of a fake tensor; sizes are compared as expressions, without a guard."""
+    return Region(
+        storage_of(tensor),
+        tuple(map(str, tensor.shape)),
+        tuple(map(str, tensor.stride())),
+        str(tensor.storage_offset()),
+    )
+
+
+def storage_of(tensor: Tensor) -> int:
+    """The identity of a tensor's memory."""
+    return tensor.untyped_storage()._cdata
+
+
+def storages_of(node: Node) -> set[int]:
+    """The memory of all tensors that a node stands for."""
+    return {storage_of(tensor) for tensor in _tensors_in(value_of(node))}
+
+
+def knows_its_views(graph: Graph) -> bool:
+    """Whether the graph's values share memory as its tensors will; those of an unpickled ExportedProgram do not."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
+            source = node.all_input_nodes[0]
+            if value_of(source) is None or value_of(node) is None or not storages_of(node) <= storages_of(source):
+                return False
+    return True
+
+
+def written_by(node: Node) -> set[int]:
+    """The memory that a node changes."""
+    written: set[int] = set()
+    for operand in _written_operands(node):
+        written |= storages_of(operand)
+    return written
+
+
+def read_by(node: Node) -> set[int]:
+    """The memory whose content a node uses; a view or a question about shape uses none."""
+    given = set().union(*map(storages_of, node.all_input_nodes))
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if name in _QUESTIONS or node.target is torch.ops.aten.sym_size.int:
+        return set()
+    gives = storages_of(node)
+    return set() if gives and gives <= given and not written_by(node) else given
+
+
+def is_barrier(node: Node) -> bool:
+    """Whether nothing may be moved across a node: it has no tensors, and may switch autocast or the grad mode."""
+    return node.op.startswith("call") and not node.all_input_nodes and _schemas(node) is None
+
+
+def is_pure(node: Node) -> bool:
+    """Whether a call's result follows from its operands, and it does nothing else."""
+    schemas = _schemas(node)
+    if schemas is None:
+        known = node.target in _QUESTIONS | _CONVERSIONS if node.op == "call_method" else False
+        return known or (_is_operator(node) and node.target not in _WRITING)
+    tags = set().union(*(op.tags for op in schemas))
+    return not _written_operands(node) and torch.Tag.nondeterministic_seeded not in tags
+
+
+def input_storages(graph: Graph) -> set[int]:
+    """The memory of the graph's inputs and constants, which others see too."""
+    return {storage for node in graph.nodes if node.op in ("placeholder", "get_attr") for storage in storages_of(node)}
+
+
+def overlap(left: Region, right: Region) -> bool:
+    """Whether two regions may share elements; no only where that is certain."""
+    if left.storage != right.storage:
+        return False
+    try:
+        (start, end), (other_start, other_end) = _bounds(left), _bounds(right)
+    except ValueError:
+        return True
+    return start <= other_end and other_start <= end
+
+
+def _bounds(region: Region) -> tuple[int, int]:
+    """The first and last element; ValueError where a size is symbolic."""
+    start = int(region.offset)
+    return start, start + sum((int(n) - 1) * int(step) for n, step in zip(region.shape, region.stride, strict=True))
+
+
+def _written_operands(node: Node) -> list[Node]:
+    if node.op not in ("call_function", "call_method"):
+        return []
+    if isinstance(node.kwargs.get("out"), Node) or _is_asked_to_write(node):
+        return node.all_input_nodes
+    if _is_operator(node):
+        first = node.args[0] if node.args else None
+        return [first] if node.target in _WRITING and isinstance(first, Node) else []
+    schemas = _schemas(node)
+    if schemas is None:
+        known = node.op == "call_method" and node.target in _QUESTIONS | _CONVERSIONS
+        return [] if known else node.all_input_nodes
+    written: list[Node] = []
+    for op in schemas:
+        for position, argument in enumerate(op._schema.arguments):
+            # An overload with `out` is another function's.
+            if argument.alias_info is not None and argument.alias_info.is_write and not argument.is_out:
+                value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+                written += [one for one in _flat(value) if isinstance(one, Node)]
+    return written
+
+
+def _is_operator(node: Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "__module__", None) == "_operator"
+
+
+def _is_asked_to_write(node: Node) -> bool:
+    """Whether a function of `torch.nn.functional` is called with `inplace=True`."""
+    if not isinstance(node.target, FunctionType):
+        return False
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    except (TypeError, ValueError):
+        return True
+    return bool(bound.arguments.get("inplace"))
+
+
+def _schemas(node: Node) -> list[torch._ops.OpOverload] | None:
+    """The ops of PyTorch's dispatcher that a call may mean; None where it is not known to mean any."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return [target]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return _overloads(target)
+    if node.op == "call_method":
+        name = str(target)
+    elif node.op == "call_function" and torch.overrides.resolve_name(target) is not None:
+        # A function of torch bears the name of its op.
+        name = target.__name__
+    else:
+        return None
+    packet = getattr(torch.ops.aten, name, None)
+    return _overloads(packet) if packet is not None else None
+
+
+@cache
+def _overloads(packet: torch._ops.OpOverloadPacket) -> list[torch._ops.OpOverload]:
+    return [getattr(packet, name) for name in packet.overloads()]
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    for one in _flat(value):
+        if isinstance(one, Tensor) and one.layout is torch.strided:
+            yield one
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, tuple | list):
+        for one in value:
+            yield from _flat(one)
+    else:
+        yield value

@@ -1,0 +1,139 @@
+"""lora_linear calls on one input -> one call with several outputs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from xpu_lora_compile.ops import LORA_LINEAR, LORA_LINEARS
+from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
+from xpu_lora_compile.passes.editing import arguments_of, calls_to, insert_before, may_rewrite, value_of
+from xpu_lora_compile.passes.memory import (
+    is_barrier,
+    is_pure,
+    knows_its_views,
+    read_by,
+    region_of,
+    storages_of,
+    written_by,
+)
+
+
+def share_input(graph: Graph) -> None:
+    """Make one call of the `lora_linear`s that read the same input with the same indices and scaling.
+
+    Before:
+        q = linear(x, wq);    q_1 = lora_linear(q, x, [aq], [bq], indices, [0], scaling);    use(q_1)
+        k = linear(x, wk);    k_1 = lora_linear(k, x, [ak], [bk], indices, [0], scaling);    use(k_1)
+
+    After:
+        q = linear(x, wq)
+        k = linear(x, wk)
+        q_1, k_1 = lora_linears([q, k], x, [aq, ak], [bq, bk], indices, [0, 1], [0, 0], scaling)
+        use(q_1)
+        use(k_1)
+
+    What the later bases are computed from moves up to the first call. The base linears stay as they are.
+
+    Left alone: a base that cannot move, because it depends on the first call or on something that is written to in
+    between, or because calls on its way are not known to be pure; the decision says so. Calls on two sides of a change
+    of autocast or grad mode.
+
+    Runs on: graphs of Dynamo and of `torch.export`, before functionalization.
+    """
+    if not knows_its_views(graph):
+        return
+    for group in _find_groups(graph):
+        members = group[:1]
+        for call in group[1:]:
+            moves = _moves(call, group[0])
+            if moves is None:
+                note(call, "share_input: left alone, since its base cannot move up to the first call on this input")
+            elif may_rewrite():
+                for node in moves:
+                    group[0].prepend(node)
+                members.append(call)
+        if len(members) > 1:
+            _merge(members)
+
+
+def _find_groups(graph: Graph) -> list[list[Node]]:
+    """Calls on the same input, indices and scaling, between which nothing writes to those."""
+    groups: list[list[Node]] = []
+    opened: dict[Any, tuple[set[int], list[Node]]] = {}
+    calls = set(calls_to(graph, LORA_LINEAR))
+    for node in graph.nodes:
+        written = written_by(node)
+        for key, (read, _) in list(opened.items()):
+            if read & written or is_barrier(node):
+                del opened[key]
+        if node in calls:
+            _, inputs, _, _, indices, _, scaling = arguments_of(node, LORA_LINEAR)
+            key = region_of(value_of(inputs)), region_of(value_of(indices)), scaling
+            if key not in opened:
+                opened[key] = storages_of(inputs) | storages_of(indices), []
+                groups.append(opened[key][1])
+            opened[key][1].append(node)
+    return groups
+
+
+def _moves(call: Node, first: Node) -> list[Node] | None:
+    """The nodes between `first` and `call` that `call` is computed from, in order; None if one of them has to stay."""
+    between: list[Node] = []
+    node = first.next
+    while node is not call:
+        between.append(node)
+        node = node.next
+    needed: set[Node] = set(call.all_input_nodes)
+    for node in reversed(between):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    moves: list[Node] = []
+    # The memory that changes between the first call and the place where a node stands now.
+    changed: set[int] = set()
+    for node in between:
+        if node in needed:
+            reads = read_by(node) | storages_of(node)
+            if first in node.all_input_nodes or not is_pure(node) or reads & changed:
+                return None
+            moves.append(node)
+        changed |= written_by(node)
+    return None if first in needed or storages_of(arguments_of(call, LORA_LINEAR)[0]) & changed else moves
+
+
+def _merge(members: list[Node]) -> None:
+    """Put one call in the place of the first; its results in the place of theirs."""
+    first = members[0]
+    arguments = [arguments_of(call, LORA_LINEAR) for call in members]
+    _, inputs, _, _, indices, _, scaling = arguments[0]
+    merged = insert_before(
+        first,
+        LORA_LINEARS,
+        (
+            [one[0] for one in arguments],
+            inputs,
+            list(_flat(one[2] for one in arguments)),
+            list(_flat(one[3] for one in arguments)),
+            indices,
+            [position for position, one in enumerate(arguments) for _ in one[2]],
+            list(_flat(one[5] for one in arguments)),
+            scaling,
+        ),
+        [value_of(call) for call in members],
+    )
+    places = ", ".join(dict.fromkeys(decision.place for call in members for decision in decisions_on(call)))
+    set_decisions(merged, [decision for call in members for decision in decisions_on(call)])
+    note(merged, f"share_input: one call for {places}")
+    for position, call in enumerate(members):
+        result = insert_before(first, operator.getitem, (merged, position), value_of(call))
+        call.replace_all_uses_with(result)
+    for call in members:
+        call.graph.erase_node(call)
+
+
+def _flat(lists: Iterator[Any]) -> Iterator[Any]:
+    for one in lists:
+        yield from one

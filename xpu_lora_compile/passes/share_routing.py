@@ -1,0 +1,86 @@
+"""What every layer computes from the indices for itself -> computed once, where the first one did."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, EXPAND, EXPAND_SLICE, LORA_LINEAR, SHRINK
+from xpu_lora_compile.passes.editing import arguments_of, calls_to, erase_unused, may_rewrite, value_of
+from xpu_lora_compile.passes.memory import is_pure, storages_of, written_by
+
+# The ops that take indices, and the position where they take them.
+_TAKE_INDICES = {
+    **dict.fromkeys((BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, EXPAND, EXPAND_SLICE, SHRINK), 3),
+    LORA_LINEAR: 4,
+}
+
+
+def share_routing(graph: Graph) -> None:
+    """Compute once what several layers compute from the same indices by the same calls.
+
+    Before:
+        rows = slots[:, None].expand(-1, 7).reshape(-1);       lora_linear(…, rows, …)
+        rows_1 = slots[:, None].expand(-1, 7).reshape(-1);     lora_linear(…, rows_1, …)
+
+    After:
+        rows = slots[:, None].expand(-1, 7).reshape(-1);       lora_linear(…, rows, …)
+                                                               lora_linear(…, rows, …)
+
+    What kernels derive from the rows (`route`: masks, the order by slot, where each slot starts) is put in once a
+    graph by `lower`, for all calls that have the same rows.
+
+    Left alone: indices that depend on anything but inputs of the graph, or whose memory something writes to.
+
+    Runs on: graphs of Dynamo and of `torch.export`, before functionalization.
+    """
+    written = {storage for node in graph.nodes for storage in written_by(node)}
+    wanted: set[Node] = set()
+    for op, position in _TAKE_INDICES.items():
+        for call in calls_to(graph, op):
+            wanted |= _ancestry(arguments_of(call, op)[position])
+    first: dict[Hashable, Node] = {}
+    doubles: list[Node] = []
+    for node in graph.nodes:
+        if node not in wanted or node.op.startswith("placeholder") or not is_pure(node):
+            continue
+        if storages_of(node) & written or any(storages_of(one) & written for one in node.all_input_nodes):
+            continue
+        original = first.setdefault(_what_it_computes(node), node)
+        if original is not node and may_rewrite():
+            node.replace_all_uses_with(original)
+            doubles.append(node)
+    erase_unused(doubles)
+
+
+def _ancestry(indices: Node) -> set[Node]:
+    """All the tensors that indices are computed from; empty where that is more than integers and masks."""
+    found: set[Node] = set()
+    rest = [indices]
+    while rest:
+        node = rest.pop()
+        if node not in found and isinstance(value_of(node), torch.Tensor):
+            if value_of(node).is_floating_point():
+                return set()
+            found.add(node)
+            rest += node.all_input_nodes
+    return found
+
+
+def _what_it_computes(node: Node) -> Hashable:
+    """Equal for calls that compute the same; a size counts by its expression, whichever node says it."""
+    return node.op, str(node.target), _spelled(node.args), _spelled(tuple(sorted(node.kwargs.items())))
+
+
+def _spelled(argument: Any) -> Hashable:
+    if isinstance(argument, Node):
+        value = value_of(argument)
+        return f"size {value}" if isinstance(value, int | torch.SymInt) else argument
+    if isinstance(argument, tuple | list):
+        return tuple(map(_spelled, argument))
+    if isinstance(argument, slice):
+        return "slice", _spelled(argument.start), _spelled(argument.stop), _spelled(argument.step)
+    return str(argument)
