@@ -22,7 +22,7 @@ from xpu_lora_compile.inductor_internals import (
     mode_names,
     option_names,
 )
-from xpu_lora_compile.passes import rewrite
+from xpu_lora_compile.passes import fuel, rewrite
 
 # Our own options, each with the values it takes; the first is the default.
 OPTIONS = {"xpu_lora.execute": ("inductor", "eager")}
@@ -68,9 +68,14 @@ def xpu_lora(
             "Leave out one or the other.",
         )
     rewrite(graph_module)
-    if execute == "eager":
-        return graph_module.forward
-    config.update(_SAFE, post_grad_custom_pre_pass=in_slot("post_grad_custom_pre_pass", CacheKey(), config))
+    return graph_module.forward if execute == "eager" else generate_code(graph_module, example_inputs, config)
+
+
+def generate_code(
+    graph_module: GraphModule, example_inputs: Sequence[Tensor], config: dict[str, Any]
+) -> Callable[..., Any]:
+    """Have Inductor compile a graph that has been rewritten, with options of its own."""
+    config = {**config, **_SAFE, "post_grad_custom_pre_pass": in_slot("post_grad_custom_pre_pass", CacheKey(), config)}
     compiled: Any = compile_fx(graph_module, example_inputs, config_patches=config)
     return cast("Callable[..., Any]", compiled)
 
@@ -108,13 +113,13 @@ class CacheKey(CustomGraphPass):
 
     def __init__(self) -> None:
         # An attribute, since torch before 2.12 pickles some passes instead of asking for the uuid.
-        self.identity = _identity()
+        self.identity = (*_identity(), fuel())
 
     def __call__(self, graph: Graph) -> None:
         """Leave the graph as it is."""
 
     def uuid(self) -> Any:
-        """The package's name, its version, and a hash of all that decides the code."""
+        """The package's name, its version, a hash of all that decides the code, and how many rewrites it gets."""
         return self.identity
 
     def __eq__(self, other: object) -> bool:

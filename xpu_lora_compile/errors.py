@@ -52,6 +52,17 @@ class OptionError(LoraError, ValueError):
     """A mode or an option that neither this backend nor Inductor knows, or a value of the wrong type."""
 
 
+class DeadAdapterError(LoraError):
+    """A call that adds LoRA has no influence on what the model returns, or an attached module makes no such call.
+
+    Its attribute `report` is the `Report` that would have been returned.
+    """
+
+
+class FactoryError(LoraError, ValueError):
+    """What a command was told to explain cannot be imported or called, or is not a model with its inputs."""
+
+
 class AttachError(LoraError):
     """A model, or one of its modules, that LoRA cannot be attached to."""
 

@@ -5,6 +5,8 @@ Nothing here loads Inductor or the symbolic-shape machinery before it is needed:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +41,23 @@ def check_before_autograd(library: torch.library.Library, op: Any, check: Any) -
     # One key a device, since `custom_op` holds the alias key "Autograd" itself.
     for device in ("CPU", "CUDA", "XPU", "Meta"):
         library.impl(op._schema.name.split("::")[1], call, f"Autograd{device}", with_keyset=True)
+
+
+def hint_of(size: int | torch.SymInt) -> int:
+    """A size as a number: of a symbolic one that of the example inputs, without a guard; 1 where nobody knows."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return int(hint) if hint is not None else 1
+
+
+@contextmanager
+def fresh_compilation() -> Iterator[None]:
+    """Have Dynamo compile anew whatever it compiled before, as often as it takes, and keep what it had."""
+    from torch._dynamo import config
+
+    with config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16, fail_on_recompile_limit_hit=True):
+        yield
 
 
 def is_known(condition: bool | torch.SymBool) -> bool:

@@ -26,6 +26,7 @@ class Decision:
         module: path of the module that made the call, as Dynamo names it; empty outside modules.
         width: W, rows of an adapter's B; a symbol's name where it is symbolic. Of a `lora_linear` all slices' together.
         columns: H, columns of the output, likewise.
+        slices: how many pairs of A and B the call has.
         relation: of W to H; `slice` where the call itself says which columns, `undecided` keeps the op that decides
             when it runs.
         guard: the condition under which the compiled graph is kept; None where the sizes are constants.
@@ -37,6 +38,7 @@ class Decision:
     module: str
     width: str
     columns: str
+    slices: int = 1
     relation: Relation = "slice"
     guard: str | None = None
     notes: list[str] = field(default_factory=list)

@@ -43,4 +43,4 @@ def _undecided(call: Node, op: object) -> Decision:
     columns = value_of(arguments[0]).shape[1]
     source, module = origin_of(call)
     name = overload._schema.name.split("::")[1]
-    return Decision(name, source, module, str(width), str(columns))
+    return Decision(name, source, module, str(width), str(columns), len(weights))

@@ -8,6 +8,7 @@ follows, indented. No node names, stack traces, devices or paths.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,21 +27,29 @@ def as_text(module: GraphModule) -> str:
     return re.sub(r"\b[su]\d+\b", lambda match: names[match[0]], text)
 
 
-def _lines(module: GraphModule, indent: str) -> list[str]:
+def lines_of(module: GraphModule) -> Iterator[tuple[Node, str, str, str]]:
+    """For each node of the module's own graph, and then of its subgraphs: its name here (`%3`), its type, its call."""
     nodes = _by_first_use(module)
     numbers = {node: f"%{position}" for position, node in enumerate(nodes)}
-    lines = []
     for node in nodes:
-        if node.op == "output":
-            lines.append(f"{indent}return {_show(node.args[0], numbers)}")
-        elif (value := _type(node)) or node.op != "call_function":
-            lines.append(f"{indent}{numbers[node]}{value} = {_call(node, numbers)}")
-        else:
-            lines.append(f"{indent}{_call(node, numbers)}")
+        text = f"return {_show(node.args[0], numbers)}" if node.op == "output" else _call(node, numbers)
+        yield node, numbers[node], _type(node), text
+    for _, child in module.named_children():
+        if isinstance(child, GraphModule):
+            yield from lines_of(child)
+
+
+def _lines(module: GraphModule, indent: str) -> Iterator[str]:
+    own = set(module.graph.nodes)
+    for node, name, type_, text in lines_of(module):
+        if node not in own:
+            break
+        has_result = node.op != "output" and (type_ or node.op != "call_function")
+        yield indent + (f"{name}{': ' if type_ else ''}{type_} = {text}" if has_result else text)
     for name, child in module.named_children():
         if isinstance(child, GraphModule):
-            lines += [f"{indent}{name}:", *_lines(child, indent + "  ")]
-    return lines
+            yield f"{indent}{name}:"
+            yield from _lines(child, indent + "  ")
 
 
 def _by_first_use(module: GraphModule) -> list[Node]:
@@ -72,8 +81,8 @@ def _call(node: Node, numbers: dict[Node, str]) -> str:
 def _type(node: Node) -> str:
     value = value_of(node)
     if isinstance(value, torch.Tensor):
-        return f": {dtype_of(value)}{_sizes(value.shape)}"
-    return f": {value}" if isinstance(value, torch.SymInt) else ""
+        return f"{dtype_of(value)}{_sizes(value.shape)}"
+    return str(value) if isinstance(value, torch.SymInt) else ""
 
 
 def dtype_of(tensor: torch.Tensor) -> str:

@@ -1,0 +1,298 @@
+"""What the compiler makes of a model's LoRA: `print(xlc.explain(model)(inputs))`."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from xpu_lora_compile.errors import DeadAdapterError, OptionError
+from xpu_lora_compile.kernels.choose import choose
+from xpu_lora_compile.layers import LoraEmbedding, LoraLinear
+from xpu_lora_compile.ops import (
+    ADD_LORA,
+    BGMV_EXPAND,
+    BGMV_EXPAND_SLICE,
+    BGMV_SHRINK,
+    EXPAND,
+    EXPAND_SLICE,
+    LORA_LINEAR,
+    LORA_LINEARS,
+    ROUTE,
+    SHRINK,
+)
+from xpu_lora_compile.passes import rewrite
+from xpu_lora_compile.passes.decisions import Decision, decisions_on
+from xpu_lora_compile.passes.editing import arguments_of, graphs_of, value_of
+from xpu_lora_compile.passes.find_sites import find_sites
+from xpu_lora_compile.passes.liveness import live_nodes
+from xpu_lora_compile.passes.memory import read_by, storages_of, written_by
+from xpu_lora_compile.passes.text import dtype_of, lines_of
+from xpu_lora_compile.report import GraphReport, NodeReport, Report, SiteReport
+from xpu_lora_compile.torch_internals import fresh_compilation, hint_of
+
+_LORA = (BGMV_SHRINK, BGMV_EXPAND, BGMV_EXPAND_SLICE, LORA_LINEAR, LORA_LINEARS, SHRINK, EXPAND, EXPAND_SLICE, ADD_LORA)
+
+
+def explain(
+    model: Callable[..., Any], *, bandwidth: float | None = None, generate_code: bool = False
+) -> Callable[..., Report]:
+    """Compile a model and say what became of every call that adds LoRA: `explain(model)(*args, **kwargs)`.
+
+    Args:
+        model: a module or a function. A model that LoRA is attached to is called inside its `bank.use` block.
+        bandwidth: GB/s for the floors; by default that of a copy, measured on the model's device.
+        generate_code: have Inductor compile the graph too, so that the report can say which part of the whole the
+            passes took. By default the rewritten graph runs operation by operation.
+
+    Returns:
+        A function of the model's inputs that compiles, runs once, and returns the `Report`.
+
+    Raises:
+        DeadAdapterError: by that function: a call that adds LoRA has no influence on what the model returns, or an
+            attached module was not reached at all. Its attribute `report` holds the report.
+        OptionError: a bandwidth that is not above 0.
+
+    Example:
+        >>> import torch
+        >>> import xpu_lora_compile as xlc
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 3))
+        >>> bank = xlc.attach(model, slots=2, max_rank=2)
+        >>> with bank.use([None, None]), torch.no_grad():
+        ...     report = xlc.explain(model, bandwidth=50)(torch.randn(2, 4))
+        >>> [(site.module, site.shapes["H"], site.relation, site.kernel) for site in report.sites]
+        [('0', '4', 'equal', 'gather'), ('1', '3', 'equal', 'gather')]
+    """
+    if bandwidth is not None and not bandwidth > 0:
+        raise OptionError("explain: bandwidth", "GB/s above 0", repr(bandwidth), "Leave it out to have it measured.")
+
+    def run(*args: Any, **kwargs: Any) -> Report:
+        captured: list[_Captured] = []
+
+        def backend(module: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+            captured.append(_Captured(module))
+            if not generate_code:
+                return module.forward
+            from xpu_lora_compile.backend import generate_code as compiled
+
+            return compiled(module, inputs, {"fx_graph_cache": False})
+
+        start = time.perf_counter()
+        with fresh_compilation():
+            torch.compile(model, backend=backend)(*args, **kwargs)
+        seconds = time.perf_counter() - start
+        sites, calls = [], 0
+        for graph in captured:
+            sites += graph.sites(calls)
+            calls += len(graph.calls)
+        device = captured[0].device if captured else torch.device("cpu")
+        speed, source = (bandwidth, "as told") if bandwidth else _measured_bandwidth(device)
+        for site in sites:
+            site.floor_us = site.bytes / speed / 1e3
+        report = Report(
+            sites,
+            [graph.report for graph in captured],
+            speed,
+            source,
+            sum(graph.seconds for graph in captured),
+            seconds,
+            generate_code,
+            {"torch": torch.__version__},
+        )
+        _check_liveness(model, report)
+        return report
+
+    return run
+
+
+class _Captured:
+    """One graph of Dynamo: looked at, rewritten, and looked at again."""
+
+    def __init__(self, module: GraphModule) -> None:
+        graphs = list(graphs_of(module))
+        for graph in graphs:
+            find_sites(graph)
+        decided = [(node, decision) for graph in graphs for node in graph.nodes for decision in decisions_on(node)]
+        self.decisions: list[Decision] = [decision for _, decision in decided]
+        live = set().union(*(live_nodes(graph) for graph in graphs))
+        self.live = [node in live for node, _ in decided]
+        before, calls_before = self._nodes(module), _count(graphs)
+        start = time.perf_counter()
+        rewrite(module)
+        self.seconds = time.perf_counter() - start
+        self.report = GraphReport(before, self._nodes(module), calls_before, _count(graphs))
+        # The calls that do the sites' work, by the position of the site, each with its number.
+        self.calls = [node for graph in graphs for node in graph.nodes if decisions_on(node)]
+        self.device = next(
+            (value_of(node).device for graph in graphs for node in graph.nodes if isinstance(value_of(node), Tensor)),
+            torch.device("cpu"),
+        )
+
+    def sites(self, first_call: int) -> list[SiteReport]:
+        """The sites in the order of the graph; calls are numbered from `first_call`."""
+        found: dict[int, SiteReport] = {}
+        for number, node in enumerate(self.calls, start=first_call):
+            decisions, done = decisions_on(node), 0
+            for decision in decisions:
+                slices = slice(done, done + decision.slices)
+                done += decision.slices
+                at = next(at for at, one in enumerate(self.decisions) if one is decision)
+                others = [one.place for one in decisions if one is not decision]
+                found[at] = _site(node, number, decision, slices, others, self.live[at])
+        return [found[at] for at in sorted(found)]
+
+    def _nodes(self, module: GraphModule) -> list[NodeReport]:
+        order: dict[Node, int] = {}
+        reports: list[NodeReport] = []
+        writers: dict[int, int] = {}
+        for node, name, type_, text in lines_of(module):
+            order[node] = len(order)
+            mine = [at for at, one in enumerate(self.decisions) if any(one is other for other in decisions_on(node))]
+            inputs = [order[one] for one in node.all_input_nodes if one in order]
+            after = sorted({writers[one] for one in read_by(node) | written_by(node) if one in writers} - set(inputs))
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            path = str(stack[-1][0]).removeprefix("L['self']").removeprefix(".") if stack else ""
+            reports.append(NodeReport(name, type_, text, _kind(node), path, inputs, after, mine))
+            writers.update(dict.fromkeys(written_by(node), order[node]))
+        return reports
+
+
+def _site(
+    node: Node, number: int, decision: Decision, slices: slice, others: list[str], reaches_output: bool
+) -> SiteReport:
+    op = node.target if isinstance(node.target, torch._ops.OpOverload) else node.target.default  # type: ignore[union-attr]
+    arguments = arguments_of(node, op)
+    inputs = value_of(arguments[1])
+    if op in (LORA_LINEAR, LORA_LINEARS, ADD_LORA):
+        a, b = ([value_of(one) for one in arguments[at][slices]] for at in (2, 3))
+        target = 0 if op is LORA_LINEAR else arguments[5][slices.start]
+        output = value_of(arguments[0] if op is LORA_LINEAR else arguments[0][target])
+        total = len(arguments[2])
+    else:
+        a, b, output, total = [], [value_of(arguments[2])], value_of(arguments[0]), 1
+    rows, slots = hint_of(inputs.shape[0]), hint_of(b[0].shape[0])
+    used = min(rows, slots)
+    size = sum(used * hint_of(one.shape[-1]) * hint_of(one.shape[-2]) * one.element_size() for one in (*a, *b))
+    columns = sum(min(hint_of(one.shape[-2]), hint_of(output.shape[1])) for one in b)
+    size += 2 * rows * columns * output.element_size()
+    size += rows * hint_of(inputs.shape[1]) * inputs.element_size() * len(b) // total
+    choice = choose(inputs.device.type, rows, slots)
+    ranks = [one.shape[-1] for one in b]
+    return SiteReport(
+        module=decision.module,
+        source=decision.source,
+        op=decision.op,
+        shapes={
+            "T": _size(inputs.shape[0]),
+            "D": _size(inputs.shape[1]) if a else "-",
+            "R": "+".join(map(_size, ranks)),
+            "K": _size(b[0].shape[0]),
+            "W": decision.width if len(b) == 1 else "+".join(_size(one.shape[-2]) for one in b),
+            "H": decision.columns,
+        },
+        dtypes={"output": dtype_of(output), "inputs": dtype_of(inputs)}
+        | ({"A": dtype_of(a[0])} if a else {})
+        | {"B": dtype_of(b[0])},
+        relation=decision.relation,
+        guard=decision.guard,
+        call=f"{op._schema.name.split('::')[1]} {number}",
+        fused_with=others,
+        kernel=choice.kernel,
+        because=choice.because,
+        others=choice.others,
+        bytes=size,
+        floor_us=0.0,
+        reaches_output=reaches_output,
+        notes=decision.notes,
+    )
+
+
+def _size(size: int | torch.SymInt) -> str:
+    return str(size) if isinstance(size, int) else f"{size} (here {hint_of(size)})"
+
+
+def _kind(node: Node) -> str:
+    target = getattr(node.target, "default", node.target)
+    if node.op in ("placeholder", "get_attr"):
+        return "input"
+    if node.op == "output":
+        return "output"
+    if target in _LORA:
+        return "lora"
+    if target is ROUTE or any(one.target is ROUTE for one in node.all_input_nodes):
+        return "routing"
+    shares = storages_of(node) and storages_of(node) <= set().union(*map(storages_of, node.all_input_nodes))
+    return "view" if shares and not written_by(node) else "other"
+
+
+def _count(graphs: list[Graph]) -> dict[str, int]:
+    """How often each op of ours is called, and each way of copying."""
+    counts: Counter[str] = Counter()
+    for graph in graphs:
+        for node in graph.nodes:
+            target = getattr(node.target, "default", node.target)
+            if target in _LORA or target is ROUTE:
+                counts[target._schema.name.split("::")[1]] += 1
+            elif target in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default) or target in ("clone", "copy_"):
+                counts["clone" if "clone" in str(target) else "copy_"] += 1
+    return dict(counts)
+
+
+def _measured_bandwidth(device: torch.device) -> tuple[float, str]:
+    """GB/s of a copy between buffers larger than the caches, the best of a few, read and write both counted."""
+    size = 1 << 28
+    source, target = torch.ones(size, dtype=torch.uint8, device=device), torch.empty(0, device=device)
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(5):
+        _wait_for(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        _wait_for(device)
+        best = max(best, 2 * size / (time.perf_counter() - start) / 1e9)
+    return best, f"a copy of 256 MiB on {device.type}, measured in this run"
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def _check_liveness(model: object, report: Report) -> None:
+    """Raise for adapters that the model's result cannot depend on."""
+    dead = [site for site in report.sites if not site.reaches_output]
+    wanted, remedy, got = "", "", ""
+    if dead:
+        wanted = "every call that adds LoRA to reach what the graph returns"
+        got = f"{_list(f'{site.place} ({site.source})' for site in dead)} without influence on it"
+        remedy = "Return what the call wrote to, or do not call it."
+    elif unreached := _unreached(model, report):
+        wanted = "a call in the graph for every module that LoRA is attached to"
+        got = f"none for {_list(unreached)}"
+        remedy = "Run inside `bank.use([...])`, where the model would otherwise be the base model; leave modules that the model does not call out of target_modules."
+    if wanted:
+        error = DeadAdapterError("explain", wanted, got, remedy)
+        error.report = report
+        raise error
+
+
+def _unreached(model: object, report: Report) -> list[str]:
+    if not isinstance(model, nn.Module):
+        return []
+    reached = {site.module for site in report.sites}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLinear | LoraEmbedding) and name not in reached
+    ]
+
+
+def _list(places: Any) -> str:
+    places = list(places)
+    more = f" and {len(places) - 5} more" if len(places) > 5 else ""
+    return ", ".join(places[:5]) + more

@@ -1,0 +1,219 @@
+"""What `explain` found: as a table for a terminal, as JSON, and as a page to look at."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class SiteReport:
+    """One call that adds LoRA to an output.
+
+    Attributes:
+        module: path of the module that made the call; empty outside modules.
+        source: `file:line` of the call.
+        op: the public op that was called.
+        shapes: the letters T, D, R, K, W, H, each with its size; a symbolic size as `s77 (here 5)`. Of several slices,
+            R and W of each, separated by `+`.
+        dtypes: of output, inputs, A and B.
+        relation: of W to H: equal, narrower, wider, slice or undecided.
+        guard: the condition under which the compiled graph is kept; None where the sizes are constants.
+        call: the call of the final graph that does this site's work; sites of one call were fused.
+        fused_with: the other sites of that call.
+        kernel: which kernel runs it, at the number of rows of this run.
+        because: why.
+        others: why each of the other kernels does not.
+        bytes: moved by this site at the least: the weights of the adapters that its rows can use, its columns of the
+            output read and written, and its share of the input.
+        floor_us: microseconds that these bytes take at the report's bandwidth.
+        reaches_output: whether data flows from the call to what the graph returns.
+        notes: what each pass did, or why it left the call alone.
+    """
+
+    module: str
+    source: str
+    op: str
+    shapes: dict[str, str]
+    dtypes: dict[str, str]
+    relation: str
+    guard: str | None
+    call: str
+    fused_with: list[str]
+    kernel: str
+    because: str
+    others: dict[str, str]
+    bytes: int
+    floor_us: float
+    reaches_output: bool
+    notes: list[str]
+
+    @property
+    def place(self) -> str:
+        """The module, or the source line outside of modules."""
+        return self.module or self.source
+
+
+@dataclass
+class NodeReport:
+    """One node of a graph.
+
+    Attributes:
+        type: dtype and shape, `f32[4, 576]`.
+        text: the call.
+        kind: "input", "lora", "routing", "view", "output" or "other".
+        inputs: positions of the nodes whose values it takes.
+        after: positions of the nodes that wrote, last before it, what it reads in memory.
+        sites: positions of the sites whose work it does.
+    """
+
+    name: str
+    type: str
+    text: str
+    kind: str
+    module: str
+    inputs: list[int]
+    after: list[int]
+    sites: list[int]
+
+
+@dataclass
+class GraphReport:
+    """One graph that Dynamo captured, before and after the passes."""
+
+    before: list[NodeReport]
+    after: list[NodeReport]
+    calls_before: dict[str, int]
+    calls_after: dict[str, int]
+
+
+@dataclass
+class Report:
+    """What the compiler made of a model's LoRA; `str(report)` is a table.
+
+    Attributes:
+        sites: one for each call that adds LoRA.
+        graphs: what was captured, before and after.
+        bandwidth: GB/s at which the floors are stated.
+        bandwidth_source: where that figure comes from.
+        passes_seconds: what all passes took together.
+        first_call_seconds: of the first call: capturing, the passes, compiling and one run.
+        generated_code: whether Inductor compiled it; otherwise the rewritten graph ran operation by operation.
+    """
+
+    sites: list[SiteReport]
+    graphs: list[GraphReport]
+    bandwidth: float
+    bandwidth_source: str
+    passes_seconds: float
+    first_call_seconds: float
+    generated_code: bool
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Sites, the calls they became, and routing computations."""
+        after = [graph.calls_after for graph in self.graphs]
+        return {
+            "sites": len(self.sites),
+            "calls": len({site.call for site in self.sites}),
+            "routings": sum(calls.get("route", 0) for calls in after),
+            "graphs": len(self.graphs),
+        }
+
+    def to_json(self) -> str:
+        """Everything, as JSON."""
+        return json.dumps({"format": 1, **asdict(self), "counts": self.counts}, ensure_ascii=False)
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one page that needs nothing else: the table, and the graphs before and after, drawn."""
+        page = (files("xpu_lora_compile") / "report.html").read_text(encoding="utf-8")
+        # "</script>" inside the data would end the script; JSON spells a slash either way.
+        Path(path).write_text(page.replace("/*REPORT*/null", self.to_json().replace("</", "<\\/")), encoding="utf-8")
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        buffer = StringIO()
+        width = int(os.environ.get("COLUMNS", 0)) or 140
+        console = Console(file=buffer, width=width, no_color=True, highlight=False, emoji=False, markup=False)
+        for part in self.parts():
+            console.print(part)
+        return buffer.getvalue().rstrip()
+
+    def parts(self) -> list[Any]:
+        """What a terminal shows, for `rich.console.Console.print`: like sites of different layers as one row."""
+        from rich.table import Table
+
+        table = Table("sites", "where", "T x D -> R -> W in H", "K", "dtypes", "widths", "becomes", "kernel", "floor")
+        for group in self.groups():
+            site = group[0]
+            sizes = site.shapes
+            table.add_row(
+                str(len(group)),
+                f"{_family(site.place)}\n{_short(site.source)}",
+                f"{sizes['T']} x {sizes['D']} -> {sizes['R']} -> {sizes['W']} in {sizes['H']}",
+                sizes["K"],
+                "/".join(dict.fromkeys(site.dtypes.values())),
+                site.relation + (f"\nif {site.guard}" if site.guard else ""),
+                _becomes(site),
+                site.kernel,
+                f"{site.floor_us:.3g} us",
+            )
+        return [table, *self.summary()]
+
+    def groups(self) -> list[list[SiteReport]]:
+        """The sites, those together that differ in nothing but numbers in their modules' names."""
+        groups: dict[Any, list[SiteReport]] = {}
+        for site in self.sites:
+            fused = tuple(_family(place) for place in site.fused_with)
+            call = site.call.rsplit(" ", 1)[0]
+            key = (_family(site.module), site.source, str(site.shapes), str(site.dtypes), site.relation, site.guard)
+            groups.setdefault((*key, fused, call, site.kernel, site.reaches_output), []).append(site)
+        return list(groups.values())
+
+    def summary(self) -> list[str]:
+        """The sentences below the table."""
+        counts, total = self.counts, sum(site.floor_us for site in self.sites)
+        how = "with Inductor" if self.generated_code else "without generating code"
+        share = f"{100 * self.passes_seconds / self.first_call_seconds:.2g} %" if self.first_call_seconds else "-"
+        dead = [site.place for site in self.sites if not site.reaches_output]
+        lines = [
+            f"{counts['sites']} sites became {counts['calls']} calls, {counts['routings']} routing computations, in "
+            f"{counts['graphs']} graphs.",
+            f"{'NOT all sites reach' if dead else 'Every site reaches'} the output of its graph.",
+            f"Floor of all LoRA: {total:.3g} us, at {self.bandwidth:.3g} GB/s ({self.bandwidth_source}).",
+            f"The passes took {self.passes_seconds:.3g} s of {self.first_call_seconds:.3g} s for the first call, {how}: {share}.",
+        ]
+        for name, reason in dict.fromkeys(
+            (one, why) for site in self.sites for one, why in {site.kernel: site.because, **site.others}.items()
+        ):
+            lines.append(f"Kernel {name}: {reason}.")
+        kept = {
+            f"{_family(site.place)}: {note}" for site in self.sites for note in site.notes if "not " in note or "left" in note
+        }
+        return [*lines, *sorted(kept)]
+
+
+def _becomes(site: SiteReport) -> str:
+    name = site.call.rsplit(" ", 1)[0]
+    return name + "".join(f"\n+ {_short_module(_family(place))}" for place in site.fused_with)
+
+
+def _family(place: str) -> str:
+    """A module's path with the numbers of layers left open: model.layers.*.mlp."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", place) if "/" not in place else place
+
+
+def _short_module(place: str) -> str:
+    return place.rsplit(".", 1)[-1] if "/" not in place else _short(place)
+
+
+def _short(source: str) -> str:
+    return "/".join(Path(source).parts[-2:]) if source else ""
