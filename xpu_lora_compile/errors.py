@@ -59,6 +59,13 @@ class DeadAdapterError(LoraError):
     """
 
 
+class VerificationError(LoraError, AssertionError):
+    """A compiled call computes something else than it should, by more than rounding explains.
+
+    Its attribute `verification` is the `Verification` that would have been returned.
+    """
+
+
 class FactoryError(LoraError, ValueError):
     """What a command was told to explain cannot be imported or called, or is not a model with its inputs."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.budget import budget_of
+from xpu_lora_compile.ops.budget import budget_of
 from support.cases import BF16, DEVICE, EXPAND, F16, F32, LORA_LINEAR, OPS, SHRINK, Case, build
 from torch import Tensor
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.budget import budget_of
+from xpu_lora_compile.ops.budget import budget_of
 from support.cases import (
     BF16,
     DEVICE,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.budget import budget_of
+from xpu_lora_compile.ops.budget import budget_of
 from support.cases import (
     BF16,
     DEVICE,

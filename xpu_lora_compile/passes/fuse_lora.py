@@ -208,22 +208,23 @@ def _find_expands(graph: Graph, buffers: _RankBuffers) -> dict[Node, _Expand]:
             expands[call] = _Expand(call, output, hidden, b, indices, rest[0] if len(rest) == 3 else 0, rest[-1])
             if op is BGMV_EXPAND:
                 expands[call].refusal = "the relation of its widths is not known while compiling"
-    content: dict[Region, _Shrink] = {}
+    # What each region of the buffers holds, and the tensor that it was written as.
+    content: dict[Region, tuple[Tensor, _Shrink]] = {}
     for node in graph.nodes:
         written: set[int] = set()
-        target: Region | None = None
+        target: Tensor | None = None
         if node in buffers.shrinks:
             output, _, a, *_ = arguments_of(node, buffers.shrinks[node])
-            target = region_of(value_of(output).narrow(1, 0, value_of(a).shape[-2]))
-            source = _Shrink(node, buffers.shrinks[node], {target.storage})
+            target = value_of(output).narrow(1, 0, value_of(a).shape[-2])
+            source = _Shrink(node, buffers.shrinks[node], {storage_of(target)})
             buffers.used_by(node, source.operands)
         elif (copied := _copied(node, content)) is not None:
             target, source = copied
-            source.buffers.add(target.storage)
-            buffers.storages.add(target.storage)
+            source.buffers.add(storage_of(target))
+            buffers.storages.add(storage_of(target))
         elif node in expands:
             expand = expands[node]
-            expand.shrink = content.get(region_of(value_of(expand.hidden)))
+            _, expand.shrink = content.get(region_of(value_of(expand.hidden)), (None, None))
             expand.refusal = expand.refusal or _refusal(expand)
             written = {expand.writes}
             buffers.used_by(node, storages_of(expand.b) | storages_of(expand.indices) | written)
@@ -231,20 +232,19 @@ def _find_expands(graph: Graph, buffers: _RankBuffers) -> dict[Node, _Expand]:
             written = written_by(node)
             buffers.used_by(node, read_by(node) | written)
         if target is not None:
-            written = {target.storage}
-            buffers.fills[node] = {target.storage}
-        for region, shrink in list(content.items()):
-            overwritten = region.storage in written and (target is None or overlap(region, target))
+            written = buffers.fills[node] = {storage_of(target)}
+        for region, (held, shrink) in list(content.items()):
+            overwritten = region.storage in written and (target is None or overlap(held, target))
             if overwritten or shrink.operands & written or is_barrier(node):
                 del content[region]
         if target is not None:
-            content[target] = source
+            content[region_of(target)] = target, source
     _refuse_shared(expands, buffers)
     return expands
 
 
-def _copied(node: Node, content: dict[Region, _Shrink]) -> tuple[Region, _Shrink] | None:
-    """The region that a `copy_` fills with what a shrink computed, and that shrink."""
+def _copied(node: Node, content: dict[Region, tuple[Tensor, _Shrink]]) -> tuple[Tensor, _Shrink] | None:
+    """The tensor that a `copy_` fills with what a shrink computed, and that shrink."""
     is_copy = node.target == "copy_" if node.op == "call_method" else node.target is torch.ops.aten.copy_.default
     operands = node.args[:2]
     if not is_copy or len(operands) < 2 or not all(isinstance(one, Node) for one in operands):
@@ -252,9 +252,9 @@ def _copied(node: Node, content: dict[Region, _Shrink]) -> tuple[Region, _Shrink
     target, source = (value_of(one) for one in operands if isinstance(one, Node))
     if not (isinstance(target, Tensor) and isinstance(source, Tensor) and target.is_floating_point()):
         return None
-    shrink = content.get(region_of(source))
+    _, shrink = content.get(region_of(source), (None, None))
     # Otherwise it broadcasts.
-    return (region_of(target), shrink) if shrink is not None and _sizes(target) == _sizes(source) else None
+    return (target, shrink) if shrink is not None and _sizes(target) == _sizes(source) else None
 
 
 def _refusal(expand: _Expand) -> str:
@@ -301,8 +301,6 @@ def _find_chains(graph: Graph, expands: dict[Node, _Expand], buffers: _RankBuffe
     for node in graph.nodes:
         if isinstance(value_of(node), Tensor) and value_of(node).dim() == 2:
             matrices.setdefault(storage_of(value_of(node)), []).append(node)
-        if node in buffers.fills:
-            continue
         if node not in expands:
             written, touched = written_by(node), read_by(node) | written_by(node)
             for storage, chain in list(open_chains.items()):
@@ -346,8 +344,8 @@ class _Nodes:
         self.order: dict[Node, float] = {node: at for at, node in enumerate(graph.nodes)}
         self.inputs = input_storages(graph)
         self.aliases: dict[int, list[Node]] = {}
-        # What stands now for a node whose memory a fused call has taken over.
-        self.newest: dict[Node, Node] = {}
+        # The fused call that has taken over each memory.
+        self.newest: dict[int, Node] = {}
         for node in graph.nodes:
             for storage in storages_of(node):
                 self.aliases.setdefault(storage, []).append(node)
@@ -361,6 +359,16 @@ class _Nodes:
             if self.order[alias] < at and (users := [user for user in alias.users if self.order.get(user, 0) > at])
         }
 
+    def current(self, base: Node, last: Node) -> Node | None:
+        """What stands for `base` just before `last`; None if a fused call has taken over more than is in `base`."""
+        result = self.newest.get(storage_of(value_of(base)))
+        if result is None or self.order[base] > self.order[result] or base is result:
+            return base
+        if _same(base, result):
+            return result
+        whole = _is_whole(value_of(base), value_of(result))
+        return self.add(_viewed_as(base, result, last), last) if whole else None
+
     def add(self, node: Node, last: Node) -> Node:
         """Take note of a new node in front of `last`."""
         self.order[node] = self.order[last] - 0.5
@@ -371,9 +379,11 @@ class _Nodes:
 
 def _fuse(chain: _Chain, nodes: _Nodes) -> None:
     """Put one `lora_linear` in the place of the chain's last expand."""
-    last, base = chain.members[-1][0].call, chain.base
-    while base in nodes.newest:
-        base = nodes.newest[base]
+    last = chain.members[-1][0].call
+    base = nodes.current(chain.base, last)
+    if base is None:
+        note(last, "not fused: its output was seen in another form before")
+        return
     shrinks = [expand.shrink for expand, _ in chain.members if expand.shrink]
     value, storage = value_of(base), storage_of(value_of(base))
     later = nodes.users_after(last, storage)
@@ -396,9 +406,9 @@ def _fuse(chain: _Chain, nodes: _Nodes) -> None:
     if hand_on:
         for alias, users in later.items():
             fresh = result if _same(alias, base) else nodes.add(_viewed_as(alias, result, last), last)
-            nodes.newest[alias] = fresh
             for user in users:
                 user.replace_input_with(alias, fresh)
+        nodes.newest[storage] = result
     else:
         nodes.add(insert_before(last, torch.ops.aten.copy_.default, (base, result), value), last)
     for expand, _ in chain.members:

@@ -21,7 +21,7 @@ from xpu_lora_compile.ops import (
 )
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
 from xpu_lora_compile.passes.editing import arguments_of, calls_to, insert_before, may_rewrite, replace, size_of, value_of
-from xpu_lora_compile.passes.memory import input_storages, knows_its_views, storage_of, storages_of
+from xpu_lora_compile.passes.memory import input_storages, knows_its_views, overlap, storage_of, storages_of, written_by
 
 
 def lower(graph: Graph) -> None:
@@ -40,7 +40,8 @@ def lower(graph: Graph) -> None:
         shrink(output, inputs, a, indices, scaling)
         expand_slice(output, inputs, b, indices, offset, size, add)
 
-    A base that is seen again afterwards, or that is an input of the graph, is cloned first.
+    A base that is seen again afterwards, that is an input of the graph, or that shares memory with another operand, is
+    cloned first.
 
     Left alone: `bgmv_expand` that `resolve_width` could not settle; a `lora_linear` that carries gradients, or whose
     slices have different numbers of slots.
@@ -81,12 +82,34 @@ class _Nodes:
     """What `lower` asks of a graph: the order of its nodes, and who has which memory."""
 
     def __init__(self, graph: Graph) -> None:
-        self.order: dict[Node, int] = {node: at for at, node in enumerate(graph.nodes)}
+        self.order: dict[Node, float] = {node: at for at, node in enumerate(graph.nodes)}
         self.inputs = input_storages(graph) if knows_its_views(graph) else None
         self.aliases: dict[int, list[Node]] = {}
+        self.writes: dict[int, list[float]] = {}
         for node in graph.nodes:
             for storage in storages_of(node):
                 self.aliases.setdefault(storage, []).append(node)
+            for storage in written_by(node):
+                self.writes.setdefault(storage, []).append(self.order[node])
+
+    def add(self, node: Node, call: Node) -> None:
+        """Take note of a new node in front of `call`."""
+        self.order[node] = self.order[call] - 0.5
+        for storage in storages_of(node):
+            self.aliases.setdefault(storage, []).append(node)
+
+    def unite(self, base: Node, result: Tensor) -> None:
+        """Take note that the memory of `base` is now that of `result`, too."""
+        mine, its = storage_of(value_of(base)), storage_of(result)
+        if mine != its:
+            self.aliases[mine] = self.aliases[its] = [*self.aliases[mine], *self.aliases.get(its, [])]
+
+    def is_unchanged(self, tensor: Node, since: Node, until: Node) -> bool:
+        """Whether nothing writes to a tensor between two nodes."""
+        if self.inputs is None:
+            return False
+        writes = [at for storage in storages_of(tensor) for at in self.writes.get(storage, [])]
+        return not any(self.order[since] < at < self.order[until] for at in writes)
 
     def is_seen_after(self, base: Node, call: Node) -> bool:
         """Whether the content that the base has now may be seen after the call."""
@@ -104,22 +127,29 @@ class _Nodes:
 
 def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
     bases, inputs, a, b, indices, slice_bases, offsets, scaling = arguments
-    outputs = []
+    outputs: list[Node] = []
+    is_single = call.target in (LORA_LINEAR, LORA_LINEAR.overloadpacket)
+    results: list[Tensor] = [value_of(call)] if is_single else value_of(call)
     written_back = _written_back(call, bases)
-    for base in bases:
+    if nodes.inputs is None or _share_memory(bases[0], (inputs, *a, *b, indices)):
+        written_back = None
+    for base, result in zip(bases, results, strict=True):
         target = base
-        if base in outputs or (written_back is None and nodes.is_seen_after(base, call)):
-            value: Tensor = value_of(base)
-            target = insert_before(call, torch.ops.aten.clone.default, (base,), torch.empty_like(value))
+        is_seen = written_back is None and nodes.is_seen_after(base, call)
+        if is_seen or _share_memory(base, (inputs, *a, *b, indices, *outputs)):
+            target = insert_before(call, torch.ops.aten.clone.default, (base,), result)
             target.kwargs = {"memory_format": torch.contiguous_format}
+            nodes.add(target, call)
             note(call, "lower: on a copy of the base, which is seen again")
+        else:
+            nodes.unite(base, result)
         outputs.append(target)
-    routing = _routing(indices, a[0], call)
+    routing = _routing(indices, a[0], call, nodes)
     lowered = insert_before(call, ADD_LORA, (outputs, inputs, a, b, routing, slice_bases, offsets, scaling), None)
     set_decisions(lowered, decisions_on(call))
     if written_back is not None:
         call.graph.erase_node(written_back)
-    if call.target in (LORA_LINEAR, LORA_LINEAR.overloadpacket):
+    if is_single:
         call.replace_all_uses_with(outputs[0])
     else:
         for user in list(call.users):
@@ -135,14 +165,20 @@ def _written_back(call: Node, bases: list[Node]) -> Node | None:
     return after if is_copy and len(call.users) == 1 and not after.users else None
 
 
-def _routing(indices: Node, weights: Node, before: Node) -> list[Node]:
+def _share_memory(base: Node, others: tuple[Node, ...]) -> bool:
+    return any(overlap(value_of(base), value_of(other)) for other in others)
+
+
+def _routing(indices: Node, weights: Node, before: Node, nodes: _Nodes) -> list[Node]:
     """The tensors of the one `route` call for these indices and this number of slots, made if there is none."""
     slots = value_of(weights).shape[0]
     for user in indices.users:
-        if user.target is ROUTE and str(slots) == str(_size(user.args[1])):
+        same = user.target is ROUTE and str(slots) == str(_size(user.args[1]))
+        if same and nodes.is_unchanged(indices, user, before):
             return sorted(user.users, key=lambda one: cast("int", one.args[1]))
     value = ROUTE(value_of(indices), slots)
     route = insert_before(before, ROUTE, (indices, size_of(weights, 0, before)), value)
+    nodes.add(route, before)
     return [insert_before(before, operator.getitem, (route, at), value[at]) for at in range(len(value))]
 
 

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from xpu_lora_compile.ops import LORA_LINEAR
 from xpu_lora_compile.passes.editing import value_of
+from xpu_lora_compile.torch_internals import is_known
 
 # Methods and functions that use a tensor's shape or dtype alone; and conversions that ATen has no op for.
 _QUESTIONS = {"size", "dim", "numel", "stride", "is_contiguous", "nelement", "ndimension", "element_size"}
@@ -26,6 +28,7 @@ _QUESTIONS |= {"new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "
 _CONVERSIONS = {"float", "half", "bfloat16", "double", "int", "long", "bool", "cpu", "cuda", "xpu", "type"}
 # Python's operators that write into their first argument.
 _WRITING = {vars(operator)[name] for name in ("setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv")}
+_TAKES_OVER = (LORA_LINEAR, LORA_LINEAR.overloadpacket)
 _WRITING |= {vars(operator)[name] for name in ("imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift")}
 
 
@@ -33,6 +36,7 @@ class Region(NamedTuple):
     """The elements of a tensor in memory; nodes of equal regions hold the same elements in the same order."""
 
     storage: int
+    dtype: torch.dtype
     shape: tuple[str, ...]
     stride: tuple[str, ...]
     offset: str
@@ -42,6 +46,7 @@ def region_of(tensor: Tensor) -> Region:
     """The region of a fake tensor; sizes are compared as expressions, without a guard."""
     return Region(
         storage_of(tensor),
+        tensor.dtype,
         tuple(map(str, tensor.shape)),
         tuple(map(str, tensor.stride())),
         str(tensor.storage_offset()),
@@ -69,8 +74,8 @@ def knows_its_views(graph: Graph) -> bool:
 
 
 def written_by(node: Node) -> set[int]:
-    """The memory that a node changes."""
-    written: set[int] = set()
+    """The memory that a node changes, or whose content it replaces: a `lora_linear` may stand for its base from now on."""
+    written: set[int] = storages_of(node) if node.target in _TAKES_OVER else set()
     for operand in _written_operands(node):
         written |= storages_of(operand)
     return written
@@ -79,6 +84,8 @@ def written_by(node: Node) -> set[int]:
 def read_by(node: Node) -> set[int]:
     """The memory whose content a node uses; a view or a question about shape uses none."""
     given = set().union(*map(storages_of, node.all_input_nodes))
+    if node.op == "output":
+        return given
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     if name in _QUESTIONS or node.target is torch.ops.aten.sym_size.int:
         return set()
@@ -87,8 +94,9 @@ def read_by(node: Node) -> set[int]:
 
 
 def is_barrier(node: Node) -> bool:
-    """Whether nothing may be moved across a node: it has no tensors, and may switch autocast or the grad mode."""
-    return node.op.startswith("call") and not node.all_input_nodes and _schemas(node) is None
+    """Whether nothing may be moved across a node: it has no values, and may switch autocast or the grad mode."""
+    known = [value_of(one) is not None for one in (node, *node.all_input_nodes)]
+    return node.op.startswith("call") and not any(known) and _schemas(node) is None
 
 
 def is_pure(node: Node) -> bool:
@@ -106,21 +114,18 @@ def input_storages(graph: Graph) -> set[int]:
     return {storage for node in graph.nodes if node.op in ("placeholder", "get_attr") for storage in storages_of(node)}
 
 
-def overlap(left: Region, right: Region) -> bool:
-    """Whether two regions may share elements; no only where that is certain."""
-    if left.storage != right.storage:
+def overlap(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors may share elements; no only where that is certain of all sizes that the graph is for."""
+    if storage_of(left) != storage_of(right):
         return False
-    try:
-        (start, end), (other_start, other_end) = _bounds(left), _bounds(right)
-    except ValueError:
-        return True
-    return start <= other_end and other_start <= end
+    (start, end), (other_start, other_end) = _bounds(left), _bounds(right)
+    return left.dtype != right.dtype or not (is_known(end < other_start) or is_known(other_end < start))
 
 
-def _bounds(region: Region) -> tuple[int, int]:
-    """The first and last element; ValueError where a size is symbolic."""
-    start = int(region.offset)
-    return start, start + sum((int(n) - 1) * int(step) for n, step in zip(region.shape, region.stride, strict=True))
+def _bounds(tensor: Tensor) -> tuple[int | torch.SymInt, int | torch.SymInt]:
+    """The first and the last element."""
+    start = tensor.storage_offset()
+    return start, start + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _written_operands(node: Node) -> list[Node]:

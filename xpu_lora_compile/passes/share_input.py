@@ -77,6 +77,8 @@ def _find_groups(graph: Graph) -> list[list[Node]]:
                 opened[key] = storages_of(inputs) | storages_of(indices), []
                 groups.append(opened[key][1])
             opened[key][1].append(node)
+            if opened[key][0] & written:
+                del opened[key]
     return groups
 
 
@@ -101,7 +103,8 @@ def _moves(call: Node, first: Node) -> list[Node] | None:
                 return None
             moves.append(node)
         changed |= written_by(node)
-    return None if first in needed or storages_of(arguments_of(call, LORA_LINEAR)[0]) & changed else moves
+    read = set().union(*map(storages_of, call.all_input_nodes))
+    return None if first in needed or read & changed else moves
 
 
 def _merge(members: list[Node]) -> None:

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, EXPAND, EXPAND_SLICE, LORA_LINEAR, SHRINK
 from xpu_lora_compile.passes.editing import arguments_of, calls_to, erase_unused, may_rewrite, value_of
-from xpu_lora_compile.passes.memory import is_pure, storages_of, written_by
+from xpu_lora_compile.passes.memory import input_storages, is_pure, read_by, storages_of, written_by
 
 # The ops that take indices, and the position where they take them.
 _TAKE_INDICES = {
@@ -33,11 +33,14 @@ def share_routing(graph: Graph) -> None:
     What kernels derive from the rows (`route`: masks, the order by slot, where each slot starts) is put in once a
     graph by `lower`, for all calls that have the same rows.
 
-    Left alone: indices that depend on anything but inputs of the graph, or whose memory something writes to.
+    Left alone: indices that are computed from floating point, whose memory something writes to, or that are returned.
 
     Runs on: graphs of Dynamo and of `torch.export`, before functionalization.
     """
     written = {storage for node in graph.nodes for storage in written_by(node)}
+    # Of what is returned, the caller may write to one and not mean the other.
+    returned = {storage for node in graph.nodes if node.op == "output" for storage in read_by(node)}
+    returned -= input_storages(graph)
     wanted: set[Node] = set()
     for op, position in _TAKE_INDICES.items():
         for call in calls_to(graph, op):
@@ -50,7 +53,7 @@ def share_routing(graph: Graph) -> None:
         if storages_of(node) & written or any(storages_of(one) & written for one in node.all_input_nodes):
             continue
         original = first.setdefault(_what_it_computes(node), node)
-        if original is not node and may_rewrite():
+        if original is not node and not storages_of(node) & returned and may_rewrite():
             node.replace_all_uses_with(original)
             doubles.append(node)
     erase_unused(doubles)
