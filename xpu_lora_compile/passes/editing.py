@@ -160,8 +160,8 @@ def origin_of(node: Node) -> tuple[str, str]:
     frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
     outside = [f"{file}:{line}" for file, line in frames if not file.startswith(_PACKAGE)]
     modules = list((node.meta.get("nn_module_stack") or {}).values())
-    # Dynamo writes L['self'].model.lm_head.
-    path = str(modules[-1][0]).removeprefix("L['self']").removeprefix(".") if modules else ""
+    # Dynamo writes L['self'].model.lm_head, or with the name of another variable that holds the model.
+    path = re.sub(r"^[LG]\['\w+'\]\.?", "", str(modules[-1][0])) if modules else ""
     return outside[-1] if outside else "", path
 
 

@@ -88,6 +88,8 @@ class _Shrink:
     call: Node
     op: OpOverload
     buffers: set[int]
+    # The memory of what it reads.
+    operands: set[int]
 
     # Read from the call each time: fusing one chain changes the arguments of the next.
     @property
@@ -109,11 +111,6 @@ class _Shrink:
     def scaling(self) -> float:
         """The factor on the result."""
         return cast("float", arguments_of(self.call, self.op)[4])
-
-    @property
-    def operands(self) -> set[int]:
-        """The memory of what it reads."""
-        return storages_of(self.inputs) | storages_of(self.a) | storages_of(self.indices)
 
 
 @dataclass(eq=False)
@@ -214,9 +211,10 @@ def _find_expands(graph: Graph, buffers: _RankBuffers) -> dict[Node, _Expand]:
         written: set[int] = set()
         target: Tensor | None = None
         if node in buffers.shrinks:
-            output, _, a, *_ = arguments_of(node, buffers.shrinks[node])
+            output, inputs, a, indices, _ = arguments_of(node, buffers.shrinks[node])
             target = value_of(output).narrow(1, 0, value_of(a).shape[-2])
-            source = _Shrink(node, buffers.shrinks[node], {storage_of(target)})
+            operands = storages_of(inputs) | storages_of(a) | storages_of(indices)
+            source = _Shrink(node, buffers.shrinks[node], {storage_of(target)}, operands)
             buffers.used_by(node, source.operands)
         elif (copied := _copied(node, content)) is not None:
             target, source = copied
@@ -233,9 +231,11 @@ def _find_expands(graph: Graph, buffers: _RankBuffers) -> dict[Node, _Expand]:
             buffers.used_by(node, read_by(node) | written)
         if target is not None:
             written = buffers.fills[node] = {storage_of(target)}
-        for region, (held, shrink) in list(content.items()):
+        if is_barrier(node):
+            content.clear()
+        for region, (held, shrink) in list(content.items()) if written else ():
             overwritten = region.storage in written and (target is None or overlap(held, target))
-            if overwritten or shrink.operands & written or is_barrier(node):
+            if overwritten or shrink.operands & written:
                 del content[region]
         if target is not None:
             content[region_of(target)] = target, source

@@ -67,8 +67,10 @@ def _find_groups(graph: Graph) -> list[list[Node]]:
     calls = set(calls_to(graph, LORA_LINEAR))
     for node in graph.nodes:
         written = written_by(node)
-        for key, (read, _) in list(opened.items()):
-            if read & written or is_barrier(node):
+        if is_barrier(node):
+            opened.clear()
+        for key, (read, _) in list(opened.items()) if written else ():
+            if read & written:
                 del opened[key]
         if node in calls:
             _, inputs, _, _, indices, _, scaling = arguments_of(node, LORA_LINEAR)

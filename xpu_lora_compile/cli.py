@@ -1,0 +1,142 @@
+"""The command line: `xpu-lora explain MODULE:FACTORY`, `xpu-lora verify MODULE:FACTORY`.
+
+Exit status: 0 if all is well, 1 if an adapter is dead or a call is wrong, 2 if the command cannot do what it is told.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from xpu_lora_compile.errors import DeadAdapterError, FactoryError, LoraError, VerificationError
+from xpu_lora_compile.report import Report
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Factory = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FACTORY",
+        help="A function without arguments that returns (model, args) or (model, args, kwargs), or yields it as a "
+        "context manager, say inside `bank.use`. MODULE is imported, also from the current folder.",
+    ),
+]
+Grad = Annotated[bool, typer.Option("--grad", help="Run in grad mode, as in training; otherwise without.")]
+Code = Annotated[bool, typer.Option("--generate-code/--no-generate-code", help="Have Inductor compile the graph, too.")]
+
+
+@app.callback()
+def main() -> None:
+    """LoRA that the PyTorch compiler can see: say what it does with a model, and check it."""
+
+
+@app.command()
+def explain(
+    factory: Factory,
+    html: Annotated[Path | None, typer.Option(help="Write the page with the graphs before and after here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report as JSON here.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="GB/s for the floors; measured if left out.")] = None,
+    generate_code: Code = False,
+    grad: Grad = False,
+) -> None:
+    """Compile a model, and show what became of every call that adds LoRA."""
+    from xpu_lora_compile.explain import explain
+
+    console = Console()
+    dead: DeadAdapterError | None = None
+    with _reported(), _made(factory, grad) as (model, args, kwargs):
+        try:
+            report: Report = explain(model, bandwidth=bandwidth, generate_code=generate_code)(*args, **kwargs)
+        except DeadAdapterError as error:
+            dead, report = error, error.report
+        for part in report.parts():
+            console.print(part, markup=False, highlight=False)
+        if html is not None:
+            report.save_html(html)
+        if json is not None:
+            json.write_text(report.to_json() + "\n", encoding="utf-8")
+    if dead is not None:
+        Console(stderr=True).print(str(dead), style="red", markup=False, highlight=False)
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    factory: Factory,
+    seed: Annotated[int, typer.Option(help="Of the random weights and slots.")] = 0,
+    generate_code: Code = True,
+    grad: Grad = False,
+) -> None:
+    """Compare every call that adds LoRA with its exact value, in the rewritten graph and in the generated code."""
+    from xpu_lora_compile.verify import verify
+
+    with _reported(), _made(factory, grad) as (model, args, kwargs):
+        result = verify(model, seed=seed, generate_code=generate_code)(*args, **kwargs)
+        Console().print(str(result), markup=False, highlight=False)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """End the command with our own errors' text, and not with a traceback."""
+    try:
+        yield
+    except (LoraError, OSError) as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(1 if isinstance(error, VerificationError | DeadAdapterError) else 2) from None
+
+
+@contextmanager
+def _made(factory: str, grad: bool) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """The model that the factory makes, and the arguments to call it with."""
+    import torch
+
+    made = _found(factory)()
+    context = made if isinstance(made, AbstractContextManager) else None
+    with torch.set_grad_enabled(grad):
+        try:
+            found = context.__enter__() if context is not None else made
+            yield _checked(factory, found)
+        finally:
+            if context is not None:
+                context.__exit__(None, None, None)
+
+
+def _found(factory: str) -> Any:
+    module, _, name = factory.partition(":")
+    if not module or not name:
+        raise FactoryError("factory", "MODULE:FACTORY", repr(factory), "Write, say, `my_models:tiny`.")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module)
+    except ImportError as error:
+        raise FactoryError("factory", "a module that can be imported", f"{module}: {error}", "Check the name.") from error
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        functions = ", ".join(one for one, value in vars(sys.modules[module]).items() if callable(value)) or "none"
+        raise FactoryError("factory", f"a function of {module}", repr(name), f"It has {functions}.")
+    return found
+
+
+def _checked(factory: str, made: object) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    if isinstance(made, tuple) and len(made) in (2, 3):
+        model, args, kwargs = (*made, {})[:3]
+        if callable(model) and isinstance(args, tuple | list) and isinstance(kwargs, dict):
+            return model, tuple(args), kwargs
+    raise FactoryError(
+        f"factory {factory}",
+        "(model, args) or (model, args, kwargs), with a tuple and a dict",
+        f"{type(made).__name__} {made!r}"[:200],
+        "Return what is to be called, and what to call it with.",
+    )
+
+
+if __name__ == "__main__":
+    app()
