@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,13 @@ from xpu_lora_compile.ops import (
 )
 from xpu_lora_compile.passes import rewrite
 from xpu_lora_compile.passes.decisions import Decision, decisions_on
-from xpu_lora_compile.passes.editing import arguments_of, graphs_of, value_of
+from xpu_lora_compile.passes.editing import arguments_of, graphs_of, origin_of, value_of
 from xpu_lora_compile.passes.find_sites import find_sites
 from xpu_lora_compile.passes.liveness import live_nodes
-from xpu_lora_compile.passes.memory import read_by, storages_of, written_by
+from xpu_lora_compile.passes.memory import read_by, storage_of, storages_of, written_by
 from xpu_lora_compile.passes.text import dtype_of, lines_of
 from xpu_lora_compile.report import GraphReport, NodeReport, Report, SiteReport
-from xpu_lora_compile.torch_internals import fresh_compilation, hint_of
+from xpu_lora_compile.torch_internals import fresh_compilation, hint_of, source_of
 
 _LORA = (BGMV_SHRINK, BGMV_EXPAND, BGMV_EXPAND_SLICE, LORA_LINEAR, LORA_LINEARS, SHRINK, EXPAND, EXPAND_SLICE, ADD_LORA)
 
@@ -75,7 +75,7 @@ def explain(
         captured: list[_Captured] = []
 
         def backend(module: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-            captured.append(_Captured(module))
+            captured.append(_Captured(module, sum(len(graph.decisions) for graph in captured)))
             if not generate_code:
                 return module.forward
             from xpu_lora_compile.backend import generate_code as compiled
@@ -113,7 +113,8 @@ def explain(
 class _Captured:
     """One graph of Dynamo: looked at, rewritten, and looked at again."""
 
-    def __init__(self, module: GraphModule) -> None:
+    def __init__(self, module: GraphModule, first_site: int) -> None:
+        self.first_site = first_site
         graphs = list(graphs_of(module))
         for graph in graphs:
             find_sites(graph)
@@ -149,17 +150,69 @@ class _Captured:
     def _nodes(self, module: GraphModule) -> list[NodeReport]:
         order: dict[Node, int] = {}
         reports: list[NodeReport] = []
-        writers: dict[int, int] = {}
+        # For each storage, where it was written to and by whom.
+        writers: dict[int, dict[_Span, int]] = {}
+        subgraphs = {
+            child.graph: name for name, child in module.named_modules() if name and isinstance(child, GraphModule)
+        }
+        position = {id(decision): at for at, decision in enumerate(self.decisions, start=self.first_site)}
         for node, name, type_, text in lines_of(module):
             order[node] = len(order)
-            mine = [at for at, one in enumerate(self.decisions) if any(one is other for other in decisions_on(node))]
-            inputs = [order[one] for one in node.all_input_nodes if one in order]
-            after = sorted({writers[one] for one in read_by(node) | written_by(node) if one in writers} - set(inputs))
-            stack = list((node.meta.get("nn_module_stack") or {}).values())
-            path = str(stack[-1][0]).removeprefix("L['self']").removeprefix(".") if stack else ""
-            reports.append(NodeReport(name, type_, text, _kind(node), path, inputs, after, mine))
-            writers.update(dict.fromkeys(written_by(node), order[node]))
+            mine = sorted(position[id(one)] for one in decisions_on(node))
+            operands = [one for one in node.all_input_nodes if one in order]
+            read, written = read_by(node) | written_by(node), written_by(node)
+            after = {
+                at
+                for one in operands
+                for span in _spans_of(one)
+                if span.storage in read
+                for other, at in writers.get(span.storage, {}).items()
+                if span.overlaps(other)
+            }
+            changed = [one for one in operands if storages_of(one) & written]
+            inputs = [order[one] for one in operands]
+            reports.append(
+                NodeReport(
+                    name=name,
+                    type=type_,
+                    text=text,
+                    kind=_kind(node),
+                    module=source_of(node) or origin_of(node)[1],
+                    subgraph=subgraphs.get(node.graph, ""),
+                    inputs=inputs,
+                    roles=_roles(node, operands),
+                    writes=[order[one] for one in changed],
+                    after=sorted(after - set(inputs)),
+                    sites=mine,
+                )
+            )
+            for span in (span for one in changed for span in _spans_of(one)):
+                writers.setdefault(span.storage, {})[span] = order[node]
         return reports
+
+
+class _Span(NamedTuple):
+    """Where a tensor lies in memory, at the sizes of this run: from its first to its last element."""
+
+    storage: int
+    start: int
+    end: int
+
+    def overlaps(self, other: _Span) -> bool:
+        """Whether the two have elements in common, as far as their ends tell."""
+        return self.storage == other.storage and self.start <= other.end and other.start <= self.end
+
+
+def _spans_of(node: Node) -> list[_Span]:
+    """The memory of each tensor that a node stands for."""
+    value = value_of(node)
+    spans = []
+    for one in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(one, Tensor) and one.layout is torch.strided:
+            start = hint_of(one.storage_offset())
+            steps = ((hint_of(n) - 1) * hint_of(step) for n, step in zip(one.shape, one.stride(), strict=True))
+            spans.append(_Span(storage_of(one), start, start + sum(steps)))
+    return spans
 
 
 def _site(
@@ -214,6 +267,19 @@ def _site(
 
 def _size(size: int | torch.SymInt) -> str:
     return str(size) if isinstance(size, int) else f"{size} (here {hint_of(size)})"
+
+
+def _roles(node: Node, operands: list[Node]) -> list[str]:
+    """What our op calls each operand; the first of its names where it is given twice."""
+    op = getattr(node.target, "default", node.target)
+    if op not in _LORA and op is not ROUTE:
+        return []
+    names: dict[Node, str] = {}
+    for argument, value in zip(op._schema.arguments, arguments_of(node, op), strict=True):
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, Node):
+                names.setdefault(one, argument.name)
+    return [names[one] for one in operands]
 
 
 def _kind(node: Node) -> str:
@@ -274,9 +340,13 @@ def _check_liveness(model: object, report: Report) -> None:
     elif unreached := _unreached(model, report):
         wanted = "a call in the graph for every module that LoRA is attached to"
         got = f"none for {_list(unreached)}"
-        remedy = "Run inside `bank.use([...])`, where the model would otherwise be the base model; leave modules that the model does not call out of target_modules."
+        remedy = (
+            "Run inside `bank.use([...])`, where the model would otherwise be the base model; "
+            "leave modules that the model does not call out of target_modules."
+        )
     if wanted:
         error = DeadAdapterError("explain", wanted, got, remedy)
+        report.problem = str(error)
         error.report = report
         raise error
 

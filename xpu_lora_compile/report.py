@@ -68,9 +68,13 @@ class NodeReport:
         type: dtype and shape, `f32[4, 576]`.
         text: the call.
         kind: "input", "lora", "routing", "view", "output" or "other".
+        module: path of the module that made the call; of an input, where it comes from.
+        subgraph: the subgraph that holds it, of a `cond` for example; empty in the graph itself.
         inputs: positions of the nodes whose values it takes.
+        roles: what an op of this package calls each of them (`lora_a`); empty for other ops.
+        writes: those of `inputs` that it changes in place.
         after: positions of the nodes that wrote, last before it, what it reads in memory.
-        sites: positions of the sites whose work it does.
+        sites: positions, in the report, of the sites whose work it does.
     """
 
     name: str
@@ -78,7 +82,10 @@ class NodeReport:
     text: str
     kind: str
     module: str
+    subgraph: str
     inputs: list[int]
+    roles: list[str]
+    writes: list[int]
     after: list[int]
     sites: list[int]
 
@@ -105,6 +112,7 @@ class Report:
         passes_seconds: what all passes took together.
         first_call_seconds: of the first call: capturing, the passes, compiling and one run.
         generated_code: whether Inductor compiled it; otherwise the rewritten graph ran operation by operation.
+        problem: what `explain` raised about adapters without influence; empty if all is well.
     """
 
     sites: list[SiteReport]
@@ -115,6 +123,7 @@ class Report:
     first_call_seconds: float
     generated_code: bool
     versions: dict[str, str] = field(default_factory=dict)
+    problem: str = ""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -128,14 +137,20 @@ class Report:
         }
 
     def to_json(self) -> str:
-        """Everything, as JSON."""
-        return json.dumps({"format": 1, **asdict(self), "counts": self.counts}, ensure_ascii=False)
+        """Everything, as JSON; `groups` holds the positions of like sites."""
+        position = {id(site): at for at, site in enumerate(self.sites)}
+        groups = [
+            {"place": _family(group[0].place), "sites": [position[id(site)] for site in group]}
+            for group in self.groups()
+        ]
+        return json.dumps({"format": 1, **asdict(self), "counts": self.counts, "groups": groups}, ensure_ascii=False)
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
         """Write one page that needs nothing else: the table, and the graphs before and after, drawn."""
         page = (files("xpu_lora_compile") / "report.html").read_text(encoding="utf-8")
-        # "</script>" inside the data would end the script; JSON spells a slash either way.
-        Path(path).write_text(page.replace("/*REPORT*/null", self.to_json().replace("</", "<\\/")), encoding="utf-8")
+        # "</script>" or "<!--" inside the data would change where the script ends.
+        data = self.to_json().replace("<", "\\u003c")
+        Path(path).write_text(page.replace("/*REPORT*/null", data), encoding="utf-8")
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -184,19 +199,23 @@ class Report:
         how = "with Inductor" if self.generated_code else "without generating code"
         share = f"{100 * self.passes_seconds / self.first_call_seconds:.2g} %" if self.first_call_seconds else "-"
         dead = [site.place for site in self.sites if not site.reaches_output]
+        became = f"{counts['sites']} sites became {counts['calls']} calls, {counts['routings']} routing computations"
+        took = f"The passes took {self.passes_seconds:.3g} s of {self.first_call_seconds:.3g} s for the first call"
         lines = [
-            f"{counts['sites']} sites became {counts['calls']} calls, {counts['routings']} routing computations, in "
-            f"{counts['graphs']} graphs.",
+            f"{became}, in {counts['graphs']} graphs.",
             f"{'NOT all sites reach' if dead else 'Every site reaches'} the output of its graph.",
             f"Floor of all LoRA: {total:.3g} us, at {self.bandwidth:.3g} GB/s ({self.bandwidth_source}).",
-            f"The passes took {self.passes_seconds:.3g} s of {self.first_call_seconds:.3g} s for the first call, {how}: {share}.",
+            f"{took}, {how}: {share}.",
         ]
         for name, reason in dict.fromkeys(
             (one, why) for site in self.sites for one, why in {site.kernel: site.because, **site.others}.items()
         ):
             lines.append(f"Kernel {name}: {reason}.")
         kept = {
-            f"{_family(site.place)}: {note}" for site in self.sites for note in site.notes if "not " in note or "left" in note
+            f"{_family(site.place)}: {note}"
+            for site in self.sites
+            for note in site.notes
+            if "not " in note or "left" in note
         }
         return [*lines, *sorted(kept)]
 

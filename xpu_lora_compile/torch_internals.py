@@ -5,6 +5,7 @@ Nothing here loads Inductor or the symbolic-shape machinery before it is needed:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -81,3 +82,11 @@ def is_guarded(condition: bool | torch.SymBool) -> bool:
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
     return TracingContext.try_get() is not None and guard_or_false(condition)
+
+
+def source_of(placeholder: Any) -> str:
+    """Where an input of a graph of Dynamo comes from, as one would write it: `layers.0.weight`; empty if unknown."""
+    name: Any = getattr(getattr(placeholder, "_dynamo_source", None), "name", "")
+    # A method up to torch 2.9.
+    text = re.sub(r"^[LG]\['\w+'\]\.|\b_(modules|parameters|buffers)\b", "", str(name() if callable(name) else name))
+    return re.sub(r"\.+", ".", re.sub(r"^[LG]\['(\w+)'\]|\['([^']+)'\]", r".\1\2", text)).strip(".")
