@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -171,6 +172,10 @@ class _Site:
         return torch.cat([output[:, offset : offset + width] for offset, width in self.slices], 1)
 
 
+# Of a site whose work no call does.
+_LOST = (math.inf, (0, 0))
+
+
 class _Check:
     """One graph of Dynamo: rewritten and compiled, and each of its calls compared when it runs."""
 
@@ -217,10 +222,10 @@ class _Check:
         self.errors = [
             SiteError(
                 place,
-                forced.excesses[number][0],
-                generated[number][0] if generated else None,
-                forced.reads_the_same[number],
-                max(forced.excesses[number], generated.get(number, (0.0, (0, 0))))[1],
+                forced.excesses.get(number, _LOST)[0],
+                None if self.taps is None else generated.get(number, _LOST)[0],
+                forced.reads_the_same.get(number, False),
+                max(forced.excesses.get(number, _LOST), generated.get(number, (0.0, (0, 0))))[1],
             )
             for number, place in enumerate(self.places)
         ]
@@ -332,7 +337,9 @@ class _Layout:
         for number in numbers:
             widths = [width for _, width in sites[number].slices]
             mine, places = places[: len(widths)], places[len(widths) :]
-            self.sites[number] = sites[number], [(*place, width) for place, width in zip(mine, widths, strict=True)]
+            # A call that has lost slices leaves sites out, which then are in nobody's layout.
+            if len(mine) == len(widths):
+                self.sites[number] = sites[number], [(*place, width) for place, width in zip(mine, widths, strict=True)]
 
     def excesses(
         self, bases: Sequence[Tensor], inputs: Tensor, results: Sequence[Tensor]
@@ -340,6 +347,8 @@ class _Layout:
         """For each site its worst error as a fraction of its budget, and where; what is beside all slices is each's."""
         found: dict[int, tuple[float, tuple[int, int]]] = {}
         for at, (base, result) in enumerate(zip(bases, results, strict=True)):
+            if not any(target == at for _, places in self.sites.values() for target, *_ in places):
+                continue
             excess = self._budget(at, base, inputs).excess(result)
             beside = torch.ones(excess.shape[1], dtype=torch.bool)
             columns: dict[int, Tensor] = {}

@@ -24,22 +24,26 @@ def live_nodes(graph: Graph) -> set[Node]:
     used = input_storages(graph)
     for node in reversed(graph.nodes):
         written = written_by(node)
-        acts = node.op in ("output", "placeholder") or (node.op.startswith("call") and not is_pure(node) and not written)
+        acts = node.op in ("output", "placeholder") or (
+            node.op.startswith("call") and not is_pure(node) and not written
+        )
         if not (acts or node in live or written & used):
             continue
         live.add(node)
         live.update(node.all_input_nodes)
-        used -= _replaced_by(node)
-        used |= read_by(node)
+        replaced = _replaced_by(node)
+        used -= replaced
+        used |= read_by(node) - replaced
     return live
 
 
 def _replaced_by(node: Node) -> set[int]:
-    """The memory all of whose content a node makes new."""
+    """The memory all of whose content a node makes new, without a look at what it was."""
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "").split(".")[0]
     target = node.args[0] if node.args else None
     if name not in _REPLACING or not isinstance(target, Node) or not isinstance(value_of(target), Tensor):
         return set()
     value = value_of(target)
     is_whole = is_known(value.numel() * value.element_size() == value.untyped_storage().nbytes())
-    return storages_of(target) if is_whole else set()
+    sources = set().union(*(storages_of(one) for one in node.all_input_nodes if one is not target))
+    return storages_of(target) - sources if is_whole else set()

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.peft_folders import tiny_llama
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+
+import xpu_lora_compile as xlc
+from xpu_lora_compile import passes
+from xpu_lora_compile.errors import VerificationError
+from xpu_lora_compile.ops import ADD_LORA
+from xpu_lora_compile.passes.editing import calls_to
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head", "embed_tokens"]
+TOKENS = torch.arange(10).reshape(2, 5)
+
+
+def attached(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, xlc.AdapterBank]:
+    model = tiny_llama().to(dtype)
+    return model, xlc.attach(model, slots=3, max_rank=4, target_modules=TARGETS, vocab_size=64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_a_right_model_is_within_the_budget_at_every_site(dtype: torch.dtype, grad: bool) -> None:
+    model, _ = attached(dtype)
+    with torch.set_grad_enabled(grad):
+        result = xlc.verify(model, generate_code=False)(TOKENS, use_cache=False)
+    assert len(result.sites) == 16
+    assert all(site.is_right for site in result.sites)
+    # All zeros would mean that no row had an adapter.
+    assert max(site.rewritten for site in result.sites) > 0
+
+
+def test_the_generated_code_is_compared_too() -> None:
+    model, _ = attached()
+    with torch.no_grad():
+        result = xlc.verify(model)(TOKENS, use_cache=False)
+    assert all(site.compiled is not None and site.compiled <= 1 for site in result.sites)
+    assert any(site.compiled for site in result.sites)
+    assert result.output_error < 1e-5
+
+
+def test_the_bank_is_afterwards_as_it_was() -> None:
+    model, bank = attached()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    xlc.verify(model, generate_code=False)(TOKENS, use_cache=False)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    with bank.use([None, None]), torch.no_grad():
+        xlc.verify(model, generate_code=False)(TOKENS, use_cache=False)
+        model(TOKENS)
+    assert bank.names == ()
+
+
+def test_a_model_that_fails_leaves_the_bank_as_it_was() -> None:
+    model, _ = attached()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with pytest.raises(IndexError):
+        xlc.verify(model, generate_code=False)(1000 * TOKENS)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_inputs_that_the_model_changes_are_not_changed() -> None:
+    def function(cache: Tensor, hidden: Tensor, b: Tensor, indices: Tensor) -> None:
+        xlc.bgmv_expand(cache, hidden, b, indices)
+
+    cache = torch.zeros(2, 4)
+    args = cache, torch.ones(2, 3), torch.ones(1, 4, 3), torch.tensor([0, 0])
+    assert all(site.is_right for site in xlc.verify(function)(*args).sites)
+    assert not cache.any()
+
+
+def qkv(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, indices: Tensor) -> Tensor:
+    """vLLM's sequence for three slices of a packed projection, each with its own rank buffer."""
+    y = nn.functional.linear(x, weight)
+    buffers = torch.zeros(3, len(x), a.shape[2])
+    for s in range(3):
+        xlc.bgmv_shrink(buffers[s], x, a[s], indices, 0.5)
+    for s in range(3):
+        xlc.bgmv_expand_slice(y, buffers[s], b[s], indices, 4 * s, 4)
+    return y.relu()
+
+
+def operands() -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    return torch.randn(5, 6), torch.randn(14, 6), torch.randn(3, 2, 3, 6), torch.randn(3, 2, 4, 3), torch.tensor([0, 1, -1, 1, 7])
+
+
+def test_a_fused_chain_is_compared_slice_by_slice() -> None:
+    with torch.no_grad():
+        result = xlc.verify(qkv)(*operands())
+    assert len(result.sites) == 3
+    assert all(site.is_right and site.rewritten > 0 for site in result.sites)
+
+
+def edited(edit: Any) -> tuple[Any, ...]:
+    """The pipeline with a wrong pass at its end, which edits the arguments of the first add_lora."""
+
+    def wrong(graph: Graph) -> None:
+        for call in calls_to(graph, ADD_LORA)[:1]:
+            call.args = edit(*call.args)
+
+    return (*passes.PIPELINE, wrong)
+
+
+# outputs, inputs, a, b, routing, slice_outputs, slice_offsets, scaling
+EDITS = {
+    "one column too far": lambda o, x, a, b, r, to, at, s: (o, x, a, b, r, to, [*at[:-1], at[-1] + 1], s),
+    "another adapter's B": lambda o, x, a, b, r, to, at, s: (o, x, a, [b[0], b[0], b[2]], r, to, at, s),
+    "another scaling": lambda o, x, a, b, r, to, at, s: (o, x, a, b, r, to, at, 2 * s),
+    "a slice left out": lambda o, x, a, b, r, to, at, s: (o, x, a[:2], b[:2], r, to[:2], at[:2], s),
+    "another input": lambda o, x, a, b, r, to, at, s: (o, x.graph.call_function(torch.neg, (x,)), a, b, r, to, at, s),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("generate_code", [False, True], ids=["rewritten", "generated"])
+def test_a_wrong_graph_fails_and_the_site_is_named(
+    name: str, generate_code: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def edit(*args: Any) -> Any:
+        if name == "another input":
+            (node,) = calls_to(args[1].graph, ADD_LORA)
+            with args[1].graph.inserting_before(node):
+                return EDITS[name](*args)
+        return EDITS[name](*args)
+
+    monkeypatch.setattr(passes, "PIPELINE", edited(edit))
+    with torch.no_grad(), pytest.raises(VerificationError, match=r"test_verify\.py:\d+") as error:
+        xlc.verify(qkv, generate_code=generate_code)(*operands())
+    wrong = [at for at, site in enumerate(error.value.verification.sites) if not site.is_right]
+    assert wrong == {"one column too far": [2], "another adapter's B": [1], "a slice left out": [2]}.get(name, [0, 1, 2])
+
+
+def test_a_wrong_module_of_a_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(graph: Graph) -> None:
+        call = calls_to(graph, ADD_LORA)[3]
+        call.args = (*call.args[:-1], 1.5)
+
+    monkeypatch.setattr(passes, "PIPELINE", (*passes.PIPELINE, wrong))
+    model, _ = attached()
+    with torch.no_grad(), pytest.raises(VerificationError, match=r"the first one model\.layers\.0\.mlp\.down_proj") as error:
+        xlc.verify(model, generate_code=False)(TOKENS, use_cache=False)
+    # The others are given right values, and are right.
+    assert [site.place for site in error.value.verification.sites if not site.is_right] == ["model.layers.0.mlp.down_proj"]
+
+
+def test_generated_code_that_differs_from_its_graph_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xpu_lora_compile import backend
+
+    real = backend.generate_code
+
+    def wrong(module: GraphModule, *args: Any) -> Any:
+        for call in calls_to(module.graph, ADD_LORA):
+            call.args = (*call.args[:-1], 1.5)
+        module.recompile()
+        return real(module, *args)
+
+    monkeypatch.setattr(backend, "generate_code", wrong)
+    with torch.no_grad(), pytest.raises(VerificationError) as error:
+        xlc.verify(qkv)(*operands())
+    assert all(site.rewritten <= 1 < site.compiled for site in error.value.verification.sites)
+
+
+def test_sites_in_a_subgraph_are_counted_as_unchecked() -> None:
+    def function(x: Tensor, a: Tensor, b: Tensor, indices: Tensor) -> Tensor:
+        def with_lora(x: Tensor) -> Tensor:
+            return xlc.lora_linear(x + 1, x, [a], [b], indices, [0])
+
+        return torch.cond(x.sum() > 0, with_lora, lambda x: x - 1, (x,))
+
+    args = torch.ones(2, 4), torch.ones(1, 3, 4), torch.ones(1, 4, 3), torch.tensor([0, -1])
+    with torch.no_grad():
+        result = xlc.verify(function, generate_code=False)(*args)
+    assert (len(result.sites), result.unchecked) == (0, 1)
+    assert "1 sites in subgraphs were not compared" in str(result)
+
+
+def test_the_text_lists_the_worst_sites() -> None:
+    with torch.no_grad():
+        lines = str(xlc.verify(qkv)(*operands())).splitlines()
+    assert lines[0].startswith("3 sites, 3 of them right; the results of the model differ by ")
+    assert len([line for line in lines if "test_verify.py" in line]) == 3
