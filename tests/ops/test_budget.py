@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from xpu_lora_compile.ops.budget import budget_of
 from support.cases import BF16, DEVICE, EXPAND, F16, F32, LORA_LINEAR, OPS, SHRINK, Case, build
 from torch import Tensor
+
+from xpu_lora_compile.ops.budget import budget_of
 
 # Every row has an adapter, and the sums are of an ordinary length.
 HALF = pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "fp16"])

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from xpu_lora_compile.ops.budget import budget_of
 from support.cases import (
     BF16,
     DEVICE,
@@ -25,6 +24,8 @@ from support.cases import (
     same_bits,
 )
 from torch import Tensor
+
+from xpu_lora_compile.ops.budget import budget_of
 
 every_call = pytest.mark.parametrize(
     ("op", "case"), [pytest.param(op, case, id=f"{op}-{case}") for op in OPS for case in cases_of(op)]
@@ -48,6 +49,15 @@ def test_nothing_but_the_output_is_written(op: str, case: Case) -> None:
     outside, before = call.outside(), call.buffer.clone()
     call.run()
     assert same_bits(call.buffer[outside], before[outside])
+
+
+@every_op
+@both_kernels
+def test_autocast_changes_nothing(op: str, rows: int) -> None:
+    case = Case(T=rows, D=129, H=10)
+    plain = build(op, case).run()
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert same_bits(build(op, case).run(), plain)
 
 
 @every_call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from support.cases import BF16, DEVICE, F16, LORA_LINEAR, OPS, Case, build, cases_of
 from torch.library import opcheck
 
-from xpu_lora_compile.ops import EXPAND, EXPAND_SLICE, SHRINK
+from xpu_lora_compile.ops import ADD_LORA, EXPAND, EXPAND_SLICE, LORA_LINEARS, ROUTE, SHRINK
 from xpu_lora_compile.ops.internal import OUTER_BY_SLOT, SLOT_PRODUCTS
 
 # A trace costs half a second: one case for each relation of W and H, edge of T, dtype, layout and form of weights.
@@ -64,6 +65,20 @@ def _internal(case: Case) -> dict[Any, tuple[Any, ...]]:
         EXPAND_SLICE: (output, inputs, weights, indices, case.offset, case.W, False),
         SLOT_PRODUCTS: (inputs, weights.flatten(0, -3).nan_to_num(), slots),
         OUTER_BY_SLOT: (inputs, inputs.clone(), indices, case.K),
+        ROUTE: (indices, case.K),
+        **_several(case),
+    }
+
+
+def _several(case: Case) -> dict[Any, tuple[Any, ...]]:
+    """The arguments of the ops with several outputs; two slices of the first output overlap."""
+    base, inputs, a, b, indices, *_ = build(LORA_LINEAR, replace(case, H=10)).args.values()
+    outputs = [base.contiguous(), base.clone()]
+    rest = ([0, 0, 1], [0, 1, case.offset], 0.5)
+    routing = list(ROUTE(indices, case.K))
+    return {
+        ADD_LORA: (outputs, inputs, a * 3, b * 3, routing, *rest),
+        LORA_LINEARS: (outputs, inputs, a * 3, b * 3, indices, *rest),
     }
 
 

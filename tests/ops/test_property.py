@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from xpu_lora_compile.ops.budget import budget_of
 from support.cases import (
     BF16,
     DEVICE,
@@ -25,6 +24,8 @@ from support.cases import (
     build,
     same_bits,
 )
+
+from xpu_lora_compile.ops.budget import budget_of
 
 DTYPES = st.sampled_from([F32, BF16, F16])
 SIZES = st.integers(0, 9)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from support.budget import budget_of
 from support.cases import BF16, DEVICE
 from support.snapshot import as_text, calls_in, compiled_with, graphs_of_compiling, only
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 import xpu_lora_compile as xlc
+from xpu_lora_compile.ops.budget import budget_of
 from xpu_lora_compile.passes import Decision, find_sites, fuse_lora, resolve_width
 from xpu_lora_compile.passes.editing import graphs_of
 

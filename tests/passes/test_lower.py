@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from expecttest import assert_expected_inline
 from support.cases import DEVICE
-from support.snapshot import as_text, graphs_of_compiling
+from support.snapshot import as_text, calls_in, compiled_with, graphs_of_compiling, only
 from torch import Tensor
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.ops import reference
-from xpu_lora_compile.passes import lower
-from xpu_lora_compile.passes.editing import graphs_of
+from xpu_lora_compile.passes import find_sites, lower
+from xpu_lora_compile.passes.decisions import Decision
 
 INDICES = torch.tensor([0, -1, 1], device=DEVICE)
 
@@ -29,9 +29,7 @@ def shrink_and_expand(output: Tensor, inputs: Tensor, a: Tensor, b: Tensor) -> T
     return output
 
 
-def lowered(module: torch.fx.GraphModule) -> None:
-    for graph in graphs_of(module):
-        lower(graph)
+lowered = only(find_sites, lower)
 
 
 def test_public_ops_become_internal_ones() -> None:
@@ -52,15 +50,114 @@ return (%5)""",
     )
 
 
-def test_lora_linear_and_an_unsettled_expand_are_left_alone() -> None:
+def two_layers(output: Tensor, inputs: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    first = xlc.lora_linear(output + 1, inputs, [a], [b], INDICES, [3])
+    return xlc.lora_linear(first * 2, inputs, [a], [b], INDICES, [0])
+
+
+def test_lora_linears_add_in_place_and_share_one_routing() -> None:
+    (text,) = graphs_of_compiling(two_layers, *operands(), passes=lowered)
+    lines = text.split("\n")
+    assert calls_in(text, "route") == 1
+    assert not any("clone" in line for line in lines)
+    assert_expected_inline(
+        "\n".join(line for line in lines if "input" not in line and "getitem" not in line),
+        """\
+%5: f32[3, 8] = add(%0, 1)
+xpu_lora.route(%1, 2)
+xpu_lora.add_lora((%5), %2, (%3), (%4), (%7, %8, %9, %10), (0), (3), 1.0)
+%12: f32[3, 8] = mul(%5, 2)
+xpu_lora.add_lora((%12), %2, (%3), (%4), (%7, %8, %9, %10), (0), (0), 1.0)
+return (%12)""",
+    )
+
+
+def test_a_base_that_is_an_input_or_seen_again_is_copied_first() -> None:
+    def seen(output: Tensor, inputs: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        base = output + 1
+        of_input = xlc.lora_linear(output, inputs, [a], [b], INDICES, [0])
+        of_seen = xlc.lora_linear(base, inputs, [a], [b], INDICES, [0])
+        return of_input, of_seen, base
+
+    decisions: list[Decision]
+    with torch.no_grad(), xlc.record_decisions() as decisions:
+        (text,) = graphs_of_compiling(seen, *operands(), passes=lowered)
+        for got, expected in zip(compiled_with(lowered, seen)(*operands()), seen(*operands()), strict=True):
+            torch.testing.assert_close(got, expected)
+    assert text.count("aten.clone(") == 2
+    assert all("lower: on a copy of the base, which is seen again" in one.notes for one in decisions)
+
+
+def test_what_is_written_back_adds_into_the_base_itself() -> None:
+    def into(output: Tensor, inputs: Tensor, a: Tensor, b: Tensor) -> None:
+        hidden = inputs.new_empty(3, 4)
+        xlc.bgmv_shrink(hidden, inputs, a, INDICES)
+        xlc.bgmv_expand_slice(output, hidden, b, INDICES, 2, 5)
+
+    (text,) = graphs_of_compiling(into, *operands())
+    assert calls_in(text, "add_lora") == 1
+    assert "copy_" not in text
+    assert "clone" not in text
+
+
+def test_an_unsettled_expand_is_left_alone() -> None:
     def others(output: Tensor, inputs: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        result = xlc.lora_linear(output, inputs, [a], [b], INDICES, [0])
+        result = output * 1
         xlc.bgmv_expand(result, inputs[:, :4], b, INDICES)
         return result
 
     assert graphs_of_compiling(others, *operands(), passes=lowered) == graphs_of_compiling(
         others, *operands(), passes=lambda _module: None
     )
+
+
+def test_a_call_that_carries_gradients_stays_functional() -> None:
+    output, inputs, a, b = operands()
+    texts: list[str] = []
+
+    def passes(module: torch.fx.GraphModule) -> None:
+        lowered(module)
+        texts.append(as_text(module))
+
+    grads = []
+    for function in (compiled_with(passes, two_layers), two_layers):
+        x = inputs.clone().requires_grad_()
+        grads.append(torch.autograd.grad(function(output, x, a, b).sum(), x)[0])
+    torch.testing.assert_close(*grads)
+    assert calls_in(texts[0], "lora_linear") == 2
+
+
+def test_slices_with_different_numbers_of_slots_stay_functional() -> None:
+    def two(output: Tensor, inputs: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return xlc.lora_linear(output + 1, inputs, [a, a[:1]], [b, b[:1]], INDICES, [0, 3])
+
+    with torch.no_grad(), xlc.record_decisions() as decisions:
+        torch.testing.assert_close(compiled_with(lowered, two)(*operands()), two(*operands()))
+    assert decisions[0].notes == ["lower: left functional, since its slices have different numbers of slots"]
+
+
+def test_a_dynamic_batch_is_lowered_once() -> None:
+    graphs = 0
+
+    def passes(module: torch.fx.GraphModule) -> None:
+        nonlocal graphs
+        graphs += 1
+        lowered(module)
+        assert calls_in(as_text(module), "add_lora") == 2
+
+    def two(output: Tensor, inputs: Tensor, a: Tensor, b: Tensor, indices: Tensor) -> Tensor:
+        first = xlc.lora_linear(output + 1, inputs, [a], [b], indices, [3])
+        return xlc.lora_linear(first * 2, inputs, [a], [b], indices, [0])
+
+    output, inputs, a, b = operands()
+    compiled = compiled_with(passes, two, dynamic=True)
+    for rows in (9, 7, 3):
+        repeated = (output.repeat(3, 1), inputs.repeat(3, 1), INDICES.repeat(3))
+        base, x, indices = (one[:rows].clone() for one in repeated)
+        arguments = (base, x, a, b, indices)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*arguments), two(*arguments))
+    assert graphs == 1
 
 
 def test_numbers_agree_with_the_reference() -> None:

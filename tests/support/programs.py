@@ -19,8 +19,8 @@ import xpu_lora_compile as xlc
 # T rows, D = H columns, R ranks, K slots.
 T, D, R, K = 3, 4, 2, 2
 
-# Each statement, with `{m}` for a matrix [T, D], `{h}` for [T, R], `{s}` for a stack [2, T, R], `{i}` for indices, `{a}`
-# and `{b}` for weights, `{new}` for a name of the kind that stands before it, and `{=...}` for a choice.
+# Each statement, with `{m}` for a matrix [T, D], `{h}` for [T, R], `{s}` for a stack [2, T, R], `{i}` for indices,
+# `{a}` and `{b}` for weights, `{new}` for a name of the kind that stands before it, and `{=...}` for a choice.
 STATEMENTS = (
     "m{new} = {m} @ w",
     "m{new} = {m} * 2",
@@ -59,10 +59,14 @@ STATEMENTS = (
     # Whole chains, as people write them; what stands before and after them is random.
     "h{new} = x.new_zeros(3, 2); xlc.bgmv_shrink(h{new}, {m}, {a}, i0); xlc.bgmv_expand({m}, h{new}, {b}, i0)",
     "h{new} = x.new_zeros(3, 2); xlc.bgmv_shrink(h{new}, x, a1, i0); xlc.bgmv_expand_slice(y, h{new}, b2, i0, 2, 2)",
-    "s{new} = x.new_zeros(2, 3, 2); xlc.bgmv_shrink(s{new}[0], x, a1, i0); xlc.bgmv_shrink(s{new}[1], x, a2, i0); "
-    "xlc.bgmv_expand_slice({m}, s{new}[0], b2, i0, {=0,2}, 2); xlc.bgmv_expand_slice({m}, s{new}[1], b2, i0, 2, 2)",
-    "h{new} = x.new_zeros(3, 2); s{new} = x.new_zeros(2, 3, 2); xlc.bgmv_shrink(h{new}, {m}, {a}, i0); "
-    "s{new}[0].copy_(h{new}); xlc.bgmv_expand({m}, s{new}[0], {b}, i0)",
+    (
+        "s{new} = x.new_zeros(2, 3, 2); xlc.bgmv_shrink(s{new}[0], x, a1, i0); xlc.bgmv_shrink(s{new}[1], x, a2, i0); "
+        "xlc.bgmv_expand_slice({m}, s{new}[0], b2, i0, {=0,2}, 2); xlc.bgmv_expand_slice({m}, s{new}[1], b2, i0, 2, 2)"
+    ),
+    (
+        "h{new} = x.new_zeros(3, 2); s{new} = x.new_zeros(2, 3, 2); xlc.bgmv_shrink(h{new}, {m}, {a}, i0); "
+        "s{new}[0].copy_(h{new}); xlc.bgmv_expand({m}, s{new}[0], {b}, i0)"
+    ),
 )
 
 WEIGHTS = {"a": ("a1", "a2"), "b": ("b2", "b4", "b6")}

@@ -7,6 +7,7 @@ by `torch.where`, never multiplied by zero, so that NaN in a slot stays in that 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -81,18 +82,19 @@ def slot_products(inputs: Tensor, weights: Tensor, routing: Routing) -> Tensor:
     dtype = accumulator(inputs, weights)
     inputs = inputs.to(dtype)
     kernel = choose(inputs.device.type, len(inputs), len(weights)).kernel
-    if kernel == "gather":
-        chosen = weights[routing.slot].to(dtype)
-        return torch.bmm(chosen, inputs.unsqueeze(2)).squeeze(2)
-    result = inputs.new_empty(len(inputs), weights.shape[1])
-    if kernel == "grouped":
-        for slot, rows in routing.rows_by_slot:
-            result[rows] = inputs[rows] @ weights[slot].to(dtype).t()
+    with _without_autocast(inputs.device.type):
+        if kernel == "gather":
+            chosen = weights[routing.slot].to(dtype)
+            return torch.bmm(chosen, inputs.unsqueeze(2)).squeeze(2)
+        result = inputs.new_empty(len(inputs), weights.shape[1])
+        if kernel == "grouped":
+            for slot, rows in routing.rows_by_slot:
+                result[rows] = inputs[rows] @ weights[slot].to(dtype).t()
+            return result
+        for slot in range(len(weights)):
+            product = inputs @ weights[slot].to(dtype).t()
+            torch.where((routing.slot == slot)[:, None], product, result, out=result)
         return result
-    for slot in range(len(weights)):
-        product = inputs @ weights[slot].to(dtype).t()
-        torch.where((routing.slot == slot)[:, None], product, result, out=result)
-    return result
 
 
 def accumulator(*operands: Tensor) -> torch.dtype:
@@ -106,7 +108,13 @@ def outer_by_slot(left: Tensor, right: Tensor, routing: Routing) -> Tensor:
     Both factors are masked: a NaN in the row of one adapter must not reach the gradient of another.
     """
     result = left.new_empty(routing.slots, left.shape[1], right.shape[1])
-    for slot in range(routing.slots):
-        mine = (routing.indices == slot)[:, None]
-        torch.mm(torch.where(mine, left, 0.0).t(), torch.where(mine, right, 0.0), out=result[slot])
+    with _without_autocast(left.device.type):
+        for slot in range(routing.slots):
+            mine = (routing.indices == slot)[:, None]
+            torch.mm(torch.where(mine, left, 0.0).t(), torch.where(mine, right, 0.0), out=result[slot])
     return result
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """What autocast would round products to is not what the contract says; entered only where it is on."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

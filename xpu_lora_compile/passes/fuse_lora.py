@@ -170,7 +170,9 @@ class _RankBuffers:
         self.graph = graph
         self.shrinks = {call: op for op in (BGMV_SHRINK, SHRINK) for call in calls_to(graph, op)}
         self.storages = {storage_of(value_of(arguments_of(call, op)[0])) for call, op in self.shrinks.items()}
-        self.strangers: dict[int, str] = dict.fromkeys(input_storages(graph), "the rank buffer is an input of the graph")
+        self.strangers: dict[int, str] = dict.fromkeys(
+            input_storages(graph), "the rank buffer is an input of the graph"
+        )
         # The calls that only fill buffers: they go when their buffers go.
         self.fills: dict[Node, set[int]] = {}
 
@@ -290,7 +292,9 @@ def _refuse_shared(expands: dict[Node, _Expand], buffers: _RankBuffers) -> None:
 def _keep(expand: _Expand, buffers: _RankBuffers) -> None:
     shared = storages_of(expand.hidden) | (expand.shrink.buffers if expand.shrink else set())
     for storage in shared:
-        buffers.strangers.setdefault(storage, f"the rank buffer is read by a call that cannot be fused: {expand.refusal}")
+        buffers.strangers.setdefault(
+            storage, f"the rank buffer is read by a call that cannot be fused: {expand.refusal}"
+        )
 
 
 def _find_chains(graph: Graph, expands: dict[Node, _Expand], buffers: _RankBuffers) -> list[_Chain]:

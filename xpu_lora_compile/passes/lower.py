@@ -20,7 +20,15 @@ from xpu_lora_compile.ops import (
     SHRINK,
 )
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
-from xpu_lora_compile.passes.editing import arguments_of, calls_to, insert_before, may_rewrite, replace, size_of, value_of
+from xpu_lora_compile.passes.editing import (
+    arguments_of,
+    calls_to,
+    insert_before,
+    may_rewrite,
+    replace,
+    size_of,
+    value_of,
+)
 from xpu_lora_compile.passes.memory import input_storages, knows_its_views, overlap, storage_of, storages_of, written_by
 
 

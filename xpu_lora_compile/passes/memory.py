@@ -74,7 +74,7 @@ def knows_its_views(graph: Graph) -> bool:
 
 
 def written_by(node: Node) -> set[int]:
-    """The memory that a node changes, or whose content it replaces: a `lora_linear` may stand for its base from now on."""
+    """The memory that a node changes, or whose content it replaces: a `lora_linear` may stand for its base."""
     written: set[int] = storages_of(node) if node.target in _TAKES_OVER else set()
     for operand in _written_operands(node):
         written |= storages_of(operand)
