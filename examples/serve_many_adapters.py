@@ -11,7 +11,6 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from rich.table import Table
 from smollm2 import ORIGINAL_VOCAB, chat_prompt, load_model, load_tokenizer, pad_vocabulary
 from torch import Tensor
-from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import CompileConfig, StaticCache, StoppingCriteria, StoppingCriteriaList
 
 import xpu_lora_compile as xlc
 
@@ -97,6 +96,8 @@ def main() -> int:
 
         with bank.use(names), xlc.record_decisions() as decisions:
             mixed, compile_time = generate("compiling the mixed batch (a minute or two)")
+            progress.update(task, description="explaining the decoding step")
+            report = explain_step(model, prompts)
         generate("compiling the base model, to compare with")
         seconds: dict[str, list[float]] = {"base model, compiled": [], "mixed adapters, compiled": []}
         # From here on a recompile would be an error.
@@ -115,7 +116,9 @@ def main() -> int:
         console.print(f"\n[bold]{name or 'base model'}[/bold]: {text}")
         console.print(tokenizer.decode(row, skip_special_tokens=True), markup=False, highlight=False)
     console.print()
-    console.print(sites_table(decisions))
+    console.print("What the compiler decided about one decoding step:")
+    for part in report.parts():
+        console.print(part, markup=False, highlight=False)
     console.print(speed_table(seconds, compile_time, len(decisions) // len(bank.sites)))
     wrong = [str(name) for name, row, wanted in zip(names, mixed, alone, strict=True) if not torch.equal(row, wanted)]
     if wrong:
@@ -152,14 +155,12 @@ def ask_peft(tokenizer: Any, prompts: Any, names: list[str | None]) -> tuple[lis
     return alone, seconds
 
 
-def sites_table(decisions: list[xlc.Decision]) -> Table:
-    """What the pass found and decided, equal cases together."""
-    table = Table("calls", "W (adapter's rows)", "H (output's columns)", "decision", title="bgmv_expand in the graph")
-    becomes = {"equal": "expand", "narrower": "expand_slice(…, 0, W)", "wider": "view of B, expand_slice(…, 0, H)"}
-    kinds = Counter((one.width, one.columns, one.relation) for one in decisions)
-    for (width, columns, relation), count in kinds.items():
-        table.add_row(str(count), width, columns, f"{relation}: {becomes.get(relation, 'left to run time')}")
-    return table
+def explain_step(model: Any, prompts: Any) -> xlc.Report:
+    """What the compiler makes of the step that is compiled: one token for each row, after the prompts."""
+    cache = StaticCache(model.config, max_cache_len=prompts["input_ids"].shape[1] + NEW_TOKENS)
+    with torch.no_grad():
+        tokens = model(**prompts, past_key_values=cache).logits[:, -1:].argmax(-1)
+        return xlc.explain(model)(input_ids=tokens, past_key_values=cache)
 
 
 def speed_table(seconds: dict[str, list[float]], compile_time: float, graphs: int) -> Table:

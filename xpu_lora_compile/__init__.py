@@ -15,6 +15,7 @@ from xpu_lora_compile.explain import explain
 from xpu_lora_compile.layers import attach
 from xpu_lora_compile.ops import bgmv_expand, bgmv_expand_slice, bgmv_shrink, lora_linear
 from xpu_lora_compile.passes import Decision, record_decisions, rewrite
+from xpu_lora_compile.report import Report
 from xpu_lora_compile.verify import verify
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "AdapterBank",
     "Decision",
     "LoraError",
+    "Report",
     "attach",
     "bgmv_expand",
     "bgmv_expand_slice",

@@ -103,6 +103,7 @@ def record_decisions() -> Iterator[list[Decision]]:
 
 
 def record(decision: Decision) -> None:
-    """Give a decision to every block of `record_decisions` that is open."""
+    """Give a decision, once, to every block of `record_decisions` that is open."""
     for records in _RECORDS.get():
-        records.append(decision)
+        if not any(one is decision for one in records):
+            records.append(decision)

@@ -8,7 +8,6 @@ from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, LORA_LINEAR
 from xpu_lora_compile.passes.decisions import Decision, decisions_on, record, set_decisions
 from xpu_lora_compile.passes.editing import arguments_of, calls_to, origin_of, value_of
 
-# Each op that adds, and how many of its first arguments say where: the output, and the weights or the lists of them.
 _ADDING = (BGMV_EXPAND, BGMV_EXPAND_SLICE, LORA_LINEAR)
 
 

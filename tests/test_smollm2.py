@@ -1,0 +1,34 @@
+"""The real model, call by call: its graph is what we claim, and every call is within its error budget."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import smollm2
+import torch
+from serve_many_adapters import TARGETS
+from torch import nn
+
+import xpu_lora_compile as xlc
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[nn.Module]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, tokenizer = smollm2.load_model(), smollm2.load_tokenizer()
+        smollm2.pad_vocabulary(model, tokenizer)
+        xlc.attach(model, slots=4, max_rank=8, target_modules=TARGETS, vocab_size=smollm2.ORIGINAL_VOCAB)
+        yield model
+
+
+def test_all_211_sites_of_the_whole_model_are_within_their_budgets(model: Any) -> None:
+    tokens = torch.arange(100, 104)[:, None]
+    with torch.no_grad(), xlc.record_decisions() as decisions:
+        result = xlc.verify(model, generate_code=False)(tokens, use_cache=False)
+    assert len(decisions) == len(result.sites) == 7 * 30 + 1
+    assert all(site.is_right for site in result.sites)
+    assert sum(site.rewritten > 0 for site in result.sites) > 200
