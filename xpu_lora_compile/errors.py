@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xpu_lora_compile.report import Report
+    from xpu_lora_compile.verify import Verification
+
 
 class LoraError(Exception):
     """The base of all errors that this package raises on purpose: `LoraError(where, wanted, got, remedy)`.
@@ -58,12 +64,16 @@ class DeadAdapterError(LoraError):
     Its attribute `report` is the `Report` that would have been returned.
     """
 
+    report: Report
+
 
 class VerificationError(LoraError, AssertionError):
     """A compiled call computes something else than it should, by more than rounding explains.
 
     Its attribute `verification` is the `Verification` that would have been returned.
     """
+
+    verification: Verification
 
 
 class FactoryError(LoraError, ValueError):
