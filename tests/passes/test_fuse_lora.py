@@ -389,6 +389,14 @@ def a_reader_of_the_buffer_is_refused(y: Tensor, x: Tensor, w: Operands) -> Any:
     return y, z
 
 
+def autocast_ends_between(y: Tensor, x: Tensor, w: Operands) -> Any:
+    buffer = x.new_zeros(x.shape[0], R)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        xlc.bgmv_shrink(buffer, x, w.a[0], w.indices)
+    xlc.bgmv_expand(y, buffer, w.b[0], w.indices)
+    return y
+
+
 def bits_are_read_as_another_dtype(y: Tensor, x: Tensor, w: Operands) -> Any:
     buffer = torch.zeros(x.shape[0], R, dtype=torch.float16, device=x.device)
     xlc.bgmv_shrink(buffer, x, w.a[0], w.indices)
@@ -408,6 +416,7 @@ UNFUSED: dict[str, tuple[Spelling, str]] = {
     "part-of-the-rank": (part_of_what_was_shrunk, "not, whole and unchanged, what a bgmv_shrink"),
     "slots-differ": (numbers_of_slots_differ, "A and B have different numbers of slots"),
     "reader-refused": (a_reader_of_the_buffer_is_refused, "read by a call that cannot be fused: it replaces"),
+    "autocast-ends-between": (autocast_ends_between, "not, whole and unchanged, what a bgmv_shrink"),
     "other-dtype": (bits_are_read_as_another_dtype, "not, whole and unchanged, what a bgmv_shrink"),
 }
 

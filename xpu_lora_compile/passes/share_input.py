@@ -79,8 +79,6 @@ def _find_groups(graph: Graph) -> list[list[Node]]:
                 opened[key] = storages_of(inputs) | storages_of(indices), []
                 groups.append(opened[key][1])
             opened[key][1].append(node)
-            if opened[key][0] & written:
-                del opened[key]
     return groups
 
 
