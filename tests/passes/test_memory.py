@@ -157,3 +157,13 @@ def test_an_unpickled_program_does_not_know_its_views(tmp_path) -> None:
     assert knows_its_views(program.graph_module.graph)
     torch.export.save(program, tmp_path / "program.pt2")
     assert not knows_its_views(torch.export.load(tmp_path / "program.pt2").graph_module.graph)
+
+
+@pytest.mark.parametrize(("name", "writes"), [("__getitem__", False), ("__eq__", False), ("__setitem__", True)])
+def test_operators_spelled_as_methods_are_known(name: str, writes: bool) -> None:
+    graph = torch.fx.Graph()
+    tensor = graph.placeholder("tensor")
+    tensor.meta["example_value"] = torch.zeros(3)
+    call = graph.call_method(name, (tensor, 0, 1.0) if writes else (tensor, 0))
+    assert written_by(call) == (storages_of(tensor) if writes else set())
+    assert is_pure(call) is not writes

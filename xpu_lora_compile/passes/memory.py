@@ -104,7 +104,7 @@ def is_pure(node: Node) -> bool:
     schemas = _schemas(node)
     if schemas is None:
         known = node.target in _QUESTIONS | _CONVERSIONS if node.op == "call_method" else False
-        return known or (_is_operator(node) and node.target not in _WRITING)
+        return known or (_operator(node) is not None and _operator(node) not in _WRITING)
     tags = set().union(*(op.tags for op in schemas))
     return not _written_operands(node) and torch.Tag.nondeterministic_seeded not in tags
 
@@ -133,9 +133,9 @@ def _written_operands(node: Node) -> list[Node]:
         return []
     if isinstance(node.kwargs.get("out"), Node) or _is_asked_to_write(node):
         return node.all_input_nodes
-    if _is_operator(node):
+    if _operator(node) is not None:
         first = node.args[0] if node.args else None
-        return [first] if node.target in _WRITING and isinstance(first, Node) else []
+        return [first] if _operator(node) in _WRITING and isinstance(first, Node) else []
     schemas = _schemas(node)
     if schemas is None:
         known = node.op == "call_method" and node.target in _QUESTIONS | _CONVERSIONS
@@ -150,8 +150,12 @@ def _written_operands(node: Node) -> list[Node]:
     return written
 
 
-def _is_operator(node: Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "__module__", None) == "_operator"
+def _operator(node: Node) -> Any:
+    """Python's operator that a call is, as a function or as a method (`__getitem__`); None if it is something else."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return getattr(operator, name, None) if name.startswith("__") else None
+    return node.target if getattr(node.target, "__module__", None) == "_operator" else None
 
 
 def _is_asked_to_write(node: Node) -> bool:
@@ -180,7 +184,7 @@ def _schemas(node: Node) -> list[torch._ops.OpOverload] | None:
     else:
         return None
     packet = getattr(torch.ops.aten, name, None)
-    return _overloads(packet) if packet is not None else None
+    return _overloads(packet) if isinstance(packet, torch._ops.OpOverloadPacket) else None
 
 
 @cache
