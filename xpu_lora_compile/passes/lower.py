@@ -161,7 +161,7 @@ def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
         call.replace_all_uses_with(outputs[0])
     else:
         for user in list(call.users):
-            user.replace_all_uses_with(outputs[user.args[1]])
+            user.replace_all_uses_with(outputs[cast("int", user.args[1])])
             user.graph.erase_node(user)
     call.graph.erase_node(call)
 
