@@ -62,11 +62,13 @@ class Counts:
         self.uncompiled += self.calls == before
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama() -> Any:
     """The same random weights every time."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=64)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 8
+    model: Any = LlamaForCausalLM(config)
+    return model.eval()
 
 
 def save_adapters(folder: Path) -> None:
@@ -76,7 +78,7 @@ def save_adapters(folder: Path) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 nn.init.normal_(parameter)
-        model.save_pretrained(folder / name)
+        model.save_pretrained(str(folder / name))
 
 
 def ours(folder: Path, batches: list[list[str | None]], tokens: torch.Tensor) -> Counts:

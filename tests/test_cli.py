@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from xpu_lora_compile.cli import app
 
-MODELS = '''
+MODELS = """
 from contextlib import contextmanager
 
 import torch
@@ -43,7 +43,7 @@ def failing():
 
 
 number = 3
-'''
+"""
 
 
 @pytest.fixture(autouse=True)

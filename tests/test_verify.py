@@ -86,7 +86,13 @@ def qkv(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, indices: Tensor) -> Ten
 
 def operands() -> tuple[Tensor, ...]:
     torch.manual_seed(0)
-    return torch.randn(5, 6), torch.randn(14, 6), torch.randn(3, 2, 3, 6), torch.randn(3, 2, 4, 3), torch.tensor([0, 1, -1, 1, 7])
+    return (
+        torch.randn(5, 6),
+        torch.randn(14, 6),
+        torch.randn(3, 2, 3, 6),
+        torch.randn(3, 2, 4, 3),
+        torch.tensor([0, 1, -1, 1, 7]),
+    )
 
 
 def test_a_fused_chain_is_compared_slice_by_slice() -> None:
@@ -132,7 +138,9 @@ def test_a_wrong_graph_fails_and_the_site_is_named(
     with torch.no_grad(), pytest.raises(VerificationError, match=r"test_verify\.py:\d+") as error:
         xlc.verify(qkv, generate_code=generate_code)(*operands())
     wrong = [at for at, site in enumerate(error.value.verification.sites) if not site.is_right]
-    assert wrong == {"one column too far": [2], "another adapter's B": [1], "a slice left out": [2]}.get(name, [0, 1, 2])
+    assert wrong == {"one column too far": [2], "another adapter's B": [1], "a slice left out": [2]}.get(
+        name, [0, 1, 2]
+    )
 
 
 def test_a_wrong_module_of_a_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,10 +150,15 @@ def test_a_wrong_module_of_a_model_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(passes, "PIPELINE", (*passes.PIPELINE, wrong))
     model, _ = attached()
-    with torch.no_grad(), pytest.raises(VerificationError, match=r"the first one model\.layers\.0\.mlp\.down_proj") as error:
+    with (
+        torch.no_grad(),
+        pytest.raises(VerificationError, match=r"the first one model\.layers\.0\.mlp\.down_proj") as error,
+    ):
         xlc.verify(model, generate_code=False)(TOKENS, use_cache=False)
     # The others are given right values, and are right.
-    assert [site.place for site in error.value.verification.sites if not site.is_right] == ["model.layers.0.mlp.down_proj"]
+    assert [site.place for site in error.value.verification.sites if not site.is_right] == [
+        "model.layers.0.mlp.down_proj"
+    ]
 
 
 def test_generated_code_that_differs_from_its_graph_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,9 @@ def _found(factory: str) -> Any:
     try:
         found: Any = importlib.import_module(module)
     except ImportError as error:
-        raise FactoryError("factory", "a module that can be imported", f"{module}: {error}", "Check the name.") from error
+        raise FactoryError(
+            "factory", "a module that can be imported", f"{module}: {error}", "Check the name."
+        ) from error
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found):

@@ -6,6 +6,7 @@ by `torch.where`, never multiplied by zero, so that NaN in a slot stays in that 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -61,7 +62,7 @@ def add_lora(
             if mine == position
         ]
         ends = sorted((offset, offset + b.shape[1]) for _, b, offset in slices)
-        overlap = any(end > start for (_, end), (start, _) in zip(ends, ends[1:], strict=False))
+        overlap = any(end > start for (_, end), (start, _) in itertools.pairwise(ends))
         # Columns of two slices are rounded once, after both.
         target = output.to(dtype) if overlap else output
         for a, b, offset in slices:

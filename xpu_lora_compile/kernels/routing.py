@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cached_property
 
 import torch
@@ -48,7 +49,7 @@ class Routing:
 
     @cached_property
     def starts(self) -> Tensor:
-        """`[K + 2]`, int64: where each slot's rows start in `order`; at K those without an adapter, at K + 1 the end."""
+        """`[K + 2]`, int64: where in `order` each slot's rows start, then the rows without an adapter; the end."""
         bounds = torch.arange(self.slots + 2, device=self.indices.device)
         return torch.searchsorted(self._group[self.order], bounds)
 
@@ -59,6 +60,6 @@ class Routing:
     @cached_property
     def rows_by_slot(self) -> list[tuple[int, Tensor]]:
         """For each slot that any row uses, its number and its rows. Waits for the device, so only for the CPU."""
-        bounds = self.starts.tolist()
-        pairs = zip(bounds[: self.slots], bounds[1:], strict=False)
-        return [(slot, self.order[start:end]) for slot, (start, end) in enumerate(pairs) if start < end]
+        *bounds, _ = self.starts.tolist()
+        groups = enumerate(itertools.pairwise(bounds))
+        return [(slot, self.order[start:end]) for slot, (start, end) in groups if start < end]

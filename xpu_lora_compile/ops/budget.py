@@ -61,12 +61,13 @@ def budget_of(op: str, args: dict[str, Any]) -> Budget:
 
 def _roundings(op: str, args: dict[str, Any]) -> int:
     """The longest way of a product into the result: multiply and add along each sum, scaling, and the output."""
-    columns = args["inputs"].shape[1]
+    columns: int = args["inputs"].shape[1]
     if op == "bgmv_shrink":
         # One for each element of the sum, one to round the scaling, one to multiply by it.
         return columns + 2
     if op == "lora_linear":
-        return columns + 2 + max(a.shape[-2] for a in args["lora_a"]) + len(args["lora_a"])
+        ranks: list[int] = [a.shape[-2] for a in args["lora_a"]]
+        return columns + 2 + max(ranks) + len(ranks)
     return columns + 1
 
 

@@ -102,6 +102,7 @@ def _fake_outer_by_slot(left: Tensor, right: Tensor, indices: Tensor, slots: int
 
 
 _ROW_OPERANDS = "Tensor(a!) output, Tensor inputs, Tensor weights, Tensor indices"
+_LISTS = "Tensor(a!)[] outputs, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b"
 
 for _schema, _kernel, _fake in (
     (f"shrink({_ROW_OPERANDS}, float scaling) -> ()", _shrink, _no_result),
@@ -111,8 +112,7 @@ for _schema, _kernel, _fake in (
     ("route(Tensor indices, SymInt slots) -> (Tensor, Tensor, Tensor, Tensor)", _route, _fake_route),
     # `lora_linears` in place, after `route`.
     (
-        "add_lora(Tensor(a!)[] outputs, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b, Tensor[] routing,"
-        " int[] slice_outputs, SymInt[] slice_offsets, float scaling) -> ()",
+        f"add_lora({_LISTS}, Tensor[] routing, int[] slice_outputs, SymInt[] slice_offsets, float scaling) -> ()",
         _add_lora,
         _no_result,
     ),

@@ -335,7 +335,7 @@ def _place(expand: _Expand, matrices: list[Node]) -> tuple[Node, int | Node]:
             continue
         shift = output.storage_offset() - whole.storage_offset()
         same_rows = (str(output.shape[0]), str(output.stride())) == (str(whole.shape[0]), str(whole.stride()))
-        inside = 0 <= shift and shift + output.shape[1] <= whole.shape[1]
+        inside = shift >= 0 and shift + output.shape[1] <= whole.shape[1]
         if same_rows and whole.stride(1) == 1 and inside and whole.shape[1] > value_of(base).shape[1]:
             base, offset = candidate, expand.offset + shift
     return base, offset

@@ -55,7 +55,8 @@ def region_of(tensor: Tensor) -> Region:
 
 def storage_of(tensor: Tensor) -> int:
     """The identity of a tensor's memory."""
-    return tensor.untyped_storage()._cdata
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
 
 
 def storages_of(node: Node) -> set[int]:
