@@ -83,6 +83,15 @@ def add_lora_on_xpu(y: Tensor, x: Tensor, w: Operands) -> Tensor:
     return y
 
 
+def with_ranks_side_by_side(y: Tensor, x: Tensor, w: Operands) -> Tensor:
+    buffer = x.new_zeros(x.shape[0], len(w.a) * R)
+    for s, a in enumerate(w.a):
+        xlc.bgmv_shrink(buffer[:, s * R : (s + 1) * R], x, a, w.indices, 0.5)
+    for s, b in enumerate(w.b):
+        xlc.bgmv_expand_slice(y, buffer[:, s * R : (s + 1) * R], b, w.indices, w.offsets[s], b.shape[1])
+    return y
+
+
 def slice_after_slice(y: Tensor, x: Tensor, w: Operands) -> Tensor:
     for a, b, offset in zip(w.a, w.b, w.offsets, strict=True):
         buffer = x.new_zeros(x.shape[0], R)
@@ -129,6 +138,7 @@ SPELLINGS: dict[str, tuple[Spelling, Operands]] = {
     "logits-equal": (add_lora_logits, Operands(width=16)),
     "logits-narrower": (add_lora_logits, Operands(width=19)),
     "on-xpu": (add_lora_on_xpu, Operands(3)),
+    "side-by-side": (with_ranks_side_by_side, Operands(3)),
     "slice-after-slice": (slice_after_slice, Operands(3)),
     "views-of-columns": (into_views_of_columns, Operands(3)),
     "3-D": (of_three_dimensions, Operands(2)),

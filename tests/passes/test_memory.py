@@ -147,6 +147,19 @@ def test_parts_of_a_buffer_do_not_overlap_whatever_its_size(dynamic: bool) -> No
     assert len(parts) == 3
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "apart"),
+    [((0, 2), (2, 5), True), ((2, 5), (0, 2), True), ((0, 3), (2, 5), False), ((1, 2), (4, 5), True)],
+)
+def test_different_columns_of_a_matrix_do_not_overlap(
+    left: tuple[int, int], right: tuple[int, int], apart: bool
+) -> None:
+    for matrix in (torch.zeros(3, 5), torch.zeros(40)[7:27].view(4, 5)):
+        assert overlap(matrix[:, slice(*left)], matrix[:, slice(*right)]) is not apart
+    # Rows of another length interleave.
+    assert overlap(matrix[:, slice(*left)], matrix[:2].reshape(-1).as_strided((3, 2), (3, 1), 7))
+
+
 class Flat(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x * 2).view(-1)

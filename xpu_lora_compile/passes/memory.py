@@ -119,8 +119,21 @@ def overlap(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors may share elements; no only where that is certain of all sizes that the graph is for."""
     if storage_of(left) != storage_of(right):
         return False
+    if left.dtype != right.dtype:
+        return True
     (start, end), (other_start, other_end) = _bounds(left), _bounds(right)
-    return left.dtype != right.dtype or not (is_known(end < other_start) or is_known(other_end < start))
+    return not (is_known(end < other_start) or is_known(other_end < start) or _are_columns_apart(left, right))
+
+
+def _are_columns_apart(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors are different columns of one matrix."""
+    sizes = [left.storage_offset(), right.storage_offset(), *left.shape[1:], *right.shape[1:], *left.stride()]
+    is_static = left.dim() == right.dim() == 2 and all(isinstance(size, int) for size in sizes)
+    if not is_static or left.stride() != right.stride() or left.stride(1) != 1 or left.stride(0) == 0:
+        return False
+    row = left.stride(0)
+    columns_between = (right.storage_offset() - left.storage_offset()) % row
+    return columns_between >= left.shape[1] and columns_between + right.shape[1] <= row
 
 
 def _bounds(tensor: Tensor) -> tuple[int | torch.SymInt, int | torch.SymInt]:
