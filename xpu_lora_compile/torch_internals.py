@@ -88,5 +88,11 @@ def source_of(placeholder: Any) -> str:
     """Where an input of a graph of Dynamo comes from, as one would write it: `layers.0.weight`; empty if unknown."""
     name: Any = getattr(getattr(placeholder, "_dynamo_source", None), "name", "")
     # A method up to torch 2.9.
-    text = re.sub(r"^[LG]\['\w+'\]\.|\b_(modules|parameters|buffers)\b", "", str(name() if callable(name) else name))
-    return re.sub(r"\.+", ".", re.sub(r"^[LG]\['(\w+)'\]|\['([^']+)'\]", r".\1\2", text)).strip(".")
+    text = str(name() if callable(name) else name)
+    return path_of(text) or re.sub(r"^[LG]\['(\w+)'\]$", r"\1", text)
+
+
+def path_of(source: str) -> str:
+    """`layers.0` for what Dynamo writes as `L['self'].layers[0]`, or in other versions with `_modules['0']`."""
+    text = re.sub(r"^[LG]\['\w+'\]|\b_(modules|parameters|buffers)\b", "", source)
+    return re.sub(r"\.+", ".", re.sub(r"\['?([^'\]]+)'?\]", r".\1", text)).strip(".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from support.cases import DEVICE
 from support.snapshot import as_text, compiled_with, graphs_of_compiling, only
@@ -13,6 +14,7 @@ from torch.fx import GraphModule
 import xpu_lora_compile as xlc
 from xpu_lora_compile.passes import find_sites
 from xpu_lora_compile.passes.decisions import decisions_on
+from xpu_lora_compile.torch_internals import path_of
 
 found = only(find_sites)
 
@@ -90,3 +92,16 @@ def test_every_decision_survives_all_passes_and_says_what_they_did() -> None:
         torch.testing.assert_close(compiled_with(passes, three_sites)(OUTPUT, X), three_sites(OUTPUT, X))
     assert [one.relation for one in kept] == ["narrower", "slice", "slice"]
     assert all(one.notes for one in kept[:2])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "L['self'].layers[0].head",
+        "L['self'].layers.0.head",
+        "L['fn']._modules['layers']._modules['0']._modules['head']",
+    ],
+)
+def test_a_module_has_one_name_in_every_version_of_torch(source: str) -> None:
+    assert path_of(source) == "layers.0.head"
+    assert path_of(source[:9].split(".")[0]) == ""

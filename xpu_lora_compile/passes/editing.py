@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from xpu_lora_compile.passes.decisions import decisions_on, set_decisions
+from xpu_lora_compile.torch_internals import path_of
 
 # What of a node's meta tells where it comes from. Never the rest: Inductor keeps notes there that belong to the
 # arguments of the old node, and fails on a new node that carries them.
@@ -160,8 +161,7 @@ def origin_of(node: Node) -> tuple[str, str]:
     frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
     outside = [f"{file}:{line}" for file, line in frames if not file.startswith(_PACKAGE)]
     modules = list((node.meta.get("nn_module_stack") or {}).values())
-    # Dynamo writes L['self'].model.lm_head, or with the name of another variable that holds the model.
-    path = re.sub(r"^[LG]\['\w+'\]\.?", "", str(modules[-1][0])) if modules else ""
+    path = path_of(str(modules[-1][0])) if modules else ""
     return outside[-1] if outside else "", path
 
 
