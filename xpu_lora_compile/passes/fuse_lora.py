@@ -3,45 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from xpu_lora_compile.ops import (
-    BGMV_EXPAND,
-    BGMV_EXPAND_SLICE,
-    BGMV_SHRINK,
-    EXPAND,
-    EXPAND_SLICE,
-    LORA_LINEAR,
-    SHRINK,
-)
+from xpu_lora_compile.ops import LORA_LINEAR
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
-from xpu_lora_compile.passes.editing import (
-    arguments_of,
-    calls_to,
-    erase_unused,
-    insert_before,
-    may_rewrite,
-    size_of,
-    value_of,
-)
+from xpu_lora_compile.passes.editing import insert_before, may_rewrite, size_of, value_of
 from xpu_lora_compile.passes.memory import (
-    Region,
     input_storages,
     is_barrier,
     knows_its_views,
-    overlap,
     read_by,
-    region_of,
     storage_of,
     storages_of,
     written_by,
 )
-
-OpOverload: TypeAlias = torch._ops.OpOverload
+from xpu_lora_compile.passes.rank_buffers import Expand, RankBuffers, find_expands, same_elements
 
 
 def fuse_lora(graph: Graph) -> None:
@@ -68,8 +47,8 @@ def fuse_lora(graph: Graph) -> None:
     """
     if not knows_its_views(graph):
         return
-    buffers = _RankBuffers(graph)
-    expands = _find_expands(graph, buffers)
+    buffers = RankBuffers(graph)
+    expands = find_expands(graph, buffers)
     for expand in expands.values():
         if expand.refusal:
             note(expand.call, f"not fused: {expand.refusal}")
@@ -82,222 +61,31 @@ def fuse_lora(graph: Graph) -> None:
 
 
 @dataclass(eq=False)
-class _Shrink:
-    """One call of shrink, and the memory of the buffers that its result has been written to."""
-
-    call: Node
-    op: OpOverload
-    buffers: set[int]
-    # The memory of what it reads.
-    operands: set[int]
-
-    # Read from the call each time: fusing one chain changes the arguments of the next.
-    @property
-    def inputs(self) -> Node:
-        """The rows, `[T, D]`."""
-        return cast("Node", arguments_of(self.call, self.op)[1])
-
-    @property
-    def a(self) -> Node:
-        """A, `[K, R, D]`."""
-        return cast("Node", arguments_of(self.call, self.op)[2])
-
-    @property
-    def indices(self) -> Node:
-        """The indices, `[T]`."""
-        return cast("Node", arguments_of(self.call, self.op)[3])
-
-    @property
-    def scaling(self) -> float:
-        """The factor on the result."""
-        return cast("float", arguments_of(self.call, self.op)[4])
-
-
-@dataclass(eq=False)
-class _Expand:
-    """One call of expand with its shrink, or with the reason why it is left alone."""
-
-    call: Node
-    output: Node
-    hidden: Node
-    b: Node
-    indices: Node
-    offset: int | Node
-    adds: bool
-    shrink: _Shrink | None = None
-    refusal: str = ""
-
-    @property
-    def writes(self) -> int:
-        """The memory of its output."""
-        return storage_of(value_of(self.output))
-
-    @property
-    def operands(self) -> set[int]:
-        """The memory of what the fused call will read besides its output."""
-        return storages_of(self.b) | storages_of(self.indices) | (self.shrink.operands if self.shrink else set())
-
-
-@dataclass(eq=False)
 class _Chain:
     """Expands that become one call in the place of the last of them, each with its offset in the columns of `base`."""
 
     base: Node
-    members: list[tuple[_Expand, int | Node]]
+    members: list[tuple[Expand, int | Node]]
 
     @property
     def operands(self) -> set[int]:
         """The memory of all that is read besides the output."""
         return set().union(*(expand.operands for expand, _ in self.members))
 
-    def takes(self, expand: _Expand, base: Node) -> bool:
+    def takes(self, expand: Expand, base: Node) -> bool:
         """Whether the expand reads what the others read, and writes to the same output."""
         ours, its = self.members[0][0].shrink, expand.shrink
         return (
             ours is not None
             and its is not None
-            and _same(self.base, base)
-            and _same(ours.inputs, its.inputs)
-            and _same(ours.indices, its.indices)
+            and same_elements(self.base, base)
+            and same_elements(ours.inputs, its.inputs)
+            and same_elements(ours.indices, its.indices)
             and ours.scaling == its.scaling
         )
 
 
-class _RankBuffers:
-    """The memory that calls of shrink write to, and who uses it besides the calls that this pass knows."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.shrinks = {call: op for op in (BGMV_SHRINK, SHRINK) for call in calls_to(graph, op)}
-        self.storages = {storage_of(value_of(arguments_of(call, op)[0])) for call, op in self.shrinks.items()}
-        self.strangers: dict[int, str] = dict.fromkeys(
-            input_storages(graph), "the rank buffer is an input of the graph"
-        )
-        # The calls that only fill buffers: they go when their buffers go.
-        self.fills: dict[Node, set[int]] = {}
-
-    def used_by(self, node: Node, storages: set[int]) -> None:
-        """Take note of a call that this pass does not know."""
-        for storage in storages:
-            self.strangers.setdefault(storage, f"the rank buffer is used by {_name(node)}, too")
-
-    def erase_unused(self) -> None:
-        """Erase the buffers that no call reads any more, and what filled them."""
-        read = {
-            storage
-            for op, position in ((EXPAND, 1), (EXPAND_SLICE, 1), (BGMV_EXPAND_SLICE, 1), (BGMV_EXPAND, 1))
-            for call in calls_to(self.graph, op)
-            for storage in storages_of(arguments_of(call, op)[position])
-        }
-        unused = self.storages - read - set(self.strangers)
-        doomed = []
-        for node in self.graph.nodes:
-            own = storages_of(node)
-            if (own and own <= unused) or (node in self.fills and self.fills[node] <= unused):
-                doomed.append(node)
-        erase_unused(doomed)
-
-
-def _find_expands(graph: Graph, buffers: _RankBuffers) -> dict[Node, _Expand]:
-    """Every expand with its shrink, found by following what each region of the buffers holds from call to call."""
-    expands: dict[Node, _Expand] = {}
-    for op in (EXPAND, EXPAND_SLICE, BGMV_EXPAND_SLICE, BGMV_EXPAND):
-        for call in calls_to(graph, op):
-            output, hidden, b, indices, *rest = arguments_of(call, op)
-            expands[call] = _Expand(call, output, hidden, b, indices, rest[0] if len(rest) == 3 else 0, rest[-1])
-            if op is BGMV_EXPAND:
-                expands[call].refusal = "the relation of its widths is not known while compiling"
-    # What each region of the buffers holds, and the tensor that it was written as.
-    content: dict[Region, tuple[Tensor, _Shrink]] = {}
-    for node in graph.nodes:
-        written: set[int] = set()
-        target: Tensor | None = None
-        if node in buffers.shrinks:
-            output, inputs, a, indices, _ = arguments_of(node, buffers.shrinks[node])
-            target = value_of(output).narrow(1, 0, value_of(a).shape[-2])
-            operands = storages_of(inputs) | storages_of(a) | storages_of(indices)
-            source = _Shrink(node, buffers.shrinks[node], {storage_of(target)}, operands)
-            buffers.used_by(node, source.operands)
-        elif (copied := _copied(node, content)) is not None:
-            target, source = copied
-            source.buffers.add(storage_of(target))
-            buffers.storages.add(storage_of(target))
-        elif node in expands:
-            expand = expands[node]
-            _, expand.shrink = content.get(region_of(value_of(expand.hidden)), (None, None))
-            expand.refusal = expand.refusal or _refusal(expand)
-            written = {expand.writes}
-            buffers.used_by(node, storages_of(expand.b) | storages_of(expand.indices) | written)
-        else:
-            written = written_by(node)
-            buffers.used_by(node, read_by(node) | written)
-        if target is not None:
-            written = buffers.fills[node] = {storage_of(target)}
-        if is_barrier(node):
-            content.clear()
-        for region, (held, shrink) in list(content.items()) if written else ():
-            overwritten = region.storage in written and (target is None or overlap(held, target))
-            if overwritten or shrink.operands & written:
-                del content[region]
-        if target is not None:
-            content[region_of(target)] = target, source
-    _refuse_shared(expands, buffers)
-    return expands
-
-
-def _copied(node: Node, content: dict[Region, tuple[Tensor, _Shrink]]) -> tuple[Tensor, _Shrink] | None:
-    """The tensor that a `copy_` fills with what a shrink computed, and that shrink."""
-    is_copy = node.target == "copy_" if node.op == "call_method" else node.target is torch.ops.aten.copy_.default
-    operands = node.args[:2]
-    if not is_copy or len(operands) < 2 or not all(isinstance(one, Node) for one in operands):
-        return None
-    target, source = (value_of(one) for one in operands if isinstance(one, Node))
-    if not (isinstance(target, Tensor) and isinstance(source, Tensor) and target.is_floating_point()):
-        return None
-    _, shrink = content.get(region_of(source), (None, None))
-    # Otherwise it broadcasts.
-    return (target, shrink) if shrink is not None and _sizes(target) == _sizes(source) else None
-
-
-def _refusal(expand: _Expand) -> str:
-    shrink = expand.shrink
-    if shrink is None:
-        return "its input is not, whole and unchanged, what a bgmv_shrink of this graph wrote"
-    if not expand.adds:
-        return "it replaces its columns instead of adding to them"
-    if not _same(shrink.indices, expand.indices):
-        return "shrink and expand have different indices"
-    if str(value_of(shrink.a).shape[0]) != str(value_of(expand.b).shape[0]):
-        return "A and B have different numbers of slots"
-    return ""
-
-
-def _refuse_shared(expands: dict[Node, _Expand], buffers: _RankBuffers) -> None:
-    """Refuse whoever reads a buffer that has to stay, until nothing changes: each refusal makes its buffers stay."""
-    for expand in expands.values():
-        if expand.refusal:
-            _keep(expand, buffers)
-    changed = True
-    while changed:
-        changed = False
-        for expand in expands.values():
-            if expand.shrink is None or expand.refusal:
-                continue
-            strangers = [buffers.strangers[one] for one in expand.shrink.buffers if one in buffers.strangers]
-            if strangers:
-                expand.refusal, changed = strangers[0], True
-                _keep(expand, buffers)
-
-
-def _keep(expand: _Expand, buffers: _RankBuffers) -> None:
-    shared = storages_of(expand.hidden) | (expand.shrink.buffers if expand.shrink else set())
-    for storage in shared:
-        buffers.strangers.setdefault(
-            storage, f"the rank buffer is read by a call that cannot be fused: {expand.refusal}"
-        )
-
-
-def _find_chains(graph: Graph, expands: dict[Node, _Expand], buffers: _RankBuffers) -> list[_Chain]:
+def _find_chains(graph: Graph, expands: dict[Node, Expand], buffers: RankBuffers) -> list[_Chain]:
     """Group the expands of one output between which nothing reads it, and nothing changes what they read."""
     chains: list[_Chain] = []
     open_chains: dict[int, _Chain] = {}
@@ -324,7 +112,7 @@ def _find_chains(graph: Graph, expands: dict[Node, _Expand], buffers: _RankBuffe
     return chains
 
 
-def _place(expand: _Expand, matrices: list[Node]) -> tuple[Node, int | Node]:
+def _place(expand: Expand, matrices: list[Node]) -> tuple[Node, int | Node]:
     """The widest matrix whose columns the output is, and the offset of the expand in it."""
     output = value_of(expand.output)
     base, offset = expand.output, expand.offset
@@ -368,7 +156,7 @@ class _Nodes:
         result = self.newest.get(storage_of(value_of(base)))
         if result is None or self.order[base] > self.order[result] or base is result:
             return base
-        if _same(base, result):
+        if same_elements(base, result):
             return result
         whole = _is_whole(value_of(base), value_of(result))
         return self.add(_viewed_as(base, result, last), last) if whole else None
@@ -409,7 +197,7 @@ def _fuse(chain: _Chain, nodes: _Nodes) -> None:
     note(result, f"fuse_lora: {len(shrinks)} shrink and {len(shrinks)} expand became one lora_linear")
     if hand_on:
         for alias, users in later.items():
-            fresh = result if _same(alias, base) else nodes.add(_viewed_as(alias, result, last), last)
+            fresh = result if same_elements(alias, base) else nodes.add(_viewed_as(alias, result, last), last)
             for user in users:
                 user.replace_input_with(alias, fresh)
         nodes.newest[storage] = result
@@ -433,15 +221,3 @@ def _is_whole(alias: object, whole: Tensor) -> bool:
         and str(alias.storage_offset()) == str(whole.storage_offset())
         and str(alias.numel()) == str(whole.numel())
     )
-
-
-def _same(left: Node, right: Node) -> bool:
-    return left is right or region_of(value_of(left)) == region_of(value_of(right))
-
-
-def _sizes(tensor: Tensor) -> list[str]:
-    return [str(size) for size in tensor.shape]
-
-
-def _name(node: Node) -> str:
-    return "the result of the graph" if node.op == "output" else getattr(node.target, "__name__", str(node.target))
