@@ -241,3 +241,50 @@ def test_an_attached_module_that_is_never_called_is_found() -> None:
     bank = xlc.attach(model, slots=2, max_rank=2)
     with bank.use([None]), torch.no_grad(), pytest.raises(DeadAdapterError, match="none for third"):
         xlc.explain(model, bandwidth=1)(torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "a layer"])
+def test_a_model_that_is_compiled_already_is_explained_and_stays_compiled(how: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    bank = xlc.attach(model, slots=2, max_rank=2)
+    compiled: Any = model
+    if how == "wrapped":
+        compiled = torch.compile(model, backend="eager")
+    else:
+        (model if how == "in place" else model[0]).compile(backend="eager")
+    before = [module._compiled_call_impl for module in model.modules()]
+    with bank.use([None]), torch.no_grad():
+        report = xlc.explain(compiled, bandwidth=1)(torch.ones(1, 4))
+        assert all(site.is_right for site in xlc.verify(compiled, generate_code=False)(torch.ones(1, 4)).sites)
+    assert [site.module for site in report.sites] == ["0", "1"]
+    assert [module._compiled_call_impl for module in model.modules()] == before
+
+
+def test_a_model_without_lora_is_an_error() -> None:
+    with pytest.raises(DeadAdapterError, match="wanted a call that adds LoRA; got none in 1 graphs"):
+        xlc.explain(nn.Linear(2, 2), bandwidth=1)(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("tool", [xlc.explain, xlc.verify])
+def test_what_cannot_be_called_is_an_error_at_once(tool: Any) -> None:
+    with pytest.raises(OptionError, match=r"\(model\)\(inputs\)"):
+        tool(torch.ones(2))
+
+
+@pytest.mark.parametrize("tool", [xlc.explain, xlc.verify])
+@pytest.mark.parametrize(("variable", "value"), [("XPU_LORA_FUEL", "much"), ("XPU_LORA_DUMP", "/dev/null/folder")])
+def test_a_wrong_variable_is_our_own_error(
+    tool: Any, variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(OptionError, match=variable):
+        tool(nn.Linear(2, 2))(torch.ones(1, 2))
+
+
+def test_a_site_that_ran_out_of_fuel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XPU_LORA_FUEL", "1")
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    bank = xlc.attach(model, slots=2, max_rank=2)
+    with bank.use([None]), torch.no_grad():
+        report = xlc.explain(model, bandwidth=1)(torch.ones(1, 4))
+    assert all("left as it is: XPU_LORA_FUEL has run out" in site.notes for site in report.sites)

@@ -197,3 +197,8 @@ def test_the_text_lists_the_worst_sites() -> None:
         lines = str(xlc.verify(qkv)(*operands())).splitlines()
     assert lines[0].startswith("3 sites, 3 of them right; the results of the model differ by ")
     assert len([line for line in lines if "test_verify.py" in line]) == 3
+
+
+def test_a_model_without_lora_is_an_error() -> None:
+    with pytest.raises(VerificationError, match="wanted a call that adds LoRA; got none"):
+        xlc.verify(nn.Linear(2, 2), generate_code=False)(torch.ones(1, 2))

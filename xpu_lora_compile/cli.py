@@ -6,6 +6,7 @@ Exit status: 0 if all is well, 1 if an adapter is dead or a call is wrong, 2 if 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -28,7 +29,9 @@ Factory = Annotated[
         "context manager, say inside `bank.use`. MODULE is imported, also from the current folder.",
     ),
 ]
-Grad = Annotated[bool, typer.Option("--grad", help="Run in grad mode, as in training; otherwise without.")]
+Grad = Annotated[
+    bool, typer.Option("--grad", help="Run in grad mode, as in training, unless the factory turns it off.")
+]
 Code = Annotated[bool, typer.Option("--generate-code/--no-generate-code", help="Have Inductor compile the graph, too.")]
 
 
@@ -49,8 +52,11 @@ def explain(
     """Compile a model, and show what became of every call that adds LoRA."""
     from xpu_lora_compile.explain import explain
 
-    console = Console()
+    console = _console()
     dead: DeadAdapterError | None = None
+    for path in (html, json):
+        if path is not None and not path.parent.is_dir():
+            raise typer.BadParameter(f"the folder of {path} does not exist")
     with _reported(), _made(factory, grad) as (model, args, kwargs):
         try:
             report: Report = explain(model, bandwidth=bandwidth, generate_code=generate_code)(*args, **kwargs)
@@ -79,7 +85,12 @@ def verify(
 
     with _reported(), _made(factory, grad) as (model, args, kwargs):
         result = verify(model, seed=seed, generate_code=generate_code)(*args, **kwargs)
-        Console().print(str(result), markup=False, highlight=False)
+        _console().print(str(result), markup=False, highlight=False)
+
+
+def _console() -> Console:
+    """As wide as the terminal; wide enough for the table where there is none."""
+    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=140)
 
 
 @contextmanager
@@ -135,7 +146,9 @@ def _checked(factory: str, made: object) -> tuple[Any, tuple[Any, ...], dict[str
     raise FactoryError(
         f"factory {factory}",
         "(model, args) or (model, args, kwargs), with a tuple and a dict",
-        f"{type(made).__name__} {made!r}"[:200],
+        f"a tuple of {', '.join(type(one).__name__ for one in made)}"
+        if isinstance(made, tuple)
+        else type(made).__name__,
         "Return what is to be called, and what to call it with.",
     )
 

@@ -68,7 +68,7 @@ class DeadAdapterError(LoraError):
 
 
 class VerificationError(LoraError, AssertionError):
-    """A compiled call computes something else than it should, by more than rounding explains.
+    """A compiled call computes something else than it should, by more than rounding explains; or there is none.
 
     Its attribute `verification` is the `Verification` that would have been returned.
     """

@@ -26,7 +26,7 @@ from xpu_lora_compile.ops import (
     ROUTE,
     SHRINK,
 )
-from xpu_lora_compile.passes import rewrite
+from xpu_lora_compile.passes import check_environment, rewrite
 from xpu_lora_compile.passes.decisions import Decision, decisions_on
 from xpu_lora_compile.passes.editing import arguments_of, graphs_of, origin_of, value_of
 from xpu_lora_compile.passes.find_sites import find_sites
@@ -54,9 +54,9 @@ def explain(
         A function of the model's inputs that compiles, runs once, and returns the `Report`.
 
     Raises:
-        DeadAdapterError: by that function: a call that adds LoRA has no influence on what the model returns, or an
-            attached module was not reached at all. Its attribute `report` holds the report.
-        OptionError: a bandwidth that is not above 0.
+        DeadAdapterError: by that function: a call that adds LoRA has no influence on what its graph returns, an
+            attached module was not reached at all, or there is no such call. Its attribute `report` holds the report.
+        OptionError: something that cannot be called, or a bandwidth that is not above 0.
 
     Example:
         >>> import torch
@@ -68,6 +68,8 @@ def explain(
         >>> [(site.module, site.shapes["H"], site.relation, site.kernel) for site in report.sites]
         [('0', '4', 'equal', 'gather'), ('1', '3', 'equal', 'gather')]
     """
+    if not callable(model):
+        raise OptionError("explain", "a model", type(model).__name__, "Write `explain(model)(inputs)`.")
     if bandwidth is not None and not bandwidth > 0:
         raise OptionError("explain: bandwidth", "GB/s above 0", repr(bandwidth), "Leave it out to have it measured.")
 
@@ -82,10 +84,11 @@ def explain(
 
             return compiled(module, inputs, {"fx_graph_cache": False})
 
-        start = time.perf_counter()
-        with fresh_compilation():
-            torch.compile(model, backend=backend)(*args, **kwargs)
-        seconds = time.perf_counter() - start
+        check_environment()
+        with fresh_compilation(model) as plain:
+            start = time.perf_counter()
+            torch.compile(plain, backend=backend)(*args, **kwargs)
+            seconds = time.perf_counter() - start
         sites, calls = [], 0
         for graph in captured:
             sites += graph.sites(calls)
@@ -104,7 +107,7 @@ def explain(
             generate_code,
             {"torch": torch.__version__},
         )
-        _check_liveness(model, report)
+        _check_liveness(plain, report)
         return report
 
     return run
@@ -344,6 +347,9 @@ def _check_liveness(model: object, report: Report) -> None:
             "Run inside `bank.use([...])`, where the model would otherwise be the base model; "
             "leave modules that the model does not call out of target_modules."
         )
+    elif not report.sites:
+        wanted, got = "a call that adds LoRA", f"none in {len(report.graphs)} graphs"
+        remedy = "Attach LoRA to the model, or call the ops; what is compiled apart, or not at all, is not seen here."
     if wanted:
         error = DeadAdapterError("explain", wanted, got, remedy)
         report.problem = str(error)

@@ -164,16 +164,18 @@ class Report:
 
     def parts(self) -> list[Any]:
         """What a terminal shows, for `rich.console.Console.print`: like sites of different layers as one row."""
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table("sites", "where", "T x D -> R -> W in H", "K", "dtypes", "widths", "becomes", "kernel", "floor")
+        headings = ("sites", "where", "T x D -> R -> W in H", "K", "dtypes", "widths", "becomes", "kernel", "floor")
+        # Where it is narrow, lines are folded and no word is lost.
+        table = Table(*(Column(heading, overflow="fold") for heading in headings))
         for group in self.groups():
             site = group[0]
             sizes = site.shapes
             table.add_row(
                 str(len(group)),
-                f"{_family(site.place)}\n{_short(site.source)}",
-                f"{sizes['T']} x {sizes['D']} -> {sizes['R']} -> {sizes['W']} in {sizes['H']}",
+                "\n".join(filter(None, (_family(site.module), _short(site.source)))),
+                f"{sizes['T']} x {sizes['D']} -> {sizes['R']} -> {sizes['W']} in {sizes['H']}".replace("x - ", ""),
                 sizes["K"],
                 "/".join(dict.fromkeys(site.dtypes.values())),
                 site.relation + (f"\nif {site.guard}" if site.guard else ""),
@@ -199,25 +201,33 @@ class Report:
         how = "with Inductor" if self.generated_code else "without generating code"
         share = f"{100 * self.passes_seconds / self.first_call_seconds:.2g} %" if self.first_call_seconds else "-"
         dead = [site.place for site in self.sites if not site.reaches_output]
-        became = f"{counts['sites']} sites became {counts['calls']} calls, {counts['routings']} routing computations"
+        graphs = _number(counts["graphs"], "graph")
+        if not self.sites:
+            return [f"No call that adds LoRA in {graphs}."]
+        became = f"{_number(counts['sites'], 'site')} became {_number(counts['calls'], 'call')}"
+        routings = _number(counts["routings"], "routing computation")
         took = f"The passes took {self.passes_seconds:.3g} s of {self.first_call_seconds:.3g} s for the first call"
         lines = [
-            f"{became}, in {counts['graphs']} graphs.",
-            f"{'NOT all sites reach' if dead else 'Every site reaches'} the output of its graph.",
+            f"{became}, with {routings}, in {graphs}.",
+            f"NOT REACHED, what its graph returns: {', '.join(dead)}."
+            if dead
+            else "Every site reaches the output of its graph.",
             f"Floor of all LoRA: {total:.3g} us, at {self.bandwidth:.3g} GB/s ({self.bandwidth_source}).",
             f"{took}, {how}: {share}.",
         ]
-        for name, reason in dict.fromkeys(
-            (one, why) for site in self.sites for one, why in {site.kernel: site.because, **site.others}.items()
-        ):
-            lines.append(f"Kernel {name}: {reason}.")
-        kept = {
-            f"{_family(site.place)}: {note}"
-            for site in self.sites
-            for note in site.notes
-            if "not " in note or "left" in note
-        }
-        return [*lines, *sorted(kept)]
+        lines += dict.fromkeys(f"Runs on kernel {site.kernel}: {site.because}." for site in self.sites)
+        lines += dict.fromkeys(f"Not on {name}: {why}." for site in self.sites for name, why in site.others.items())
+        kept: dict[str, dict[str, None]] = {}
+        for site in self.sites:
+            for note in site.notes:
+                if "not fused" in note or "left" in note:
+                    place = _family(site.module) or _short(site.source)
+                    kept.setdefault(note, {})[place] = None
+        return [*lines, *(f"{note}: {', '.join(places)}." for note, places in kept.items())]
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _becomes(site: SiteReport) -> str:

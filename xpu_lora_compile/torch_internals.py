@@ -53,12 +53,25 @@ def hint_of(size: int | torch.SymInt) -> int:
 
 
 @contextmanager
-def fresh_compilation() -> Iterator[None]:
-    """Have Dynamo compile anew whatever it compiled before, as often as it takes, and keep what it had."""
+def fresh_compilation(model: Any) -> Iterator[Any]:
+    """Give the model without what `torch.compile` has made of it, to be compiled anew, as often as it takes.
+
+    What Dynamo had compiled stays; `model.compile()` counts again when the block ends.
+    """
     from torch._dynamo import config
 
-    with config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16, fail_on_recompile_limit_hit=True):
-        yield
+    model = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+    modules = [one for one in model.modules() if one._compiled_call_impl] if isinstance(model, torch.nn.Module) else []
+    calls = [one._compiled_call_impl for one in modules]
+    try:
+        for one in modules:
+            one._compiled_call_impl = None
+        limits = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
+        with config.patch(fail_on_recompile_limit_hit=True, **limits):
+            yield model
+    finally:
+        for one, call in zip(modules, calls, strict=True):
+            one._compiled_call_impl = call
 
 
 def is_known(condition: bool | torch.SymBool) -> bool:

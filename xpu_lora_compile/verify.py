@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from xpu_lora_compile.adapters.bank import NO_ADAPTER
-from xpu_lora_compile.errors import VerificationError
+from xpu_lora_compile.errors import OptionError, VerificationError
 from xpu_lora_compile.layers import LoraEmbedding, LoraLinear
-from xpu_lora_compile.passes import rewrite
+from xpu_lora_compile.passes import check_environment, rewrite
 from xpu_lora_compile.passes.decisions import Decision, decisions_on
 from xpu_lora_compile.passes.find_sites import find_sites
 from xpu_lora_compile.passes.memory import input_storages, storages_of, written_by
@@ -97,7 +97,9 @@ def verify(model: Callable[..., Any], *, seed: int = 0, generate_code: bool = Tr
         A function of the model's inputs that runs all this and returns a `Verification`.
 
     Raises:
-        VerificationError: by that function: a call is wrong; names it. Its attribute `verification` has all.
+        VerificationError: by that function: a call is wrong, and is named; or there is no call to compare. Its attribute
+            `verification` has the result. Whether a call has any influence is for `explain` to say.
+        OptionError: something that cannot be called.
 
     Example:
         >>> import torch
@@ -108,6 +110,8 @@ def verify(model: Callable[..., Any], *, seed: int = 0, generate_code: bool = Tr
         >>> [(site.place, site.is_right) for site in result.sites]
         [('0', True), ('1', True)]
     """
+    if not callable(model):
+        raise OptionError("verify", "a model", type(model).__name__, "Write `verify(model)(inputs)`.")
 
     def run(*args: Any, **kwargs: Any) -> Verification:
         checks: list[_Check] = []
@@ -116,14 +120,23 @@ def verify(model: Callable[..., Any], *, seed: int = 0, generate_code: bool = Tr
             checks.append(_Check(module, inputs, generate_code))
             return checks[-1].call
 
-        with _random_adapters(model, (args, kwargs), seed), torch.random.fork_rng(), fresh_compilation():
+        check_environment()
+        with (
+            fresh_compilation(model) as plain,
+            _random_adapters(plain, (args, kwargs), seed),
+            torch.random.fork_rng(),
+        ):
             torch.manual_seed(seed)
-            wanted = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+            wanted = plain(*copy.deepcopy(args), **copy.deepcopy(kwargs))
             torch.manual_seed(seed)
-            got = torch.compile(model, backend=backend)(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+            got = torch.compile(plain, backend=backend)(*copy.deepcopy(args), **copy.deepcopy(kwargs))
         sites = [site for check in checks for site in check.errors]
         result = Verification(sites, _difference(got, wanted), sum(check.unchecked for check in checks))
         wrong = [site for site in sites if not site.is_right]
+        if not (sites or result.unchecked):
+            raise VerificationError(
+                "verify", "a call that adds LoRA", "none", "Attach LoRA to the model, or call the ops."
+            )
         if wrong:
             error = VerificationError(
                 "verify",

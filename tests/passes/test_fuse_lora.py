@@ -551,7 +551,7 @@ def test_undecided_widths_are_left_to_the_op_that_decides_at_run_time() -> None:
     decisions: list[Decision] = []
     with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=True):
         got = compiled_with(lambda module: decisions.extend(xlc.rewrite(module)), cut)(w.y, w.x)
-    assert "not fused: the relation of its widths is not known while compiling" in decisions[0].notes
+    assert "not fused: its width is decided when it runs" in decisions[0].notes
     torch.testing.assert_close(got, cut(w.y, w.x))
 
 

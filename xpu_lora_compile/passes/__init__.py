@@ -50,7 +50,7 @@ def rewrite(program: GraphModule | ExportedProgram) -> list[Decision]:
 
     Raises:
         ContractError: something that holds no graph.
-        OptionError: XPU_LORA_FUEL is no number.
+        OptionError: XPU_LORA_FUEL is no number, or XPU_LORA_DUMP cannot be made.
     """
     module = program.graph_module if isinstance(program, ExportedProgram) else program
     if not isinstance(module, GraphModule):
@@ -84,13 +84,30 @@ def fuel() -> int | None:
     return int(value)
 
 
-def _dump_folder() -> Path | None:
-    """A new folder for one program, inside the one that the environment names."""
+def check_environment() -> None:
+    """Raise OptionError for variables of the environment that `rewrite` would stumble over."""
+    fuel()
+    _dump_root()
+
+
+def _dump_root() -> Path | None:
     root = os.environ.get(DUMP, "")
     if not root:
         return None
-    folder = Path(root) / f"{os.getpid()}-{next(_programs)}"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        Path(root).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(DUMP, "a folder that can be made", str(error), "Correct it, or unset it.") from error
+    return Path(root)
+
+
+def _dump_folder() -> Path | None:
+    """A new folder for one program, inside the one that the environment names."""
+    root = _dump_root()
+    if root is None:
+        return None
+    folder = root / f"{os.getpid()}-{next(_programs)}"
+    folder.mkdir(exist_ok=True)
     return folder
 
 
@@ -99,4 +116,4 @@ def _dump(folder: Path | None, name: str, module: GraphModule) -> None:
         (folder / name).write_text(as_text(module) + "\n")
 
 
-__all__ = ["PIPELINE", "Decision", "fuel", "record_decisions", "rewrite"]
+__all__ = ["PIPELINE", "Decision", "check_environment", "fuel", "record_decisions", "rewrite"]

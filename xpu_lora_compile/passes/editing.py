@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from xpu_lora_compile.passes.decisions import decisions_on, set_decisions
+from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
 from xpu_lora_compile.torch_internals import path_of
 
 # What of a node's meta tells where it comes from. Never the rest: Inductor keeps notes there that belong to the
@@ -112,12 +112,14 @@ def limited_to(rewrites: int | None) -> Iterator[None]:
         _FUEL.reset(token)
 
 
-def may_rewrite() -> bool:
-    """Whether one more rewrite may happen; every pass asks before each."""
+def may_rewrite(node: Node) -> bool:
+    """Whether one more rewrite may happen; every pass asks before each, for the node that it would replace."""
     fuel = _FUEL.get()
     if fuel is None:
         return True
     fuel[0] -= 1
+    if fuel[0] < 0:
+        note(node, "left as it is: XPU_LORA_FUEL has run out")
     return fuel[0] >= 0
 
 

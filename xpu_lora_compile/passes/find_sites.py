@@ -7,6 +7,7 @@ from torch.fx import Graph, Node
 from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, LORA_LINEAR
 from xpu_lora_compile.passes.decisions import Decision, decisions_on, record, set_decisions
 from xpu_lora_compile.passes.editing import arguments_of, calls_to, origin_of, value_of
+from xpu_lora_compile.torch_internals import is_known
 
 _ADDING = (BGMV_EXPAND, BGMV_EXPAND_SLICE, LORA_LINEAR)
 
@@ -42,4 +43,7 @@ def _undecided(call: Node, op: object) -> Decision:
     columns = value_of(arguments[0]).shape[1]
     source, module = origin_of(call)
     name = overload._schema.name.split("::")[1]
-    return Decision(name, source, module, str(width), str(columns), len(weights))
+    decision = Decision(name, source, module, str(width), str(columns), len(weights))
+    if op is LORA_LINEAR and len(weights) == 1 and is_known(width == columns):
+        decision.relation = "equal"
+    return decision

@@ -54,7 +54,7 @@ def fuse_lora(graph: Graph) -> None:
             note(expand.call, f"not fused: {expand.refusal}")
     nodes = _Nodes(graph)
     for chain in _find_chains(graph, {call: one for call, one in expands.items() if not one.refusal}, buffers):
-        if not may_rewrite():
+        if not may_rewrite(chain.members[-1][0].call):
             break
         _fuse(chain, nodes)
     buffers.erase_unused()

@@ -58,7 +58,7 @@ def lower(graph: Graph) -> None:
     """
     for public, internal in ((BGMV_SHRINK, SHRINK), (BGMV_EXPAND_SLICE, EXPAND_SLICE)):
         for call in calls_to(graph, public):
-            if may_rewrite():
+            if may_rewrite(call):
                 replace(call, internal, tuple(arguments_of(call, public)))
     single, several = set(calls_to(graph, LORA_LINEAR)), set(calls_to(graph, LORA_LINEARS))
     if not (single or several):
@@ -73,7 +73,7 @@ def lower(graph: Graph) -> None:
         refusal = _refusal(arguments)
         if refusal:
             note(call, f"lower: left functional, since {refusal}")
-        elif may_rewrite():
+        elif may_rewrite(call):
             _lower(call, arguments, nodes)
 
 

@@ -126,7 +126,7 @@ def find_expands(graph: Graph, buffers: RankBuffers) -> dict[Node, Expand]:
             output, hidden, b, indices, *rest = arguments_of(call, op)
             expands[call] = Expand(call, output, hidden, b, indices, rest[0] if len(rest) == 3 else 0, rest[-1])
             if op is BGMV_EXPAND:
-                expands[call].refusal = "the relation of its widths is not known while compiling"
+                expands[call].refusal = "its width is decided when it runs"
     # What each region of the buffers holds, and the tensor that it was written as.
     content: dict[Region, tuple[Tensor, Shrink]] = {}
     for node in graph.nodes:

@@ -41,7 +41,7 @@ def resolve_width(graph: Graph) -> None:
         output, inputs, weights, indices, add = arguments_of(call, BGMV_EXPAND)
         decision = decision_of(call, BGMV_EXPAND)
         decision.relation, decision.guard = _relation(value_of(weights).shape[-2], value_of(output).shape[1])
-        if decision.relation == "undecided" or not may_rewrite():
+        if decision.relation == "undecided" or not may_rewrite(call):
             continue
         operands = (output, inputs, weights, indices)
         if decision.relation == "equal":

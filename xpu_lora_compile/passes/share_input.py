@@ -52,7 +52,7 @@ def share_input(graph: Graph) -> None:
             moves = _moves(call, group[0])
             if moves is None:
                 note(call, "share_input: left alone, since its base cannot move up to the first call on this input")
-            elif may_rewrite():
+            elif may_rewrite(call):
                 for node in moves:
                     group[0].prepend(node)
                 members.append(call)

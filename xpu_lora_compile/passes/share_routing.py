@@ -53,7 +53,7 @@ def share_routing(graph: Graph) -> None:
         if storages_of(node) & written or any(storages_of(one) & written for one in node.all_input_nodes):
             continue
         original = first.setdefault(_what_it_computes(node), node)
-        if original is not node and not storages_of(node) & returned and may_rewrite():
+        if original is not node and not storages_of(node) & returned and may_rewrite(node):
             node.replace_all_uses_with(original)
             doubles.append(node)
     erase_unused(doubles)
