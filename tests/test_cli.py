@@ -123,3 +123,13 @@ def test_help_lists_the_commands() -> None:
     assert code == 0
     assert "explain" in out
     assert "verify" in out
+
+
+@pytest.mark.parametrize("factory", ["served_models:raising", "served_models:needing", "broken_models:served"])
+def test_an_error_of_the_factory_is_shown_whole_and_is_no_verdict(factory: str, folder: Path) -> None:
+    with (folder / "served_models.py").open("a") as file:
+        file.write("\n\ndef raising():\n    raise ZeroDivisionError\n\n\ndef needing(one):\n    pass\n")
+    (folder / "broken_models.py").write_text("def served(:\n")
+    code, _, err = call("explain", factory)
+    assert code == 2
+    assert "Traceback" in err

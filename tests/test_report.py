@@ -103,22 +103,22 @@ def test_report_is_a_table_and_sentences(monkeypatch: pytest.MonkeyPatch) -> Non
     assert_expected_inline(
         sentences.split("\n", 1)[1],
         """\
-5 sites became 3 calls, 1 routing computations, in 1 graphs.
+5 sites became 3 calls, with 1 routing computation, in 1 graph.
 Every site reaches the output of its graph.
 Floor of all LoRA: 1.2 us, at 10 GB/s (as told).
 The passes took 0.5 s of 2 s for the first call, with Inductor: 25 %.
-Kernel gather: few rows.
-Kernel dense: many slots.
-lm_head: not fused: because""",
+Runs on kernel gather: few rows.
+Not on dense: many slots.
+not fused: because: lm_head.""",
     )
 
 
 def test_sites_without_influence_are_said_in_capitals() -> None:
-    assert "NOT all sites reach the output" in str(report_of(replace(Q_PROJ, reaches_output=False)))
+    assert "NOT REACHED, what its graph returns: " in str(report_of(replace(Q_PROJ, reaches_output=False)))
 
 
 def test_report_without_sites_is_printed() -> None:
-    assert "0 sites became 0 calls" in str(report_of())
+    assert "No call that adds LoRA in 1 graph." in str(report_of())
 
 
 def test_json_gives_back_every_site_and_node() -> None:

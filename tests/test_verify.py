@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 import xpu_lora_compile as xlc
-from xpu_lora_compile import passes
+from xpu_lora_compile import passes, replay
 from xpu_lora_compile.errors import VerificationError
 from xpu_lora_compile.ops import ADD_LORA
 from xpu_lora_compile.passes.editing import calls_to
@@ -202,3 +203,56 @@ def test_the_text_lists_the_worst_sites() -> None:
 def test_a_model_without_lora_is_an_error() -> None:
     with pytest.raises(VerificationError, match="wanted a call that adds LoRA; got none"):
         xlc.verify(nn.Linear(2, 2), generate_code=False)(torch.ones(1, 2))
+
+
+def test_damage_beside_a_site_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def function(x: Tensor, a: Tensor, b: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        base = x * 2
+        return xlc.lora_linear(base, x, [a], [b], indices, [0]), base
+
+    args = torch.ones(2, 4), torch.ones(1, 3, 4), torch.ones(1, 4, 3), torch.tensor([0, -1])
+    with torch.no_grad():
+        assert xlc.verify(function, generate_code=False)(*args).returns_the_same
+        nodes = sys.modules["xpu_lora_compile.passes.lower"]._Nodes
+        monkeypatch.setattr(nodes, "is_seen_after", lambda *_args: False)
+        with pytest.raises(VerificationError, match="something beside these calls"):
+            xlc.verify(function, generate_code=False)(*args)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 6e4], ids=["nan", "inf", "overflow"])
+def test_inputs_that_are_no_numbers_or_overflow_are_no_errors(value: float) -> None:
+    x, weight, a, b, indices = (one.half() if one.is_floating_point() else one for one in operands())
+    x[1] = value
+    with torch.no_grad():
+        result = xlc.verify(qkv, generate_code=False)(x, weight, a, b, indices)
+    assert all(site.is_right for site in result.sites)
+
+
+def test_running_statistics_are_as_they_were_and_the_same_in_each_run() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    xlc.attach(model, slots=2, max_rank=2)
+    with torch.no_grad():
+        result = xlc.verify(model, generate_code=False)(torch.randn(8, 4))
+    assert result.output_error < 1e-5
+    assert torch.equal(model[1].running_mean, torch.zeros(4))
+
+
+def test_a_graph_that_runs_several_times_counts_with_its_worst_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, *_, indices = operands()
+    scales = iter([1.5, 1.0])
+    real = replay.Layout.excesses
+
+    def wrong_at_first(self: Any, bases: Any, inputs: Any, results: Any) -> Any:
+        return real(self, bases, inputs, [next(scales) * one for one in results])
+
+    def function(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, indices: Tensor) -> Tensor:
+        for _ in range(2):
+            torch._dynamo.graph_break()
+            x = torch.relu(xlc.lora_linear(x, x, [a], [b], indices, [0]))
+        return x
+
+    monkeypatch.setattr(replay.Layout, "excesses", wrong_at_first)
+    square = torch.ones(2, 3, 6), torch.ones(2, 6, 3)
+    with torch.no_grad(), pytest.raises(VerificationError) as error:
+        xlc.verify(function, generate_code=False)(x, weight, *square, indices)
+    assert len(error.value.verification.sites) == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -29,9 +30,7 @@ Factory = Annotated[
         "context manager, say inside `bank.use`. MODULE is imported, also from the current folder.",
     ),
 ]
-Grad = Annotated[
-    bool, typer.Option("--grad", help="Run in grad mode, as in training, unless the factory turns it off.")
-]
+Grad = Annotated[bool, typer.Option("--grad", help="Run in grad mode, as in training.")]
 Code = Annotated[bool, typer.Option("--generate-code/--no-generate-code", help="Have Inductor compile the graph, too.")]
 
 
@@ -95,12 +94,17 @@ def _console() -> Console:
 
 @contextmanager
 def _reported() -> Iterator[None]:
-    """End the command with our own errors' text, and not with a traceback."""
+    """End the command with our own errors' text alone, and with a traceback for those of the factory or the model."""
     try:
         yield
+    except (typer.Exit, typer.BadParameter):
+        raise
     except (LoraError, OSError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(1 if isinstance(error, VerificationError | DeadAdapterError) else 2) from None
+    except Exception:
+        traceback.print_exc()
+        raise typer.Exit(2) from None
 
 
 @contextmanager

@@ -80,14 +80,15 @@ def explain(
             captured.append(_Captured(module, sum(len(graph.decisions) for graph in captured)))
             if not generate_code:
                 return module.forward
-            from xpu_lora_compile.backend import generate_code as compiled
+            from xpu_lora_compile.backend import generate_code as with_inductor
 
-            return compiled(module, inputs, {"fx_graph_cache": False})
+            return with_inductor(module, inputs, {"fx_graph_cache": False})
 
         check_environment()
         with fresh_compilation(model) as plain:
             start = time.perf_counter()
-            torch.compile(plain, backend=backend)(*args, **kwargs)
+            compiled: Any = torch.compile(cast("Callable[..., Any]", plain), backend=backend)
+            compiled(*args, **kwargs)
             seconds = time.perf_counter() - start
         sites, calls = [], 0
         for graph in captured:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -89,7 +89,11 @@ class Eager(Interpreter):
         site.hidden, site.adds = inputs, given["add_inputs"]
         origin, wrote = self.origins.get(_where(given["inputs"]), (None, inputs))
         # Only if nothing has changed the buffer since, and if it was for the same rows.
-        if origin is not None and torch.equal(wrote, inputs) and torch.equal(origin["lora_indices_tensor"], indices):
+        if (
+            origin is not None
+            and torch.equal(_bits(wrote), _bits(inputs))
+            and torch.equal(origin["lora_indices_tensor"], indices)
+        ):
             site.inputs, site.a, site.scaling = origin["inputs"], [origin["lora_a_weights"]], origin["scaling"]
         return site
 
@@ -114,9 +118,9 @@ class Forced(Interpreter):
         bases = [base.clone() for base in layout.bases]
         inputs = layout.inputs.clone()
         for number, (site, places) in layout.sites.items():
-            same = _is_close(inputs, site.hidden if layout.is_expand else site.inputs)
+            same = is_close(inputs, site.hidden if layout.is_expand else site.inputs)
             columns = [bases[at][:, offset : offset + width] for at, offset, width in places]
-            self.reads_the_same[number] = same and _is_close(torch.cat(columns, 1), site.before)
+            self.reads_the_same[number] = same and is_close(torch.cat(columns, 1), site.before)
         result = super().run_node(n)
         results = layout.bases if result is None else [result] if isinstance(result, Tensor) else result
         self.excesses.update(layout.excesses(bases, inputs, results))
@@ -162,7 +166,11 @@ class Layout:
         for at, (base, result) in enumerate(zip(bases, results, strict=True)):
             if not any(target == at for _, places in self.sites.values() for target, *_ in places):
                 continue
-            excess = self._budget(at, base, inputs).excess(result)
+            budget = self._budget(at, base, inputs)
+            excess = budget.excess(result)
+            # What overflows, or is not a number to begin with, has no error.
+            overflows = ~budget.exact.to(result.dtype).isfinite() & ~result.detach().cpu().isfinite()
+            excess = torch.where(overflows, 0.0, excess)
             beside = torch.ones(excess.shape[1], dtype=torch.bool)
             columns: dict[int, Tensor] = {}
             for number, (_, places) in self.sites.items():
@@ -264,12 +272,35 @@ def _bind(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     return {argument.name: {**defaults, **given, **kwargs}[argument.name] for argument in op._schema.arguments}
 
 
+def _bits(tensor: Tensor) -> Tensor:
+    """The tensor as integers, so that a NaN equals itself."""
+    return tensor.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()])
+
+
 def _where(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def _is_close(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
+def is_close(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same but for the rounding of a few ops: by the norm of what is finite in both."""
+    if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    difference = (one.double() - other.double()).norm()
-    return bool(difference <= _SAME_OPERAND * other.double().norm()) or bool(difference.isnan() and other.isnan().any())
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    finite = one.isfinite()
+    if not torch.equal(finite, other.isfinite()):
+        return False
+    difference = torch.where(finite, one.double() - other.double(), 0.0).norm()
+    return bool(difference <= _SAME_OPERAND * torch.where(finite, other.double(), 0.0).norm())
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from tensors_in(one)
+    elif isinstance(value, tuple | list):
+        for one in value:
+            yield from tensors_in(one)

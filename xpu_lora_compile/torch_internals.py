@@ -60,14 +60,17 @@ def fresh_compilation(model: Any) -> Iterator[Any]:
     """
     from torch._dynamo import config
 
-    model = getattr(model, "_orig_mod", getattr(model, "_torchdynamo_orig_callable", model))
+    # A wrapped module hands attributes on to the one inside; a wrapped function has one of its own.
+    wrapped = "_orig_mod" if isinstance(model, torch.nn.Module) else "_torchdynamo_orig_callable"
+    model = getattr(model, wrapped, model)
     modules = [one for one in model.modules() if one._compiled_call_impl] if isinstance(model, torch.nn.Module) else []
     calls = [one._compiled_call_impl for one in modules]
     try:
         for one in modules:
             one._compiled_call_impl = None
-        limits = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
-        with config.patch(fail_on_recompile_limit_hit=True, **limits):
+        many = 1 << 16
+        patch: Any = config.patch
+        with patch(recompile_limit=many, accumulated_recompile_limit=many, fail_on_recompile_limit_hit=True):
             yield model
     finally:
         for one, call in zip(modules, calls, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from expecttest import assert_expected_inline
 from support.cases import DEVICE
@@ -178,3 +180,35 @@ def test_running_twice_changes_nothing() -> None:
         lowered(module)
 
     assert graphs_of_compiling(shrink_and_expand, *operands(), passes=twice) == texts
+
+
+def test_lora_inside_cond_runs_under_inductor() -> None:
+    def function(x: Tensor, a: Tensor, b: Tensor, indices: Tensor) -> Tensor:
+        def with_lora(x: Tensor) -> Tensor:
+            hidden, output = x.new_zeros(len(x), 3), x * 2
+            xlc.bgmv_shrink(hidden, x, a, indices)
+            xlc.bgmv_expand(output, hidden, b, indices)
+            return output
+
+        return torch.cond(x.sum() > 0, with_lora, lambda x: x - 1, (x,))
+
+    shapes = ((2, 4), (2, 3, 4), (2, 4, 3))
+    args = (*(torch.ones(shape, device=DEVICE) for shape in shapes), torch.tensor([1, -1], device=DEVICE))
+    with torch.no_grad():
+        got = torch.compile(function, backend="xpu_lora", fullgraph=True)(*args)
+        assert torch.equal(got, function(*args))
+
+
+def test_a_rewritten_program_can_be_saved_and_loaded(tmp_path: Path) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor, a: Tensor, b: Tensor, indices: Tensor) -> Tensor:
+            return xlc.lora_linear(x * 2, x, [a], [b], indices, [0])
+
+    shapes = ((2, 4), (2, 3, 4), (2, 4, 3))
+    args = (*(torch.ones(shape) for shape in shapes), torch.tensor([1, -1]))
+    with torch.no_grad():
+        program = torch.export.export(Model(), args)
+        xlc.rewrite(program)
+        torch.export.save(program, tmp_path / "program.pt2")
+        loaded = torch.export.load(tmp_path / "program.pt2").module()
+        assert torch.equal(loaded(*args), Model()(*args))

@@ -180,3 +180,51 @@ def test_operators_spelled_as_methods_are_known(name: str, writes: bool) -> None
     call = graph.call_method(name, (tensor, 0, 1.0) if writes else (tensor, 0))
     assert written_by(call) == (storages_of(tensor) if writes else set())
     assert is_pure(call) is not writes
+
+
+def written_in(function: Callable[..., Any], *args: Tensor) -> list[str]:
+    """The names of the arguments that a call of the function writes to."""
+    names: list[str] = []
+
+    def look(module: GraphModule) -> None:
+        written = {one for node in module.graph.nodes for one in written_by(node)}
+        inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+        names.extend(node.name for node in inputs if storages_of(node) & written)
+
+    with torch.no_grad():
+        compiled_with(look, function)(*args)
+    return names
+
+
+def test_outputs_in_a_tuple_are_written() -> None:
+    def sort(x: Tensor, values: Tensor, order: Tensor) -> Any:
+        return torch.sort(x, 1, out=(values, order))
+
+    assert len(written_in(sort, X.clone(), X.clone(), torch.zeros(3, 4, dtype=torch.int64, device=DEVICE))) >= 2
+
+
+def test_running_statistics_and_rescaled_weights_are_written() -> None:
+    def norm(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        return torch.nn.functional.batch_norm(x, mean, variance, training=True)
+
+    def look_up(index: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(index, weight, max_norm=1.0)
+
+    ones = torch.ones(4, device=DEVICE)
+    assert len(written_in(norm, X.clone(), ones.clone(), ones.clone())) >= 2
+    index = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    graph = torch.fx.Graph()
+    nodes = [graph.placeholder(name) for name in ("index", "weight")]
+    for node, value in zip(nodes, (index, X.clone()), strict=True):
+        node.meta["example_value"] = value
+    for norm_limit, written in ((1.0, True), (None, False)):
+        call = graph.call_function(torch.nn.functional.embedding, tuple(nodes), {"max_norm": norm_limit})
+        assert bool(storages_of(nodes[1]) & written_by(call)) is written
+
+
+def test_graphs_inside_transforms_of_torch_func_are_left_alone() -> None:
+    def gradient(x: Tensor) -> Any:
+        return torch.func.grad(lambda one: (one * 2).sum())(x)
+
+    got = torch.compile(gradient, backend="xpu_lora", options={"xpu_lora.execute": "eager"})(X)
+    assert torch.equal(got, torch.full_like(X, 2.0))

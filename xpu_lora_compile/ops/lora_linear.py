@@ -56,8 +56,8 @@ def lora_linear(
     rounded once. (With float64 among the operands, for `gradcheck`, all is float64.)
 
     Gradients: to base, inputs and both weight lists. A row without an adapter gives none to any weights, and its input
-    gets 0; slots that no row uses get 0. Second derivatives are not provided, nor is forward mode: `torch.func.jvp`
-    sees a constant here.
+    gets 0; slots that no row uses get 0. Second derivatives are not provided, nor are the transforms of `torch.func`:
+    `jvp` sees a constant here, `grad` and `vmap` raise torch's own error.
 
     Example:
         >>> a, b = torch.ones(1, 1, 3), torch.ones(1, 2, 1)

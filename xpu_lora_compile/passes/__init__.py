@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from pathlib import Path
+from typing import Any, cast
 
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from xpu_lora_compile.errors import ContractError, OptionError
 from xpu_lora_compile.passes.decisions import Decision, record_decisions
@@ -71,7 +73,17 @@ def rewrite(program: GraphModule | ExportedProgram) -> list[Decision]:
     for child in module.modules():
         if isinstance(child, GraphModule):
             child.recompile()
+    if isinstance(program, ExportedProgram):
+        _rename_outputs(program)
     return decisions
+
+
+def _rename_outputs(program: ExportedProgram) -> None:
+    """Have the signature call the outputs what they are called now."""
+    (results,) = program.graph.output_node().args
+    for spec, node in zip(program.graph_signature.output_specs, cast("tuple[Any, ...]", results), strict=True):
+        if isinstance(node, Node):
+            spec.arg = dataclasses.replace(cast("Any", spec.arg), name=node.name)
 
 
 def fuel() -> int | None:

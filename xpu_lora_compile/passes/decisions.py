@@ -79,8 +79,8 @@ _RECORDS: ContextVar[tuple[list[Decision], ...]] = ContextVar("records", default
 def record_decisions() -> Iterator[list[Decision]]:
     """Collect what the passes decide while the block runs, in the order of the graph.
 
-    A graph that Dynamo captures twice before it is content, as some with dynamic sizes, yields its decisions twice. With
-    `inductor_options`, a graph that Inductor answers from its cache runs no passes and yields none.
+    A graph that Dynamo captures twice before it is content, as some with dynamic sizes, yields its decisions twice.
+    With `inductor_options`, a graph that Inductor answers from its cache runs no passes and yields none.
 
     Example:
         >>> import torch

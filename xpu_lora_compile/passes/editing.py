@@ -23,14 +23,23 @@ from xpu_lora_compile.torch_internals import path_of
 # arguments of the old node, and fails on a new node that carries them.
 _ORIGIN = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
 _VALUES = ("example_value", "val")
+# The key of a module's meta that says whether it is a subgraph.
+_SUBGRAPH = "xpu_lora_subgraph"
 
 
 def graphs_of(module: torch.nn.Module) -> Iterator[Graph]:
     """The module's graph, and those of the subgraphs that its higher-order ops call."""
     for child in module.modules():
         if isinstance(child, GraphModule):
+            child.meta[_SUBGRAPH] = child is not module
             _hand_values_down(child)
             yield child.graph
+
+
+def is_subgraph(graph: Graph) -> bool:
+    """Whether a higher-order op of another graph calls this one."""
+    module = graph.owning_module
+    return module is not None and bool(module.meta.get(_SUBGRAPH))
 
 
 def calls_to(graph: Graph, op: torch._ops.OpOverload) -> list[Node]:

@@ -135,6 +135,7 @@ class _Nodes:
     def __init__(self, graph: Graph) -> None:
         self.order: dict[Node, float] = {node: at for at, node in enumerate(graph.nodes)}
         self.inputs = input_storages(graph)
+        self.changes_modes = any(is_barrier(node) for node in graph.nodes)
         self.aliases: dict[int, list[Node]] = {}
         # The fused call that has taken over each memory.
         self.newest: dict[int, Node] = {}
@@ -181,6 +182,9 @@ def _fuse(chain: _Chain, nodes: _Nodes) -> None:
     later = nodes.users_after(last, storage)
     hand_on = value.is_contiguous() and storage not in nodes.inputs
     hand_on = hand_on and all(_is_whole(value_of(alias), value) for alias in later)
+    # Written in place without a gradient, a tensor keeps the gradient that it had; handed on, it would lose it.
+    hand_on = hand_on and not (nodes.changes_modes and any(value_of(one).requires_grad for one in (base, *later)))
+    hand_on = hand_on and all(value_of(alias).requires_grad == value.requires_grad for alias in later)
     args = (
         base,
         shrinks[0].inputs,

@@ -24,6 +24,7 @@ from xpu_lora_compile.passes.editing import (
     arguments_of,
     calls_to,
     insert_before,
+    is_subgraph,
     may_rewrite,
     replace,
     size_of,
@@ -52,7 +53,7 @@ def lower(graph: Graph) -> None:
     cloned first.
 
     Left alone: `bgmv_expand` that `resolve_width` could not settle; a `lora_linear` that carries gradients, or whose
-    slices have different numbers of slots.
+    slices have different numbers of slots, or inside `cond` and the like, which refuse ops that write to a list.
 
     Runs on: graphs of Dynamo and of `torch.export`, before functionalization.
     """
@@ -70,7 +71,7 @@ def lower(graph: Graph) -> None:
             arguments = ([base], *rest, [0] * len(offsets), offsets, scaling)
         else:
             arguments = tuple(arguments_of(call, LORA_LINEARS))
-        refusal = _refusal(arguments)
+        refusal = "a higher-order op cannot look into lists" if is_subgraph(graph) else _refusal(arguments)
         if refusal:
             note(call, f"lower: left functional, since {refusal}")
         elif may_rewrite(call):
@@ -92,6 +93,11 @@ class _Nodes:
     def __init__(self, graph: Graph) -> None:
         self.order: dict[Node, float] = {node: at for at, node in enumerate(graph.nodes)}
         self.inputs = input_storages(graph) if knows_its_views(graph) else None
+        self.has_gradients = any(
+            isinstance(value_of(node), Tensor) and value_of(node).requires_grad
+            for node in graph.nodes
+            if node.op.startswith("call")
+        )
         self.aliases: dict[int, list[Node]] = {}
         self.writes: dict[int, list[float]] = {}
         for node in graph.nodes:
@@ -122,6 +128,9 @@ class _Nodes:
     def is_seen_after(self, base: Node, call: Node) -> bool:
         """Whether the content that the base has now may be seen after the call."""
         value, at = value_of(base), self.order[call]
+        # What autograd has saved is seen by a backward pass that is not in the graph yet.
+        if self.has_gradients:
+            return True
         if self.inputs is None or storage_of(value) in self.inputs or not value.is_contiguous():
             return True
         results = {call, *(user for user in call.users if user.target is operator.getitem)}

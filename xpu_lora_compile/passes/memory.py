@@ -26,6 +26,8 @@ from xpu_lora_compile.torch_internals import is_known
 _QUESTIONS = {"size", "dim", "numel", "stride", "is_contiguous", "nelement", "ndimension", "element_size"}
 _QUESTIONS |= {"new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like", "ones_like", "full_like"}
 _CONVERSIONS = {"float", "half", "bfloat16", "double", "int", "long", "bool", "cpu", "cuda", "xpu", "type"}
+# Ops that may change running statistics, though their schema does not say so.
+_WRITES_UNSAID = {"batch_norm", "instance_norm"}
 # Python's operators that write into their first argument.
 _WRITING = {vars(operator)[name] for name in ("setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv")}
 _TAKES_OVER = (LORA_LINEAR, LORA_LINEAR.overloadpacket)
@@ -67,6 +69,9 @@ def storages_of(node: Node) -> set[int]:
 def knows_its_views(graph: Graph) -> bool:
     """Whether the graph's values share memory as its tensors will; those of an unpickled ExportedProgram do not."""
     for node in graph.nodes:
+        tensors = [one for one in _flat(value_of(node)) if isinstance(one, Tensor)]
+        if not all(one.layout is torch.strided and _has_storage(one) for one in tensors):
+            return False
         if isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
             source = node.all_input_nodes[0]
             if value_of(source) is None or value_of(node) is None or not storages_of(node) <= storages_of(source):
@@ -87,8 +92,7 @@ def read_by(node: Node) -> set[int]:
     given = set().union(*map(storages_of, node.all_input_nodes))
     if node.op == "output":
         return given
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if name in _QUESTIONS or node.target is torch.ops.aten.sym_size.int:
+    if _name_of(node) in _QUESTIONS or node.target is torch.ops.aten.sym_size.int:
         return set()
     gives = storages_of(node)
     return set() if gives and gives <= given and not written_by(node) else given
@@ -145,7 +149,8 @@ def _bounds(tensor: Tensor) -> tuple[int | torch.SymInt, int | torch.SymInt]:
 def _written_operands(node: Node) -> list[Node]:
     if node.op not in ("call_function", "call_method"):
         return []
-    if isinstance(node.kwargs.get("out"), Node) or _is_asked_to_write(node):
+    into = any(isinstance(one, Node) for one in _flat(node.kwargs.get("out")))
+    if into or _is_asked_to_write(node) or _name_of(node) in _WRITES_UNSAID:
         return node.all_input_nodes
     if _operator(node) is not None:
         first = node.args[0] if node.args else None
@@ -172,15 +177,19 @@ def _operator(node: Node) -> Any:
     return node.target if getattr(node.target, "__module__", None) == "_operator" else None
 
 
+def _name_of(node: Node) -> str:
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "").split(".")[0]
+
+
 def _is_asked_to_write(node: Node) -> bool:
-    """Whether a function of `torch.nn.functional` is called with `inplace=True`."""
+    """Whether a function of `torch.nn.functional` is called with `inplace=True`, or with the weights' `max_norm`."""
     if not isinstance(node.target, FunctionType):
         return False
     try:
         bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
     except (TypeError, ValueError):
         return True
-    return bool(bound.arguments.get("inplace"))
+    return bool(bound.arguments.get("inplace")) or bound.arguments.get("max_norm") is not None
 
 
 def _schemas(node: Node) -> list[torch._ops.OpOverload] | None:
@@ -208,8 +217,17 @@ def _overloads(packet: torch._ops.OpOverloadPacket) -> list[torch._ops.OpOverloa
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
     for one in _flat(value):
-        if isinstance(one, Tensor) and one.layout is torch.strided:
+        if isinstance(one, Tensor) and one.layout is torch.strided and _has_storage(one):
             yield one
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own to ask for; those inside `torch.func.grad` and `vmap` have not."""
+    try:
+        tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def _flat(value: Any) -> Iterator[Any]:

@@ -74,7 +74,8 @@ def _find_groups(graph: Graph) -> list[list[Node]]:
                 del opened[key]
         if node in calls:
             _, inputs, _, _, indices, _, scaling = arguments_of(node, LORA_LINEAR)
-            key = region_of(value_of(inputs)), region_of(value_of(indices)), scaling
+            # The same elements, detached, get no gradient.
+            key = region_of(value_of(inputs)), value_of(inputs).requires_grad, region_of(value_of(indices)), scaling
             if key not in opened:
                 opened[key] = storages_of(inputs) | storages_of(indices), []
                 groups.append(opened[key][1])
