@@ -10,6 +10,7 @@ from pathlib import Path
 
 import padded_vocab
 import pytest
+import recompiles
 import serve_many_adapters
 import smollm2
 import torch
@@ -119,3 +120,14 @@ def test_an_adapter_can_be_trained_and_loaded(tmp_path: Path, monkeypatch: pytes
     bank = xlc.attach(smollm2.load_model(), slots=1, max_rank=8, target_modules=["q_proj", "v_proj"])
     bank.load("pirate", tmp_path / "pirate")
     assert bank.names == ("pirate",)
+
+
+def test_a_thousand_assignments_of_adapters_compile_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert recompiles.main() == 0
+    rows = [line.split("│")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    counts = {name.split(",")[0].strip(): (int(graphs), int(without)) for name, graphs, without in rows}
+    assert counts["xpu-lora-compile"] == (1, 0)
+    # Dynamo's limit of compilations, and then the rest of 249 different batches eagerly.
+    graphs, without = counts["PEFT"]
+    assert graphs == 8
+    assert without > 900
