@@ -248,9 +248,12 @@ def test_selector_of_graphs_is_hidden_where_there_is_one(open_page: Open, llama:
 
 
 def test_model_without_lora_shows_its_graph(open_page: Open) -> None:
-    report = xlc.explain(nn.Linear(3, 3), bandwidth=20)(torch.zeros(1, 3))
+    with pytest.raises(DeadAdapterError) as caught:
+        xlc.explain(nn.Linear(3, 3), bandwidth=20)(torch.zeros(1, 3))
+    report: Report = caught.value.report
     page = open_page(report)
     expect(page.locator("h1")).to_have_text("No call in this model adds LoRA.")
+    expect(page.locator("#alarm")).to_contain_text("wanted a call that adds LoRA")
     expect(page.locator("#listing-before .row")).to_have_count(len(report.graphs[0].before))
     page.get_by_role("tab", name="Sites").click()
     expect(page.locator("#table")).to_contain_text("nothing to rewrite")
