@@ -96,7 +96,8 @@ def main() -> int:
 
         with bank.use(names), xlc.record_decisions() as decisions:
             mixed, compile_time = generate("compiling the mixed batch (a minute or two)")
-            progress.update(task, description="explaining the decoding step")
+        progress.update(task, description="explaining the decoding step")
+        with bank.use(names):
             report = explain_step(model, prompts)
         generate("compiling the base model, to compare with")
         seconds: dict[str, list[float]] = {"base model, compiled": [], "mixed adapters, compiled": []}
