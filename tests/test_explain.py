@@ -19,6 +19,7 @@ TOKENS = torch.arange(10).reshape(2, 5)
 @pytest.fixture(scope="module")
 def llama() -> Any:
     """The report on a Llama of two layers whose vocabulary of 70 is taken for one of 64 that was padded."""
+    torch.compiler.reset()
     model = tiny_llama()
     bank = xlc.attach(model, slots=3, max_rank=4, target_modules=TARGETS, vocab_size=64)
     with bank.use([None, None]), torch.no_grad():
@@ -288,3 +289,12 @@ def test_a_site_that_ran_out_of_fuel_says_so(monkeypatch: pytest.MonkeyPatch) ->
     with bank.use([None]), torch.no_grad():
         report = xlc.explain(model, bandwidth=1)(torch.ones(1, 4))
     assert all("left as it is: XPU_LORA_FUEL has run out" in site.notes for site in report.sites)
+
+
+def test_a_model_that_dynamo_gave_up_on_is_said_to_be_so() -> None:
+    @torch.compiler.disable
+    def apart(x: Tensor) -> Tensor:
+        return x + 1
+
+    with pytest.raises(DeadAdapterError, match=r"Dynamo compiled nothing.*torch\.compiler\.reset"):
+        xlc.explain(lambda x: apart(x), bandwidth=1)(torch.ones(2))

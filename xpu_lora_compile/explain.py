@@ -341,6 +341,9 @@ def _check_liveness(model: object, report: Report) -> None:
         wanted = "every call that adds LoRA to reach what the graph returns"
         got = f"{_list(f'{site.place} ({site.source})' for site in dead)} without influence on it"
         remedy = "Return what the call wrote to, or do not call it."
+    elif not report.graphs:
+        wanted, got = "a graph", "none, since Dynamo compiled nothing"
+        remedy = "If it gave up on this code before, at its limit of recompilations, call `torch.compiler.reset()`."
     elif unreached := _unreached(model, report):
         wanted = "a call in the graph for every module that LoRA is attached to"
         got = f"none for {_list(unreached)}"
