@@ -316,7 +316,7 @@ def _count(graphs: list[Graph]) -> dict[str, int]:
 def _measured_bandwidth(device: torch.device) -> tuple[float, str]:
     """GB/s of a copy between buffers larger than the caches, the best of a few, read and write both counted."""
     size = 1 << 28
-    source, target = torch.ones(size, dtype=torch.uint8, device=device), torch.empty(0, device=device)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     best = 0.0
     for _ in range(5):

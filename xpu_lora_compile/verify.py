@@ -147,9 +147,11 @@ def verify(model: Callable[..., Any], *, seed: int = 0, generate_code: bool = Tr
         )
         wrong = [site for site in sites if not site.is_right]
         if not (sites or result.unchecked):
-            raise VerificationError(
+            error = VerificationError(
                 "verify", "a call that adds LoRA", "none", "Attach LoRA to the model, or call the ops."
             )
+            error.verification = result
+            raise error
         if wrong or not result.returns_the_same:
             beyond = f"{len(wrong)} of {len(sites)} beyond it, the first one {wrong[0].place}" if wrong else ""
             error = VerificationError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -119,11 +118,11 @@ def _merge(members: list[Node]) -> None:
         (
             [one[0] for one in arguments],
             inputs,
-            list(_flat(one[2] for one in arguments)),
-            list(_flat(one[3] for one in arguments)),
+            [a for one in arguments for a in one[2]],
+            [b for one in arguments for b in one[3]],
             indices,
             [position for position, one in enumerate(arguments) for _ in one[2]],
-            list(_flat(one[5] for one in arguments)),
+            [offset for one in arguments for offset in one[5]],
             scaling,
         ),
         [value_of(call) for call in members],
@@ -136,8 +135,3 @@ def _merge(members: list[Node]) -> None:
         call.replace_all_uses_with(result)
     for call in members:
         call.graph.erase_node(call)
-
-
-def _flat(lists: Iterator[Any]) -> Iterator[Any]:
-    for one in lists:
-        yield from one
