@@ -58,6 +58,14 @@ class OptionError(LoraError, ValueError):
     """A mode or an option that neither this backend nor Inductor knows, or a value of the wrong type."""
 
 
+class KernelError(LoraError, ValueError):
+    """A kernel that was asked for does not exist, or cannot run a call."""
+
+
+class BenchError(LoraError, RuntimeError):
+    """A contender computes something else than the reference, or what a benchmark needs is not there."""
+
+
 class DeadAdapterError(LoraError):
     """A call that adds LoRA has no influence on what the model returns, or an attached module makes no such call.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from xpu_lora_compile.errors import DeadAdapterError, OptionError
-from xpu_lora_compile.kernels.choose import choose
+from xpu_lora_compile.kernels.entry import choice_for
 from xpu_lora_compile.layers import LoraEmbedding, LoraLinear
 from xpu_lora_compile.ops import (
     ADD_LORA,
@@ -23,9 +23,11 @@ from xpu_lora_compile.ops import (
     EXPAND_SLICE,
     LORA_LINEAR,
     LORA_LINEARS,
+    NATIVE_ADD_LORA,
     ROUTE,
     SHRINK,
 )
+from xpu_lora_compile.ops.checks import without_slice_dim
 from xpu_lora_compile.passes import check_environment, rewrite
 from xpu_lora_compile.passes.decisions import Decision, decisions_on
 from xpu_lora_compile.passes.editing import arguments_of, graphs_of, origin_of, value_of
@@ -36,7 +38,8 @@ from xpu_lora_compile.passes.text import dtype_of, lines_of
 from xpu_lora_compile.report import GraphReport, NodeReport, Report, SiteReport
 from xpu_lora_compile.torch_internals import fresh_compilation, hint_of, source_of
 
-_LORA = (BGMV_SHRINK, BGMV_EXPAND, BGMV_EXPAND_SLICE, LORA_LINEAR, LORA_LINEARS, SHRINK, EXPAND, EXPAND_SLICE, ADD_LORA)
+_LORA_LINEARS: tuple[Any, ...] = (LORA_LINEAR, LORA_LINEARS, ADD_LORA, NATIVE_ADD_LORA)
+_LORA: tuple[Any, ...] = (BGMV_SHRINK, BGMV_EXPAND, BGMV_EXPAND_SLICE, SHRINK, EXPAND, EXPAND_SLICE, *_LORA_LINEARS)
 
 
 def explain(
@@ -225,7 +228,7 @@ def _site(
     op = node.target if isinstance(node.target, torch._ops.OpOverload) else node.target.default  # type: ignore[union-attr]
     arguments = arguments_of(node, op)
     inputs = value_of(arguments[1])
-    if op in (LORA_LINEAR, LORA_LINEARS, ADD_LORA):
+    if op in _LORA_LINEARS:
         a, b = ([value_of(one) for one in arguments[at][slices]] for at in (2, 3))
         target = 0 if op is LORA_LINEAR else arguments[5][slices.start]
         output = value_of(arguments[0] if op is LORA_LINEAR else arguments[0][target])
@@ -238,7 +241,7 @@ def _site(
     columns = sum(min(hint_of(one.shape[-2]), hint_of(output.shape[1])) for one in b)
     size += 2 * rows * columns * output.element_size()
     size += rows * hint_of(inputs.shape[1]) * inputs.element_size() * len(b) // total
-    choice = choose(inputs.device.type, rows, slots)
+    choice = choice_for([output], inputs, *([without_slice_dim(one) for one in stacks] for stacks in (a, b)))
     ranks = [one.shape[-1] for one in b]
     return SiteReport(
         module=decision.module,
@@ -261,7 +264,7 @@ def _site(
         fused_with=others,
         kernel=choice.kernel,
         because=choice.because,
-        others=choice.others,
+        others=dict(choice.others),
         bytes=size,
         floor_us=0.0,
         reaches_output=reaches_output,
@@ -275,7 +278,7 @@ def _size(size: int | torch.SymInt) -> str:
 
 def _roles(node: Node, operands: list[Node]) -> list[str]:
     """What our op calls each operand; the first of its names where it is given twice."""
-    op = getattr(node.target, "default", node.target)
+    op: Any = getattr(node.target, "default", node.target)
     if op not in _LORA and op is not ROUTE:
         return []
     names: dict[Node, str] = {}

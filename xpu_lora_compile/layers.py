@@ -17,6 +17,7 @@ from xpu_lora_compile.adapters.checkpoint import Site
 from xpu_lora_compile.adapters.config import ALL_LINEAR, Rule, is_targeted, pattern_problem
 from xpu_lora_compile.errors import AttachError
 from xpu_lora_compile.ops import bgmv_expand, bgmv_shrink, lora_linear
+from xpu_lora_compile.ops.lora_linear import add_lora_eagerly
 
 
 def attach(
@@ -103,8 +104,10 @@ class LoraLinear(nn.Linear):
         rows = input.reshape(-1, input.shape[-1])
         output = super().forward(rows)
         shape = (*input.shape[:-1], output.shape[1])
+        columns = min(self.lora_b.shape[1], output.shape[1])
+        if add_lora_eagerly(output, rows, self.lora_a, self.lora_b, indices, columns):
+            return output.view(shape)
         if torch.is_grad_enabled():
-            columns = min(self.lora_b.shape[1], output.shape[1])
             return lora_linear(output, rows, [self.lora_a], [self.lora_b[:, :columns]], indices, [0]).view(shape)
         hidden = rows.new_empty(
             rows.shape[0], self.lora_a.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32)
@@ -161,13 +164,15 @@ def _empty_stacks(
 ) -> dict[str, Tensor]:
     """Zeros for A and B of every slot, beside the module's weight."""
     a = (rank, site.in_features) if site.kind == "linear" else (site.in_features, rank)
-    shapes = {"lora_a": (slots, *a), "lora_b": (slots, site.out_features, rank)}
+    # The columns of one rank side by side, since that is how the kernels read B fastest.
+    shapes = {"lora_a": (slots, *a), "lora_b": (slots, rank, site.out_features)}
     # A buffer made in inference mode could not be written outside of it.
     with torch.inference_mode(False):
-        return {
+        stacks = {
             name: torch.zeros(shape, dtype=dtype or module.weight.dtype, device=module.weight.device)
             for name, shape in shapes.items()
         }
+        return stacks | {"lora_b": stacks["lora_b"].transpose(1, 2)}
 
 
 def _remove(module: nn.Module, former: type[nn.Module]) -> None:

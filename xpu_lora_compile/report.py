@@ -205,10 +205,10 @@ class Report:
         if not self.sites:
             return [f"No call that adds LoRA in {graphs}."]
         became = f"{_number(counts['sites'], 'site')} became {_number(counts['calls'], 'call')}"
-        routings = _number(counts["routings"], "routing computation")
+        routings = f", with {_number(counts['routings'], 'routing computation')}" if counts["routings"] else ""
         took = f"The passes took {self.passes_seconds:.3g} s of {self.first_call_seconds:.3g} s for the first call"
         lines = [
-            f"{became}, with {routings}, in {graphs}.",
+            f"{became}{routings}, in {graphs}.",
             f"NOT REACHED, what its graph returns: {', '.join(dead)}."
             if dead
             else "Every site reaches the output of its graph.",

@@ -75,7 +75,7 @@ def _several(case: Case) -> dict[Any, tuple[Any, ...]]:
     base, inputs, a, b, indices, *_ = build(LORA_LINEAR, replace(case, H=10)).args.values()
     outputs = [base.contiguous(), base.clone()]
     rest = ([0, 0, 1], [0, 1, case.offset], 0.5)
-    routing = list(ROUTE(indices, case.K))
+    routing = [indices, *ROUTE(indices, case.K)]
     return {
         ADD_LORA: (outputs, inputs, a * 3, b * 3, routing, *rest),
         LORA_LINEARS: (outputs, inputs, a * 3, b * 3, indices, *rest),

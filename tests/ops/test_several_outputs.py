@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import BF16, DEVICE, F16, F32, F64, I32, I64, same_bits
+from support.cases import BF16, DEVICE, F16, F32, F64, I32, I64, KERNELS_HERE, same_bits
 from torch import Tensor
 
 from xpu_lora_compile.errors import ShapeError, SliceError
+from xpu_lora_compile.kernels.choose import force_kernel
 from xpu_lora_compile.ops import ADD_LORA, LORA_LINEARS, ROUTE
 from xpu_lora_compile.ops.budget import budget_of
 
@@ -90,13 +91,15 @@ def test_each_output_is_that_of_its_own_call(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_adding_in_place_by_a_routing_is_the_same(case: str) -> None:
+@pytest.mark.parametrize("kernel", KERNELS_HERE)
+def test_adding_in_place_is_the_same_with_every_kernel_and_with_or_without_a_routing(kernel: str, case: str) -> None:
     arguments = CASES[case].arguments()
     bases, inputs, a, b, indices, *rest = arguments
-    outputs = [base.clone() for base in bases]
-    with torch.no_grad():
-        ADD_LORA(outputs, inputs, a, b, list(ROUTE(indices, len(a[0]))), *rest)
-    check(outputs, arguments)
+    for routing in ([indices], [indices, *ROUTE(indices, len(a[0]))]):
+        outputs = [base.clone() for base in bases]
+        with torch.no_grad(), force_kernel(kernel):
+            ADD_LORA(outputs, inputs, a, b, routing, *rest)
+        check(outputs, arguments)
 
 
 @pytest.mark.parametrize("index", [I64, I32])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from expecttest import assert_expected_inline
-from support.cases import DEVICE
+from support.cases import ADD_HERE, DEVICE
 from support.snapshot import as_text, calls_in, compiled_with, graphs_of_compiling, only
 from torch import Tensor
 
 import xpu_lora_compile as xlc
+from xpu_lora_compile.kernels.choose import force_kernel
 from xpu_lora_compile.ops import reference
 from xpu_lora_compile.passes import find_sites, lower
 from xpu_lora_compile.passes.decisions import Decision
@@ -58,7 +60,8 @@ def two_layers(output: Tensor, inputs: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def test_lora_linears_add_in_place_and_share_one_routing() -> None:
-    (text,) = graphs_of_compiling(two_layers, *operands(), passes=lowered)
+    with force_kernel("dense"):
+        (text,) = graphs_of_compiling(two_layers, *operands(), passes=lowered)
     lines = text.split("\n")
     assert calls_in(text, "route") == 1
     assert not any("clone" in line for line in lines)
@@ -67,10 +70,41 @@ def test_lora_linears_add_in_place_and_share_one_routing() -> None:
         """\
 %5: f32[3, 8] = add(%0, 1)
 xpu_lora.route(%1, 2)
-xpu_lora.add_lora((%5), %2, (%3), (%4), (%7, %8, %9, %10), (0), (3), 1.0)
+xpu_lora.add_lora((%5), %2, (%3), (%4), (%1, %7, %8, %9, %10), (0), (3), 1.0)
 %12: f32[3, 8] = mul(%5, 2)
-xpu_lora.add_lora((%12), %2, (%3), (%4), (%7, %8, %9, %10), (0), (0), 1.0)
+xpu_lora.add_lora((%12), %2, (%3), (%4), (%1, %7, %8, %9, %10), (0), (0), 1.0)
 return (%12)""",
+    )
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the native kernel is for a CPU")
+def test_the_native_kernel_is_not_called_where_its_op_could_not_tell() -> None:
+    """Slices that overlap, float64, a program to be saved elsewhere: the op that checks and chooses as it runs."""
+
+    def overlapping(output: Tensor, inputs: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return xlc.lora_linear(output + 1, inputs, [a, a], [b, b], INDICES, [0, 3])
+
+    class Module(torch.nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            return two_layers(*args)
+
+    (overlap,) = graphs_of_compiling(overlapping, *operands(), passes=lowered)
+    (wide,) = graphs_of_compiling(two_layers, *(one.double() for one in operands()), passes=lowered)
+    with torch.no_grad():
+        program = torch.export.export(Module(), operands())
+    xlc.rewrite(program)
+    for text, calls in ((overlap, 1), (wide, 2), (as_text(program.graph_module), 2)):
+        assert (calls_in(text, "add_lora"), calls_in(text, "native_add_lora")) == (calls, 0)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the native kernel is for a CPU")
+def test_the_native_kernel_gets_the_indices_alone() -> None:
+    (text,) = graphs_of_compiling(two_layers, *operands(), passes=lowered)
+    assert_expected_inline(
+        "\n".join(line for line in text.split("\n") if "xpu_lora" in line),
+        """\
+xpu_lora.native_add_lora((%5), %1, (%2), (%3), %4, (0), (3), 1.0)
+xpu_lora.native_add_lora((%7), %1, (%2), (%3), %4, (0), (0), 1.0)""",
     )
 
 
@@ -97,7 +131,7 @@ def test_what_is_written_back_adds_into_the_base_itself() -> None:
         xlc.bgmv_expand_slice(output, hidden, b, INDICES, 2, 5)
 
     (text,) = graphs_of_compiling(into, *operands())
-    assert calls_in(text, "add_lora") == 1
+    assert calls_in(text, ADD_HERE) == 1
     assert "copy_" not in text
     assert "clone" not in text
 
@@ -145,7 +179,7 @@ def test_a_dynamic_batch_is_lowered_once() -> None:
         nonlocal graphs
         graphs += 1
         lowered(module)
-        assert calls_in(as_text(module), "add_lora") == 2
+        assert calls_in(as_text(module), ADD_HERE) == 2
 
     def two(output: Tensor, inputs: Tensor, a: Tensor, b: Tensor, indices: Tensor) -> Tensor:
         first = xlc.lora_linear(output + 1, inputs, [a], [b], indices, [3])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile import ops
+from xpu_lora_compile.kernels.choose import KERNELS
 
 DEVICE = torch.device(os.environ.get("XPU_LORA_TEST_DEVICE", "cpu"))
 
@@ -187,6 +188,12 @@ CASES = (
     Case(T=3, H=10, slices=2, with_slice_dim=True, layout="transposed"),
     Case(T=9, D=129, R=17, W=33, H=35, slices=2, inputs=BF16, weights=BF16, output=BF16),
 )
+
+
+# What `lower` makes of a `lora_linear` on the device of the tests, and how often it computes a routing for all of them.
+ADD_HERE, ROUTINGS_HERE = ("native_add_lora", 0) if DEVICE.type == "cpu" else ("add_lora", 1)
+# The kernels that can run there.
+KERNELS_HERE = [kernel for kernel in KERNELS if DEVICE.type == "cpu" or kernel in ("gather", "dense")]
 
 
 def cases_of(op: str, cases: Sequence[Case] = CASES) -> tuple[Case, ...]:

@@ -22,14 +22,14 @@ class Routing:
         self.slots = slots
 
     @classmethod
-    def of(cls, slot: Tensor, has_adapter: Tensor, order: Tensor, starts: Tensor) -> Routing:
+    def of(cls, indices: Tensor, slot: Tensor, has_adapter: Tensor, order: Tensor, starts: Tensor) -> Routing:
         """A routing that was computed before, by `tensors`."""
-        routing = cls(slot, starts.shape[0] - 2)
+        routing = cls(indices, starts.shape[0] - 2)
         routing.__dict__.update(slot=slot, has_adapter=has_adapter, order=order, starts=starts)
         return routing
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All of it, for `of`."""
+        """What `of` takes beside the indices."""
         return self.slot, self.has_adapter, self.order, self.starts
 
     @cached_property

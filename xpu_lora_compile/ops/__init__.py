@@ -1,5 +1,6 @@
 """The contract: public ops, their checks, their reference, and the handles that passes match on."""
 
+from xpu_lora_compile.kernels.native import NATIVE_ADD_LORA
 from xpu_lora_compile.ops.bgmv import (
     BGMV_EXPAND,
     BGMV_EXPAND_SLICE,
@@ -20,6 +21,7 @@ __all__ = [
     "EXPAND_SLICE",
     "LORA_LINEAR",
     "LORA_LINEARS",
+    "NATIVE_ADD_LORA",
     "ROUTE",
     "SHRINK",
     "bgmv_expand",

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpu_lora_compile.kernels import portable
+from xpu_lora_compile.kernels import entry
 from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.checks import without_slice_dim
-from xpu_lora_compile.torch_internals import check_before_autograd
+from xpu_lora_compile.torch_internals import check_before_autograd, note_write, runs_plainly
 
 
 def bgmv_shrink(
@@ -51,7 +51,12 @@ def bgmv_shrink(
         >>> hidden.tolist()
         [[6.0], [0.0]]
     """
-    BGMV_SHRINK(output_tensor, inputs, lora_a_weights, lora_indices_tensor, scaling)
+    operands = (output_tensor, inputs, lora_a_weights, lora_indices_tensor)
+    if runs_plainly(*operands):
+        _shrink_eagerly(*operands, scaling)
+        note_write(output_tensor)
+    else:
+        BGMV_SHRINK(*operands, scaling)
 
 
 def bgmv_expand(
@@ -89,7 +94,12 @@ def bgmv_expand(
         >>> logits.tolist()
         [[5.0, 5.0, 5.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
     """
-    BGMV_EXPAND(output_tensor, inputs, lora_b_weights, lora_indices_tensor, add_inputs)
+    operands = (output_tensor, inputs, lora_b_weights, lora_indices_tensor)
+    if runs_plainly(*operands):
+        _expand_eagerly(*operands, add_inputs)
+        note_write(output_tensor)
+    else:
+        BGMV_EXPAND(*operands, add_inputs)
 
 
 def bgmv_expand_slice(
@@ -133,31 +143,33 @@ def bgmv_expand_slice(
         >>> qkv.tolist()
         [[0.0, 1.0, 1.0, 0.0]]
     """
-    BGMV_EXPAND_SLICE(output_tensor, inputs, lora_b_weights, lora_indices_tensor, slice_offset, slice_size, add_inputs)
+    operands = (output_tensor, inputs, lora_b_weights, lora_indices_tensor)
+    if runs_plainly(*operands):
+        _expand_slice_eagerly(*operands, slice_offset, slice_size, add_inputs)
+        note_write(output_tensor)
+    else:
+        BGMV_EXPAND_SLICE(*operands, slice_offset, slice_size, add_inputs)
 
 
-@torch.library.custom_op("xpu_lora::bgmv_shrink", mutates_args=("output_tensor",))
-def _shrink(
+def _shrink_eagerly(
     output_tensor: Tensor, inputs: Tensor, lora_a_weights: Tensor, lora_indices_tensor: Tensor, scaling: float = 1.0
 ) -> None:
     checks.check_shrink(output_tensor, inputs, lora_a_weights, lora_indices_tensor)
     weights = without_slice_dim(lora_a_weights)
-    portable.shrink(output_tensor, inputs, weights, Routing(lora_indices_tensor, len(weights)), scaling)
+    entry.shrink(output_tensor, inputs, weights, Routing(lora_indices_tensor, len(weights)), scaling)
 
 
-@torch.library.custom_op("xpu_lora::bgmv_expand", mutates_args=("output_tensor",))
-def _expand(
+def _expand_eagerly(
     output_tensor: Tensor, inputs: Tensor, lora_b_weights: Tensor, lora_indices_tensor: Tensor, add_inputs: bool = True
 ) -> None:
     checks.check_expand(output_tensor, inputs, lora_b_weights, lora_indices_tensor)
     weights = without_slice_dim(lora_b_weights)
     columns = min(weights.shape[1], output_tensor.shape[1])
     routing = Routing(lora_indices_tensor, len(weights))
-    portable.expand(output_tensor[:, :columns], inputs, weights[:, :columns], routing, add_inputs)
+    entry.expand(output_tensor[:, :columns], inputs, weights[:, :columns], routing, add_inputs)
 
 
-@torch.library.custom_op("xpu_lora::bgmv_expand_slice", mutates_args=("output_tensor",))
-def _expand_slice(
+def _expand_slice_eagerly(
     output_tensor: Tensor,
     inputs: Tensor,
     lora_b_weights: Tensor,
@@ -168,13 +180,17 @@ def _expand_slice(
 ) -> None:
     checks.check_expand_slice(output_tensor, inputs, lora_b_weights, lora_indices_tensor, slice_offset, slice_size)
     columns, weights = output_tensor.narrow(1, slice_offset, slice_size), without_slice_dim(lora_b_weights)
-    portable.expand(columns, inputs, weights, Routing(lora_indices_tensor, len(weights)), add_inputs)
+    entry.expand(columns, inputs, weights, Routing(lora_indices_tensor, len(weights)), add_inputs)
 
 
 # These ops return nothing, so that all a fake has to do is to check.
-torch.library.register_fake("xpu_lora::bgmv_shrink", checks.check_shrink)
-torch.library.register_fake("xpu_lora::bgmv_expand", checks.check_expand)
-torch.library.register_fake("xpu_lora::bgmv_expand_slice", checks.check_expand_slice)
+for _name, _eager, _check in (
+    ("bgmv_shrink", _shrink_eagerly, checks.check_shrink),
+    ("bgmv_expand", _expand_eagerly, checks.check_expand),
+    ("bgmv_expand_slice", _expand_slice_eagerly, checks.check_expand_slice),
+):
+    torch.library.custom_op(f"xpu_lora::{_name}", _eager, mutates_args=("output_tensor",))
+    torch.library.register_fake(f"xpu_lora::{_name}", _check)
 
 BGMV_SHRINK = torch.ops.xpu_lora.bgmv_shrink.default
 BGMV_EXPAND = torch.ops.xpu_lora.bgmv_expand.default

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xpu_lora_compile.kernels import portable
+from xpu_lora_compile.kernels import entry
 from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.ops.checks import refuse_gradients, without_slice_dim
 
@@ -25,12 +25,12 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 def _shrink(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, scaling: float) -> None:
     _refuse_gradients("shrink", output, inputs, weights, replaces=True)
-    portable.shrink(output, inputs, without_slice_dim(weights), Routing(indices, len(weights)), scaling)
+    entry.shrink(output, inputs, without_slice_dim(weights), Routing(indices, len(weights)), scaling)
 
 
 def _expand(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, add: bool) -> None:
     _refuse_gradients("expand", output, inputs, weights, replaces=not add)
-    portable.expand(output, inputs, without_slice_dim(weights), Routing(indices, len(weights)), add)
+    entry.expand(output, inputs, without_slice_dim(weights), Routing(indices, len(weights)), add)
 
 
 def _expand_slice(
@@ -38,7 +38,7 @@ def _expand_slice(
 ) -> None:
     _refuse_gradients("expand_slice", output, inputs, weights, replaces=not add)
     columns = output.narrow(1, offset, size)
-    portable.expand(columns, inputs, without_slice_dim(weights), Routing(indices, len(weights)), add)
+    entry.expand(columns, inputs, without_slice_dim(weights), Routing(indices, len(weights)), add)
 
 
 def _route(indices: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -60,17 +60,17 @@ def _add_lora(
             for weights in (*lora_a, *lora_b):
                 refuse_gradients("add_lora", output, inputs, weights, replaces=False)
     stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
-    slot, has_adapter, order, starts = routing
-    known = Routing.of(slot, has_adapter, order, starts)
-    portable.add_lora(outputs, inputs, stacks_a, stacks_b, known, slice_outputs, slice_offsets, scaling)
+    # The indices alone, or with what `route` has made of them.
+    known = Routing.of(*routing) if len(routing) > 1 else Routing(routing[0], len(lora_a[0]))
+    entry.add_lora(outputs, inputs, stacks_a, stacks_b, known, slice_outputs, slice_offsets, scaling)
 
 
 def _slot_products(inputs: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-    return portable.slot_products(inputs, weights, Routing(indices, len(weights)))
+    return entry.slot_products(inputs, weights, Routing(indices, len(weights)))
 
 
 def _outer_by_slot(left: Tensor, right: Tensor, indices: Tensor, slots: int) -> Tensor:
-    return portable.outer_by_slot(left, right, Routing(indices, slots))
+    return entry.outer_by_slot(left, right, Routing(indices, slots))
 
 
 def _refuse_gradients(op: str, output: Tensor, inputs: Tensor, weights: Tensor, replaces: bool) -> None:
@@ -94,7 +94,7 @@ def _fake_route(indices: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def _fake_slot_products(inputs: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-    return inputs.new_empty(inputs.shape[0], weights.shape[1], dtype=portable.accumulator(inputs, weights))
+    return inputs.new_empty(inputs.shape[0], weights.shape[1], dtype=entry.accumulator(inputs, weights))
 
 
 def _fake_outer_by_slot(left: Tensor, right: Tensor, indices: Tensor, slots: int) -> Tensor:
@@ -110,7 +110,7 @@ for _schema, _kernel, _fake in (
     (f"expand_slice({_ROW_OPERANDS}, SymInt offset, SymInt size, bool add) -> ()", _expand_slice, _no_result),
     # What every call of one graph shares: `Routing.tensors`.
     ("route(Tensor indices, SymInt slots) -> (Tensor, Tensor, Tensor, Tensor)", _route, _fake_route),
-    # `lora_linears` in place, after `route`.
+    # `lora_linears` in place; routing holds the indices, and what `route` returns where the kernel wants it.
     (
         f"add_lora({_LISTS}, Tensor[] routing, int[] slice_outputs, SymInt[] slice_offsets, float scaling) -> ()",
         _add_lora,

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile.errors import ShapeError
-from xpu_lora_compile.kernels import portable
+from xpu_lora_compile.kernels import entry
 from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.checks import without_slice_dim
 from xpu_lora_compile.ops.internal import OUTER_BY_SLOT, SLOT_PRODUCTS
+from xpu_lora_compile.torch_internals import runs_plainly
 
 
 def lora_linear(
@@ -66,14 +67,28 @@ def lora_linear(
     """
     if isinstance(lora_a, Tensor) or isinstance(lora_b, Tensor):
         raise ShapeError("lora_linear", "lists of A and B, one of each a slice", "a tensor", "Pass `[a]` and `[b]`.")
-    result: Tensor = LORA_LINEAR(
-        base, inputs, list(lora_a), list(lora_b), lora_indices_tensor, list(slice_offsets), scaling
-    )
+    arguments = (base, inputs, list(lora_a), list(lora_b), lora_indices_tensor, list(slice_offsets), scaling)
+    if runs_plainly(base, inputs, *lora_a, *lora_b, lora_indices_tensor):
+        return _lora_linear_eagerly(*arguments)
+    result: Tensor = LORA_LINEAR(*arguments)
     return result
 
 
-@torch.library.custom_op("xpu_lora::lora_linear", mutates_args=())
-def _lora_linear(
+def add_lora_eagerly(
+    output: Tensor, inputs: Tensor, lora_a: Tensor, lora_b: Tensor, indices: Tensor, columns: int
+) -> bool:
+    """Add one slice's LoRA in place, unchecked, if nothing looks at calls of ops; whether it was done.
+
+    For layers, which know that their operands fit: one call, and a quarter of the time that two public ops take.
+    """
+    if not runs_plainly(output, inputs, lora_a, lora_b, indices):
+        return False
+    b = lora_b if lora_b.shape[1] == columns else lora_b[:, :columns]
+    entry.add_lora([output], inputs, [lora_a], [b], Routing(indices, lora_a.shape[0]), [0], [0], 1.0)
+    return True
+
+
+def _lora_linear_eagerly(
     base: Tensor,
     inputs: Tensor,
     lora_a: Sequence[Tensor],
@@ -117,12 +132,12 @@ def _add(
 ) -> None:
     """Add every slice in place, those of each number of slots K together: a routing is for one K."""
     stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
-    dtype = portable.accumulator(*results, inputs, *stacks_a, *stacks_b)
+    dtype = entry.accumulator(*results, inputs, *stacks_a, *stacks_b)
     # With several K, columns that two of them share are still rounded once.
     sums = results if len({len(a) for a in stacks_a}) == 1 else [result.to(dtype) for result in results]
     for slots in dict.fromkeys(len(a) for a in stacks_a):
         mine = [s for s, a in enumerate(stacks_a) if len(a) == slots]
-        portable.add_lora(
+        entry.add_lora(
             sums,
             inputs,
             [stacks_a[s] for s in mine],
@@ -193,14 +208,14 @@ def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Tensor, list[Tens
     """
     rows, indices, *weights = ctx.saved_tensors
     slices = len(ctx.slice_offsets)
-    grad_rows = rows.new_zeros(rows.shape, dtype=portable.accumulator(*grads_out, rows, *weights))
+    grad_rows = rows.new_zeros(rows.shape, dtype=entry.accumulator(*grads_out, rows, *weights))
     grads_a: list[Tensor] = []
     grads_b: list[Tensor] = []
     for s in range(slices):
         stored_a, stored_b, offset = weights[s], weights[slices + s], ctx.slice_offsets[s]
         grad = grads_out[ctx.slice_bases[s]]
         a, b = without_slice_dim(stored_a), without_slice_dim(stored_b)
-        dtype = portable.accumulator(grad, rows, a, b)
+        dtype = entry.accumulator(grad, rows, a, b)
         grad_slice = grad[:, offset : offset + b.shape[1]].to(dtype)
         hidden = ctx.scaling * SLOT_PRODUCTS(rows, a, indices).to(dtype)
         grad_hidden = ctx.scaling * SLOT_PRODUCTS(grad_slice, b.transpose(1, 2), indices)
@@ -216,6 +231,7 @@ def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Tensor, list[Tens
     )
 
 
+torch.library.custom_op("xpu_lora::lora_linear", _lora_linear_eagerly, mutates_args=())
 torch.library.register_fake("xpu_lora::lora_linear", _fake_lora_linear)
 torch.library.register_autograd("xpu_lora::lora_linear", _backward_one, setup_context=_setup_one)
 torch.library.register_fake("xpu_lora::lora_linears", _fake_lora_linears)

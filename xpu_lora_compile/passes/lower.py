@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from xpu_lora_compile.kernels.entry import choice_for, outputs_with_shared_columns
 from xpu_lora_compile.ops import (
     ADD_LORA,
     BGMV_EXPAND_SLICE,
@@ -16,9 +17,11 @@ from xpu_lora_compile.ops import (
     EXPAND_SLICE,
     LORA_LINEAR,
     LORA_LINEARS,
+    NATIVE_ADD_LORA,
     ROUTE,
     SHRINK,
 )
+from xpu_lora_compile.ops.checks import without_slice_dim
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
 from xpu_lora_compile.passes.editing import (
     arguments_of,
@@ -31,6 +34,7 @@ from xpu_lora_compile.passes.editing import (
     value_of,
 )
 from xpu_lora_compile.passes.memory import input_storages, knows_its_views, overlap, storage_of, storages_of, written_by
+from xpu_lora_compile.torch_internals import is_compiling_for_this_process
 
 
 def lower(graph: Graph) -> None:
@@ -43,11 +47,14 @@ def lower(graph: Graph) -> None:
         bgmv_expand_slice(output, inputs, b, indices, offset, size, add)
 
     After:
-        routing = route(indices, K)                                         once for all calls on these indices
+        routing = [indices, *route(indices, K)]                             once for all calls on these indices
         add_lora([base], inputs, a, b, routing, [0], offsets, scaling)      the base itself is the result
         add_lora([base_1, base_2], inputs, a, b, routing, outputs, offsets, scaling)
         shrink(output, inputs, a, indices, scaling)
         expand_slice(output, inputs, b, indices, offset, size, add)
+
+    On a CPU whose native kernel is the one to choose, `native_add_lora` stands for `add_lora`, and gets the indices
+    alone: it sorts rows in less time than an op takes to call.
 
     A base that is seen again afterwards, that is an input of the graph, or that shares memory with another operand, is
     cloned first.
@@ -161,8 +168,11 @@ def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
         else:
             nodes.unite(base, result)
         outputs.append(target)
-    routing = _routing(indices, a[0], call, nodes)
-    lowered = insert_before(call, ADD_LORA, (outputs, inputs, a, b, routing, slice_bases, offsets, scaling), None)
+    if _is_native(bases, inputs, a, b, slice_bases, offsets):
+        op, routing = NATIVE_ADD_LORA, indices
+    else:
+        op, routing = ADD_LORA, [indices, *_routing(indices, a[0], call, nodes)]
+    lowered = insert_before(call, op, (outputs, inputs, a, b, routing, slice_bases, offsets, scaling), None)
     set_decisions(lowered, decisions_on(call))
     if written_back is not None:
         call.graph.erase_node(written_back)
@@ -173,6 +183,20 @@ def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
             user.replace_all_uses_with(outputs[cast("int", user.args[1])])
             user.graph.erase_node(user)
     call.graph.erase_node(call)
+
+
+def _is_native(
+    bases: list[Node], inputs: Node, a: list[Node], b: list[Node], slice_bases: list[int], offsets: list[Any]
+) -> bool:
+    """Whether the native op may be called, which leaves all checks to us; never in a program to be saved."""
+    stacks_a, stacks_b = ([without_slice_dim(value_of(one)) for one in stacks] for stacks in (a, b))
+    choice = choice_for([value_of(base) for base in bases], value_of(inputs), stacks_a, stacks_b)
+    return (
+        choice.kernel == "native"
+        and is_compiling_for_this_process()
+        and all(isinstance(offset, int) for offset in offsets)
+        and (len(b) == 1 or not outputs_with_shared_columns(stacks_b, slice_bases, offsets))
+    )
 
 
 def _written_back(call: Node, bases: list[Node]) -> Node | None:

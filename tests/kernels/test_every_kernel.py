@@ -1,0 +1,91 @@
+"""The contract, with each kernel forced in turn: what the other tests ask of the one that was chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.cases import CASES, DEVICE, F64, KERNELS_HERE, LORA_LINEAR, OPS, Case, build, cases_of, same_bits
+from torch import Tensor
+
+from xpu_lora_compile.errors import KernelError
+from xpu_lora_compile.kernels.choose import force_kernel
+from xpu_lora_compile.ops.budget import budget_of
+
+every_kernel = pytest.mark.parametrize("kernel", KERNELS_HERE)
+
+
+def can_run(kernel: str, case: Case) -> bool:
+    return kernel != "native" or F64 not in (case.inputs, case.weights, case.output)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "op", "case"),
+    [
+        pytest.param(kernel, op, case, id=f"{kernel}-{op}-{case}")
+        for kernel in KERNELS_HERE
+        for op in OPS
+        for case in cases_of(op)
+        if can_run(kernel, case)
+    ],
+)
+def test_values_are_within_the_budget_and_nothing_else_is_written(kernel: str, op: str, case: Case) -> None:
+    call = build(op, case)
+    budget, outside, before = budget_of(op, call.args), call.outside(), call.buffer.clone()
+    with force_kernel(kernel), torch.no_grad():
+        result = call.run()
+    budget.check(result, call.written)
+    assert same_bits(call.buffer[outside], before[outside])
+
+
+@every_kernel
+def test_gradients_are_right(kernel: str) -> None:
+    """Of float32, since that is what all kernels take: against the formula in float64."""
+
+    def grads(dtype: torch.dtype) -> list[Tensor]:
+        call = build(LORA_LINEAR, Case(T=9, D=65, R=5, W=33, H=40, indices=(0, 1, 2, 3, 0, -1, 0, 4, 3)))
+        base, inputs, (a,), (b,), indices, offsets, scaling = call.args.values()
+        operands = [one.to(dtype).requires_grad_() for one in (base, inputs, a, b)]
+        result = getattr(torch.ops.xpu_lora, LORA_LINEAR)(
+            operands[0], operands[1], [operands[2]], [operands[3]], indices, offsets, scaling
+        )
+        return [one.double() for one in torch.autograd.grad(result.square().sum(), operands)]
+
+    exact = grads(F64)
+    with force_kernel(kernel):
+        for got, wanted in zip(grads(torch.float32), exact, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@every_kernel
+def test_a_row_is_the_same_in_every_batch(kernel: str) -> None:
+    """To the bit in the native kernel; elsewhere PyTorch's products may sum in another order."""
+    call = build(LORA_LINEAR, Case(T=41, D=129, R=17, K=3, W=131, H=131, indices=tuple(t % 3 for t in range(41))))
+    base, inputs, a, b, indices, offsets, scaling = call.args.values()
+
+    def run(rows: slice) -> Tensor:
+        op = getattr(torch.ops.xpu_lora, LORA_LINEAR)
+        result: Tensor = op(base[rows], inputs[rows], a, b, indices[rows], offsets, scaling)
+        return result
+
+    with force_kernel(kernel), torch.no_grad():
+        together = run(slice(None))
+        for rows in (slice(0, 1), slice(3, 5), slice(2, 9), slice(0, 41, 3)):
+            if kernel == "native":
+                assert same_bits(run(rows), together[rows])
+            else:
+                torch.testing.assert_close(run(rows), together[rows], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the native kernel is for a CPU")
+def test_a_forced_kernel_that_cannot_run_a_call_is_an_error() -> None:
+    call = build(LORA_LINEAR, Case(H=10, inputs=F64, weights=F64, output=F64))
+    with (
+        force_kernel("native"),
+        torch.no_grad(),
+        pytest.raises(KernelError, match=r"in float32.*gather, grouped, dense"),
+    ):
+        call.run()
+
+
+def test_all_cases_are_run_by_some_kernel() -> None:
+    assert {case for kernel in KERNELS_HERE for case in CASES if can_run(kernel, case)} == set(CASES)

@@ -1,0 +1,139 @@
+"""The C++ kernel for CPUs: `native_kernels.h` does the work, `native.cpp` makes ops of it, and this compiles them.
+
+They are compiled once a machine, with its own compiler, when first needed (GCC 12, Clang 15 or newer; some 25 s). The
+library is kept in `$XDG_CACHE_HOME/xpu-lora-compile`, under a name made from sources, compiler, torch and CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xpu_lora_compile.errors import KernelError
+
+_HERE, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
+_SOURCES = (_HERE / "native.cpp", _HERE / "native_kernels.h")
+_FLAGS = (
+    # -O3 unrolls the loops over registers: with -O2 the sums are spilled, and it takes twice the time (GCC 12, AVX2).
+    *("-O3", "-march=native", "-std=c++20", "-fopenmp", "-shared", "-fPIC"),
+    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+)
+_AGAINST_TORCH = ("-isystem", str(_TORCH / "include"), f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
+
+_LIBRARY = torch.library.Library("xpu_lora", "FRAGMENT")
+# Inductor may lay the operands out as it likes: any strides are fine here, and so no operand is ever copied for us.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+_OPERANDS = "Tensor(a!) output, Tensor inputs, Tensor weights, Tensor indices"
+_LISTS = "Tensor(a!)[] outputs, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b"
+
+
+def problem() -> str:
+    """Why this kernel cannot run on this machine; empty where it can, which takes some 25 s the first time."""
+    compiler = _compiler()
+    return _load_with(tuple(compiler)) if compiler else "there is no C++ compiler: install g++ or clang++, or set CXX"
+
+
+def scratch_bytes(rows: int, ranks: int, widest: int) -> int:
+    """What a call holds besides its operands: the rank vectors, and for each thread 128 columns of one slot's B.
+
+    Args:
+        rows: T.
+        ranks: R of all slices together.
+        widest: the highest R.
+    """
+    return 4 * (rows * ranks + torch.get_num_threads() * 128 * widest)
+
+
+@cache
+def _load_with(compiler: Sequence[str]) -> str:
+    """Load the library, compiled if it is not there yet; why that failed."""
+    try:
+        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout  # noqa: S603
+        sources = [source.read_bytes() for source in _SOURCES]
+        parts = (*sources, shlex.join((*compiler, *_FLAGS)).encode(), version, torch.__version__.encode(), _cpu())
+        name = f"native-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
+        torch.ops.load_library(_compiled(_writable_folder() / name, compiler))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
+        return f"{shlex.join(compiler)} could not make it: {said.splitlines()[0] if said else error}"
+    return ""
+
+
+def _compiled(library: Path, compiler: Sequence[str]) -> Path:
+    if not library.exists():
+        # Compiled aside, so that another process never loads half a file.
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / library.name
+            command = [*compiler, *_FLAGS, "-o", str(made), str(_SOURCES[0]), *_AGAINST_TORCH]
+            subprocess.run(command, capture_output=True, check=True, timeout=600)  # noqa: S603
+            made.replace(library)
+    return library
+
+
+def _compiler() -> list[str]:
+    if "CXX" in os.environ:
+        return shlex.split(os.environ["CXX"])
+    found = next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    return [found] if found else []
+
+
+def _writable_folder() -> Path:
+    cached = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    folder = Path(cached) / "xpu-lora-compile"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    # Never a folder in which others could leave a library for us.
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="xpu-lora-compile-"))
+
+
+def _cpu() -> bytes:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    kinds = (b"vendor_id", b"cpu family", b"model", b"flags", b"Features", b"CPU part")
+    return b"\n".join(itertools.islice((line for line in lines if line.startswith(kinds)), 8))
+
+
+def _define(schema: str) -> Any:
+    """An op that loads the library when it is first called, say by code that Inductor had cached."""
+    name = schema.split("(", 1)[0]
+
+    def load_and_call_again(*args: object) -> None:
+        if why := problem():
+            raise KernelError(
+                f"xpu_lora::{name}", "a compiler", why, "Mend it, or compile the model without the cache."
+            )
+        op(*args)
+
+    _LIBRARY.define(schema, tags=_TAGS)
+    op: Any = getattr(torch.ops.xpu_lora, name).default
+    _LIBRARY.impl(name, load_and_call_again, "CompositeExplicitAutograd")
+    # The gradient of a changed output passes through as it is; whoever calls has refused any other.
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"xpu_lora::{name}", lambda *_: None, lib=_LIBRARY)
+    return op
+
+
+# output[t, :R] = scaling * A[i] @ inputs[t]; rows whose i is no slot become 0.
+NATIVE_SHRINK = _define(f"native_shrink({_OPERANDS}, float scaling) -> ()")
+# output[t] (+)= B[i] @ inputs[t]; rows whose i is no slot keep their value.
+NATIVE_EXPAND = _define(f"native_expand({_OPERANDS}, bool add) -> ()")
+# For each slice, outputs[its output][t, its columns] += B[i] @ (scaling * A[i] @ inputs[t]); no two share columns.
+NATIVE_ADD_LORA = _define(
+    f"native_add_lora({_LISTS}, Tensor indices, int[] slice_outputs, SymInt[] slice_offsets, float scaling) -> ()"
+)

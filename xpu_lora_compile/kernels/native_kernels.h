@@ -1,0 +1,500 @@
+// Shrink and expand of batched LoRA on a CPU: rows grouped by slot, so that a slot's weights are read once for all of
+// its rows, and one parallel region for all slices of a call. Nothing but the C++ standard library and OpenMP.
+//
+// Rank vectors and all sums are float32. A result depends on its own row alone: the order of additions is the same
+// whatever else is in the batch, and what is left over by vectors is summed by fused operations as they do. A row whose index is no slot is in no group, and so no weight is read for it.
+
+#include <omp.h>
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+template <typename T, int N>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+using Floats = VectorOf<float, LANES>::type;
+
+struct Bfloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+float to_float(float value) { return value; }
+float to_float(Bfloat16 value) {
+    uint32_t bits = uint32_t(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}
+float to_float(Float16 value) {
+    _Float16 half;
+    std::memcpy(&half, &value, 2);
+    return float(half);
+}
+
+void round_to(float value, float& result) { result = value; }
+void round_to(float value, Bfloat16& result) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    // To nearest, ties to even; a NaN stays one.
+    result.bits = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+void round_to(float value, Float16& result) {
+    _Float16 half = _Float16(value);
+    std::memcpy(&result, &half, 2);
+}
+
+template <typename V>
+V load_raw(const void* from) {
+    V result;
+    std::memcpy(&result, from, sizeof(V));
+    return result;
+}
+
+// N neighbours in memory, as float32.
+template <int N>
+typename VectorOf<float, N>::type load(const float* from) {
+    return load_raw<typename VectorOf<float, N>::type>(from);
+}
+template <int N>
+typename VectorOf<float, N>::type load(const Bfloat16* from) {
+    auto bits = load_raw<typename VectorOf<uint16_t, N>::type>(from);
+    auto wide = __builtin_convertvector(bits, typename VectorOf<uint32_t, N>::type) << 16;
+    return (typename VectorOf<float, N>::type)wide;
+}
+template <int N>
+typename VectorOf<float, N>::type load(const Float16* from) {
+#if defined(__AVX512F__)
+    if constexpr (N == 16) return _mm512_cvtph_ps(load_raw<__m256i>(from));
+#endif
+#if defined(__F16C__)
+    if constexpr (N == 8) return _mm256_cvtph_ps(load_raw<__m128i>(from));
+#endif
+    auto halves = load_raw<typename VectorOf<_Float16, N>::type>(from);
+    return __builtin_convertvector(halves, typename VectorOf<float, N>::type);
+}
+
+void store(Floats values, float* to) { std::memcpy(to, &values, sizeof values); }
+void store(Floats values, Bfloat16* to) {
+    using Bits = VectorOf<uint32_t, LANES>::type;
+    Bits bits = (Bits)values;
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    bits = values != values ? Bits{} + 0x7fc0 : bits;
+    auto halves = __builtin_convertvector(bits, VectorOf<uint16_t, LANES>::type);
+    std::memcpy(to, &halves, sizeof halves);
+}
+void store(Floats values, Float16* to) {
+    alignas(64) float lanes[LANES];
+    std::memcpy(lanes, &values, sizeof values);
+    for (int i = 0; i < LANES; i++) round_to(lanes[i], to[i]);
+}
+
+float sum_of(Floats values) {
+    alignas(64) float lanes[LANES];
+    std::memcpy(lanes, &values, sizeof values);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+// The dtypes by number, as native.cpp counts them.
+template <typename Work>
+void with_dtype(int64_t dtype, Work work) {
+    if (dtype == 0) work(float{});
+    if (dtype == 1) work(Bfloat16{});
+    if (dtype == 2) work(Float16{});
+}
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// A stack of weights [slots, rows, columns]; strides, here and below, are in elements.
+struct Weights {
+    const void* data;
+    int64_t dtype, slot_stride, row_stride, column_stride;
+};
+
+// One slice: A [K, rank, D], B [K, width, rank], and the columns of the output it is added to.
+struct Slice {
+    Weights a, b;
+    int64_t rank, width;
+    void* output;
+    int64_t output_dtype, output_stride;
+};
+
+// What every slice shares. The columns of inputs and outputs lie side by side.
+struct Batch {
+    int64_t rows, features, slots, slices, threads;
+    bool add;
+    const void* indices;
+    int64_t index_bytes;
+    const void* inputs;
+    int64_t inputs_dtype, inputs_stride;
+    double scaling;
+};
+
+// Columns of the output that one task works on, and rows of a slot that it takes through A together.
+constexpr int64_t WIDTH = 128;
+constexpr int64_t ROWS = 24;
+
+struct Rows {
+    int64_t slot, first, last;
+};
+
+// The rows of the batch in the order of their slots. Rows without an adapter are in no group.
+struct Groups {
+    std::vector<int64_t> order;
+    std::vector<Rows> whole, parts;
+
+    explicit Groups(const Batch& batch) {
+        auto slot_of = [&](int64_t row) -> int64_t {
+            return batch.index_bytes == 8 ? static_cast<const int64_t*>(batch.indices)[row] : static_cast<const int32_t*>(batch.indices)[row];
+        };
+        std::vector<int64_t> next(batch.slots + 1, 0);
+        for (int64_t t = 0; t < batch.rows; t++) {
+            int64_t slot = slot_of(t);
+            if (slot >= 0 && slot < batch.slots) next[slot + 1]++;
+        }
+        for (int64_t k = 0; k < batch.slots; k++) {
+            int64_t first = next[k], last = first + next[k + 1];
+            next[k + 1] = last;
+            if (first == last) continue;
+            whole.push_back({k, first, last});
+            for (int64_t row = first; row < last; row += ROWS) parts.push_back({k, row, smaller(row + ROWS, last)});
+        }
+        order.resize(next[batch.slots]);
+        for (int64_t t = 0; t < batch.rows; t++) {
+            int64_t slot = slot_of(t);
+            if (slot >= 0 && slot < batch.slots) order[next[slot]++] = t;
+        }
+    }
+};
+
+// The next elements of two operands of a dot product, in as many vectors as they fill; both in the same order.
+template <typename X, typename A>
+struct Pair {
+    static constexpr int VECTORS = 1;
+    static void load_into(const X* x, Floats* to) { to[0] = load<LANES>(x); }
+    static void load_into(const A* a, Floats* to, int) { to[0] = load<LANES>(a); }
+};
+// Twice as many bfloat16 fill two vectors, one of those at even places and one of those at odd: half the instructions.
+template <>
+struct Pair<Bfloat16, Bfloat16> {
+    static constexpr int VECTORS = 2;
+    static void load_into(const Bfloat16* from, Floats* to, int = 0) {
+        auto bits = load_raw<VectorOf<uint32_t, LANES>::type>(from);
+        to[0] = (Floats)(bits << 16);
+        to[1] = (Floats)(bits & 0xffff0000);
+    }
+};
+
+// hidden[m][n] = scaling * sum over d of a[n][d] * x[m][d]
+template <int M, int N, typename X, typename A>
+void dots(const X* const* x, const A* a, int64_t a_stride, int64_t features, float scaling, float* const* hidden) {
+    Floats sums[M][N] = {};
+    int64_t d = 0;
+    constexpr int V = Pair<X, A>::VECTORS;
+    for (; d + V * LANES <= features; d += V * LANES) {
+        Floats inputs[M][V];
+        for (int m = 0; m < M; m++) Pair<X, A>::load_into(x[m] + d, inputs[m]);
+        for (int n = 0; n < N; n++) {
+            Floats weights[V];
+            Pair<X, A>::load_into(a + n * a_stride + d, weights, 0);
+            for (int v = 0; v < V; v++)
+                for (int m = 0; m < M; m++) sums[m][n] += inputs[m][v] * weights[v];
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) {
+            float sum = sum_of(sums[m][n]);
+            for (int64_t rest = d; rest < features; rest++)
+                sum = __builtin_fmaf(to_float(x[m][rest]), to_float(a[n * a_stride + rest]), sum);
+            hidden[m][n] = scaling * sum;
+        }
+}
+
+template <int N, typename X, typename A>
+void shrink_rows(const Batch& batch, const int64_t* order, int64_t rows, const A* a, int64_t a_stride, int64_t rank,
+                 float* hidden) {
+    for (int64_t done = 0; done < rows;) {
+        const X* x[3];
+        float* results[3];
+        int64_t left = rows - done, taken = left >= 3 ? 3 : left;
+        for (int64_t m = 0; m < taken; m++) {
+            x[m] = static_cast<const X*>(batch.inputs) + order[done + m] * batch.inputs_stride;
+            results[m] = hidden + (done + m) * rank;
+        }
+        float scaling = float(batch.scaling);
+        if (taken == 3) dots<3, N>(x, a, a_stride, batch.features, scaling, results);
+        if (taken == 2) dots<2, N>(x, a, a_stride, batch.features, scaling, results);
+        if (taken == 1) dots<1, N>(x, a, a_stride, batch.features, scaling, results);
+        done += taken;
+    }
+}
+
+// The rank vectors of some rows of one slot, of ranks `from` to `to`.
+void shrink_part(const Batch& batch, const Slice& slice, const Groups& groups, const Rows& rows, int64_t from, int64_t to,
+                 float* hidden, float* scratch) {
+    const Weights& a = slice.a;
+    const int64_t* order = groups.order.data() + rows.first;
+    int64_t count = rows.last - rows.first;
+    with_dtype(batch.inputs_dtype, [&](auto x) {
+        with_dtype(a.dtype, [&](auto weight) {
+            using X = decltype(x);
+            using A = decltype(weight);
+            const A* first = static_cast<const A*>(a.data) + rows.slot * a.slot_stride;
+            float* results = hidden + rows.first * slice.rank;
+            for (int64_t r = from; r < to;) {
+                int64_t ranks = to - r >= 8 && count == 1 ? 8 : to - r >= 4 ? 4 : 1;
+                const A* here = first + r * a.row_stride;
+                if (a.column_stride != 1) {
+                    for (int64_t n = 0; n < ranks; n++)
+                        for (int64_t d = 0; d < batch.features; d++)
+                            scratch[n * batch.features + d] = to_float(here[n * a.row_stride + d * a.column_stride]);
+                    if (ranks == 8) shrink_rows<8, X>(batch, order, count, scratch, batch.features, slice.rank, results + r);
+                    if (ranks == 4) shrink_rows<4, X>(batch, order, count, scratch, batch.features, slice.rank, results + r);
+                    if (ranks == 1) shrink_rows<1, X>(batch, order, count, scratch, batch.features, slice.rank, results + r);
+                } else {
+                    if (ranks == 8) shrink_rows<8, X>(batch, order, count, here, a.row_stride, slice.rank, results + r);
+                    if (ranks == 4) shrink_rows<4, X>(batch, order, count, here, a.row_stride, slice.rank, results + r);
+                    if (ranks == 1) shrink_rows<1, X>(batch, order, count, here, a.row_stride, slice.rank, results + r);
+                }
+                r += ranks;
+            }
+        });
+    });
+}
+
+// output[m][w] (+)= sum over r of hidden[m][r] * b[r][w], for M rows and N vectors of columns
+template <int M, int N, typename B, typename Out>
+void outer(const float* const* hidden, const B* b, int64_t b_stride, int64_t rank, Out* const* output, bool add) {
+    Floats sums[M][N] = {};
+    for (int64_t r = 0; r < rank; r++) {
+        Floats weights[N];
+        for (int n = 0; n < N; n++) weights[n] = load<LANES>(b + r * b_stride + n * LANES);
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < N; n++) sums[m][n] += hidden[m][r] * weights[n];
+    }
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) {
+            Out* to = output[m] + n * LANES;
+            store(add ? load<LANES>(to) + sums[m][n] : sums[m][n], to);
+        }
+}
+
+template <int M, typename B, typename Out>
+void expand_rows(const float* const* hidden, const B* b, int64_t b_stride, int64_t rank, Out* const* output,
+                 int64_t width, bool add) {
+    constexpr int N = M == 1 ? 4 : 2;
+    Out* here[M];
+    auto step_to = [&](int64_t w) {
+        for (int m = 0; m < M; m++) here[m] = output[m] + w;
+    };
+    int64_t w = 0;
+    for (; w + N * LANES <= width; w += N * LANES) {
+        step_to(w);
+        outer<M, N>(hidden, b + w, b_stride, rank, here, add);
+    }
+    for (; w + LANES <= width; w += LANES) {
+        step_to(w);
+        outer<M, 1>(hidden, b + w, b_stride, rank, here, add);
+    }
+    for (; w < width; w++)
+        for (int m = 0; m < M; m++) {
+            float sum = 0;
+            for (int64_t r = 0; r < rank; r++) sum = __builtin_fmaf(hidden[m][r], to_float(b[r * b_stride + w]), sum);
+            round_to(add ? to_float(output[m][w]) + sum : sum, output[m][w]);
+        }
+}
+
+using Eight = VectorOf<float, 8>::type;
+
+// to[r][w] = from[w][r] for eight rows of eight neighbours
+template <typename B>
+void transpose_eight(const B* from, int64_t from_stride, float* to, int64_t to_stride) {
+    Eight v[8], u[8];
+    for (int i = 0; i < 8; i++) v[i] = load<8>(from + i * from_stride);
+    for (int i = 0; i < 8; i += 2) {
+        u[i] = __builtin_shufflevector(v[i], v[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+        u[i + 1] = __builtin_shufflevector(v[i], v[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = i; j < i + 2; j++) {
+            v[j] = __builtin_shufflevector(u[j], u[j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            v[j + 2] = __builtin_shufflevector(u[j], u[j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    for (int j = 0; j < 4; j++) {
+        u[j] = __builtin_shufflevector(v[j], v[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        u[j + 4] = __builtin_shufflevector(v[j], v[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+    for (int j = 0; j < 8; j++) std::memcpy(to + j * to_stride, &u[j], sizeof u[j]);
+}
+
+// A block of B as float32, [rank, WIDTH]: its columns side by side.
+template <typename B>
+void pack(const B* from, const Weights& b, int64_t width, int64_t rank, float* to) {
+    int64_t r = 0;
+    if (b.column_stride == 1)
+        for (; r + 8 <= rank; r += 8) {
+            int64_t w = 0;
+            for (; w + 8 <= width; w += 8)
+                transpose_eight(from + w * b.row_stride + r, b.row_stride, to + r * WIDTH + w, WIDTH);
+            for (; w < width; w++)
+                for (int64_t i = r; i < r + 8; i++) to[i * WIDTH + w] = to_float(from[w * b.row_stride + i]);
+        }
+    for (; r < rank; r++)
+        for (int64_t w = 0; w < width; w++)
+            to[r * WIDTH + w] = to_float(from[w * b.row_stride + r * b.column_stride]);
+}
+
+// All rows of one slot into columns `from` to `to` of a slice's output.
+void expand_part(const Batch& batch, const Slice& slice, const Groups& groups, const Rows& rows, int64_t from, int64_t to,
+                 const float* hidden, float* scratch) {
+    const Weights& b = slice.b;
+    with_dtype(b.dtype, [&](auto weight) {
+        with_dtype(slice.output_dtype, [&](auto out) {
+            using B = decltype(weight);
+            using Out = decltype(out);
+            const B* first = static_cast<const B*>(b.data) + rows.slot * b.slot_stride + from * b.row_stride;
+            auto run = [&](auto weights, int64_t stride) {
+                for (int64_t row = rows.first; row < rows.last;) {
+                    const float* h[4];
+                    Out* outputs[4];
+                    int64_t taken = smaller(rows.last - row, 4);
+                    for (int64_t m = 0; m < taken; m++) {
+                        h[m] = hidden + (row + m) * slice.rank;
+                        outputs[m] = static_cast<Out*>(slice.output) +
+                                     groups.order[row + m] * slice.output_stride + from;
+                    }
+                    if (taken == 4) expand_rows<4>(h, weights, stride, slice.rank, outputs, to - from, batch.add);
+                    if (taken == 3) expand_rows<3>(h, weights, stride, slice.rank, outputs, to - from, batch.add);
+                    if (taken == 2) expand_rows<2>(h, weights, stride, slice.rank, outputs, to - from, batch.add);
+                    if (taken == 1) expand_rows<1>(h, weights, stride, slice.rank, outputs, to - from, batch.add);
+                    row += taken;
+                }
+            };
+            bool converts = sizeof(B) < 4 && rows.last - rows.first > 8;
+            if (b.row_stride == 1 && !converts) {
+                run(first, b.column_stride);
+            } else {
+                pack(first, b, to - from, slice.rank, scratch);
+                run(static_cast<const float*>(scratch), WIDTH);
+            }
+        });
+    });
+}
+
+struct Work {
+    const Batch& batch;
+    const Slice* slices;
+    Groups groups;
+    // Rank vectors of all slices, [rows with an adapter, rank] each, and memory for one task of each thread.
+    std::vector<float> hidden, scratch;
+    std::vector<int64_t> hidden_at;
+    int64_t scratch_size = 0;
+
+    Work(const Batch& batch, const Slice* slices) : batch(batch), slices(slices), groups(batch) {
+        int64_t size = 0;
+        for (int64_t s = 0; s < batch.slices; s++) {
+            hidden_at.push_back(size);
+            size += int64_t(groups.order.size()) * slices[s].rank;
+            if (slices[s].b.data) scratch_size = larger(scratch_size, slices[s].rank * WIDTH);
+            if (slices[s].a.data && slices[s].a.column_stride != 1)
+                scratch_size = larger(scratch_size, 8 * batch.features);
+        }
+        hidden.resize(size);
+        scratch.resize(scratch_size * batch.threads);
+    }
+
+    // To be called by all threads of a parallel region.
+    void shrink() {
+        int64_t parts = groups.parts.size();
+        // Where there are fewer parts than could keep all threads busy, the ranks are divided, too.
+        int64_t ranks = parts * batch.slices >= 4 * batch.threads ? 1 << 30 : 8;
+        for (int64_t s = 0; s < batch.slices; s++) {
+            int64_t step = larger(1, smaller(ranks, slices[s].rank)), steps = (slices[s].rank + step - 1) / step;
+#pragma omp for schedule(dynamic) nowait
+            for (int64_t task = 0; task < parts * steps; task++) {
+                int64_t from = task % steps * step;
+                shrink_part(batch, slices[s], groups, groups.parts[task / steps], from,
+                            smaller(from + step, slices[s].rank), hidden.data() + hidden_at[s], my_scratch());
+            }
+        }
+#pragma omp barrier
+    }
+
+    void expand() {
+        for (int64_t s = 0; s < batch.slices; s++) {
+            int64_t blocks = (slices[s].width + WIDTH - 1) / WIDTH;
+#pragma omp for schedule(dynamic) nowait
+            for (int64_t task = 0; task < int64_t(groups.whole.size()) * blocks; task++) {
+                int64_t from = task % blocks * WIDTH;
+                expand_part(batch, slices[s], groups, groups.whole[task / blocks], from,
+                            smaller(from + WIDTH, slices[s].width), hidden.data() + hidden_at[s], my_scratch());
+            }
+        }
+    }
+
+    float* my_scratch() { return scratch.data() + omp_get_thread_num() * scratch_size; }
+};
+
+// Every slice's shrink and expand: output[t] += B (scaling A inputs[t]).
+void add_slices(const Batch& batch, const Slice* slices) {
+    Work work(batch, slices);
+#pragma omp parallel num_threads(batch.threads) if (batch.threads > 1)
+    {
+        work.shrink();
+        work.expand();
+    }
+}
+
+// output[t, :R] = scaling A inputs[t], and 0 for rows without an adapter.
+void shrink_slice(const Batch& batch, const Slice* slice) {
+    Work work(batch, slice);
+#pragma omp parallel num_threads(batch.threads) if (batch.threads > 1)
+    work.shrink();
+    with_dtype(slice->output_dtype, [&](auto out) {
+        using Out = decltype(out);
+        Out* output = static_cast<Out*>(slice->output);
+        for (int64_t t = 0; t < batch.rows; t++)
+            for (int64_t r = 0; r < slice->rank; r++) round_to(0, output[t * slice->output_stride + r]);
+        for (size_t row = 0; row < work.groups.order.size(); row++)
+            for (int64_t r = 0; r < slice->rank; r++)
+                round_to(work.hidden[row * slice->rank + r],
+                         output[work.groups.order[row] * slice->output_stride + r]);
+    });
+}
+
+// output[t] (+)= B inputs[t], where the inputs are rank vectors; rows without an adapter keep their value.
+void expand_slice(const Batch& batch, const Slice* slice) {
+    Work work(batch, slice);
+    with_dtype(batch.inputs_dtype, [&](auto x) {
+        using X = decltype(x);
+        for (size_t row = 0; row < work.groups.order.size(); row++) {
+            const X* from = static_cast<const X*>(batch.inputs) + work.groups.order[row] * batch.inputs_stride;
+            for (int64_t r = 0; r < slice->rank; r++) work.hidden[row * slice->rank + r] = to_float(from[r]);
+        }
+    });
+#pragma omp parallel num_threads(batch.threads) if (batch.threads > 1)
+    work.expand();
+}
+
+}  // namespace
