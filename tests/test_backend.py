@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import DEVICE
+from support.cases import ADD_HERE, DEVICE, ROUTINGS_HERE
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import list_backends
 from torch._dynamo.exc import BackendCompilerFailed
@@ -82,8 +82,8 @@ def test_stock_inductor_with_our_options_equals_eager(model: Model) -> None:
 def test_the_generated_code_calls_the_internal_ops_and_copies_nothing(model: Model, through: str) -> None:
     options = {"backend": "xpu_lora"} if through == "backend" else {"options": xlc.inductor_options()}
     _, (code,) = run_and_get_code(torch.compile(model, fullgraph=True, **options), *batch())
-    assert code.count("torch.ops.xpu_lora.add_lora.default(") == 1
-    assert code.count("torch.ops.xpu_lora.route.default(") == 1
+    assert code.count(f"torch.ops.xpu_lora.{ADD_HERE}.default(") == 1
+    assert code.count("torch.ops.xpu_lora.route.default(") == ROUTINGS_HERE
     assert "shrink" not in code
     assert "expand" not in code
     assert "clone" not in code

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.errors import DeadAdapterError, OptionError
+from xpu_lora_compile.kernels.choose import force_kernel
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 TOKENS = torch.arange(10).reshape(2, 5)
@@ -62,11 +63,11 @@ def test_a_site_names_those_that_it_was_fused_with(llama: Any) -> None:
     assert site_of(llama, "model.layers.0.self_attn.o_proj").fused_with == []
 
 
-def test_fifteen_sites_become_nine_calls_on_one_routing(llama: Any) -> None:
-    assert llama.counts == {"sites": 15, "calls": 9, "routings": 1, "graphs": 1}
+def test_fifteen_sites_become_nine_calls(llama: Any) -> None:
+    assert llama.counts == {"sites": 15, "calls": 9, "routings": 0, "graphs": 1}
     (graph,) = llama.graphs
     assert graph.calls_before == {"bgmv_shrink": 15, "bgmv_expand": 15}
-    assert graph.calls_after == {"route": 1, "add_lora": 9}
+    assert graph.calls_after == {"native_add_lora": 9}
 
 
 def test_the_floor_is_the_bytes_at_the_stated_bandwidth(llama: Any) -> None:
@@ -85,17 +86,19 @@ def test_the_input_of_a_fused_call_is_counted_once(llama: Any) -> None:
 
 def test_a_kernel_is_chosen_with_a_reason_and_the_others_are_not(llama: Any) -> None:
     site = site_of(llama, "lm_head")
-    assert site.kernel == "grouped"
-    assert "T = 10 > K = 3" in site.because
-    assert set(site.others) == {"gather", "dense"}
+    assert site.kernel == "native"
+    assert site.because.startswith("measured fastest at T = 8, K = 8, R = 2")
+    assert set(site.others) == {"gather", "grouped", "dense"}
+    assert all("times slower there" in reason for reason in site.others.values())
 
 
-def test_few_rows_are_gathered() -> None:
+def test_a_forced_kernel_is_shown_as_such() -> None:
     model = nn.Linear(4, 4)
     bank = xlc.attach(nn.Sequential(model), slots=4, max_rank=2)
-    with bank.use([None] * 3), torch.no_grad():
+    with bank.use([None] * 3), torch.no_grad(), force_kernel("gather"):
         report = xlc.explain(lambda x: model(x), bandwidth=1)(torch.ones(3, 4))
-    assert [site.kernel for site in report.sites] == ["gather"]
+    assert [(site.kernel, site.because) for site in report.sites] == [("gather", "it was forced")]
+    assert report.sites[0].others["native"] == "another was forced"
 
 
 def test_a_dynamic_size_is_shown_with_its_size_here_and_its_guard() -> None:
@@ -126,7 +129,7 @@ def test_each_graph_of_a_broken_function_is_reported() -> None:
 
     with bank.use([None]), torch.no_grad():
         report = xlc.explain(broken, bandwidth=1)(torch.ones(1, 4))
-    assert report.counts == {"sites": 2, "calls": 2, "routings": 2, "graphs": 2}
+    assert report.counts == {"sites": 2, "calls": 2, "routings": 0, "graphs": 2}
     assert len({site.call for site in report.sites}) == 2
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.errors import DeadAdapterError
+from xpu_lora_compile.kernels.choose import force_kernel
 from xpu_lora_compile.report import Report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -73,10 +74,13 @@ def open_page(tab: Page, tmp_path: Path) -> Iterator[Open]:
 
 @pytest.fixture(scope="module")
 def llama() -> Report:
-    """A Llama of two layers, with LoRA on all its linear layers and the padded vocabulary."""
+    """A Llama of two layers, with LoRA on all its linear layers and the padded vocabulary.
+
+    With a kernel that wants a routing, which so has its place in the drawings.
+    """
     model = tiny_llama()
     bank = xlc.attach(model, slots=3, max_rank=4, target_modules=r".*(_proj|lm_head)", vocab_size=67)
-    with bank.use([None, None]), torch.no_grad():
+    with bank.use([None, None]), torch.no_grad(), force_kernel("dense"):
         return xlc.explain(model, bandwidth=20)(torch.zeros(2, 5, dtype=torch.long), use_cache=False)
 
 

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule
 import xpu_lora_compile as xlc
 from xpu_lora_compile import passes, replay
 from xpu_lora_compile.errors import VerificationError
-from xpu_lora_compile.ops import ADD_LORA
+from xpu_lora_compile.ops import NATIVE_ADD_LORA
 from xpu_lora_compile.passes.editing import calls_to
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head", "embed_tokens"]
@@ -107,7 +107,7 @@ def edited(edit: Any) -> tuple[Any, ...]:
     """The pipeline with a wrong pass at its end, which edits the arguments of the first add_lora."""
 
     def wrong(graph: Graph) -> None:
-        for call in calls_to(graph, ADD_LORA)[:1]:
+        for call in calls_to(graph, NATIVE_ADD_LORA)[:1]:
             call.args = edit(*call.args)
 
     return (*passes.PIPELINE, wrong)
@@ -130,7 +130,7 @@ def test_a_wrong_graph_fails_and_the_site_is_named(
 ) -> None:
     def edit(*args: Any) -> Any:
         if name == "another input":
-            (node,) = calls_to(args[1].graph, ADD_LORA)
+            (node,) = calls_to(args[1].graph, NATIVE_ADD_LORA)
             with args[1].graph.inserting_before(node):
                 return EDITS[name](*args)
         return EDITS[name](*args)
@@ -146,7 +146,7 @@ def test_a_wrong_graph_fails_and_the_site_is_named(
 
 def test_a_wrong_module_of_a_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(graph: Graph) -> None:
-        call = calls_to(graph, ADD_LORA)[3]
+        call = calls_to(graph, NATIVE_ADD_LORA)[3]
         call.args = (*call.args[:-1], 1.5)
 
     monkeypatch.setattr(passes, "PIPELINE", (*passes.PIPELINE, wrong))
@@ -168,7 +168,7 @@ def test_generated_code_that_differs_from_its_graph_is_found(monkeypatch: pytest
     real = backend.generate_code
 
     def wrong(module: GraphModule, *args: Any) -> Any:
-        for call in calls_to(module.graph, ADD_LORA):
+        for call in calls_to(module.graph, NATIVE_ADD_LORA):
             call.args = (*call.args[:-1], 1.5)
         module.recompile()
         return real(module, *args)

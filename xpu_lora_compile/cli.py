@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -30,6 +30,7 @@ Factory = Annotated[
         "context manager, say inside `bank.use`. MODULE is imported, also from the current folder.",
     ),
 ]
+Suite = Literal["main", "wide"]
 Grad = Annotated[bool, typer.Option("--grad", help="Run in grad mode, as in training.")]
 Code = Annotated[bool, typer.Option("--generate-code/--no-generate-code", help="Have Inductor compile the graph, too.")]
 
@@ -85,6 +86,109 @@ def verify(
     with _reported(), _made(factory, grad) as (model, args, kwargs):
         result = verify(model, seed=seed, generate_code=generate_code)(*args, **kwargs)
         _console().print(str(result), markup=False, highlight=False)
+
+
+bench = typer.Typer(no_args_is_help=True, help="Time our kernels beside their peers, after checking the numbers.")
+app.add_typer(bench, name="bench")
+
+Json = Annotated[Path | None, typer.Option(help="Write all that was measured as JSON here.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")]
+Seconds = Annotated[float, typer.Option(help="For each contender at each point.")]
+Dtypes = Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; may be given several times.")]
+Rows = Annotated[list[int] | None, typer.Option(help="T; may be given several times.")]
+Rank = Annotated[int, typer.Option(help="R of every adapter.")]
+Slots = Annotated[int, typer.Option(help="K, and as many adapters.")]
+
+
+@bench.command("ops")
+def bench_ops(
+    suite: Annotated[Suite, typer.Option(help="main: 4096x4096; wide: ranks, slots, sizes and qkv slices.")] = "main",
+    dtype: Dtypes = None,
+    rows: Rows = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or xpu.")] = "cpu",
+    seconds: Seconds = 0.3,
+    threads: Threads = 2,
+    tune: Annotated[bool, typer.Option("--tune", help="Only time our kernels, and write what chooses them.")] = False,
+    json: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time against T as a PNG here.")] = None,
+) -> None:
+    """Shrink and expand alone: ours, vLLM's and PEFT's ways, plain forms through Inductor, and a floor."""
+    from xpu_lora_compile.bench import ops, show
+
+    dtypes, rows = dtype or ["float32", "bfloat16"], rows or [1, 8, 32, 256]
+    with _reported():
+        show.check(device, threads, dtypes, rows, json, plot)
+        if tune:
+            with show.progress() as advance:
+                ops.tune(device, advance)
+            return
+        points = ops.suite(suite, dtypes, rows)
+        with show.progress(len(points)) as advance:
+            run = ops.run(points, device, seconds, advance)
+        title = f"{run.machine}; bandwidth {run.bandwidth_gb_s:.1f} GB/s"
+        places = {
+            f"{one.point}; floor {one.floor:.0f} us, {one.peak_memory >> 10} KiB": one.timings for one in run.results
+        }
+        _print(show.timings_table(title, "point", ops.OURS[0], places), show.summary_table(run.summary))
+        show.save(run, json)
+        if plot is not None:
+            show.plot(run.results, plot)
+
+
+@bench.command("layer")
+def bench_layer(
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    rows: Rows = None,
+    features: Annotated[int, typer.Option(help="D.")] = 4096,
+    width: Annotated[int, typer.Option(help="W.")] = 4096,
+    rank: Rank = 16,
+    slots: Slots = 8,
+    seconds: Seconds = 0.5,
+    threads: Threads = 2,
+    json: Json = None,
+) -> None:
+    """One linear layer with its base product: ours, PEFT's layer, and the gather form written into the module."""
+    from xpu_lora_compile.bench import layer, show
+
+    rows = rows or [1, 8, 32, 256]
+    with _reported():
+        show.check("cpu", threads, [dtype], [*rows, features, width, rank, slots], json)
+        with show.progress(len(rows)) as advance:
+            run = layer.run(dtype, rows, features, width, rank, slots, seconds, advance)
+        places = {f"T{one.rows}": one.timings for one in run.results}
+        _print(show.timings_table(f"{run.what}; {run.machine}", "rows", layer.BASE, places))
+        show.save(run, json)
+
+
+@bench.command("model")
+def bench_model(
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    batch: Annotated[int, typer.Option(help="Rows.")] = 16,
+    new_tokens: Annotated[int, typer.Option(help="For each row, after a prompt of 8 tokens.")] = 32,
+    rank: Rank = 16,
+    slots: Slots = 4,
+    layers: Annotated[int, typer.Option(help="Of SmolLM2-135M's 30.")] = 30,
+    runs: Annotated[int, typer.Option(min=2, help="Of each contender, interleaved.")] = 5,
+    threads: Threads = 2,
+    json: Json = None,
+) -> None:
+    """A model of SmolLM2-135M's shape, decoding with mixed adapters: beside itself without LoRA, and PEFT."""
+    from xpu_lora_compile.bench import model, show
+
+    with _reported():
+        show.check("cpu", threads, [dtype], [batch, new_tokens, rank, slots, layers], json)
+        with show.progress() as advance:
+            run = model.run(dtype, batch, new_tokens, rank, slots, layers, runs, advance)
+        _print(
+            show.timings_table(run.machine, "model", model.BASE, {run.what: run.timings}, unit="s"),
+            show.summary_table(run.summary),
+        )
+        show.save(run, json)
+
+
+def _print(*parts: Any) -> None:
+    for part in parts:
+        _console().print(part, markup=False, highlight=False)
 
 
 def _console() -> Console:

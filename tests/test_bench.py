@@ -1,0 +1,179 @@
+"""`xpu-lora bench`: that it measures what it says, after checking it, and shows it. Never how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from xpu_lora_compile.bench import forms, layer, ops, show
+from xpu_lora_compile.bench.measure import Timing, bandwidth, geometric_mean, machine, measure
+from xpu_lora_compile.cli import app
+from xpu_lora_compile.errors import BenchError
+from xpu_lora_compile.kernels import choose
+
+SMALL = ops.Point("float32", 5, 64, (32, 16), 4, 3)
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> object:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run() -> ops.OpsRun:
+    done: list[str] = []
+    result = ops.run([SMALL, ops.Point("bfloat16", 3, 64, (32,), 4, 3)], "cpu", 0.01, done.append)
+    assert done == ["float32 64x32+16 R4 K3 T5", "bfloat16 64x32 R4 K3 T3"]
+    return result
+
+
+def test_every_contender_is_timed_at_every_point(run: ops.OpsRun) -> None:
+    names = {*ops.OURS, *ops.PLAIN, "vLLM's form"}
+    for result in run.results:
+        assert set(result.timings) == names
+        assert all(timing.median > 0 and timing.runs >= 3 for timing in result.timings.values())
+        assert 0 < result.floor < 10
+        assert result.peak_memory > 0
+    assert {f"{name} / ours" for name in names - set(ops.OURS)} < set(run.summary)
+    assert "torch" in run.machine
+
+
+def test_the_summary_compares_the_best_of_ours() -> None:
+    def result(**times: float) -> ops.Result:
+        named = dict.fromkeys((*ops.PLAIN, "vLLM's form"), times["other"])
+        named |= dict(zip(ops.OURS, (times["compiled"], times["eager"]), strict=True))
+        return ops.Result(SMALL, {name: Timing(time, 0.0, 3) for name, time in named.items()}, 1.0, 0)
+
+    summary = ops.summary([result(compiled=2.0, eager=4.0, other=6.0), result(compiled=9.0, eager=3.0, other=9.0)])
+    assert summary["best plain form / ours"] == pytest.approx(3)
+    assert summary["best plain form / ours, at the worst point"] == pytest.approx(3)
+    assert summary["ours / floor"] == pytest.approx(6**0.5)
+
+
+@pytest.mark.parametrize("form", ["vllm", "loop", "gather", "dense"])
+def test_a_contender_that_computes_something_else_is_not_timed(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(forms, form)
+
+    def wrong(output: torch.Tensor, *rest: object) -> None:
+        right(output, *rest)
+        output[0, -1] += 1
+
+    monkeypatch.setattr(forms, form, wrong)
+    with pytest.raises(BenchError, match=r"at float32 64x32\+16 R4 K3 T5: wanted an error of at most"):
+        ops.run([SMALL], "cpu", 0.01, lambda _: None)
+
+
+def test_contenders_take_turns_and_the_slow_ones_fewer() -> None:
+    order: list[str] = []
+
+    def slow(_: int) -> None:
+        order.append("slow")
+        time.sleep(0.02)
+
+    timings = measure({"quick": lambda _: order.append("quick"), "slow": slow}, "cpu", seconds=0.1)
+    assert timings["quick"].runs == 200
+    assert 3 <= timings["slow"].runs <= 5
+    assert timings["slow"].median >= 20000
+    # Two warm-up runs of each, then by turns.
+    assert order[:6] == ["quick", "quick", "slow", "slow", "quick", "slow"]
+    assert order[6:8] == ["slow", "quick"]
+
+
+def test_the_floor_is_of_bytes_that_must_move() -> None:
+    operands = ops._Operands(ops.Point("bfloat16", 4, 64, (32,), 4, 1), "cpu")
+    assert operands.bytes_moved() == 2 * (4 * (64 + 32) + 4 * 64 + 2 * 4 * 32)
+    assert 1e8 < bandwidth("cpu") < 1e13
+
+
+def test_the_suites_have_the_sizes_they_are_said_to_have() -> None:
+    assert [str(point) for point in ops.suite("main", ["float32"], [1, 8])] == [
+        "float32 4096x4096 R16 K8 T1",
+        "float32 4096x4096 R16 K8 T8",
+    ]
+    wide = ops.suite("wide", ["float32", "bfloat16"], [1, 8, 32, 256])
+    assert len(wide) == 2 * 5 * 4 * 4
+    assert {point.rank for point in wide} == {8, 64} == {*(8, 64)}
+    assert {point.slots for point in wide} == {2, 64}
+
+
+def test_a_table_and_a_picture_and_json(run: ops.OpsRun, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    show.plot(run.results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    show.save(run, tmp_path / "run.json")
+    data = json.loads((tmp_path / "run.json").read_text())
+    assert data["results"][0]["point"]["widths"] == [32, 16]
+    assert data["summary"] == run.summary
+
+
+def test_a_layer_is_timed_beside_peft(tmp_path: Path) -> None:
+    found = layer.run("float32", [1, 6], 64, 32, 4, 2, 0.01, lambda _: None)
+    assert [one.rows for one in found.results] == [1, 6]
+    assert {"base alone, compiled", "ours, compiled", "ours, eager", "gather, Inductor", "PEFT"} == set(
+        found.results[0].timings
+    )
+
+
+def test_the_command_for_ops_measures_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "suite", lambda name, dtypes, rows: [ops.Point(dtypes[0], rows[0], 64, (32,), 4, 3)])
+    file = tmp_path / "run.json"
+    result = CliRunner().invoke(
+        app, ["bench", "ops", "--dtype", "float32", "--rows", "2", "--seconds", "0.01", "--json", str(file)]
+    )
+    assert result.exit_code == 0, result.output
+    assert "best plain form / ours, at the worst point" in result.output
+    assert json.loads(file.read_text())["results"][0]["point"]["rows"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ops", "--dtype", "float8"], "wanted float32, bfloat16, float16; got 'float8'"),
+        (["ops", "--rows", "0"], "wanted sizes of at least 1"),
+        (["ops", "--device", "tpu"], "wanted cpu, or cuda or xpu where there is one"),
+        (["layer", "--json", "no/such/folder/x.json"], "wanted a folder that exists"),
+        (["model", "--batch", "-1"], "wanted sizes of at least 1"),
+    ],
+)
+def test_a_command_that_cannot_be_is_refused_before_anything_runs(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+def test_tuning_writes_a_table_that_keeps_other_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "measured.json"
+    table.write_text(json.dumps({"provenance": {"cuda": "there"}, "points": [{"device": "cuda"}]}))
+    monkeypatch.setattr(ops, "TABLE", table)
+    monkeypatch.setattr(ops, "product", lambda *_: [("float32", 4, (64, 32), (4, 2))])
+    ops.tune("cpu", lambda _: None)
+    written = json.loads(table.read_text())
+    assert [point["device"] for point in written["points"]] == ["cuda", "cpu"]
+    assert set(written["points"][1]["us"]) == set(choose.KERNELS)
+    assert written["provenance"]["cuda"] == "there"
+    assert machine("cpu") in written["provenance"]["cpu"]
+
+
+def test_a_model_is_timed_from_cold(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    sizes = ["--layers", "1", "--batch", "3", "--new-tokens", "3", "--slots", "2", "--rank", "2", "--runs", "2"]
+    command = [sys.executable, "-m", "xpu_lora_compile.cli", "bench", "model", *sizes, "--json", str(file)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    assert ran.returncode == 0, ran.stderr
+    data = json.loads(file.read_text())
+    assert set(data["timings"]) == {"base model", "mixed adapters", "PEFT's adapter_names, eager"}
+    assert data["summary"]["logits: greatest difference from PEFT's / greatest logit"] < 1e-4
+    assert "mixed adapters' tokens/s" in ran.stdout
+
+
+def test_geometric_mean() -> None:
+    assert geometric_mean([2, 8]) == pytest.approx(4)

@@ -1,0 +1,104 @@
+"""How everything here is timed: contenders take turns, each round in another order; medians, with their spread."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# More than the caches hold: weights are rotated through at least so much memory.
+BEYOND_CACHES = 1 << 27
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one contender: the median of its runs, and how far they spread."""
+
+    # Microseconds.
+    median: float
+    # Half the distance between the quartiles, by the median.
+    spread: float
+    runs: int
+
+
+def measure(
+    contenders: Mapping[str, Callable[[int], object]], device: str, seconds: float = 0.5, least: int = 3
+) -> dict[str, Timing]:
+    """Time functions that take the number of the round, for rotating what they work on.
+
+    Every contender runs twice before it counts, and then in each round once, until each has had its share of time, at
+    most 200 runs.
+
+    Args:
+        contenders: by name.
+        device: that they run on; its queue is empty before a clock is read.
+        seconds: the share of each.
+        least: runs of each, however long they take; two or more.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    for name, function in contenders.items():
+        for number in range(2):
+            taken[name] = [_timed(function, number, device)]
+    limits = {name: min(200, max(least, int(seconds / warm[0]))) for name, warm in taken.items()}
+    for runs in taken.values():
+        runs.clear()
+    names = list(contenders)
+    for number in range(max(limits.values())):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            if number < limits[name]:
+                taken[name].append(_timed(contenders[name], number, device))
+    return {name: _timing(runs) for name, runs in taken.items()}
+
+
+def bandwidth(device: str) -> float:
+    """Bytes a second of reading 256 MiB, the best of five: what memory gives at most to kernels that mostly read."""
+    source = torch.ones(1 << 26, device=device)
+    best = min(_timed(lambda _: source.sum(), 0, device) for _ in range(5))
+    return source.nbytes / best
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of ratios."""
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def machine(device: str) -> str:
+    """What this ran on, as a line."""
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    return f"{name}{threads}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    name = next((value.strip() for key, value in facts.items() if key.startswith("model name")), platform.machine())
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _timed(function: Callable[[int], object], number: int, device: str) -> float:
+    _finish(device)
+    start = time.perf_counter()
+    function(number)
+    _finish(device)
+    return time.perf_counter() - start
+
+
+def _finish(device: str) -> None:
+    if device != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def _timing(runs: list[float]) -> Timing:
+    median = statistics.median(runs)
+    first, _, third = statistics.quantiles(runs, n=4)
+    return Timing(median * 1e6, (third - first) / 2 / median, len(runs))

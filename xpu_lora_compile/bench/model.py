@@ -1,0 +1,168 @@
+"""`xpu-lora bench model`: a whole model, decoding with mixed adapters, against itself without LoRA and against PEFT."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import xpu_lora_compile as xlc
+from xpu_lora_compile.bench.layer import peft_adapters
+from xpu_lora_compile.bench.measure import Timing, machine, measure
+from xpu_lora_compile.errors import BenchError
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# SmolLM2-135M, of which the weights make no difference to the speed: huggingface.co/HuggingFaceTB/SmolLM2-135M
+_SIZES: dict[str, Any] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 2048,
+}
+
+
+BASE, MIXED, PEFT = "base model", "mixed adapters", "PEFT's adapter_names, eager"
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """All that one run measured, and where."""
+
+    machine: str
+    what: str
+    # Of generating all tokens, prompt included.
+    timings: dict[str, Timing]
+    # Of the first call, from empty caches, less a later one.
+    compile_seconds: dict[str, float]
+    summary: dict[str, float]
+
+
+def run(
+    dtype: str,
+    batch: int,
+    new_tokens: int,
+    rank: int,
+    slots: int,
+    layers: int,
+    runs: int,
+    on_done: Callable[[str], None],
+) -> ModelRun:
+    """Generate greedily with a static cache and one compiled decoding step.
+
+    Args:
+        dtype: of the model and the adapters.
+        batch: rows; each has another adapter or none, in turn.
+        new_tokens: for each row, after a prompt of 8 tokens.
+        rank: R of all adapters.
+        slots: K, as many adapters.
+        layers: of the model, 30 for all of SmolLM2-135M.
+        runs: of each contender, interleaved.
+        on_done: told of each step.
+
+    Raises:
+        BenchError: our logits are not PEFT's, or transformers or PEFT is missing.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # Read by Inductor when it is first used: cold compilations are measured.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
+        return _run(Path(folder), dtype, batch, new_tokens, rank, slots, layers, runs, on_done)
+
+
+def _run(
+    folder: Path,
+    dtype: str,
+    batch: int,
+    new_tokens: int,
+    rank: int,
+    slots: int,
+    layers: int,
+    runs: int,
+    on_done: Callable[[str], None],
+) -> ModelRun:
+    try:
+        from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
+    except ImportError as missing:
+        raise BenchError("bench model", "transformers", "none", "pip install transformers peft.") from missing
+    torch.manual_seed(0)
+    model: Any = (
+        LlamaForCausalLM(LlamaConfig(**(_SIZES | {"num_hidden_layers": layers}))).to(getattr(torch, dtype)).eval()
+    )
+    model.requires_grad_(False)
+    model.generation_config.pad_token_id = 0
+    names, peft = peft_adapters(model, folder, TARGETS, rank, slots)
+    bank = xlc.attach(model, slots=slots, max_rank=rank, target_modules=TARGETS)
+    for name in names:
+        bank.load(name, folder / name)
+    voices: list[str | None] = [None, *names]
+    chosen = [voices[row % len(voices)] for row in range(batch)]
+    prompt = torch.randint(0, _SIZES["vocab_size"], (batch, 8))
+    config = CompileConfig(backend="xpu_lora", fullgraph=True, mode="default")
+    # transformers does so by itself on XPU and CUDA only.
+    vars(config)["_compile_all_devices"] = True
+    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    static = {"cache_implementation": "static", "compile_config": config}
+    by_name = {"adapter_names": [name or "__base__" for name in chosen]}
+
+    def base(_: int) -> object:
+        return model.generate(prompt, **length, **static)
+
+    def mixed(_: int) -> object:
+        with bank.use(chosen):
+            return model.generate(prompt, **length, **static)
+
+    def theirs(_: int) -> object:
+        return peft.generate(input_ids=prompt, **length, **by_name)
+
+    error = _compare(model, peft, bank, chosen, prompt, by_name, dtype)
+    # What a first compilation sets up for all is nobody's own.
+    torch.compile(torch.nn.Linear(8, 8))(torch.ones(2, 8)).sum()
+    compile_seconds = {}
+    for name, first in ((BASE, base), (MIXED, mixed)):
+        start = time.perf_counter()
+        first(0)
+        compile_seconds[name] = time.perf_counter() - start
+        on_done(f"compiled: {name}")
+    torch.compiler.set_stance("fail_on_recompile")
+    contenders = {BASE: base, MIXED: mixed, PEFT: theirs}
+    timings = measure(contenders, "cpu", seconds=0, least=runs)
+    torch.compiler.set_stance("default")
+    compile_seconds = {name: seconds - timings[name].median / 1e6 for name, seconds in compile_seconds.items()}
+    times = {name: timing.median for name, timing in timings.items()}
+    summary = {
+        "tokens/s of the base model": batch * new_tokens / times[BASE] * 1e6,
+        "mixed adapters' tokens/s / base model's": times[BASE] / times[MIXED],
+        "mixed adapters' tokens/s / PEFT's": times[PEFT] / times[MIXED],
+        "cold compilation, seconds, base model": compile_seconds[BASE],
+        "cold compilation, mixed adapters / base model": compile_seconds[MIXED] / compile_seconds[BASE],
+        "logits: greatest difference from PEFT's / greatest logit": error,
+    }
+    what = f"{dtype}, {layers} layers, batch {batch}, {new_tokens} tokens, R{rank} K{slots}"
+    return ModelRun(machine("cpu"), what, timings, compile_seconds, summary)
+
+
+def _compare(
+    model: Any, peft: Any, bank: Any, chosen: list[str | None], prompt: Tensor, by_name: dict[str, Any], dtype: str
+) -> float:
+    with torch.no_grad():
+        wanted = peft(input_ids=prompt, **by_name).logits.float()
+        with bank.use(chosen):
+            ours = model(prompt).logits.float()
+        without = model(prompt).logits.float()
+    scale = wanted.abs().max()
+    error = float((ours - wanted).abs().max() / scale)
+    allowed = 1e-4 if dtype == "float32" else 5e-2
+    if not error <= allowed or float((without - wanted).abs().max() / scale) < allowed:
+        raise BenchError("bench model: logits", f"PEFT's to within {allowed:.0e}", f"{error:.1e}", "Report it.")
+    return error

@@ -1,0 +1,315 @@
+"""`xpu-lora bench ops`: shrink and expand alone, at many sizes, against other forms of the same and a floor."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import xpu_lora_compile as xlc
+from xpu_lora_compile.bench import forms
+from xpu_lora_compile.bench.measure import BEYOND_CACHES, Timing, bandwidth, geometric_mean, machine, measure
+from xpu_lora_compile.errors import BenchError
+from xpu_lora_compile.kernels import native
+from xpu_lora_compile.kernels.choose import KERNELS, TABLE, force_kernel
+from xpu_lora_compile.ops.internal import ADD_LORA
+from xpu_lora_compile.ops.reference import lora_linear as reference
+
+# Calls in a step, each with weights of its own: what is timed, so that no call pays alone for entering a graph, or for
+# a Python that others have pushed out of the caches.
+LAYERS = 4
+OURS = ("ours, compiled", "ours, eager")
+# What plain PyTorch can do: each compiled by Inductor or not, whichever is its better way.
+PLAIN = ("gather, Inductor", "dense", "loop as PEFT's")
+
+
+@dataclass(frozen=True)
+class Point:
+    """The sizes of one measurement; widths are those of the slices."""
+
+    dtype: str
+    rows: int
+    features: int
+    widths: tuple[int, ...]
+    rank: int
+    slots: int
+
+    def __str__(self) -> str:
+        widths = "+".join(map(str, self.widths))
+        return f"{self.dtype} {self.features}x{widths} R{self.rank} K{self.slots} T{self.rows}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured at a point."""
+
+    point: Point
+    timings: dict[str, Timing]
+    # Microseconds that memory takes to hand over what the call must read and write.
+    floor: float
+    # Of one call of ours, besides its operands: bytes.
+    peak_memory: int
+
+
+def suite(name: str, dtypes: Sequence[str], rows: Sequence[int]) -> list[Point]:
+    """The points of "main" (one size) or "wide" (ranks, numbers of slots, sizes, and qkv slices)."""
+    if name == "main":
+        return [Point(dtype, t, 4096, (4096,), 16, 8) for dtype, t in product(dtypes, rows)]
+    shapes = [(576, (576,)), (576, (1536,)), (2048, (2048,)), (4096, (14336,)), (4096, (4096, 1024, 1024))]
+    return [
+        Point(dtype, t, features, widths, rank, slots)
+        for dtype, (features, widths), (rank, slots), t in product(
+            dtypes, shapes, [(8, 2), (64, 2), (8, 64), (64, 64)], rows
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class OpsRun:
+    """All that one run measured, and where."""
+
+    machine: str
+    # By which the floors are computed.
+    bandwidth_gb_s: float
+    summary: dict[str, float]
+    results: list[Result]
+
+
+def run(points: Sequence[Point], device: str, seconds: float, on_done: Callable[[str], None]) -> OpsRun:
+    """Measure each point.
+
+    Args:
+        points: what to measure.
+        device: "cpu", "cuda" or "xpu".
+        seconds: for each contender at each point.
+        on_done: told of each point that was measured.
+
+    Raises:
+        BenchError: a contender computes something else than the reference, and was not timed.
+    """
+    speed = bandwidth(device)
+    results = []
+    for point in points:
+        with torch.no_grad():
+            results.append(_measure(point, device, speed, seconds))
+        torch.compiler.reset()
+        on_done(str(point))
+    return OpsRun(machine(device), speed / 1e9, summary(results), results)
+
+
+def summary(results: Sequence[Result]) -> dict[str, float]:
+    """Geometric means of how many times slower than ours the others are, and the worst point against plain forms."""
+    ratios: dict[str, list[float]] = {}
+    for result in results:
+        times = {name: timing.median for name, timing in result.timings.items()}
+        ours = min(times[name] for name in OURS)
+        for name in times:
+            if name not in OURS:
+                ratios.setdefault(f"{name} / ours", []).append(times[name] / ours)
+        ratios.setdefault("best plain form / ours", []).append(
+            min(times[name] for name in PLAIN if name in times) / ours
+        )
+        ratios.setdefault("ours / floor", []).append(ours / result.floor)
+    found = {name: geometric_mean(each) for name, each in ratios.items()}
+    return found | {"best plain form / ours, at the worst point": min(ratios["best plain form / ours"])}
+
+
+def tune(device: str, on_done: Callable[[str], None]) -> None:
+    """Time our own kernels against each other, and write what `choose` reads; points of other devices are kept."""
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    measured = []
+    sizes = [(576, 576), (4096, 4096), (4096, 14336)]
+    for dtype, rows, (features, width), (rank, slots) in product(
+        ("float32", "bfloat16"), (1, 8, 32, 256, 2048), sizes, [(8, 2), (16, 8), (64, 32)]
+    ):
+        point = Point(dtype, rows, features, (width,), rank, slots)
+        operands = _Operands(point, device)
+        contenders = {}
+        for kernel in KERNELS:
+            is_cpu_only = kernel in ("native", "grouped")
+            # Half a gigabyte of copied weights says enough of gather.
+            is_huge = kernel == "gather" and rows * rank * max(features, width) > 1 << 27
+            if not (is_huge or (is_cpu_only and device != "cpu") or (kernel == "native" and native.problem())):
+                contenders[kernel] = partial(_forced, kernel, operands)
+        with torch.no_grad():
+            timings = measure(contenders, device, seconds=0.05)
+        sizes_of = {"rows": rows, "slots": slots, "rank": rank, "features": features, "width": width, "slices": 1}
+        us = {kernel: round(timing.median, 1) for kernel, timing in timings.items()}
+        measured.append({"device": device, "dtype": dtype, **sizes_of, "us": us})
+        on_done(f"{point}: {min(us, key=lambda kernel: us[kernel])}")
+    others = [one for one in table["points"] if one["device"] != device]
+    provenance = table.get("provenance", {}) | {
+        device: f"xpu-lora bench ops --tune --device {device}; {machine(device)}"
+    }
+    lines = ",\n".join(json.dumps(one) for one in [*others, *measured])
+    TABLE.write_text(
+        f'{{"provenance": {json.dumps(provenance, indent=1)},\n"points": [\n{lines}\n]}}\n', encoding="utf-8"
+    )
+
+
+class _Operands:
+    """Random operands of a point, as many sets as go beyond the caches."""
+
+    def __init__(self, point: Point, device: str) -> None:
+        torch.manual_seed(0)
+        dtype = getattr(torch, point.dtype)
+        size = sum(point.slots * point.rank * (point.features + width) * dtype.itemsize for width in point.widths)
+        self.sets = min(64, max(2, -(-BEYOND_CACHES // (LAYERS * size)))) * LAYERS
+        self.offsets = [sum(point.widths[:s]) for s in range(len(point.widths))]
+        self.inputs = torch.randn(point.rows, point.features).to(device, dtype)
+        self.output = torch.randn(point.rows, sum(point.widths)).to(device, dtype)
+        # 10 % of the rows have no adapter, but the first always has one.
+        indices = torch.randint(0, point.slots, (point.rows,))
+        indices[1:][torch.rand(point.rows - 1) < 0.1] = -1
+        self.indices = indices.to(device)
+        self.a = [
+            [
+                (torch.randn(point.slots, point.rank, point.features) / point.features**0.5).to(device, dtype)
+                for _ in point.widths
+            ]
+            for _ in range(self.sets)
+        ]
+        # By rank, as the bank stores it.
+        self.b_by_rank = [
+            [
+                (torch.randn(point.slots, point.rank, width) / point.rank**0.5).to(device, dtype)
+                for width in point.widths
+            ]
+            for _ in range(self.sets)
+        ]
+
+    def bytes_moved(self) -> int:
+        """What one call must read and write at least: each used slot's weights, inputs, and outputs both ways."""
+        used = [slot for slot in self.indices.unique().tolist() if slot >= 0]
+        weights: int = sum(one[used].nbytes for one in (*self.a[0], *self.b_by_rank[0]))
+        return weights + self.inputs.nbytes + 2 * self.output.nbytes
+
+
+def _measure(point: Point, device: str, speed: float, seconds: float) -> Result:
+    operands = _Operands(point, device)
+    b = [[one.transpose(1, 2) for one in each] for each in operands.b_by_rank]
+    by_row = [[one.contiguous() for one in each] for each in b]
+    # Some need a slot of zeros for rows without an adapter.
+    with_zeros = [
+        [[torch.cat([one, torch.zeros_like(one[:1])]) for one in each] for each in stacks]
+        for stacks in (operands.a, by_row)
+    ]
+    contenders: dict[str, Callable[[int], object]] = {
+        OURS[0]: _call(_step(_ours, {"backend": "xpu_lora"}), operands, operands.a, b),
+        OURS[1]: _call(_step(_ours), operands, operands.a, b),
+        PLAIN[0]: _call(_step(forms.gather, {}), operands, operands.a, by_row),
+        PLAIN[2]: _call(_step(forms.loop), operands, operands.a, by_row),
+    }
+    # Some 4 GFLOP, where a CPU without bfloat16 products takes seconds, and where dense is tens of times slower.
+    if point.rows * point.slots * point.rank * (point.features + sum(point.widths)) <= 1 << 31:
+        contenders[PLAIN[1]] = _call(_step(forms.dense), operands, operands.a, operands.b_by_rank)
+    # A copy of [T, W, R] that would not fit is left out.
+    if point.rows * point.rank * max(point.features, *point.widths) <= 1 << 28:
+        contenders["vLLM's form"] = _call(_step(forms.vllm), operands, with_zeros[0], with_zeros[1])
+    if device == "cpu" and point.dtype != "float32" and importlib.util.find_spec("intel_extension_for_pytorch"):
+        importlib.import_module("intel_extension_for_pytorch")
+        indices = torch.where(operands.indices < 0, point.slots, operands.indices)
+        contenders["IPEX"] = _call(_step(forms.ipex), operands, with_zeros[0], with_zeros[1], indices)
+    _check(point, operands, b, contenders)
+    timings = {
+        name: Timing(step.median / LAYERS, step.spread, step.runs)
+        for name, step in measure(contenders, device, seconds).items()
+    }
+    return Result(point, timings, operands.bytes_moved() / speed * 1e6, _peak_memory(operands, b))
+
+
+def _ours(
+    output: Tensor,
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    indices: Tensor,
+    offsets: Sequence[int],
+) -> None:
+    for a, b, offset in zip(lora_a, lora_b, offsets, strict=True):
+        hidden = inputs.new_empty(inputs.shape[0], a.shape[1], dtype=torch.float32)
+        xlc.bgmv_shrink(hidden, inputs, a, indices)
+        xlc.bgmv_expand_slice(output, hidden, b, indices, offset, b.shape[1])
+
+
+def _step(form: forms.Form, compile_options: dict[str, Any] | None = None) -> Callable[..., object]:
+    """The form for each of several layers, one after the other, as a model calls it; compiled as one graph, if asked."""
+
+    def step(
+        output: Tensor, inputs: Tensor, a: list[Any], b: list[Any], indices: Tensor, offsets: Sequence[int]
+    ) -> None:
+        for layer_a, layer_b in zip(a, b, strict=True):
+            form(output, inputs, layer_a, layer_b, indices, offsets)
+
+    return step if compile_options is None else torch.compile(step, fullgraph=True, dynamic=False, **compile_options)
+
+
+def _call(
+    step: Callable[..., object], operands: _Operands, a: Any, b: Any, indices: Tensor | None = None
+) -> Callable[[int], object]:
+    """A step on the layers whose turn it is."""
+    given = operands.indices if indices is None else indices
+
+    def call(number: int) -> object:
+        first = number % (len(a) // LAYERS) * LAYERS
+        turn = slice(first, first + LAYERS)
+        return step(operands.output, operands.inputs, a[turn], b[turn], given, operands.offsets)
+
+    return call
+
+
+def _check(point: Point, operands: _Operands, b: Any, contenders: dict[str, Callable[[int], object]]) -> None:
+    """Compare every contender with the reference in float64, once."""
+    start = operands.output.clone()
+    exact = start.double()
+    for a, layer_b in zip(operands.a[:LAYERS], b[:LAYERS], strict=True):
+        weights = [[one.double() for one in stacks] for stacks in (a, layer_b)]
+        exact = reference(exact, operands.inputs.double(), *weights, operands.indices, operands.offsets)
+    # Others round in between; a wrong row or column is off by far more.
+    allowed = exact.abs().max().item() * (1e-4 if point.dtype == "float32" else 5e-2)
+    for name, contender in contenders.items():
+        operands.output.copy_(start)
+        contender(0)
+        error = (operands.output.double() - exact).abs().max().item()
+        if not error <= allowed:
+            raise BenchError(
+                f"bench: {name} at {point}", f"an error of at most {allowed:.1e}", f"{error:.1e}", "Report it."
+            )
+    operands.output.copy_(start)
+
+
+def _peak_memory(operands: _Operands, b: Any) -> int:
+    """Bytes that one call of ours holds at most beside its operands: the allocator's, and the native kernel's own."""
+    arguments = ([operands.output], operands.inputs, operands.a[0], b[0], [operands.indices])
+    with torch.profiler.profile(profile_memory=True) as profile:
+        ADD_LORA(*arguments, [0] * len(b[0]), operands.offsets, 1.0)
+    held = peak = 0
+    for event in profile.events():
+        held += event.self_cpu_memory_usage + event.self_device_memory_usage
+        peak = max(peak, held)
+    ranks = sum(one.shape[1] for one in operands.a[0])
+    return int(peak) + native.scratch_bytes(len(operands.inputs), ranks, max(one.shape[1] for one in operands.a[0]))
+
+
+def _forced(kernel: str, operands: _Operands, number: int) -> None:
+    at = number % operands.sets
+    b = [one.transpose(1, 2) for one in operands.b_by_rank[at]]
+    with force_kernel(kernel):
+        ADD_LORA(
+            [operands.output],
+            operands.inputs,
+            operands.a[at],
+            b,
+            [operands.indices],
+            [0] * len(b),
+            operands.offsets,
+            1.0,
+        )

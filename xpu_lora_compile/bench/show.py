@@ -1,0 +1,116 @@
+"""What the benchmarks print, save and draw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from xpu_lora_compile.bench.measure import Timing, geometric_mean
+from xpu_lora_compile.errors import BenchError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check(device: str, threads: int, dtypes: Sequence[str], sizes: Sequence[int], *files: Path | None) -> None:
+    """Check what a command was told, before anything runs, and pin the threads.
+
+    Raises:
+        BenchError: a dtype or size that cannot be, a device that is not there, or a folder that does not exist.
+    """
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise BenchError("bench: dtype", ", ".join(DTYPES), repr(dtype), "Correct it.")
+    if any(size < 1 for size in sizes):
+        raise BenchError("bench", "sizes of at least 1", str(list(sizes)), "Correct them.")
+    if device not in ("cpu", "cuda", "xpu") or not (device == "cpu" or torch.get_device_module(device).is_available()):
+        raise BenchError("bench: device", "cpu, or cuda or xpu where there is one", repr(device), "Choose another.")
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise BenchError("bench", "a folder that exists", str(file.parent), "Make it first.")
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def progress(total: int | None = None) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr; call what it gives with what was just done."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("measuring", total=total)
+
+        def advance(what: str) -> None:
+            bar.update(task, advance=1, description=what)
+
+        yield advance
+
+
+def timings_table(
+    title: str, first: str, ours: str, rows: Mapping[str, Mapping[str, Timing]], unit: str = "us"
+) -> Table:
+    """A row for each place that was measured: each contender's median, its spread, and its ratio to `ours`."""
+    names = list(dict.fromkeys(name for timings in rows.values() for name in timings))
+    table = Table(first, *(f"{name}, {unit}" for name in names), title=title)
+    scale = 1e6 if unit == "s" else 1
+    for place, timings in rows.items():
+        cells = []
+        for name in names:
+            timing = timings.get(name)
+            ratio = "" if timing is None or name == ours else f" = {timing.median / timings[ours].median:.2f}x"
+            cells.append("-" if timing is None else f"{timing.median / scale:.4g} ±{timing.spread:.0%}{ratio}")
+        table.add_row(place, *cells)
+    return table
+
+
+def save(run: object, file: Path | None) -> None:
+    """Write what was measured as JSON, if a file is given."""
+    if file is not None:
+        data = asdict(run) if is_dataclass(run) and not isinstance(run, type) else run
+        file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def summary_table(summary: Mapping[str, float]) -> Table:
+    """What it comes to."""
+    table = Table("summary", "")
+    for name, value in summary.items():
+        table.add_row(name, f"{value:.3g}")
+    return table
+
+
+def plot(results: Sequence[Any], file: Path) -> None:
+    """Draw time against T for each contender, a panel for each size, with the floor; geometric means over the rest.
+
+    Raises:
+        BenchError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as missing:
+        raise BenchError("bench: --plot", "matplotlib", "none", "pip install matplotlib.") from missing
+    panels: dict[tuple[str, int, tuple[int, ...]], dict[int, list[Any]]] = {}
+    for result in results:
+        point = result.point
+        panels.setdefault((point.dtype, point.features, point.widths), {}).setdefault(point.rows, []).append(result)
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    for number, ((dtype, features, widths), by_rows) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), number)
+        rows = sorted(by_rows)
+        for name in dict.fromkeys(name for each in by_rows.values() for result in each for name in result.timings):
+            at = [t for t in rows if all(name in result.timings for result in by_rows[t])]
+            axes.plot(
+                at, [geometric_mean(one.timings[name].median for one in by_rows[t]) for t in at], "o-", label=name
+            )
+        floor = [geometric_mean(one.floor for one in by_rows[t]) for t in rows]
+        axes.plot(rows, floor, "k--", label="floor by bandwidth")
+        axes.set(xscale="log", yscale="log", xlabel="T, rows", ylabel="microseconds a call")
+        axes.set_title(f"{dtype}, {features} to {'+'.join(map(str, widths))}")
+        axes.set_xticks(rows, [str(t) for t in rows])
+    figure.axes[0].legend()
+    figure.savefig(file, dpi=120)
