@@ -1,9 +1,11 @@
-"""How everything here is timed: contenders take turns, each round in another order; medians, with their spread."""
+"""How everything here is timed: contenders take turns, each round in a random order; medians, with their spread."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -30,7 +32,8 @@ class Timing:
 def measure(
     contenders: Mapping[str, Callable[[int], object]], device: str, seconds: float = 0.5, least: int = 3
 ) -> dict[str, Timing]:
-    """Time functions that take the number of the round, for rotating what they work on.
+    """Time functions that take the number of the call, for rotating what they work on: no call gets what the one
+    before it has left in the caches.
 
     Every contender runs twice before it counts, and then in each round once, until each has had its share of time, at
     most 200 runs.
@@ -42,17 +45,19 @@ def measure(
         least: runs of each, however long they take; two or more.
     """
     taken: dict[str, list[float]] = {name: [] for name in contenders}
+    calls = itertools.count()
     for name, function in contenders.items():
-        for number in range(2):
-            taken[name] = [_timed(function, number, device)]
+        for _ in range(2):
+            taken[name] = [_timed(function, next(calls), device)]
     limits = {name: min(200, max(least, int(seconds / warm[0]))) for name, warm in taken.items()}
     for runs in taken.values():
         runs.clear()
-    names = list(contenders)
+    order = random.Random(0)  # noqa: S311
     for number in range(max(limits.values())):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        # Never the same neighbours: what one leaves in the caches, or has its threads do, must not always be another's.
+        for name in order.sample(list(contenders), len(contenders)):
             if number < limits[name]:
-                taken[name].append(_timed(contenders[name], number, device))
+                taken[name].append(_timed(contenders[name], next(calls), device))
     return {name: _timing(runs) for name, runs in taken.items()}
 
 

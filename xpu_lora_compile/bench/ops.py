@@ -23,9 +23,9 @@ from xpu_lora_compile.kernels.choose import KERNELS, TABLE, force_kernel
 from xpu_lora_compile.ops.internal import ADD_LORA
 from xpu_lora_compile.ops.reference import lora_linear as reference
 
-# Calls in a step, each with weights of its own: what is timed, so that no call pays alone for entering a graph, or for
-# a Python that others have pushed out of the caches.
-LAYERS = 4
+# Layers in a step, each with an input, an output and weights of its own, as in a model: a step is what is timed, so that
+# no call pays alone for entering a graph, or for a Python that others have pushed out of the caches.
+LAYERS = 8
 OURS = ("ours, compiled", "ours, eager")
 # What plain PyTorch can do: each compiled by Inductor or not, whichever is its better way.
 PLAIN = ("gather, Inductor", "dense", "loop as PEFT's")
@@ -162,10 +162,10 @@ class _Operands:
         torch.manual_seed(0)
         dtype = getattr(torch, point.dtype)
         size = sum(point.slots * point.rank * (point.features + width) * dtype.itemsize for width in point.widths)
-        self.sets = min(64, max(2, -(-BEYOND_CACHES // (LAYERS * size)))) * LAYERS
+        self.sets = min(16, -(-BEYOND_CACHES // (LAYERS * size))) * LAYERS
         self.offsets = [sum(point.widths[:s]) for s in range(len(point.widths))]
-        self.inputs = torch.randn(point.rows, point.features).to(device, dtype)
-        self.output = torch.randn(point.rows, sum(point.widths)).to(device, dtype)
+        self.inputs = [torch.randn(point.rows, point.features).to(device, dtype) for _ in range(LAYERS)]
+        self.outputs = [torch.randn(point.rows, sum(point.widths)).to(device, dtype) for _ in range(LAYERS)]
         # 10 % of the rows have no adapter, but the first always has one.
         indices = torch.randint(0, point.slots, (point.rows,))
         indices[1:][torch.rand(point.rows - 1) < 0.1] = -1
@@ -190,7 +190,7 @@ class _Operands:
         """What one call must read and write at least: each used slot's weights, inputs, and outputs both ways."""
         used = [slot for slot in self.indices.unique().tolist() if slot >= 0]
         weights: int = sum(one[used].nbytes for one in (*self.a[0], *self.b_by_rank[0]))
-        return weights + self.inputs.nbytes + 2 * self.output.nbytes
+        return weights + self.inputs[0].nbytes + 2 * self.outputs[0].nbytes
 
 
 def _measure(point: Point, device: str, speed: float, seconds: float) -> Result:
@@ -244,11 +244,13 @@ def _step(form: forms.Form, compile_options: dict[str, Any] | None = None) -> Ca
     """The form for each of several layers, one after the other, as a model calls it; compiled as one graph, if asked."""
 
     def step(
-        output: Tensor, inputs: Tensor, a: list[Any], b: list[Any], indices: Tensor, offsets: Sequence[int]
+        outputs: list[Tensor], inputs: list[Tensor], a: list[Any], b: list[Any], indices: Tensor, offsets: Sequence[int]
     ) -> None:
-        for layer_a, layer_b in zip(a, b, strict=True):
-            form(output, inputs, layer_a, layer_b, indices, offsets)
+        for output, rows, layer_a, layer_b in zip(outputs, inputs, a, b, strict=True):
+            form(output, rows, layer_a, layer_b, indices, offsets)
 
+    # Dynamo keeps what it compiled by code object: on one that all share, each would pay for the guards of the others.
+    step.__code__ = step.__code__.replace(co_name=f"step_of_{form.__name__}")
     return step if compile_options is None else torch.compile(step, fullgraph=True, dynamic=False, **compile_options)
 
 
@@ -261,34 +263,42 @@ def _call(
     def call(number: int) -> object:
         first = number % (len(a) // LAYERS) * LAYERS
         turn = slice(first, first + LAYERS)
-        return step(operands.output, operands.inputs, a[turn], b[turn], given, operands.offsets)
+        return step(operands.outputs, operands.inputs, a[turn], b[turn], given, operands.offsets)
 
     return call
 
 
 def _check(point: Point, operands: _Operands, b: Any, contenders: dict[str, Callable[[int], object]]) -> None:
     """Compare every contender with the reference in float64, once."""
-    start = operands.output.clone()
-    exact = start.double()
-    for a, layer_b in zip(operands.a[:LAYERS], b[:LAYERS], strict=True):
-        weights = [[one.double() for one in stacks] for stacks in (a, layer_b)]
-        exact = reference(exact, operands.inputs.double(), *weights, operands.indices, operands.offsets)
+    starts = [output.clone() for output in operands.outputs]
+    exact = [
+        reference(
+            start.double(),
+            inputs.double(),
+            *([one.double() for one in stacks] for stacks in (a, layer_b)),
+            operands.indices,
+            operands.offsets,
+        )
+        for start, inputs, a, layer_b in zip(starts, operands.inputs, operands.a[:LAYERS], b[:LAYERS], strict=True)
+    ]
     # Others round in between; a wrong row or column is off by far more.
-    allowed = exact.abs().max().item() * (1e-4 if point.dtype == "float32" else 5e-2)
+    allowed = max(one.abs().max().item() for one in exact) * (1e-4 if point.dtype == "float32" else 5e-2)
     for name, contender in contenders.items():
-        operands.output.copy_(start)
+        torch._foreach_copy_(operands.outputs, starts)
         contender(0)
-        error = (operands.output.double() - exact).abs().max().item()
+        error = max(
+            (output.double() - one).abs().max().item() for output, one in zip(operands.outputs, exact, strict=True)
+        )
         if not error <= allowed:
             raise BenchError(
                 f"bench: {name} at {point}", f"an error of at most {allowed:.1e}", f"{error:.1e}", "Report it."
             )
-    operands.output.copy_(start)
+    torch._foreach_copy_(operands.outputs, starts)
 
 
 def _peak_memory(operands: _Operands, b: Any) -> int:
     """Bytes that one call of ours holds at most beside its operands: the allocator's, and the native kernel's own."""
-    arguments = ([operands.output], operands.inputs, operands.a[0], b[0], [operands.indices])
+    arguments = (operands.outputs[:1], operands.inputs[0], operands.a[0], b[0], [operands.indices])
     with torch.profiler.profile(profile_memory=True) as profile:
         ADD_LORA(*arguments, [0] * len(b[0]), operands.offsets, 1.0)
     held = peak = 0
@@ -296,7 +306,7 @@ def _peak_memory(operands: _Operands, b: Any) -> int:
         held += event.self_cpu_memory_usage + event.self_device_memory_usage
         peak = max(peak, held)
     ranks = sum(one.shape[1] for one in operands.a[0])
-    return int(peak) + native.scratch_bytes(len(operands.inputs), ranks, max(one.shape[1] for one in operands.a[0]))
+    return int(peak) + native.scratch_bytes(len(operands.indices), ranks, max(one.shape[1] for one in operands.a[0]))
 
 
 def _forced(kernel: str, operands: _Operands, number: int) -> None:
@@ -304,8 +314,8 @@ def _forced(kernel: str, operands: _Operands, number: int) -> None:
     b = [one.transpose(1, 2) for one in operands.b_by_rank[at]]
     with force_kernel(kernel):
         ADD_LORA(
-            [operands.output],
-            operands.inputs,
+            operands.outputs[:1],
+            operands.inputs[0],
             operands.a[at],
             b,
             [operands.indices],

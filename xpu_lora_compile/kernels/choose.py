@@ -87,6 +87,13 @@ def choose(call: Call, native_problem: str = "", forced: str | None = None) -> C
     return Choice(kernel, f"measured fastest at {where}", others)
 
 
+@cache
+def wins_everywhere(kernel: str, device: str) -> bool:
+    """Whether a kernel was the fastest at every point that was measured on a device."""
+    points = _points(device)
+    return bool(points) and all(min(point["us"], key=point["us"].get) == kernel for point in points)
+
+
 # Read once: asking the environment takes longer than all else that a choice costs.
 _FORCED: ContextVar[str | None] = ContextVar("forced", default=os.environ.get("XPU_LORA_KERNEL") or None)
 

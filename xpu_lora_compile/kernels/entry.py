@@ -16,8 +16,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from xpu_lora_compile.errors import KernelError
 from xpu_lora_compile.kernels import native
-from xpu_lora_compile.kernels.choose import Call, Choice, choose, forced_kernel
+from xpu_lora_compile.kernels.choose import Call, Choice, choose, forced_kernel, wins_everywhere
 from xpu_lora_compile.kernels.dense import dense
 from xpu_lora_compile.kernels.gather import gather
 from xpu_lora_compile.kernels.grouped import grouped
@@ -33,7 +34,7 @@ _PRODUCTS = {"gather": gather, "grouped": grouped, "dense": dense}
 def shrink(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, scaling: float) -> None:
     """Write `scaling * A[i] @ inputs[t]` into the first R columns of `output`, zero where `i` is no slot."""
     if choice_for((output,), inputs, (weights,), ()).kernel == "native":
-        native.NATIVE_SHRINK(output, inputs, weights, routing.indices, scaling)
+        _must(native.TRY_SHRINK(output, inputs, weights, routing.indices, scaling))
         return
     hidden = slot_products(inputs.to(accumulator(output, inputs, weights)), weights, routing)
     output[:, : weights.shape[1]].copy_(torch.where(routing.has_adapter, hidden * scaling, 0.0))
@@ -42,7 +43,7 @@ def shrink(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, sc
 def expand(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, add: bool) -> None:
     """Write or add `B[i] @ inputs[t]` into `output`, `[T, W]`; rows whose `i` is no slot keep their value."""
     if choice_for((output,), inputs, (), (weights,)).kernel == "native":
-        native.NATIVE_EXPAND(output, inputs, weights, routing.indices, add)
+        _must(native.TRY_EXPAND(output, inputs, weights, routing.indices, 0, weights.shape[1], add))
         return
     value = slot_products(inputs.to(accumulator(output, inputs, weights)), weights, routing)
     if add:
@@ -84,7 +85,8 @@ def add_lora(
             outputs[position].copy_(sums[position])
         return
     if choice_for(outputs, inputs, lora_a, lora_b).kernel == "native":
-        native.NATIVE_ADD_LORA(outputs, inputs, lora_a, lora_b, routing.indices, slice_outputs, slice_offsets, scaling)
+        arguments = (outputs, inputs, lora_a, lora_b, routing.indices, slice_outputs, slice_offsets, scaling)
+        _must(native.TRY_ADD_LORA(*arguments))
         return
     inputs = inputs.to(accumulator(*outputs, inputs, *lora_a, *lora_b))
     for a, b, position, offset in zip(lora_a, lora_b, slice_outputs, slice_offsets, strict=True):
@@ -106,7 +108,7 @@ def slot_products(inputs: Tensor, weights: Tensor, routing: Routing) -> Tensor:
     kernel = choice_for((), inputs, (weights,), ()).kernel
     if kernel == "native":
         result = torch.empty(len(inputs), weights.shape[1], dtype=dtype)
-        native.NATIVE_SHRINK(result, inputs, weights, routing.indices, 1.0)
+        _must(native.TRY_SHRINK(result, inputs, weights, routing.indices, 1.0))
         return result
     with _without_autocast(inputs.device.type):
         return _PRODUCTS[kernel](inputs.to(dtype), weights, routing)
@@ -149,6 +151,21 @@ def choice_for(outputs: Sequence[Tensor], inputs: Tensor, lora_a: Sequence[Tenso
         len(lora_a) or 1,
     )
     return choose(call, _native_problem() if device == "cpu" else "", forced_kernel())
+
+
+def takes_native(output: Tensor) -> bool:
+    """Whether any call on this output that the native kernel can run is for it: then there is no more to choose."""
+    return output.device.type == "cpu" and forced_kernel() is None and _native_wins()
+
+
+@cache
+def _native_wins() -> bool:
+    return not _native_problem() and wins_everywhere("native", "cpu")
+
+
+def _must(done: bool) -> None:
+    if not done:
+        raise KernelError("native kernel", "operands that were checked", "some that do not fit", "Report it.")
 
 
 @cache

@@ -1,5 +1,6 @@
 // The kernels of native_kernels.h as ops of PyTorch: a call costs as little as one of PyTorch's own. Schemas are in
-// ops/internal.py; whoever calls has checked shapes, and knows that no two slices write to the same columns.
+// native.py. Each op checks all that the contract asks for before it touches memory, so that eager calls need no other
+// check; one that returns false has done nothing, and the caller says what is wrong in better words.
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -8,20 +9,39 @@
 
 namespace {
 
-int64_t dtype_of(const at::Tensor& tensor) {
-    switch (tensor.scalar_type()) {
-        case at::kFloat:
-            return 0;
-        case at::kBFloat16:
-            return 1;
-        case at::kHalf:
-            return 2;
-        default:
-            TORCH_CHECK(false, "xpu_lora: the native kernel takes float32, bfloat16 and float16, not ", tensor.dtype());
-    }
+bool is_dense_float(const at::Tensor& tensor) {
+    at::ScalarType dtype = tensor.scalar_type();
+    return tensor.is_cpu() && tensor.layout() == at::kStrided &&
+           (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf);
+}
+
+bool are_indices(const at::Tensor& tensor) {
+    at::ScalarType dtype = tensor.scalar_type();
+    return tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.dim() == 1 &&
+           (dtype == at::kInt || dtype == at::kLong);
+}
+
+// [T, columns]
+bool are_rows(const at::Tensor& tensor, const at::Tensor& indices) {
+    return is_dense_float(tensor) && tensor.dim() == 2 && tensor.size(0) == indices.size(0);
+}
+
+// Rows whose elements each have their own memory, as those of an expanded tensor do not.
+bool are_writable_rows(const at::Tensor& tensor, const at::Tensor& indices) {
+    return are_rows(tensor, indices) && (tensor.stride(0) != 0 || tensor.size(0) <= 1) &&
+           (tensor.stride(1) != 0 || tensor.size(1) <= 1);
 }
 
 // [K, rows, columns], or with vLLM's 1 in second place.
+bool are_weights(const at::Tensor& tensor, int64_t columns) {
+    return is_dense_float(tensor) && (tensor.dim() == 3 || (tensor.dim() == 4 && tensor.size(1) == 1)) &&
+           tensor.size(0) >= 1 && tensor.size(-1) == columns;
+}
+
+int64_t dtype_of(const at::Tensor& tensor) {
+    return tensor.scalar_type() == at::kFloat ? 0 : tensor.scalar_type() == at::kBFloat16 ? 1 : 2;
+}
+
 Weights weights_of(const at::Tensor& tensor) {
     int64_t rows = tensor.dim() - 2;
     return {tensor.const_data_ptr(), dtype_of(tensor), tensor.stride(0), tensor.stride(rows),
@@ -32,37 +52,37 @@ at::Tensor with_columns_side_by_side(const at::Tensor& matrix) {
     return matrix.stride(1) == 1 || matrix.size(1) <= 1 ? matrix : matrix.contiguous();
 }
 
-// What keeps a kernel inside its operands; the public ops have said it in better words.
-void check(const at::Tensor& output, const at::Tensor& inputs, const at::Tensor& weights, const at::Tensor& indices,
-           bool columns_fit) {
-    TORCH_CHECK(columns_fit && output.dim() == 2 && inputs.dim() == 2 && indices.dim() == 1 && weights.dim() >= 3 &&
-                    output.size(0) == indices.size(0) && inputs.size(0) == indices.size(0) &&
-                    inputs.size(1) == weights.size(-1) && (weights.dim() == 3 || weights.size(1) == 1),
-                "xpu_lora: operands that do not fit together");
-    TORCH_CHECK(indices.scalar_type() == at::kInt || indices.scalar_type() == at::kLong,
-                "xpu_lora: indices of int32 or int64, not ", indices.dtype());
-}
+// Columns of an output that a call writes to: the output's own, or a copy that is copied back.
+class Target {
+   public:
+    explicit Target(const at::Tensor& output) : output_(output), rows_(with_columns_side_by_side(output)) {}
 
-void set_output(Slice& slice, const at::Tensor& output, int64_t offset) {
-    slice.output = static_cast<char*>(output.mutable_data_ptr()) + offset * output.element_size();
-    slice.output_dtype = dtype_of(output);
-    slice.output_stride = output.stride(0);
-}
+    void give_to(Slice& slice, int64_t offset) const {
+        slice.output = static_cast<char*>(rows_.mutable_data_ptr()) + offset * rows_.element_size();
+        slice.output_dtype = dtype_of(rows_);
+        slice.output_stride = rows_.stride(0);
+    }
+
+    void finish() const {
+        if (!rows_.is_same(output_)) output_.copy_(rows_);
+        // Whoever has saved the output for a backward pass must notice.
+        if (!output_.is_inference()) output_.unsafeGetTensorImpl()->bump_version();
+    }
+
+   private:
+    at::Tensor output_, rows_;
+};
 
 using Kernel = void (*)(const Batch&, const Slice*);
 
-void run(Kernel kernel, const at::Tensor& inputs, const at::Tensor& indices, int64_t slots,
-         const std::vector<Slice>& slices, double scaling, bool add) {
+void run(Kernel kernel, const at::Tensor& inputs, const at::Tensor& indices, int64_t slots, const Slice* slices,
+         int64_t count, double scaling, bool add) {
     at::Tensor x = with_columns_side_by_side(inputs), index = indices.contiguous();
-    int64_t work = 0;
-    for (const Slice& slice : slices) work += slice.rank * ((slice.a.data ? x.size(1) : 0) + slice.width);
-    // What is worth a thread of its own: some 10 us of multiplications, against the 3 us that waking it takes.
-    int64_t threads = smaller(at::get_num_threads(), 1 + x.size(0) * work / (1 << 16));
     Batch batch{x.size(0),
                 x.size(1),
                 slots,
-                int64_t(slices.size()),
-                threads,
+                count,
+                at::get_num_threads(),
                 add,
                 index.const_data_ptr(),
                 int64_t(index.element_size()),
@@ -70,65 +90,79 @@ void run(Kernel kernel, const at::Tensor& inputs, const at::Tensor& indices, int
                 dtype_of(x),
                 x.stride(0),
                 scaling};
-    kernel(batch, slices.data());
+    kernel(batch, slices);
+}
+
+bool try_add_lora(at::TensorList outputs, const at::Tensor& inputs, at::TensorList lora_a, at::TensorList lora_b,
+                  const at::Tensor& indices, at::IntArrayRef slice_outputs, at::IntArrayRef slice_offsets,
+                  double scaling) {
+    size_t count = lora_a.size();
+    if (count == 0 || lora_b.size() != count || slice_outputs.size() != count || slice_offsets.size() != count ||
+        !are_indices(indices) || !are_rows(inputs, indices))
+        return false;
+    for (const at::Tensor& output : outputs)
+        if (!are_writable_rows(output, indices)) return false;
+    std::vector<Slice> slices(count);
+    for (size_t s = 0; s < count; s++) {
+        const at::Tensor &a = lora_a[s], &b = lora_b[s];
+        if (!are_weights(a, inputs.size(1)) || !are_weights(b, a.size(-2)) || a.size(0) != lora_a[0].size(0) ||
+            b.size(0) != lora_a[0].size(0) || slice_outputs[s] < 0 || slice_outputs[s] >= int64_t(outputs.size()) ||
+            slice_offsets[s] < 0 || slice_offsets[s] + b.size(-2) > outputs[slice_outputs[s]].size(1))
+            return false;
+        // Columns that two slices share would have to be rounded once, after both.
+        for (size_t other = 0; other < s; other++)
+            if (slice_outputs[s] == slice_outputs[other] && slice_offsets[s] < slice_offsets[other] + slices[other].width &&
+                slice_offsets[other] < slice_offsets[s] + b.size(-2))
+                return false;
+        slices[s] = {weights_of(a), weights_of(b), a.size(-2), b.size(-2), nullptr, 0, 0};
+    }
+    std::vector<Target> targets(outputs.begin(), outputs.end());
+    for (size_t s = 0; s < count; s++) targets[slice_outputs[s]].give_to(slices[s], slice_offsets[s]);
+    run(add_slices, inputs, indices, lora_a[0].size(0), slices.data(), count, scaling, true);
+    for (const Target& target : targets) target.finish();
+    return true;
 }
 
 void add_lora(at::TensorList outputs, const at::Tensor& inputs, at::TensorList lora_a, at::TensorList lora_b,
-              const at::Tensor& indices, at::IntArrayRef slice_outputs, c10::SymIntArrayRef slice_offsets,
+              const at::Tensor& indices, at::IntArrayRef slice_outputs, at::IntArrayRef slice_offsets,
               double scaling) {
-    std::vector<at::Tensor> targets;
-    for (const at::Tensor& output : outputs) targets.push_back(with_columns_side_by_side(output));
-    std::vector<Slice> slices(lora_a.size());
-    TORCH_CHECK(!slices.empty() && lora_b.size() == slices.size() && slice_outputs.size() == slices.size() &&
-                    slice_offsets.size() == slices.size(),
-                "xpu_lora: as many A, B, outputs and offsets as slices");
-    for (size_t s = 0; s < slices.size(); s++) {
-        const at::Tensor& target = targets.at(slice_outputs[s]);
-        int64_t offset = slice_offsets[s].guard_int(__FILE__, __LINE__);
-        check(target, inputs, lora_a[s], indices, offset >= 0 && offset + lora_b[s].size(-2) <= target.size(1));
-        TORCH_CHECK(lora_b[s].size(-1) == lora_a[s].size(-2) && lora_b[s].size(0) == lora_a[0].size(0) &&
-                        lora_a[s].size(0) == lora_a[0].size(0),
-                    "xpu_lora: A and B of one rank and one number of slots");
-        slices[s].a = weights_of(lora_a[s]);
-        slices[s].b = weights_of(lora_b[s]);
-        slices[s].rank = lora_b[s].size(-1);
-        slices[s].width = lora_b[s].size(-2);
-        set_output(slices[s], target, offset);
-    }
-    run(add_slices, inputs, indices, lora_a[0].size(0), slices, scaling, true);
-    for (size_t n = 0; n < targets.size(); n++)
-        if (!targets[n].is_same(outputs[n])) outputs[n].copy_(targets[n]);
+    TORCH_CHECK(try_add_lora(outputs, inputs, lora_a, lora_b, indices, slice_outputs, slice_offsets, scaling),
+                "xpu_lora::native_add_lora: operands that do not fit together");
 }
 
-// Of one stack of weights: A and the first columns of the output, or B and all of them.
-void run_one(Kernel kernel, const at::Tensor& output, const at::Tensor& inputs, const at::Tensor& weights,
-             const at::Tensor& indices, double scaling, bool add) {
-    bool shrinks = kernel == shrink_slice;
-    check(output, inputs, weights, indices, weights.size(-2) <= output.size(1));
-    at::Tensor columns = output.narrow(1, 0, weights.size(-2)), target = with_columns_side_by_side(columns);
-    std::vector<Slice> slices(1);
-    (shrinks ? slices[0].a : slices[0].b) = weights_of(weights);
-    slices[0].rank = weights.size(shrinks ? -2 : -1);
-    slices[0].width = shrinks ? 0 : weights.size(-2);
-    set_output(slices[0], target, 0);
-    run(kernel, inputs, indices, weights.size(0), slices, scaling, add);
-    if (!target.is_same(columns)) columns.copy_(target);
+bool try_shrink(const at::Tensor& output, const at::Tensor& inputs, const at::Tensor& weights,
+                const at::Tensor& indices, double scaling) {
+    if (!are_indices(indices) || !are_rows(inputs, indices) || !are_writable_rows(output, indices) ||
+        !are_weights(weights, inputs.size(1)) || weights.size(-2) > output.size(1))
+        return false;
+    Slice slice{weights_of(weights), {}, weights.size(-2), 0, nullptr, 0, 0};
+    Target target(output);
+    target.give_to(slice, 0);
+    run(shrink_slice, inputs, indices, weights.size(0), &slice, 1, scaling, false);
+    target.finish();
+    return true;
 }
 
-void shrink(const at::Tensor& output, const at::Tensor& inputs, const at::Tensor& weights, const at::Tensor& indices,
-            double scaling) {
-    run_one(shrink_slice, output, inputs, weights, indices, scaling, false);
-}
-
-void expand(const at::Tensor& output, const at::Tensor& inputs, const at::Tensor& weights, const at::Tensor& indices,
-            bool add) {
-    run_one(expand_slice, output, inputs, weights, indices, 1.0, add);
+// Into the columns from `offset` on; as many as B has rows, or those of them for which the output has columns.
+bool try_expand(const at::Tensor& output, const at::Tensor& inputs, const at::Tensor& weights,
+                const at::Tensor& indices, int64_t offset, int64_t columns, bool add) {
+    if (!are_indices(indices) || !are_rows(inputs, indices) || !are_writable_rows(output, indices) ||
+        !are_weights(weights, inputs.size(1)) || columns > weights.size(-2) || offset < 0 || columns < 0 ||
+        offset + columns > output.size(1))
+        return false;
+    Slice slice{{}, weights_of(weights), weights.size(-1), columns, nullptr, 0, 0};
+    Target target(output);
+    target.give_to(slice, offset);
+    run(expand_slice, inputs, indices, weights.size(0), &slice, 1, 1.0, add);
+    target.finish();
+    return true;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(xpu_lora, CPU, library) {
     library.impl("native_add_lora", add_lora);
-    library.impl("native_shrink", shrink);
-    library.impl("native_expand", expand);
+    library.impl("native_try_add_lora", try_add_lora);
+    library.impl("native_try_shrink", try_shrink);
+    library.impl("native_try_expand", try_expand);
 }

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from xpu_lora_compile.errors import KernelError
 
@@ -28,7 +29,7 @@ _HERE, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
 _SOURCES = (_HERE / "native.cpp", _HERE / "native_kernels.h")
 _FLAGS = (
     # -O3 unrolls the loops over registers: with -O2 the sums are spilled, and it takes twice the time (GCC 12, AVX2).
-    *("-O3", "-march=native", "-std=c++20", "-fopenmp", "-shared", "-fPIC"),
+    *("-O3", "-march=native", "-ffp-contract=off", "-std=c++20", "-fopenmp", "-shared", "-fPIC"),
     f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
 )
 _AGAINST_TORCH = ("-isystem", str(_TORCH / "include"), f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
@@ -37,7 +38,10 @@ _LIBRARY = torch.library.Library("xpu_lora", "FRAGMENT")
 # Inductor may lay the operands out as it likes: any strides are fine here, and so no operand is ever copied for us.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _OPERANDS = "Tensor(a!) output, Tensor inputs, Tensor weights, Tensor indices"
-_LISTS = "Tensor(a!)[] outputs, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b"
+_LISTS = (
+    "Tensor(a!)[] outputs, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b, Tensor indices, "
+    "int[] slice_outputs, int[] slice_offsets, float scaling"
+)
 
 
 def problem() -> str:
@@ -112,28 +116,40 @@ def _cpu() -> bytes:
 def _define(schema: str) -> Any:
     """An op that loads the library when it is first called, say by code that Inductor had cached."""
     name = schema.split("(", 1)[0]
+    tries = schema.endswith("bool")
 
-    def load_and_call_again(*args: object) -> None:
-        if why := problem():
-            raise KernelError(
-                f"xpu_lora::{name}", "a compiler", why, "Mend it, or compile the model without the cache."
-            )
-        op(*args)
+    def load_and_call_again(*args: Any) -> bool | None:
+        # Also for tensors elsewhere, for which the library has nothing.
+        if all(one.device.type == "cpu" for one in _tensors_of(args)):
+            if why := problem():
+                remedy = "Mend it, or compile the model without the cache."
+                raise KernelError(f"xpu_lora::{name}", "a compiler", why, remedy)
+            return op(*args)  # type: ignore[no-any-return]
+        if not tries:
+            raise KernelError(f"xpu_lora::{name}", "tensors on the CPU", "others", "Move them, or compile anew.")
+        return False
 
     _LIBRARY.define(schema, tags=_TAGS)
     op: Any = getattr(torch.ops.xpu_lora, name).default
     _LIBRARY.impl(name, load_and_call_again, "CompositeExplicitAutograd")
     # The gradient of a changed output passes through as it is; whoever calls has refused any other.
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"xpu_lora::{name}", lambda *_: None, lib=_LIBRARY)
+    torch.library.register_fake(f"xpu_lora::{name}", lambda *_: False if tries else None, lib=_LIBRARY)
     return op
 
 
-# output[t, :R] = scaling * A[i] @ inputs[t]; rows whose i is no slot become 0.
-NATIVE_SHRINK = _define(f"native_shrink({_OPERANDS}, float scaling) -> ()")
-# output[t] (+)= B[i] @ inputs[t]; rows whose i is no slot keep their value.
-NATIVE_EXPAND = _define(f"native_expand({_OPERANDS}, bool add) -> ()")
+def _tensors_of(args: Sequence[Any]) -> list[Tensor]:
+    flat = itertools.chain.from_iterable(one if isinstance(one, list | tuple) else [one] for one in args)
+    return [one for one in flat if isinstance(one, Tensor)]
+
+
 # For each slice, outputs[its output][t, its columns] += B[i] @ (scaling * A[i] @ inputs[t]); no two share columns.
-NATIVE_ADD_LORA = _define(
-    f"native_add_lora({_LISTS}, Tensor indices, int[] slice_outputs, SymInt[] slice_offsets, float scaling) -> ()"
-)
+NATIVE_ADD_LORA = _define(f"native_add_lora({_LISTS}) -> ()")
+
+# The same for eager calls, and the two halves of it: they check all that the contract asks for, and return false, with
+# nothing done, for a call that it does not allow or that is not for this kernel. To autograd they are writes.
+TRY_ADD_LORA = _define(f"native_try_add_lora({_LISTS}) -> bool")
+# output[t, :R] = scaling * A[i] @ inputs[t]; rows whose i is no slot become 0.
+TRY_SHRINK = _define(f"native_try_shrink({_OPERANDS}, float scaling) -> bool")
+# output[t, offset : offset + columns] (+)= (B[i] @ inputs[t])[:columns]; rows whose i is no slot keep their value.
+TRY_EXPAND = _define(f"native_try_expand({_OPERANDS}, int offset, int columns, bool add) -> bool")

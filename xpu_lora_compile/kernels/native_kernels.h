@@ -2,16 +2,20 @@
 // its rows, and one parallel region for all slices of a call. Nothing but the C++ standard library and OpenMP.
 //
 // Rank vectors and all sums are float32. A result depends on its own row alone: the order of additions is the same
-// whatever else is in the batch, and what is left over by vectors is summed by fused operations as they do. A row whose index is no slot is in no group, and so no weight is read for it.
+// whatever else is in the batch, and what is left over by vectors is summed by fused operations as they do. A row whose
+// index is no slot is in no group, and so no weight is read for it.
 
 #include <omp.h>
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -62,6 +66,27 @@ void round_to(float value, Float16& result) {
     std::memcpy(&result, &half, 2);
 }
 
+// sum + a * b, rounded once where the processor can: said outright, since a compiler that fuses as it likes does so in
+// one of two loops that must agree to the bit (GCC 12, AVX2).
+Floats multiply_add(Floats a, Floats b, Floats sum) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__AVX__) && defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(__ARM_NEON)
+    return (Floats)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + sum;
+#endif
+}
+float multiply_add(float a, float b, float sum) {
+#if defined(__FMA__) || defined(__ARM_NEON)
+    return __builtin_fmaf(a, b, sum);
+#else
+    return a * b + sum;
+#endif
+}
+
 template <typename V>
 V load_raw(const void* from) {
     V result;
@@ -94,14 +119,32 @@ typename VectorOf<float, N>::type load(const Float16* from) {
 
 void store(Floats values, float* to) { std::memcpy(to, &values, sizeof values); }
 void store(Floats values, Bfloat16* to) {
+#if defined(__AVX512BF16__)
+    __m256bh rounded = _mm512_cvtneps_pbh((__m512)values);
+    std::memcpy(to, &rounded, sizeof rounded);
+#else
     using Bits = VectorOf<uint32_t, LANES>::type;
     Bits bits = (Bits)values;
     bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     bits = values != values ? Bits{} + 0x7fc0 : bits;
     auto halves = __builtin_convertvector(bits, VectorOf<uint16_t, LANES>::type);
     std::memcpy(to, &halves, sizeof halves);
+#endif
 }
 void store(Floats values, Float16* to) {
+#if defined(__AVX512F__)
+    if constexpr (LANES == 16) {
+        __m256i rounded = _mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT);
+        std::memcpy(to, &rounded, sizeof rounded);
+        return;
+    }
+#elif defined(__F16C__)
+    if constexpr (LANES == 8) {
+        __m128i rounded = _mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);
+        std::memcpy(to, &rounded, sizeof rounded);
+        return;
+    }
+#endif
     alignas(64) float lanes[LANES];
     std::memcpy(lanes, &values, sizeof values);
     for (int i = 0; i < LANES; i++) round_to(lanes[i], to[i]);
@@ -123,6 +166,14 @@ void with_dtype(int64_t dtype, Work work) {
     if (dtype == 2) work(Float16{});
 }
 
+// A number from 1 to MOST as one that is known while compiling.
+template <int MOST, typename Work>
+void with_count(int64_t count, Work work) {
+    if constexpr (MOST > 1)
+        if (count < MOST) return with_count<MOST - 1>(count, work);
+    work(std::integral_constant<int, MOST>{});
+}
+
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -142,7 +193,7 @@ struct Slice {
 
 // What every slice shares. The columns of inputs and outputs lie side by side.
 struct Batch {
-    int64_t rows, features, slots, slices, threads;
+    int64_t rows, features, slots, slices, most_threads;
     bool add;
     const void* indices;
     int64_t index_bytes;
@@ -188,45 +239,68 @@ struct Groups {
     }
 };
 
-// The next elements of two operands of a dot product, in as many vectors as they fill; both in the same order.
+// Sums of products, as many as a vector has lanes: added up in the order of the columns, the same for every row.
 template <typename X, typename A>
-struct Pair {
-    static constexpr int VECTORS = 1;
-    static void load_into(const X* x, Floats* to) { to[0] = load<LANES>(x); }
-    static void load_into(const A* a, Floats* to, int) { to[0] = load<LANES>(a); }
+struct Products {
+    static constexpr int COLUMNS = LANES;
+    using Inputs = Floats;
+    using Weights = Floats;
+    static Inputs inputs(const X* from) { return load<LANES>(from); }
+    static Weights weights(const A* from) { return load<LANES>(from); }
+    static void add(Floats& sums, Inputs x, Weights a) { sums = multiply_add(x, a, sums); }
 };
+#if defined(__AVX512BF16__)
+// Two products of bfloat16 a lane, exact, and summed as float32 (with subnormal inputs as zero).
+template <>
+struct Products<Bfloat16, Bfloat16> {
+    static constexpr int COLUMNS = 32;
+    using Inputs = __m512bh;
+    using Weights = __m512bh;
+    static Inputs inputs(const Bfloat16* from) { return load_raw<__m512bh>(from); }
+    static Weights weights(const Bfloat16* from) { return load_raw<__m512bh>(from); }
+    static void add(Floats& sums, Inputs x, Weights a) { sums = (Floats)_mm512_dpbf16_ps((__m512)sums, x, a); }
+};
+#else
 // Twice as many bfloat16 fill two vectors, one of those at even places and one of those at odd: half the instructions.
 template <>
-struct Pair<Bfloat16, Bfloat16> {
-    static constexpr int VECTORS = 2;
-    static void load_into(const Bfloat16* from, Floats* to, int = 0) {
+struct Products<Bfloat16, Bfloat16> {
+    static constexpr int COLUMNS = 2 * LANES;
+    struct Pair {
+        Floats even, odd;
+    };
+    using Inputs = Pair;
+    using Weights = Pair;
+    static Pair inputs(const Bfloat16* from) {
         auto bits = load_raw<VectorOf<uint32_t, LANES>::type>(from);
-        to[0] = (Floats)(bits << 16);
-        to[1] = (Floats)(bits & 0xffff0000);
+        return {(Floats)(bits << 16), (Floats)(bits & 0xffff0000)};
+    }
+    static Pair weights(const Bfloat16* from) { return inputs(from); }
+    static void add(Floats& sums, const Pair& x, const Pair& a) {
+        sums = multiply_add(x.even, a.even, sums);
+        sums = multiply_add(x.odd, a.odd, sums);
     }
 };
+#endif
 
 // hidden[m][n] = scaling * sum over d of a[n][d] * x[m][d]
 template <int M, int N, typename X, typename A>
 void dots(const X* const* x, const A* a, int64_t a_stride, int64_t features, float scaling, float* const* hidden) {
+    using P = Products<X, A>;
     Floats sums[M][N] = {};
     int64_t d = 0;
-    constexpr int V = Pair<X, A>::VECTORS;
-    for (; d + V * LANES <= features; d += V * LANES) {
-        Floats inputs[M][V];
-        for (int m = 0; m < M; m++) Pair<X, A>::load_into(x[m] + d, inputs[m]);
+    for (; d + P::COLUMNS <= features; d += P::COLUMNS) {
+        typename P::Inputs inputs[M];
+        for (int m = 0; m < M; m++) inputs[m] = P::inputs(x[m] + d);
         for (int n = 0; n < N; n++) {
-            Floats weights[V];
-            Pair<X, A>::load_into(a + n * a_stride + d, weights, 0);
-            for (int v = 0; v < V; v++)
-                for (int m = 0; m < M; m++) sums[m][n] += inputs[m][v] * weights[v];
+            typename P::Weights weights = P::weights(a + n * a_stride + d);
+            for (int m = 0; m < M; m++) P::add(sums[m][n], inputs[m], weights);
         }
     }
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) {
             float sum = sum_of(sums[m][n]);
             for (int64_t rest = d; rest < features; rest++)
-                sum = __builtin_fmaf(to_float(x[m][rest]), to_float(a[n * a_stride + rest]), sum);
+                sum = multiply_add(to_float(x[m][rest]), to_float(a[n * a_stride + rest]), sum);
             hidden[m][n] = scaling * sum;
         }
 }
@@ -243,11 +317,20 @@ void shrink_rows(const Batch& batch, const int64_t* order, int64_t rows, const A
             results[m] = hidden + (done + m) * rank;
         }
         float scaling = float(batch.scaling);
-        if (taken == 3) dots<3, N>(x, a, a_stride, batch.features, scaling, results);
-        if (taken == 2) dots<2, N>(x, a, a_stride, batch.features, scaling, results);
-        if (taken == 1) dots<1, N>(x, a, a_stride, batch.features, scaling, results);
+        with_count<3>(taken, [&](auto count) {
+            dots<decltype(count)::value, N>(x, a, a_stride, batch.features, scaling, results);
+        });
         done += taken;
     }
+}
+
+// Of eight ranks together, or four, or one.
+template <typename X, typename A>
+void shrink_ranks(int64_t ranks, const Batch& batch, const int64_t* order, int64_t rows, const A* a, int64_t a_stride,
+                  int64_t rank, float* hidden) {
+    if (ranks == 8) shrink_rows<8, X>(batch, order, rows, a, a_stride, rank, hidden);
+    if (ranks == 4) shrink_rows<4, X>(batch, order, rows, a, a_stride, rank, hidden);
+    if (ranks == 1) shrink_rows<1, X>(batch, order, rows, a, a_stride, rank, hidden);
 }
 
 // The rank vectors of some rows of one slot, of ranks `from` to `to`.
@@ -269,13 +352,9 @@ void shrink_part(const Batch& batch, const Slice& slice, const Groups& groups, c
                     for (int64_t n = 0; n < ranks; n++)
                         for (int64_t d = 0; d < batch.features; d++)
                             scratch[n * batch.features + d] = to_float(here[n * a.row_stride + d * a.column_stride]);
-                    if (ranks == 8) shrink_rows<8, X>(batch, order, count, scratch, batch.features, slice.rank, results + r);
-                    if (ranks == 4) shrink_rows<4, X>(batch, order, count, scratch, batch.features, slice.rank, results + r);
-                    if (ranks == 1) shrink_rows<1, X>(batch, order, count, scratch, batch.features, slice.rank, results + r);
+                    shrink_ranks<X>(ranks, batch, order, count, scratch, batch.features, slice.rank, results + r);
                 } else {
-                    if (ranks == 8) shrink_rows<8, X>(batch, order, count, here, a.row_stride, slice.rank, results + r);
-                    if (ranks == 4) shrink_rows<4, X>(batch, order, count, here, a.row_stride, slice.rank, results + r);
-                    if (ranks == 1) shrink_rows<1, X>(batch, order, count, here, a.row_stride, slice.rank, results + r);
+                    shrink_ranks<X>(ranks, batch, order, count, here, a.row_stride, slice.rank, results + r);
                 }
                 r += ranks;
             }
@@ -283,15 +362,23 @@ void shrink_part(const Batch& batch, const Slice& slice, const Groups& groups, c
     });
 }
 
+// B is read in short pieces, one of each rank, which the hardware does not see coming: asked for so many bytes ahead.
+constexpr int64_t AHEAD = 512;
+// Rows that share what is read of B: as many as there are registers for.
+constexpr int SHARING = LANES == 16 ? 6 : 4;
+
 // output[m][w] (+)= sum over r of hidden[m][r] * b[r][w], for M rows and N vectors of columns
 template <int M, int N, typename B, typename Out>
 void outer(const float* const* hidden, const B* b, int64_t b_stride, int64_t rank, Out* const* output, bool add) {
     Floats sums[M][N] = {};
     for (int64_t r = 0; r < rank; r++) {
+        const B* from = b + r * b_stride;
+        for (int n = 0; n < N * LANES * int(sizeof(B)); n += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD + n);
         Floats weights[N];
-        for (int n = 0; n < N; n++) weights[n] = load<LANES>(b + r * b_stride + n * LANES);
+        for (int n = 0; n < N; n++) weights[n] = load<LANES>(from + n * LANES);
         for (int m = 0; m < M; m++)
-            for (int n = 0; n < N; n++) sums[m][n] += hidden[m][r] * weights[n];
+            for (int n = 0; n < N; n++) sums[m][n] = multiply_add(hidden[m][r] - Floats{}, weights[n], sums[m][n]);
     }
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) {
@@ -303,7 +390,7 @@ void outer(const float* const* hidden, const B* b, int64_t b_stride, int64_t ran
 template <int M, typename B, typename Out>
 void expand_rows(const float* const* hidden, const B* b, int64_t b_stride, int64_t rank, Out* const* output,
                  int64_t width, bool add) {
-    constexpr int N = M == 1 ? 4 : 2;
+    constexpr int N = M == 1 || LANES == 16 ? 4 : 2;
     Out* here[M];
     auto step_to = [&](int64_t w) {
         for (int m = 0; m < M; m++) here[m] = output[m] + w;
@@ -320,7 +407,7 @@ void expand_rows(const float* const* hidden, const B* b, int64_t b_stride, int64
     for (; w < width; w++)
         for (int m = 0; m < M; m++) {
             float sum = 0;
-            for (int64_t r = 0; r < rank; r++) sum = __builtin_fmaf(hidden[m][r], to_float(b[r * b_stride + w]), sum);
+            for (int64_t r = 0; r < rank; r++) sum = multiply_add(hidden[m][r], to_float(b[r * b_stride + w]), sum);
             round_to(add ? to_float(output[m][w]) + sum : sum, output[m][w]);
         }
 }
@@ -352,6 +439,15 @@ void transpose_eight(const B* from, int64_t from_stride, float* to, int64_t to_s
 template <typename B>
 void pack(const B* from, const Weights& b, int64_t width, int64_t rank, float* to) {
     int64_t r = 0;
+    if (b.row_stride == 1) {
+        for (; r < rank; r++) {
+            const B* row = from + r * b.column_stride;
+            int64_t w = 0;
+            for (; w + LANES <= width; w += LANES) store(load<LANES>(row + w), to + r * WIDTH + w);
+            for (; w < width; w++) to[r * WIDTH + w] = to_float(row[w]);
+        }
+        return;
+    }
     if (b.column_stride == 1)
         for (; r + 8 <= rank; r += 8) {
             int64_t w = 0;
@@ -376,22 +472,23 @@ void expand_part(const Batch& batch, const Slice& slice, const Groups& groups, c
             const B* first = static_cast<const B*>(b.data) + rows.slot * b.slot_stride + from * b.row_stride;
             auto run = [&](auto weights, int64_t stride) {
                 for (int64_t row = rows.first; row < rows.last;) {
-                    const float* h[4];
-                    Out* outputs[4];
-                    int64_t taken = smaller(rows.last - row, 4);
+                    const float* h[SHARING];
+                    Out* outputs[SHARING];
+                    int64_t taken = smaller(rows.last - row, SHARING);
                     for (int64_t m = 0; m < taken; m++) {
                         h[m] = hidden + (row + m) * slice.rank;
                         outputs[m] = static_cast<Out*>(slice.output) +
                                      groups.order[row + m] * slice.output_stride + from;
                     }
-                    if (taken == 4) expand_rows<4>(h, weights, stride, slice.rank, outputs, to - from, batch.add);
-                    if (taken == 3) expand_rows<3>(h, weights, stride, slice.rank, outputs, to - from, batch.add);
-                    if (taken == 2) expand_rows<2>(h, weights, stride, slice.rank, outputs, to - from, batch.add);
-                    if (taken == 1) expand_rows<1>(h, weights, stride, slice.rank, outputs, to - from, batch.add);
+                    with_count<SHARING>(taken, [&](auto count) {
+                        constexpr int M = decltype(count)::value;
+                        expand_rows<M>(h, weights, stride, slice.rank, outputs, to - from, batch.add);
+                    });
                     row += taken;
                 }
             };
-            bool converts = sizeof(B) < 4 && rows.last - rows.first > 8;
+            // Where vectors are short, many rows are better served by weights that were converted once.
+            bool converts = LANES < 16 && sizeof(B) < 4 && rows.last - rows.first > 8;
             if (b.row_stride == 1 && !converts) {
                 run(first, b.column_stride);
             } else {
@@ -410,6 +507,7 @@ struct Work {
     std::vector<float> hidden, scratch;
     std::vector<int64_t> hidden_at;
     int64_t scratch_size = 0;
+    int threads;
 
     Work(const Batch& batch, const Slice* slices) : batch(batch), slices(slices), groups(batch) {
         int64_t size = 0;
@@ -421,14 +519,31 @@ struct Work {
                 scratch_size = larger(scratch_size, 8 * batch.features);
         }
         hidden.resize(size);
-        scratch.resize(scratch_size * batch.threads);
+        threads = worthwhile_threads();
+        scratch.resize(scratch_size * threads);
+    }
+
+    // One for each 12 us of work, four times what it takes to wake a thread and wait for it; estimated as 40
+    // multiplications and 20 bytes of weights a nanosecond (one core of an AMD EPYC with AVX-512).
+    int worthwhile_threads() const {
+        int64_t multiplied = 0, read = 0;
+        for (int64_t s = 0; s < batch.slices; s++) {
+            const Slice& slice = slices[s];
+            int64_t in_a = slice.a.data ? slice.rank * batch.features : 0;
+            int64_t in_b = slice.b.data ? slice.rank * slice.width : 0;
+            multiplied += in_a + in_b;
+            read += in_a * (slice.a.dtype ? 2 : 4) + in_b * (slice.b.dtype ? 2 : 4);
+        }
+        int64_t nanoseconds =
+            int64_t(groups.order.size()) * multiplied / 40 + int64_t(groups.whole.size()) * read / 20;
+        return int(smaller(batch.most_threads, 1 + nanoseconds / 12000));
     }
 
     // To be called by all threads of a parallel region.
     void shrink() {
         int64_t parts = groups.parts.size();
         // Where there are fewer parts than could keep all threads busy, the ranks are divided, too.
-        int64_t ranks = parts * batch.slices >= 4 * batch.threads ? 1 << 30 : 8;
+        int64_t ranks = parts * batch.slices >= 4 * threads ? 1 << 30 : 8;
         for (int64_t s = 0; s < batch.slices; s++) {
             int64_t step = larger(1, smaller(ranks, slices[s].rank)), steps = (slices[s].rank + step - 1) / step;
 #pragma omp for schedule(dynamic) nowait
@@ -459,7 +574,7 @@ struct Work {
 // Every slice's shrink and expand: output[t] += B (scaling A inputs[t]).
 void add_slices(const Batch& batch, const Slice* slices) {
     Work work(batch, slices);
-#pragma omp parallel num_threads(batch.threads) if (batch.threads > 1)
+#pragma omp parallel num_threads(work.threads) if (work.threads > 1)
     {
         work.shrink();
         work.expand();
@@ -469,7 +584,7 @@ void add_slices(const Batch& batch, const Slice* slices) {
 // output[t, :R] = scaling A inputs[t], and 0 for rows without an adapter.
 void shrink_slice(const Batch& batch, const Slice* slice) {
     Work work(batch, slice);
-#pragma omp parallel num_threads(batch.threads) if (batch.threads > 1)
+#pragma omp parallel num_threads(work.threads) if (work.threads > 1)
     work.shrink();
     with_dtype(slice->output_dtype, [&](auto out) {
         using Out = decltype(out);
@@ -493,7 +608,7 @@ void expand_slice(const Batch& batch, const Slice* slice) {
             for (int64_t r = 0; r < slice->rank; r++) work.hidden[row * slice->rank + r] = to_float(from[r]);
         }
     });
-#pragma omp parallel num_threads(batch.threads) if (batch.threads > 1)
+#pragma omp parallel num_threads(work.threads) if (work.threads > 1)
     work.expand();
 }
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from xpu_lora_compile.kernels import entry
+from xpu_lora_compile.kernels.native import TRY_EXPAND, TRY_SHRINK
 from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.checks import without_slice_dim
@@ -52,11 +54,11 @@ def bgmv_shrink(
         [[6.0], [0.0]]
     """
     operands = (output_tensor, inputs, lora_a_weights, lora_indices_tensor)
-    if runs_plainly(*operands):
+    if is_compiling() or not runs_plainly(*operands):
+        BGMV_SHRINK(*operands, scaling)
+    elif not (entry.takes_native(output_tensor) and TRY_SHRINK(*operands, scaling)):
         _shrink_eagerly(*operands, scaling)
         note_write(output_tensor)
-    else:
-        BGMV_SHRINK(*operands, scaling)
 
 
 def bgmv_expand(
@@ -95,11 +97,11 @@ def bgmv_expand(
         [[5.0, 5.0, 5.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
     """
     operands = (output_tensor, inputs, lora_b_weights, lora_indices_tensor)
-    if runs_plainly(*operands):
+    if is_compiling() or not runs_plainly(*operands):
+        BGMV_EXPAND(*operands, add_inputs)
+    elif not (entry.takes_native(output_tensor) and _expand_natively(*operands, add_inputs)):
         _expand_eagerly(*operands, add_inputs)
         note_write(output_tensor)
-    else:
-        BGMV_EXPAND(*operands, add_inputs)
 
 
 def bgmv_expand_slice(
@@ -144,11 +146,11 @@ def bgmv_expand_slice(
         [[0.0, 1.0, 1.0, 0.0]]
     """
     operands = (output_tensor, inputs, lora_b_weights, lora_indices_tensor)
-    if runs_plainly(*operands):
+    if is_compiling() or not runs_plainly(*operands):
+        BGMV_EXPAND_SLICE(*operands, slice_offset, slice_size, add_inputs)
+    elif not (entry.takes_native(output_tensor) and _expand_slice_natively(*operands, slice_offset, slice_size, add_inputs)):
         _expand_slice_eagerly(*operands, slice_offset, slice_size, add_inputs)
         note_write(output_tensor)
-    else:
-        BGMV_EXPAND_SLICE(*operands, slice_offset, slice_size, add_inputs)
 
 
 def _shrink_eagerly(
@@ -181,6 +183,22 @@ def _expand_slice_eagerly(
     checks.check_expand_slice(output_tensor, inputs, lora_b_weights, lora_indices_tensor, slice_offset, slice_size)
     columns, weights = output_tensor.narrow(1, slice_offset, slice_size), without_slice_dim(lora_b_weights)
     entry.expand(columns, inputs, weights, Routing(lora_indices_tensor, len(weights)), add_inputs)
+
+
+def _expand_natively(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, add: bool) -> bool:
+    if output.dim() != 2 or weights.dim() < 3:
+        return False
+    done: bool = TRY_EXPAND(output, inputs, weights, indices, 0, min(weights.shape[-2], output.shape[1]), add)
+    return done
+
+
+def _expand_slice_natively(
+    output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, offset: int, size: int, add: bool
+) -> bool:
+    if weights.dim() < 3 or weights.shape[-2] != size:
+        return False
+    done: bool = TRY_EXPAND(output, inputs, weights, indices, offset, size, add)
+    return done
 
 
 # These ops return nothing, so that all a fake has to do is to check.

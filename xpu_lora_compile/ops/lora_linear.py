@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from xpu_lora_compile.errors import ShapeError
 from xpu_lora_compile.kernels import entry
+from xpu_lora_compile.kernels.native import TRY_ADD_LORA
 from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.checks import without_slice_dim
@@ -67,10 +69,15 @@ def lora_linear(
     """
     if isinstance(lora_a, Tensor) or isinstance(lora_b, Tensor):
         raise ShapeError("lora_linear", "lists of A and B, one of each a slice", "a tensor", "Pass `[a]` and `[b]`.")
-    arguments = (base, inputs, list(lora_a), list(lora_b), lora_indices_tensor, list(slice_offsets), scaling)
-    if runs_plainly(base, inputs, *lora_a, *lora_b, lora_indices_tensor):
-        return _lora_linear_eagerly(*arguments)
-    result: Tensor = LORA_LINEAR(*arguments)
+    operands = (inputs, list(lora_a), list(lora_b), lora_indices_tensor)
+    offsets = list(slice_offsets)
+    if not is_compiling() and runs_plainly(base, inputs, *lora_a, *lora_b, lora_indices_tensor):
+        if entry.takes_native(base):
+            added = base.clone(memory_format=torch.contiguous_format)
+            if TRY_ADD_LORA([added], *operands, [0] * len(offsets), offsets, scaling):
+                return added
+        return _lora_linear_eagerly(base, *operands, offsets, scaling)
+    result: Tensor = LORA_LINEAR(base, *operands, offsets, scaling)
     return result
 
 
@@ -81,9 +88,11 @@ def add_lora_eagerly(
 
     For layers, which know that their operands fit: one call, and a quarter of the time that two public ops take.
     """
-    if not runs_plainly(output, inputs, lora_a, lora_b, indices):
+    if is_compiling() or not runs_plainly(output, inputs, lora_a, lora_b, indices):
         return False
     b = lora_b if lora_b.shape[1] == columns else lora_b[:, :columns]
+    if entry.takes_native(output) and TRY_ADD_LORA([output], inputs, [lora_a], [b], indices, [0], [0], 1.0):
+        return True
     entry.add_lora([output], inputs, [lora_a], [b], Routing(indices, lora_a.shape[0]), [0], [0], 1.0)
     return True
 
