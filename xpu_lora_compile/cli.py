@@ -125,7 +125,7 @@ def bench_ops(
         points = ops.suite(suite, dtypes, rows)
         with show.progress(len(points)) as advance:
             run = ops.run(points, device, seconds, advance)
-        title = f"{run.machine}; bandwidth {run.bandwidth_gb_s:.1f} GB/s"
+        title = f"a step of {ops.LAYERS} layers, by layer; {run.machine}"
         places = {
             f"{one.point}; floor {one.floor:.0f} us, {one.peak_memory >> 10} KiB": one.timings for one in run.results
         }

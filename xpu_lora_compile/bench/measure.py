@@ -61,13 +61,6 @@ def measure(
     return {name: _timing(runs) for name, runs in taken.items()}
 
 
-def bandwidth(device: str) -> float:
-    """Bytes a second of reading 256 MiB, the best of five: what memory gives at most to kernels that mostly read."""
-    source = torch.ones(1 << 26, device=device)
-    best = min(_timed(lambda _: source.sum(), 0, device) for _ in range(5))
-    return source.nbytes / best
-
-
 def geometric_mean(values: Iterable[float]) -> float:
     """Of ratios."""
     return math.exp(statistics.fmean(map(math.log, values)))

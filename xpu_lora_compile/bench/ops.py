@@ -16,7 +16,7 @@ from torch import Tensor
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.bench import forms
-from xpu_lora_compile.bench.measure import BEYOND_CACHES, Timing, bandwidth, geometric_mean, machine, measure
+from xpu_lora_compile.bench.measure import BEYOND_CACHES, Timing, geometric_mean, machine, measure
 from xpu_lora_compile.errors import BenchError
 from xpu_lora_compile.kernels import native
 from xpu_lora_compile.kernels.choose import KERNELS, TABLE, force_kernel
@@ -53,7 +53,9 @@ class Result:
 
     point: Point
     timings: dict[str, Timing]
-    # Microseconds that memory takes to hand over what the call must read and write.
+    # Bytes a second at which memory was read, between the runs of the others.
+    bandwidth: float
+    # Microseconds that memory takes at this rate to hand over what the call must read and write.
     floor: float
     # Of one call of ours, besides its operands: bytes.
     peak_memory: int
@@ -77,8 +79,6 @@ class OpsRun:
     """All that one run measured, and where."""
 
     machine: str
-    # By which the floors are computed.
-    bandwidth_gb_s: float
     summary: dict[str, float]
     results: list[Result]
 
@@ -95,14 +95,13 @@ def run(points: Sequence[Point], device: str, seconds: float, on_done: Callable[
     Raises:
         BenchError: a contender computes something else than the reference, and was not timed.
     """
-    speed = bandwidth(device)
     results = []
     for point in points:
         with torch.no_grad():
-            results.append(_measure(point, device, speed, seconds))
+            results.append(_measure(point, device, seconds))
         torch.compiler.reset()
         on_done(str(point))
-    return OpsRun(machine(device), speed / 1e9, summary(results), results)
+    return OpsRun(machine(device), summary(results), results)
 
 
 def summary(results: Sequence[Result]) -> dict[str, float]:
@@ -193,7 +192,7 @@ class _Operands:
         return weights + self.inputs[0].nbytes + 2 * self.outputs[0].nbytes
 
 
-def _measure(point: Point, device: str, speed: float, seconds: float) -> Result:
+def _measure(point: Point, device: str, seconds: float) -> Result:
     operands = _Operands(point, device)
     b = [[one.transpose(1, 2) for one in each] for each in operands.b_by_rank]
     by_row = [[one.contiguous() for one in each] for each in b]
@@ -219,11 +218,12 @@ def _measure(point: Point, device: str, speed: float, seconds: float) -> Result:
         indices = torch.where(operands.indices < 0, point.slots, operands.indices)
         contenders["IPEX"] = _call(_step(forms.ipex), operands, with_zeros[0], with_zeros[1], indices)
     _check(point, operands, b, contenders)
-    timings = {
-        name: Timing(step.median / LAYERS, step.spread, step.runs)
-        for name, step in measure(contenders, device, seconds).items()
-    }
-    return Result(point, timings, operands.bytes_moved() / speed * 1e6, _peak_memory(operands, b))
+    # On a machine that others share, a bandwidth from before or after would be of another machine.
+    memory = torch.ones(BEYOND_CACHES // 4, device=device)
+    steps = measure(contenders | {"memory": lambda _: memory.sum()}, device, seconds)
+    speed = memory.nbytes / (steps.pop("memory").median / 1e6)
+    timings = {name: Timing(step.median / LAYERS, step.spread, step.runs) for name, step in steps.items()}
+    return Result(point, timings, speed, operands.bytes_moved() / speed * 1e6, _peak_memory(operands, b))
 
 
 def _ours(

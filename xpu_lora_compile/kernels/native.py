@@ -51,14 +51,14 @@ def problem() -> str:
 
 
 def scratch_bytes(rows: int, ranks: int, widest: int) -> int:
-    """What a call holds besides its operands: the rank vectors, and for each thread 128 columns of one slot's B.
+    """What a call holds besides its operands: the rank vectors, and for each thread 512 columns of one slot's B.
 
     Args:
         rows: T.
         ranks: R of all slices together.
         widest: the highest R.
     """
-    return 4 * (rows * ranks + torch.get_num_threads() * 128 * widest)
+    return 4 * (rows * ranks + torch.get_num_threads() * 512 * widest)
 
 
 @cache

@@ -202,9 +202,11 @@ struct Batch {
     double scaling;
 };
 
-// Columns of the output that one task works on, and rows of a slot that it takes through A together.
-constexpr int64_t WIDTH = 128;
+// Columns of the output that one task works on at most, and rows of a slot that it takes through A together.
+constexpr int64_t WIDTH = 512;
 constexpr int64_t ROWS = 24;
+// Rows that share what is read of A or B: as many as there are registers for.
+constexpr int64_t SHARING = LANES == 16 ? 6 : 3;
 
 struct Rows {
     int64_t slot, first, last;
@@ -309,15 +311,15 @@ template <int N, typename X, typename A>
 void shrink_rows(const Batch& batch, const int64_t* order, int64_t rows, const A* a, int64_t a_stride, int64_t rank,
                  float* hidden) {
     for (int64_t done = 0; done < rows;) {
-        const X* x[3];
-        float* results[3];
-        int64_t left = rows - done, taken = left >= 3 ? 3 : left;
+        const X* x[SHARING];
+        float* results[SHARING];
+        int64_t taken = smaller(rows - done, SHARING);
         for (int64_t m = 0; m < taken; m++) {
             x[m] = static_cast<const X*>(batch.inputs) + order[done + m] * batch.inputs_stride;
             results[m] = hidden + (done + m) * rank;
         }
         float scaling = float(batch.scaling);
-        with_count<3>(taken, [&](auto count) {
+        with_count<SHARING>(taken, [&](auto count) {
             dots<decltype(count)::value, N>(x, a, a_stride, batch.features, scaling, results);
         });
         done += taken;
@@ -364,12 +366,14 @@ void shrink_part(const Batch& batch, const Slice& slice, const Groups& groups, c
 
 // B is read in short pieces, one of each rank, which the hardware does not see coming: asked for so many bytes ahead.
 constexpr int64_t AHEAD = 512;
-// Rows that share what is read of B: as many as there are registers for.
-constexpr int SHARING = LANES == 16 ? 6 : 4;
 
 // output[m][w] (+)= sum over r of hidden[m][r] * b[r][w], for M rows and N vectors of columns
 template <int M, int N, typename B, typename Out>
 void outer(const float* const* hidden, const B* b, int64_t b_stride, int64_t rank, Out* const* output, bool add) {
+    // The rows of the output, too, lie apart.
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N * LANES * int(sizeof(Out)); n += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(output[m]) + n);
     Floats sums[M][N] = {};
     for (int64_t r = 0; r < rank; r++) {
         const B* from = b + r * b_stride;
@@ -557,13 +561,19 @@ struct Work {
     }
 
     void expand() {
+        int64_t slots = groups.whole.size();
         for (int64_t s = 0; s < batch.slices; s++) {
-            int64_t blocks = (slices[s].width + WIDTH - 1) / WIDTH;
+            int64_t width = slices[s].width;
+            // Where there are few slots, narrower blocks, so that all threads get some: of whole lines of memory.
+            int64_t least = slots ? (4 * threads + slots - 1) / slots : 1;
+            int64_t step = (width / larger(least, 1 + width / WIDTH) + 63) / 64 * 64;
+            step = smaller(WIDTH, larger(64, step));
+            int64_t blocks = (width + step - 1) / step;
 #pragma omp for schedule(dynamic) nowait
-            for (int64_t task = 0; task < int64_t(groups.whole.size()) * blocks; task++) {
-                int64_t from = task % blocks * WIDTH;
+            for (int64_t task = 0; task < slots * blocks; task++) {
+                int64_t from = task % blocks * step;
                 expand_part(batch, slices[s], groups, groups.whole[task / blocks], from,
-                            smaller(from + WIDTH, slices[s].width), hidden.data() + hidden_at[s], my_scratch());
+                            smaller(from + step, width), hidden.data() + hidden_at[s], my_scratch());
             }
         }
     }
