@@ -113,11 +113,11 @@ def bench_ops(
     plot: Annotated[Path | None, typer.Option(help="Draw time against T as a PNG here.")] = None,
 ) -> None:
     """Shrink and expand alone: ours, vLLM's and PEFT's ways, plain forms through Inductor, and a floor."""
-    from xpu_lora_compile.bench import ops, show
+    from xpu_lora_compile.bench import measure, ops, show
 
     dtypes, rows = dtype or ["float32", "bfloat16"], rows or [1, 8, 32, 256]
-    with _reported():
-        show.check(device, threads, dtypes, rows, json, plot)
+    with _reported(), measure.pinned(threads):
+        show.check(device, dtypes, rows, json, plot)
         if tune:
             with show.progress() as advance:
                 ops.tune(device, advance)
@@ -148,11 +148,11 @@ def bench_layer(
     json: Json = None,
 ) -> None:
     """One linear layer with its base product: ours, PEFT's layer, and the gather form written into the module."""
-    from xpu_lora_compile.bench import layer, show
+    from xpu_lora_compile.bench import layer, measure, show
 
     rows = rows or [1, 8, 32, 256]
-    with _reported():
-        show.check("cpu", threads, [dtype], [*rows, features, width, rank, slots], json)
+    with _reported(), measure.pinned(threads):
+        show.check("cpu", [dtype], [*rows, features, width, rank, slots], json)
         with show.progress(len(rows)) as advance:
             run = layer.run(dtype, rows, features, width, rank, slots, seconds, advance)
         places = {f"T{one.rows}": one.timings for one in run.results}
@@ -173,14 +173,14 @@ def bench_model(
     json: Json = None,
 ) -> None:
     """A model of SmolLM2-135M's shape, decoding with mixed adapters: beside itself without LoRA, and PEFT."""
-    from xpu_lora_compile.bench import model, show
+    from xpu_lora_compile.bench import measure, model, show
 
-    with _reported():
-        show.check("cpu", threads, [dtype], [batch, new_tokens, rank, slots, layers], json)
+    with _reported(), measure.pinned(threads):
+        show.check("cpu", [dtype], [batch, new_tokens, rank, slots, layers], json)
         with show.progress() as advance:
             run = model.run(dtype, batch, new_tokens, rank, slots, layers, runs, advance)
         _print(
-            show.timings_table(run.machine, "model", model.BASE, {run.what: run.timings}, unit="s"),
+            show.timings_table(f"a decoding step; {run.machine}", "model", model.BASE, {run.what: run.timings}),
             show.summary_table(run.summary),
         )
         show.save(run, json)

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from torch._inductor import config
+from torch._inductor import config, utils
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
+
+# A context manager: what is compiled in it finds empty caches on disk, and leaves nothing there.
+fresh_cache: Any = utils.fresh_cache
 
 GraphPass: TypeAlias = Callable[[Graph], None]
 
@@ -62,4 +65,4 @@ class InTurn(CustomGraphPass):
         return None if None in uuids else tuple(uuids)
 
 
-__all__ = ["CustomGraphPass", "InTurn", "compile_fx", "config_of", "in_slot", "mode_names", "option_names"]
+__all__ = ["CustomGraphPass", "InTurn", "compile_fx", "config_of", "fresh_cache", "in_slot", "mode_names", "option_names"]

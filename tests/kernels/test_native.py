@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.kernels import entry, native
@@ -61,6 +63,40 @@ def test_without_a_compiler_plain_pytorch_runs_and_says_so(tmp_path: Path, compi
     assert said.startswith(reason)
     assert errors.count("the fast CPU kernel is not used") == 1
     assert "Plain PyTorch runs instead." in errors
+
+
+SAME_BITS = """
+import torch
+from xpu_lora_compile.kernels import native
+from xpu_lora_compile.ops.reference import lora_linear
+assert not native.problem(), native.problem()
+torch.manual_seed(0)
+for dtype, allowed in ((torch.float32, 1e-4), (torch.bfloat16, 0.2), (torch.float16, 0.02)):
+    a, b = torch.randn(3, 17, 129).to(dtype), torch.randn(3, 131, 17).to(dtype)
+    inputs, base = torch.randn(41, 129).to(dtype), torch.randn(41, 131).to(dtype)
+    indices = torch.arange(41) % 4
+    for weights in (b, b.transpose(1, 2).contiguous().transpose(1, 2)):
+        def run(rows):
+            output = base[rows].clone()
+            assert native.TRY_ADD_LORA([output], inputs[rows], [a], [weights], indices[rows], [0], [0], 1.0)
+            return output
+        together = run(slice(None))
+        exact = lora_linear(base.double(), inputs.double(), [a.double()], [weights.double()], indices, [0])
+        assert (together - exact).abs().max() < allowed * exact.abs().max() / 10, dtype
+        for rows in (slice(0, 1), slice(3, 5), slice(2, 9), slice(0, 41, 3)):
+            assert torch.equal(run(rows), together[rows]), (dtype, rows)
+print("same")
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are for x86")
+@pytest.mark.parametrize("without", ["avx512f", "avx512bf16", "avx"])
+def test_other_processors_get_right_results_too_and_the_same_bits_in_every_batch(tmp_path: Path, without: str) -> None:
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CXX": f"g++ -mno-{without}"}
+    ran = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", SAME_BITS], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.stdout == "same\n", ran.stderr
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
@@ -118,3 +154,48 @@ def test_inference_tensors_are_written_to() -> None:
         output = torch.zeros(1, 2)
         xlc.bgmv_expand(output, torch.ones(1, 1), torch.ones(1, 2, 1), torch.tensor([0]))
         assert output.tolist() == [[1.0, 1.0]]
+
+
+ROWS, INDICES = torch.zeros(2, 4), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (ROWS, torch.zeros(2, 3), torch.zeros(2, 4, 5), INDICES),
+        (ROWS, torch.zeros(3, 3), torch.zeros(2, 4, 3), INDICES),
+        (ROWS, torch.zeros(2, 3), torch.zeros(2, 5, 3), INDICES),
+        (ROWS, torch.zeros(2, 3), torch.zeros(0, 4, 3), INDICES),
+        (ROWS, torch.zeros(2, 3), torch.zeros(2, 2, 4, 3), INDICES),
+        (ROWS, torch.zeros(2, 3), torch.zeros(4, 3), INDICES),
+        (ROWS, torch.zeros(2, 3), torch.zeros(2, 4, 3), INDICES.float()),
+        (ROWS, torch.zeros(2, 3), torch.zeros(2, 4, 3), INDICES[None]),
+        (ROWS.double(), torch.zeros(2, 3), torch.zeros(2, 4, 3), INDICES),
+        (torch.zeros(1, 4).expand(2, 4), torch.zeros(2, 3), torch.zeros(2, 4, 3), INDICES),
+        (ROWS, torch.zeros(2, 3).to_sparse(), torch.zeros(2, 4, 3), INDICES),
+        (ROWS, torch.zeros(2, 3, device="meta"), torch.zeros(2, 4, 3), INDICES),
+    ],
+    ids=[
+        "rank", "rows", "too-wide", "no-slots", "second-place", "two-dimensions", "float-indices", "indices-2d",
+        "float64", "expanded-output", "sparse", "elsewhere",
+    ],
+)  # fmt: skip
+def test_what_the_contract_does_not_allow_is_refused_before_memory_is_touched(arguments: tuple[Tensor, ...]) -> None:
+    """Eager calls have no other check; the error comes from the slow path, with words."""
+    output, inputs, weights, indices = arguments
+    before = output.clone()
+    assert not native.TRY_EXPAND(output, inputs, weights, indices, 0, 4, True)
+    assert not native.TRY_SHRINK(output, inputs, weights, indices, 1.0)
+    assert not native.TRY_ADD_LORA([output], inputs, [weights], [weights], indices, [0], [0], 1.0)
+    assert torch.equal(output, before)
+
+
+@pytest.mark.parametrize(("offset", "columns"), [(-1, 2), (3, 2), (0, -1), (0, 5)])
+def test_columns_outside_the_output_are_refused(offset: int, columns: int) -> None:
+    assert not native.TRY_EXPAND(ROWS.clone(), torch.zeros(2, 3), torch.zeros(2, 4, 3), INDICES, offset, columns, True)
+
+
+@pytest.mark.parametrize(("outputs", "offsets"), [([0, 0], [0, 1]), ([0, 1], [0, 0]), ([0, -1], [0, 0]), ([0], [0])])
+def test_slices_that_share_columns_or_have_no_output_are_refused(outputs: list[int], offsets: list[int]) -> None:
+    a, b = torch.zeros(2, 1, 3), torch.zeros(2, 2, 1)
+    assert not native.TRY_ADD_LORA([ROWS.clone()], torch.zeros(2, 3), [a, a], [b, b], INDICES, outputs, offsets, 1.0)

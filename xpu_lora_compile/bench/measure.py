@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,26 +32,35 @@ class Timing:
 
 
 def measure(
-    contenders: Mapping[str, Callable[[int], object]], device: str, seconds: float = 0.5, least: int = 3
+    contenders: Mapping[str, Callable[[int], object]],
+    device: str,
+    seconds: float = 0.5,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time functions that take the number of the call, for rotating what they work on: no call gets what the one
     before it has left in the caches.
 
-    Every contender runs twice before it counts, and then in each round once, until each has had its share of time, at
-    most 200 runs.
+    Every contender runs twice before it counts, and then in each round once, until each has had its share of time: 3 to
+    200 runs.
 
     Args:
         contenders: by name.
         device: that they run on; its queue is empty before a clock is read.
         seconds: the share of each.
-        least: runs of each, however long they take; two or more.
+        before: called in front of each run, and not timed.
     """
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     calls = itertools.count()
-    for name, function in contenders.items():
+
+    def run(name: str) -> float:
+        if before is not None:
+            before()
+        return _timed(contenders[name], next(calls), device)
+
+    for name in contenders:
         for _ in range(2):
-            taken[name] = [_timed(function, next(calls), device)]
-    limits = {name: min(200, max(least, int(seconds / warm[0]))) for name, warm in taken.items()}
+            taken[name] = [run(name)]
+    limits = {name: min(200, max(3, int(seconds / warm[0]))) for name, warm in taken.items()}
     for runs in taken.values():
         runs.clear()
     order = random.Random(0)  # noqa: S311
@@ -57,8 +68,32 @@ def measure(
         # Never the same neighbours: what one leaves in the caches, or has its threads do, must not always be another's.
         for name in order.sample(list(contenders), len(contenders)):
             if number < limits[name]:
-                taken[name].append(_timed(contenders[name], next(calls), device))
-    return {name: _timing(runs) for name, runs in taken.items()}
+                taken[name].append(run(name))
+    return {name: timing_of(runs) for name, runs in taken.items()}
+
+
+@contextmanager
+def pinned(threads: int) -> Iterator[None]:
+    """Have PyTorch use so many threads, on as many of the CPUs that this process may use, until the block ends."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    # Linux alone has it. A thread inherits the CPUs of the one that starts it.
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    try:
+        if cpus:
+            os.sched_setaffinity(0, sorted(cpus)[:threads])
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if cpus:
+            os.sched_setaffinity(0, cpus)
+
+
+def timing_of(runs: list[float]) -> Timing:
+    """Of two or more runs, in seconds."""
+    median = statistics.median(runs)
+    first, _, third = statistics.quantiles(runs, n=4)
+    return Timing(median * 1e6, (third - first) / 2 / median, len(runs))
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -94,9 +129,3 @@ def _timed(function: Callable[[int], object], number: int, device: str) -> float
 def _finish(device: str) -> None:
     if device != "cpu":
         torch.get_device_module(device).synchronize()
-
-
-def _timing(runs: list[float]) -> Timing:
-    median = statistics.median(runs)
-    first, _, third = statistics.quantiles(runs, n=4)
-    return Timing(median * 1e6, (third - first) / 2 / median, len(runs))

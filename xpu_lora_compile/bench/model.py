@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import itertools
+import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from torch import Tensor
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.bench.layer import peft_adapters
-from xpu_lora_compile.bench.measure import Timing, machine, measure
+from xpu_lora_compile.bench.measure import Timing, machine, timing_of
 from xpu_lora_compile.errors import BenchError
+from xpu_lora_compile.inductor_internals import fresh_cache
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -42,11 +44,31 @@ class ModelRun:
 
     machine: str
     what: str
-    # Of generating all tokens, prompt included.
+    # Of one decoding step, a token for each row.
     timings: dict[str, Timing]
+    # Of generating all tokens, prompt included, which nobody compiles.
+    whole: dict[str, Timing]
     # Of the first call, from empty caches, less a later one.
     compile_seconds: dict[str, float]
     summary: dict[str, float]
+
+
+class _Clock:
+    """What `generate` streams its tokens to: it notes when each arrived."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _tokens: Tensor) -> None:
+        """The prompt, and then a token for each row."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """All is generated."""
+
+    def steps(self) -> list[float]:
+        """Seconds between tokens, without the first, for which the prompt was read."""
+        return [later - earlier for earlier, later in itertools.pairwise(self.times[1:])]
 
 
 def run(
@@ -75,8 +97,6 @@ def run(
         BenchError: our logits are not PEFT's, or transformers or PEFT is missing.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # Read by Inductor when it is first used: cold compilations are measured.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
         return _run(Path(folder), dtype, batch, new_tokens, rank, slots, layers, runs, on_done)
 
 
@@ -115,41 +135,56 @@ def _run(
     static = {"cache_implementation": "static", "compile_config": config}
     by_name = {"adapter_names": [name or "__base__" for name in chosen]}
 
-    def base(_: int) -> object:
-        return model.generate(prompt, **length, **static)
+    def base(clock: _Clock) -> object:
+        return model.generate(prompt, **length, **static, streamer=clock)
 
-    def mixed(_: int) -> object:
+    def mixed(clock: _Clock) -> object:
         with bank.use(chosen):
-            return model.generate(prompt, **length, **static)
+            return model.generate(prompt, **length, **static, streamer=clock)
 
-    def theirs(_: int) -> object:
-        return peft.generate(input_ids=prompt, **length, **by_name)
+    def theirs(clock: _Clock) -> object:
+        return peft.generate(input_ids=prompt, **length, **by_name, streamer=clock)
 
     error = _compare(model, peft, bank, chosen, prompt, by_name, dtype)
     # What a first compilation sets up for all is nobody's own.
     torch.compile(torch.nn.Linear(8, 8))(torch.ones(2, 8)).sum()
-    compile_seconds = {}
-    for name, first in ((BASE, base), (MIXED, mixed)):
-        start = time.perf_counter()
-        first(0)
-        compile_seconds[name] = time.perf_counter() - start
-        on_done(f"compiled: {name}")
-    torch.compiler.set_stance("fail_on_recompile")
     contenders = {BASE: base, MIXED: mixed, PEFT: theirs}
-    timings = measure(contenders, "cpu", seconds=0, least=runs)
+    firsts = {}
+    for name in (BASE, MIXED):
+        start = time.perf_counter()
+        # Neither gets what the other has compiled: most of their code is the same.
+        with fresh_cache():
+            contenders[name](_Clock())
+        firsts[name] = time.perf_counter() - start
+        on_done(f"compiled: {name}")
+    steps: dict[str, list[float]] = {name: [] for name in contenders}
+    whole: dict[str, list[float]] = {name: [] for name in contenders}
+    torch.compiler.set_stance("fail_on_recompile")
+    order = random.Random(0)  # noqa: S311
+    for number in range(runs):
+        for name in order.sample(list(contenders), len(contenders)):
+            clock, start = _Clock(), time.perf_counter()
+            contenders[name](clock)
+            whole[name].append(time.perf_counter() - start)
+            steps[name] += clock.steps()
+        on_done(f"run {number + 1} of {runs}")
     torch.compiler.set_stance("default")
-    compile_seconds = {name: seconds - timings[name].median / 1e6 for name, seconds in compile_seconds.items()}
-    times = {name: timing.median for name, timing in timings.items()}
+    step, all_of_it = (
+        {name: timing_of(each) for name, each in seconds.items()} for seconds in (steps, whole)
+    )
+    compile_seconds = {name: first - all_of_it[name].median / 1e6 for name, first in firsts.items()}
     summary = {
-        "tokens/s of the base model": batch * new_tokens / times[BASE] * 1e6,
-        "mixed adapters' tokens/s / base model's": times[BASE] / times[MIXED],
-        "mixed adapters' tokens/s / PEFT's": times[PEFT] / times[MIXED],
+        "decoding: tokens/s of the base model": batch / step[BASE].median * 1e6,
+        "decoding: mixed adapters' tokens/s / base model's": step[BASE].median / step[MIXED].median,
+        "decoding: mixed adapters' tokens/s / PEFT's": step[PEFT].median / step[MIXED].median,
+        "with the prompt: mixed adapters' tokens/s / base model's": all_of_it[BASE].median / all_of_it[MIXED].median,
+        "with the prompt: mixed adapters' tokens/s / PEFT's": all_of_it[PEFT].median / all_of_it[MIXED].median,
         "cold compilation, seconds, base model": compile_seconds[BASE],
         "cold compilation, mixed adapters / base model": compile_seconds[MIXED] / compile_seconds[BASE],
         "logits: greatest difference from PEFT's / greatest logit": error,
     }
     what = f"{dtype}, {layers} layers, batch {batch}, {new_tokens} tokens, R{rank} K{slots}"
-    return ModelRun(machine("cpu"), what, timings, compile_seconds, summary)
+    return ModelRun(machine("cpu"), what, step, all_of_it, compile_seconds, summary)
 
 
 def _compare(

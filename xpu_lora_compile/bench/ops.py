@@ -23,8 +23,8 @@ from xpu_lora_compile.kernels.choose import KERNELS, TABLE, force_kernel
 from xpu_lora_compile.ops.internal import ADD_LORA
 from xpu_lora_compile.ops.reference import lora_linear as reference
 
-# Layers in a step, each with an input, an output and weights of its own, as in a model: a step is what is timed, so that
-# no call pays alone for entering a graph, or for a Python that others have pushed out of the caches.
+# Layers in a step, each on what the one before has put out, as in a model, so that no compiler merges them: a step is what
+# is timed, so that no call pays alone for entering a graph, or for a Python that others have pushed out of the caches.
 LAYERS = 8
 OURS = ("ours, compiled", "ours, eager")
 # What plain PyTorch can do: each compiled by Inductor or not, whichever is its better way.
@@ -101,7 +101,7 @@ def run(points: Sequence[Point], device: str, seconds: float, on_done: Callable[
             results.append(_measure(point, device, seconds))
         torch.compiler.reset()
         on_done(str(point))
-    return OpsRun(machine(device), summary(results), results)
+    return OpsRun(machine(device), summary(results) | overheads(device), results)
 
 
 def summary(results: Sequence[Result]) -> dict[str, float]:
@@ -119,6 +119,30 @@ def summary(results: Sequence[Result]) -> dict[str, float]:
         ratios.setdefault("ours / floor", []).append(ours / result.floor)
     found = {name: geometric_mean(each) for name, each in ratios.items()}
     return found | {"best plain form / ours, at the worst point": min(ratios["best plain form / ours"])}
+
+
+def overheads(device: str) -> dict[str, float]:
+    """Microseconds of an eager call whose products take no time, beside an `add_` of PyTorch's."""
+    hidden, inputs, output = (torch.ones(1, columns, device=device) for columns in (1, 16, 16))
+    a, b = torch.ones(2, 1, 16, device=device), torch.ones(2, 16, 1, device=device)
+    indices = torch.zeros(1, dtype=torch.int64, device=device)
+    calls: dict[str, Callable[[], object]] = {
+        "bgmv_shrink": lambda: xlc.bgmv_shrink(hidden, inputs, a, indices),
+        "bgmv_expand": lambda: xlc.bgmv_expand(output, hidden, b, indices),
+        "lora_linear": lambda: xlc.lora_linear(output, inputs, [a], [b], indices, [0]),
+        "add_ of PyTorch": lambda: output.add_(inputs),
+    }
+
+    def often(call: Callable[[], object]) -> Callable[[int], None]:
+        def run(_: int) -> None:
+            for _ in range(100):
+                call()
+
+        return run
+
+    with torch.no_grad():
+        timings = measure({name: often(call) for name, call in calls.items()}, device, 0.05)
+    return {f"an eager call, smallest sizes, us: {name}": timing.median / 100 for name, timing in timings.items()}
 
 
 def tune(device: str, on_done: Callable[[str], None]) -> None:
@@ -163,8 +187,10 @@ class _Operands:
         size = sum(point.slots * point.rank * (point.features + width) * dtype.itemsize for width in point.widths)
         self.sets = min(16, -(-BEYOND_CACHES // (LAYERS * size))) * LAYERS
         self.offsets = [sum(point.widths[:s]) for s in range(len(point.widths))]
-        self.inputs = [torch.randn(point.rows, point.features).to(device, dtype) for _ in range(LAYERS)]
-        self.outputs = [torch.randn(point.rows, sum(point.widths)).to(device, dtype) for _ in range(LAYERS)]
+        self.inputs = torch.randn(point.rows, point.features).to(device, dtype)
+        # What the layers' base products would be: added to, and the next layer's input from its first columns on.
+        self.bases = [torch.randn(point.rows, sum(point.widths)).to(device, dtype) for _ in range(LAYERS)]
+        self.outputs = [base.clone() for base in self.bases]
         # 10 % of the rows have no adapter, but the first always has one.
         indices = torch.randint(0, point.slots, (point.rows,))
         indices[1:][torch.rand(point.rows - 1) < 0.1] = -1
@@ -185,11 +211,15 @@ class _Operands:
             for _ in range(self.sets)
         ]
 
+    def reset(self) -> None:
+        """Have the outputs be as the base products have just left them."""
+        torch._foreach_copy_(self.outputs, self.bases)
+
     def bytes_moved(self) -> int:
         """What one call must read and write at least: each used slot's weights, inputs, and outputs both ways."""
         used = [slot for slot in self.indices.unique().tolist() if slot >= 0]
         weights: int = sum(one[used].nbytes for one in (*self.a[0], *self.b_by_rank[0]))
-        return weights + self.inputs[0].nbytes + 2 * self.outputs[0].nbytes
+        return weights + self.inputs.nbytes + 2 * self.outputs[0].nbytes
 
 
 def _measure(point: Point, device: str, seconds: float) -> Result:
@@ -220,7 +250,7 @@ def _measure(point: Point, device: str, seconds: float) -> Result:
     _check(point, operands, b, contenders)
     # On a machine that others share, a bandwidth from before or after would be of another machine.
     memory = torch.ones(BEYOND_CACHES // 4, device=device)
-    steps = measure(contenders | {"memory": lambda _: memory.sum()}, device, seconds)
+    steps = measure(contenders | {"memory": lambda _: memory.sum()}, device, seconds, before=operands.reset)
     speed = memory.nbytes / (steps.pop("memory").median / 1e6)
     timings = {name: Timing(step.median / LAYERS, step.spread, step.runs) for name, step in steps.items()}
     return Result(point, timings, speed, operands.bytes_moved() / speed * 1e6, _peak_memory(operands, b))
@@ -244,10 +274,12 @@ def _step(form: forms.Form, compile_options: dict[str, Any] | None = None) -> Ca
     """The form for each of several layers, one after the other, as a model calls it; compiled as one graph, if asked."""
 
     def step(
-        outputs: list[Tensor], inputs: list[Tensor], a: list[Any], b: list[Any], indices: Tensor, offsets: Sequence[int]
+        outputs: list[Tensor], inputs: Tensor, a: list[Any], b: list[Any], indices: Tensor, offsets: Sequence[int]
     ) -> None:
-        for output, rows, layer_a, layer_b in zip(outputs, inputs, a, b, strict=True):
+        rows = inputs
+        for output, layer_a, layer_b in zip(outputs, a, b, strict=True):
             form(output, rows, layer_a, layer_b, indices, offsets)
+            rows = output[:, : inputs.shape[1]]
 
     # Dynamo keeps what it compiled by code object: on one that all share, each would pay for the guards of the others.
     step.__code__ = step.__code__.replace(co_name=f"step_of_{form.__name__}")
@@ -270,21 +302,15 @@ def _call(
 
 def _check(point: Point, operands: _Operands, b: Any, contenders: dict[str, Callable[[int], object]]) -> None:
     """Compare every contender with the reference in float64, once."""
-    starts = [output.clone() for output in operands.outputs]
-    exact = [
-        reference(
-            start.double(),
-            inputs.double(),
-            *([one.double() for one in stacks] for stacks in (a, layer_b)),
-            operands.indices,
-            operands.offsets,
-        )
-        for start, inputs, a, layer_b in zip(starts, operands.inputs, operands.a[:LAYERS], b[:LAYERS], strict=True)
-    ]
+    exact, rows = [], operands.inputs.double()
+    for base, a, layer_b in zip(operands.bases, operands.a[:LAYERS], b[:LAYERS], strict=True):
+        weights = [[one.double() for one in stacks] for stacks in (a, layer_b)]
+        exact.append(reference(base.double(), rows, *weights, operands.indices, operands.offsets))
+        rows = exact[-1][:, : point.features]
     # Others round in between; a wrong row or column is off by far more.
     allowed = max(one.abs().max().item() for one in exact) * (1e-4 if point.dtype == "float32" else 5e-2)
     for name, contender in contenders.items():
-        torch._foreach_copy_(operands.outputs, starts)
+        operands.reset()
         contender(0)
         error = max(
             (output.double() - one).abs().max().item() for output, one in zip(operands.outputs, exact, strict=True)
@@ -293,12 +319,11 @@ def _check(point: Point, operands: _Operands, b: Any, contenders: dict[str, Call
             raise BenchError(
                 f"bench: {name} at {point}", f"an error of at most {allowed:.1e}", f"{error:.1e}", "Report it."
             )
-    torch._foreach_copy_(operands.outputs, starts)
 
 
 def _peak_memory(operands: _Operands, b: Any) -> int:
     """Bytes that one call of ours holds at most beside its operands: the allocator's, and the native kernel's own."""
-    arguments = (operands.outputs[:1], operands.inputs[0], operands.a[0], b[0], [operands.indices])
+    arguments = (operands.outputs[:1], operands.inputs, operands.a[0], b[0], [operands.indices])
     with torch.profiler.profile(profile_memory=True) as profile:
         ADD_LORA(*arguments, [0] * len(b[0]), operands.offsets, 1.0)
     held = peak = 0
@@ -315,7 +340,7 @@ def _forced(kernel: str, operands: _Operands, number: int) -> None:
     with force_kernel(kernel):
         ADD_LORA(
             operands.outputs[:1],
-            operands.inputs[0],
+            operands.inputs,
             operands.a[at],
             b,
             [operands.indices],

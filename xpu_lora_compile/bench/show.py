@@ -20,8 +20,8 @@ from xpu_lora_compile.errors import BenchError
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def check(device: str, threads: int, dtypes: Sequence[str], sizes: Sequence[int], *files: Path | None) -> None:
-    """Check what a command was told, before anything runs, and pin the threads.
+def check(device: str, dtypes: Sequence[str], sizes: Sequence[int], *files: Path | None) -> None:
+    """Check what a command was told, before anything runs.
 
     Raises:
         BenchError: a dtype or size that cannot be, a device that is not there, or a folder that does not exist.
@@ -36,7 +36,6 @@ def check(device: str, threads: int, dtypes: Sequence[str], sizes: Sequence[int]
     for file in files:
         if file is not None and not file.parent.is_dir():
             raise BenchError("bench", "a folder that exists", str(file.parent), "Make it first.")
-    torch.set_num_threads(threads)
 
 
 @contextmanager

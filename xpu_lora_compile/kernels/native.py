@@ -51,7 +51,7 @@ def problem() -> str:
 
 
 def scratch_bytes(rows: int, ranks: int, widest: int) -> int:
-    """What a call holds besides its operands: the rank vectors, and for each thread 512 columns of one slot's B.
+    """What a call holds at most besides its operands: the rank vectors, and for each thread 512 columns of a slot's B.
 
     Args:
         rows: T.

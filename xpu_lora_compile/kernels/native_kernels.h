@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -216,6 +217,7 @@ struct Rows {
 struct Groups {
     std::vector<int64_t> order;
     std::vector<Rows> whole, parts;
+    int64_t most_rows = 0;
 
     explicit Groups(const Batch& batch) {
         auto slot_of = [&](int64_t row) -> int64_t {
@@ -231,6 +233,7 @@ struct Groups {
             next[k + 1] = last;
             if (first == last) continue;
             whole.push_back({k, first, last});
+            most_rows = larger(most_rows, last - first);
             for (int64_t row = first; row < last; row += ROWS) parts.push_back({k, row, smaller(row + ROWS, last)});
         }
         order.resize(next[batch.slots]);
@@ -465,6 +468,9 @@ void pack(const B* from, const Weights& b, int64_t width, int64_t rank, float* t
             to[r * WIDTH + w] = to_float(from[w * b.row_stride + r * b.column_stride]);
 }
 
+// Where vectors are short, many rows are better served by weights that were converted once.
+bool converts(const Weights& b, int64_t rows) { return LANES < 16 && b.dtype != 0 && rows > 8; }
+
 // All rows of one slot into columns `from` to `to` of a slice's output.
 void expand_part(const Batch& batch, const Slice& slice, const Groups& groups, const Rows& rows, int64_t from, int64_t to,
                  const float* hidden, float* scratch) {
@@ -491,9 +497,7 @@ void expand_part(const Batch& batch, const Slice& slice, const Groups& groups, c
                     row += taken;
                 }
             };
-            // Where vectors are short, many rows are better served by weights that were converted once.
-            bool converts = LANES < 16 && sizeof(B) < 4 && rows.last - rows.first > 8;
-            if (b.row_stride == 1 && !converts) {
+            if (b.row_stride == 1 && !converts(b, rows.last - rows.first)) {
                 run(first, b.column_stride);
             } else {
                 pack(first, b, to - from, slice.rank, scratch);
@@ -507,8 +511,9 @@ struct Work {
     const Batch& batch;
     const Slice* slices;
     Groups groups;
-    // Rank vectors of all slices, [rows with an adapter, rank] each, and memory for one task of each thread.
-    std::vector<float> hidden, scratch;
+    // Rank vectors of all slices, [rows with an adapter, rank] each, and memory for one task of each thread that needs
+    // weights in another order; not cleared, since that would take longer than many a call.
+    std::unique_ptr<float[]> hidden, scratch;
     std::vector<int64_t> hidden_at;
     int64_t scratch_size = 0;
     int threads;
@@ -518,13 +523,14 @@ struct Work {
         for (int64_t s = 0; s < batch.slices; s++) {
             hidden_at.push_back(size);
             size += int64_t(groups.order.size()) * slices[s].rank;
-            if (slices[s].b.data) scratch_size = larger(scratch_size, slices[s].rank * WIDTH);
-            if (slices[s].a.data && slices[s].a.column_stride != 1)
-                scratch_size = larger(scratch_size, 8 * batch.features);
+            const Weights &a = slices[s].a, &b = slices[s].b;
+            if (b.data && (b.row_stride != 1 || converts(b, groups.most_rows)))
+                scratch_size = larger(scratch_size, slices[s].rank * WIDTH);
+            if (a.data && a.column_stride != 1) scratch_size = larger(scratch_size, 8 * batch.features);
         }
-        hidden.resize(size);
+        hidden.reset(new float[size]);
         threads = worthwhile_threads();
-        scratch.resize(scratch_size * threads);
+        scratch.reset(new float[scratch_size * threads]);
     }
 
     // One for each 12 us of work, four times what it takes to wake a thread and wait for it; estimated as 40
@@ -554,7 +560,7 @@ struct Work {
             for (int64_t task = 0; task < parts * steps; task++) {
                 int64_t from = task % steps * step;
                 shrink_part(batch, slices[s], groups, groups.parts[task / steps], from,
-                            smaller(from + step, slices[s].rank), hidden.data() + hidden_at[s], my_scratch());
+                            smaller(from + step, slices[s].rank), hidden.get() + hidden_at[s], my_scratch());
             }
         }
 #pragma omp barrier
@@ -567,18 +573,20 @@ struct Work {
             // Where there are few slots, narrower blocks, so that all threads get some: of whole lines of memory.
             int64_t least = slots ? (4 * threads + slots - 1) / slots : 1;
             int64_t step = (width / larger(least, 1 + width / WIDTH) + 63) / 64 * 64;
+            // And what is read of 16 bits a number is to stay in the nearest cache until its neighbours are read, too.
+            if (slices[s].b.dtype != 0) step = smaller(step, 8192 / larger(1, slices[s].rank) / 64 * 64);
             step = smaller(WIDTH, larger(64, step));
             int64_t blocks = (width + step - 1) / step;
 #pragma omp for schedule(dynamic) nowait
             for (int64_t task = 0; task < slots * blocks; task++) {
                 int64_t from = task % blocks * step;
                 expand_part(batch, slices[s], groups, groups.whole[task / blocks], from,
-                            smaller(from + step, width), hidden.data() + hidden_at[s], my_scratch());
+                            smaller(from + step, width), hidden.get() + hidden_at[s], my_scratch());
             }
         }
     }
 
-    float* my_scratch() { return scratch.data() + omp_get_thread_num() * scratch_size; }
+    float* my_scratch() { return scratch.get() + omp_get_thread_num() * scratch_size; }
 };
 
 // Every slice's shrink and expand: output[t] += B (scaling A inputs[t]).
