@@ -49,9 +49,11 @@ print(json.dumps({
 THROUGH = ["backend", "inductor"]
 
 
-def run(cache: Path, package: Path | None = None, options: dict[str, object] | None = None) -> dict[str, dict]:
+def run(
+    cache: Path, package: Path | None = None, options: dict[str, object] | None = None, **variables: str
+) -> dict[str, dict]:
     """Compile the program in a fresh process, with the package from another folder if one is given."""
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), **variables}
     if package:
         environment["PYTHONPATH"] = str(package)
     done = subprocess.run(  # noqa: S603
@@ -98,8 +100,11 @@ def test_a_changed_pass_is_not_answered_from_the_cache(cache: Path, tmp_path: Pa
         assert changed[through] == {"first": 1.0, "hits": 0, "misses": 1, "outer_hits": 0}
 
 
+CHANGE = ("add ? to_float(output[m][w]) + sum", "add ? 2 * to_float(output[m][w]) + sum")
+
+
 def test_a_changed_kernel_is_not_answered_from_the_cache(cache: Path, tmp_path: Path) -> None:
-    changed = run(cache, edited_package(tmp_path, "kernels/gather.py", "return torch.bmm", "return 2 * torch.bmm"))
+    changed = run(cache, edited_package(tmp_path, "kernels/native_kernels.h", *CHANGE))
     for through in THROUGH:
         assert changed[through] == {"first": 5.0, "hits": 0, "misses": 1, "outer_hits": 0}
 
@@ -108,3 +113,9 @@ def test_a_changed_option_is_not_answered_from_the_cache(cache: Path) -> None:
     changed = run(cache, options={"epilogue_fusion": False})
     for through in THROUGH:
         assert changed[through] == {"first": 3.0, "hits": 0, "misses": 1, "outer_hits": 0}
+
+
+def test_a_forced_kernel_is_not_answered_from_the_cache(cache: Path) -> None:
+    forced = run(cache, XPU_LORA_KERNEL="dense")
+    for through in THROUGH:
+        assert forced[through] == {"first": 3.0, "hits": 0, "misses": 1, "outer_hits": 0}

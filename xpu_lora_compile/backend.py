@@ -22,6 +22,7 @@ from xpu_lora_compile.inductor_internals import (
     mode_names,
     option_names,
 )
+from xpu_lora_compile.kernels.choose import forced_kernel
 from xpu_lora_compile.passes import fuel, rewrite
 
 # Our own options, each with the values it takes; the first is the default.
@@ -113,14 +114,14 @@ class CacheKey(CustomGraphPass):
 
     def __init__(self) -> None:
         # An attribute, since torch before 2.12 pickles some passes instead of asking for the uuid.
-        self.identity = (*_identity(), fuel())
+        self.identity = _identity()
 
     def __call__(self, graph: Graph) -> None:
         """Leave the graph as it is."""
 
     def uuid(self) -> Any:
-        """The package's name, its version, a hash of all that decides the code, and how many rewrites it gets."""
-        return self.identity
+        """The package's name, its version, a hash of all that decides the code, how many rewrites, a forced kernel."""
+        return _identity()
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.identity == getattr(other, "identity", None)
@@ -138,14 +139,17 @@ class RewritePass(CacheKey):
             rewrite(graph.owning_module)
 
 
+def _identity() -> tuple[object, ...]:
+    return "xpu_lora", version("xpu-lora-compile"), _hash_of_sources(), fuel(), forced_kernel()
+
+
 @cache
-def _identity() -> tuple[str, str, str]:
+def _hash_of_sources() -> str:
     here = Path(__file__).parent
-    sources = sorted(source for folder in _HASHED for source in (here / folder).glob("*.py"))
     digest = hashlib.sha256()
-    for source in sources:
+    for source in sorted(file for folder in _HASHED for file in (here / folder).iterdir() if file.is_file()):
         digest.update(source.name.encode() + source.read_bytes())
-    return "xpu_lora", version("xpu-lora-compile"), digest.hexdigest()
+    return digest.hexdigest()
 
 
 def _checked_config(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
