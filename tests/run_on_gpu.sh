@@ -3,7 +3,7 @@
 # It installs nothing: the package itself, pytest, expecttest, hypothesis, and for the bank peft and transformers must be there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export XPU_LORA_TEST_DEVICE="${1:-cuda}" PYTHONPATH="$PWD"
+export XPU_LORA_TEST_DEVICE="${1:-cuda}" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 shift || true
 python3 -c "
 import torch

@@ -164,7 +164,7 @@ def bench_layer(
 def bench_model(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     batch: Annotated[int, typer.Option(help="Rows.")] = 16,
-    new_tokens: Annotated[int, typer.Option(help="For each row, after a prompt of 8 tokens.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=2, help="For each row, after a prompt of 8 tokens.")] = 32,
     rank: Rank = 16,
     slots: Slots = 4,
     layers: Annotated[int, typer.Option(help="Of SmolLM2-135M's 30.")] = 30,

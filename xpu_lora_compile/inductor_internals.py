@@ -65,4 +65,13 @@ class InTurn(CustomGraphPass):
         return None if None in uuids else tuple(uuids)
 
 
-__all__ = ["CustomGraphPass", "InTurn", "compile_fx", "config_of", "fresh_cache", "in_slot", "mode_names", "option_names"]
+__all__ = [
+    "CustomGraphPass",
+    "InTurn",
+    "compile_fx",
+    "config_of",
+    "fresh_cache",
+    "in_slot",
+    "mode_names",
+    "option_names",
+]

@@ -96,21 +96,6 @@ def run(
     Raises:
         BenchError: our logits are not PEFT's, or transformers or PEFT is missing.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        return _run(Path(folder), dtype, batch, new_tokens, rank, slots, layers, runs, on_done)
-
-
-def _run(
-    folder: Path,
-    dtype: str,
-    batch: int,
-    new_tokens: int,
-    rank: int,
-    slots: int,
-    layers: int,
-    runs: int,
-    on_done: Callable[[str], None],
-) -> ModelRun:
     try:
         from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
     except ImportError as missing:
@@ -121,10 +106,11 @@ def _run(
     )
     model.requires_grad_(False)
     model.generation_config.pad_token_id = 0
-    names, peft = peft_adapters(model, folder, TARGETS, rank, slots)
-    bank = xlc.attach(model, slots=slots, max_rank=rank, target_modules=TARGETS)
-    for name in names:
-        bank.load(name, folder / name)
+    with tempfile.TemporaryDirectory() as folder:
+        names, peft = peft_adapters(model, Path(folder), TARGETS, rank, slots)
+        bank = xlc.attach(model, slots=slots, max_rank=rank, target_modules=TARGETS)
+        for name in names:
+            bank.load(name, Path(folder) / name)
     voices: list[str | None] = [None, *names]
     chosen = [voices[row % len(voices)] for row in range(batch)]
     prompt = torch.randint(0, _SIZES["vocab_size"], (batch, 8))
@@ -159,19 +145,16 @@ def _run(
         on_done(f"compiled: {name}")
     steps: dict[str, list[float]] = {name: [] for name in contenders}
     whole: dict[str, list[float]] = {name: [] for name in contenders}
-    torch.compiler.set_stance("fail_on_recompile")
     order = random.Random(0)  # noqa: S311
-    for number in range(runs):
-        for name in order.sample(list(contenders), len(contenders)):
-            clock, start = _Clock(), time.perf_counter()
-            contenders[name](clock)
-            whole[name].append(time.perf_counter() - start)
-            steps[name] += clock.steps()
-        on_done(f"run {number + 1} of {runs}")
-    torch.compiler.set_stance("default")
-    step, all_of_it = (
-        {name: timing_of(each) for name, each in seconds.items()} for seconds in (steps, whole)
-    )
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for number in range(runs):
+            for name in order.sample(list(contenders), len(contenders)):
+                clock, start = _Clock(), time.perf_counter()
+                contenders[name](clock)
+                whole[name].append(time.perf_counter() - start)
+                steps[name] += clock.steps()
+            on_done(f"run {number + 1} of {runs}")
+    step, all_of_it = ({name: timing_of(each) for name, each in seconds.items()} for seconds in (steps, whole))
     compile_seconds = {name: first - all_of_it[name].median / 1e6 for name, first in firsts.items()}
     summary = {
         "decoding: tokens/s of the base model": batch / step[BASE].median * 1e6,

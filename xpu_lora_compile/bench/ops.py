@@ -23,8 +23,8 @@ from xpu_lora_compile.kernels.choose import KERNELS, TABLE, force_kernel
 from xpu_lora_compile.ops.internal import ADD_LORA
 from xpu_lora_compile.ops.reference import lora_linear as reference
 
-# Layers in a step, each on what the one before has put out, as in a model, so that no compiler merges them: a step is what
-# is timed, so that no call pays alone for entering a graph, or for a Python that others have pushed out of the caches.
+# Layers in a step, each on what the one before has put out, as in a model, so that no compiler merges them. A step is
+# what is timed: no call pays alone for entering a graph, or for a Python that others have pushed out of the caches.
 LAYERS = 8
 OURS = ("ours, compiled", "ours, eager")
 # What plain PyTorch can do: each compiled by Inductor or not, whichever is its better way.
@@ -271,7 +271,7 @@ def _ours(
 
 
 def _step(form: forms.Form, compile_options: dict[str, Any] | None = None) -> Callable[..., object]:
-    """The form for each of several layers, one after the other, as a model calls it; compiled as one graph, if asked."""
+    """The form for each layer, one after the other, as a model calls it; compiled as one graph, if asked."""
 
     def step(
         outputs: list[Tensor], inputs: Tensor, a: list[Any], b: list[Any], indices: Tensor, offsets: Sequence[int]
@@ -304,8 +304,8 @@ def _check(point: Point, operands: _Operands, b: Any, contenders: dict[str, Call
     """Compare every contender with the reference in float64, once."""
     exact, rows = [], operands.inputs.double()
     for base, a, layer_b in zip(operands.bases, operands.a[:LAYERS], b[:LAYERS], strict=True):
-        weights = [[one.double() for one in stacks] for stacks in (a, layer_b)]
-        exact.append(reference(base.double(), rows, *weights, operands.indices, operands.offsets))
+        exact_a, exact_b = ([one.double() for one in stacks] for stacks in (a, layer_b))
+        exact.append(reference(base.double(), rows, exact_a, exact_b, operands.indices, operands.offsets))
         rows = exact[-1][:, : point.features]
     # Others round in between; a wrong row or column is off by far more.
     allowed = max(one.abs().max().item() for one in exact) * (1e-4 if point.dtype == "float32" else 5e-2)

@@ -148,7 +148,9 @@ def bgmv_expand_slice(
     operands = (output_tensor, inputs, lora_b_weights, lora_indices_tensor)
     if is_compiling() or not runs_plainly(*operands):
         BGMV_EXPAND_SLICE(*operands, slice_offset, slice_size, add_inputs)
-    elif not (entry.takes_native(output_tensor) and _expand_slice_natively(*operands, slice_offset, slice_size, add_inputs)):
+    elif not (
+        entry.takes_native(output_tensor) and _expand_slice_natively(*operands, slice_offset, slice_size, add_inputs)
+    ):
         _expand_slice_eagerly(*operands, slice_offset, slice_size, add_inputs)
         note_write(output_tensor)
 
