@@ -573,8 +573,11 @@ struct Work {
             // Where there are few slots, narrower blocks, so that all threads get some: of whole lines of memory.
             int64_t least = slots ? (4 * threads + slots - 1) / slots : 1;
             int64_t step = (width / larger(least, 1 + width / WIDTH) + 63) / 64 * 64;
-            // And what is read of 16 bits a number is to stay in the nearest cache until its neighbours are read, too.
-            if (slices[s].b.dtype != 0) step = smaller(step, 8192 / larger(1, slices[s].rank) / 64 * 64);
+            // What is read of 16 bits a number is to stay in the nearest cache until its neighbours are read, too; but not
+            // where each rank is in a page of memory of its own, and every block has to find them all again.
+            bool in_few_pages = slices[s].b.column_stride < 2048 && slices[s].b.row_stride == 1;
+            if (slices[s].b.dtype != 0 && in_few_pages)
+                step = smaller(step, 8192 / larger(1, slices[s].rank) / 64 * 64);
             step = smaller(WIDTH, larger(64, step));
             int64_t blocks = (width + step - 1) / step;
 #pragma omp for schedule(dynamic) nowait
