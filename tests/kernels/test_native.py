@@ -184,7 +184,7 @@ def test_what_the_contract_does_not_allow_is_refused_before_memory_is_touched(ar
     """Eager calls have no other check; the error comes from the slow path, with words."""
     output, inputs, weights, indices = arguments
     before = output.clone()
-    assert not native.TRY_EXPAND(output, inputs, weights, indices, 0, 4, True)
+    assert not native.TRY_EXPAND(output, inputs, weights, indices, 0, weights.shape[-2], True)
     assert not native.TRY_SHRINK(output, inputs, weights, indices, 1.0)
     assert not native.TRY_ADD_LORA([output], inputs, [weights], [weights], indices, [0], [0], 1.0)
     assert torch.equal(output, before)

@@ -119,14 +119,14 @@ def _define(schema: str) -> Any:
     tries = schema.endswith("bool")
 
     def load_and_call_again(*args: Any) -> bool | None:
-        # Also for tensors elsewhere, for which the library has nothing.
-        if all(one.device.type == "cpu" for one in _tensors_of(args)):
+        # Also for tensors elsewhere, or sparse ones, for which the library has nothing.
+        if all(one.device.type == "cpu" and one.layout is torch.strided for one in _tensors_of(args)):
             if why := problem():
                 remedy = "Mend it, or compile the model without the cache."
                 raise KernelError(f"xpu_lora::{name}", "a compiler", why, remedy)
             return op(*args)  # type: ignore[no-any-return]
         if not tries:
-            raise KernelError(f"xpu_lora::{name}", "tensors on the CPU", "others", "Move them, or compile anew.")
+            raise KernelError(f"xpu_lora::{name}", "dense tensors on the CPU", "others", "Compile anew.")
         return False
 
     _LIBRARY.define(schema, tags=_TAGS)
