@@ -21,14 +21,14 @@ from xpu_lora_compile.cli import app
 from xpu_lora_compile.errors import BenchError
 from xpu_lora_compile.kernels import choose
 
-SMALL = ops.Point("float32", 5, 64, (32, 16), 4, 3)
+SMALL = ops.Point("float32", 5, 64, (48, 32), 4, 3)
 
 
 @pytest.fixture(scope="module")
 def run() -> ops.OpsRun:
     done: list[str] = []
-    result = ops.run([SMALL, ops.Point("bfloat16", 3, 64, (32,), 4, 3)], "cpu", 0.01, done.append)
-    assert done == ["float32 64x32+16 R4 K3 T5", "bfloat16 64x32 R4 K3 T3"]
+    result = ops.run([SMALL, ops.Point("bfloat16", 3, 32, (32,), 4, 3)], "cpu", 0.01, done.append)
+    assert done == ["float32 64x48+32 R4 K3 T5", "bfloat16 32x32 R4 K3 T3"]
     return result
 
 
@@ -66,7 +66,7 @@ def test_a_contender_that_computes_something_else_is_not_timed(form: str, monkey
         output[0, -1] += 1
 
     monkeypatch.setattr(forms, form, wrong)
-    with pytest.raises(BenchError, match=r"at float32 64x32\+16 R4 K3 T5: wanted an error of at most"):
+    with pytest.raises(BenchError, match=r"at float32 64x48\+32 R4 K3 T5: wanted an error of at most"):
         ops.run([SMALL], "cpu", 0.01, lambda _: None)
 
 
@@ -124,7 +124,7 @@ def test_a_table_and_a_picture_and_json(run: ops.OpsRun, tmp_path: Path) -> None
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     show.save(run, tmp_path / "run.json")
     data = json.loads((tmp_path / "run.json").read_text())
-    assert data["results"][0]["point"]["widths"] == [32, 16]
+    assert data["results"][0]["point"]["widths"] == [48, 32]
     assert data["summary"] == run.summary
 
 
@@ -137,7 +137,7 @@ def test_a_layer_is_timed_beside_peft(tmp_path: Path) -> None:
 
 
 def test_the_command_for_ops_measures_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "suite", lambda name, dtypes, rows: [ops.Point(dtypes[0], rows[0], 64, (32,), 4, 3)])
+    monkeypatch.setattr(ops, "suite", lambda name, dtypes, rows: [ops.Point(dtypes[0], rows[0], 32, (32,), 4, 3)])
     file = tmp_path / "run.json"
     result = CliRunner().invoke(
         app, ["bench", "ops", "--dtype", "float32", "--rows", "2", "--seconds", "0.01", "--json", str(file)]
@@ -195,6 +195,13 @@ def test_threads_are_pinned_while_it_measures_and_free_again() -> None:
     with measure_module.pinned(1):
         assert (torch.get_num_threads(), len(os.sched_getaffinity(0))) == (1, 1)
     assert (torch.get_num_threads(), os.sched_getaffinity(0)) == (threads, cpus)
+
+
+def test_stderr_is_dropped_only_within_the_block(capfd: pytest.CaptureFixture[str]) -> None:
+    with measure_module.without_stderr():
+        os.write(2, b"the profiler's")
+    os.write(2, b"ours")
+    assert capfd.readouterr().err == "ours"
 
 
 def test_the_overhead_of_an_eager_call_is_told() -> None:

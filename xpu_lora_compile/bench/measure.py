@@ -8,6 +8,7 @@ import os
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -87,6 +88,20 @@ def pinned(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
         if cpus:
             os.sched_setaffinity(0, cpus)
+
+
+@contextmanager
+def without_stderr() -> Iterator[None]:
+    """Drop what is written to the process's stderr: PyTorch's profiler (2.13) notes there that it starts and stops."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def timing_of(runs: list[float]) -> Timing:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.bench import forms
-from xpu_lora_compile.bench.measure import BEYOND_CACHES, Timing, geometric_mean, machine, measure
+from xpu_lora_compile.bench.measure import BEYOND_CACHES, Timing, geometric_mean, machine, measure, without_stderr
 from xpu_lora_compile.errors import BenchError
 from xpu_lora_compile.kernels import native
 from xpu_lora_compile.kernels.choose import KERNELS, TABLE, force_kernel
@@ -33,7 +33,7 @@ PLAIN = ("gather, Inductor", "dense", "loop as PEFT's")
 
 @dataclass(frozen=True)
 class Point:
-    """The sizes of one measurement; widths are those of the slices."""
+    """The sizes of one measurement; widths are those of the slices, together no less than the features."""
 
     dtype: str
     rows: int
@@ -324,7 +324,7 @@ def _check(point: Point, operands: _Operands, b: Any, contenders: dict[str, Call
 def _peak_memory(operands: _Operands, b: Any) -> int:
     """Bytes that one call of ours holds at most beside its operands: the allocator's, and the native kernel's own."""
     arguments = (operands.outputs[:1], operands.inputs, operands.a[0], b[0], [operands.indices])
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with without_stderr(), torch.profiler.profile(profile_memory=True) as profile:
         ADD_LORA(*arguments, [0] * len(b[0]), operands.offsets, 1.0)
     held = peak = 0
     for event in profile.events():
