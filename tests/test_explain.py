@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def test_the_input_of_a_fused_call_is_counted_once(llama: Any) -> None:
 def test_a_kernel_is_chosen_with_a_reason_and_the_others_are_not(llama: Any) -> None:
     site = site_of(llama, "lm_head")
     assert site.kernel == "native"
-    assert site.because.startswith("measured fastest at T = 8, K = 2, R = 8")
+    assert site.because.startswith("measured fastest at the nearest point, T = 8, K = 2, R = 8")
     assert set(site.others) == {"gather", "grouped", "dense"}
     assert all("times slower there" in reason for reason in site.others.values())
 
@@ -237,6 +238,33 @@ def test_a_flag_that_pruned_lora_out_of_the_graph_is_found() -> None:
     xlc.attach(model, slots=2, max_rank=2)
     with torch.no_grad(), pytest.raises(DeadAdapterError, match=r"none for 0\..*bank\.use"):
         xlc.explain(model, bandwidth=1)(torch.ones(1, 4))
+
+
+def test_a_forward_that_a_decorator_has_wrapped_is_no_obstacle() -> None:
+    """As in transformers 5.24: Dynamo then calls the model `args[0]`."""
+
+    def wrapped(forward: Any) -> Any:
+        @functools.wraps(forward)
+        def call(*args: Any, **keywords: Any) -> Any:
+            return forward(*args, **keywords)
+
+        return call
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 4))
+
+        @wrapped
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.inner(x)
+            return result
+
+    model = Model()
+    bank = xlc.attach(model, slots=1, max_rank=1)
+    with bank.use([None] * 2), torch.no_grad():
+        report = xlc.explain(model, bandwidth=1)(torch.ones(2, 4))
+    assert [site.module for site in report.sites] == ["inner.0"]
 
 
 def test_an_attached_module_that_is_never_called_is_found() -> None:

@@ -92,10 +92,13 @@ bench = typer.Typer(no_args_is_help=True, help="Time our kernels beside their pe
 app.add_typer(bench, name="bench")
 
 Json = Annotated[Path | None, typer.Option(help="Write all that was measured as JSON here.")]
-Threads = Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of PyTorch, whatever OMP_NUM_THREADS says.")]
 Seconds = Annotated[float, typer.Option(help="For each contender at each point.")]
-Dtypes = Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; may be given several times.")]
-Rows = Annotated[list[int] | None, typer.Option(help="T; may be given several times.")]
+Dtypes = Annotated[
+    list[str] | None,
+    typer.Option(help="float32, bfloat16, float16; several times for several. By default the first two."),
+]
+Rows = Annotated[list[int] | None, typer.Option(help="T; several times for several. By default 1, 8, 32 and 256.")]
 Rank = Annotated[int, typer.Option(help="R of every adapter.")]
 Slots = Annotated[int, typer.Option(help="K, and as many adapters.")]
 
@@ -108,7 +111,13 @@ def bench_ops(
     device: Annotated[str, typer.Option(help="cpu, cuda or xpu.")] = "cpu",
     seconds: Seconds = 0.3,
     threads: Threads = 2,
-    tune: Annotated[bool, typer.Option("--tune", help="Only time our kernels, and write what chooses them.")] = False,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Only time our kernels, and write the package's table that chooses them, kernels/measured.json.",
+        ),
+    ] = False,
     json: Json = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time against T as a PNG here.")] = None,
 ) -> None:
@@ -127,9 +136,14 @@ def bench_ops(
             run = ops.run(points, device, seconds, advance)
         title = f"a step of {ops.LAYERS} layers, by layer; {run.machine}"
         places = {
-            f"{one.point}; floor {one.floor:.0f} us, {one.peak_memory >> 10} KiB": one.timings for one in run.results
+            f"{one.point}; floor {one.floor:.0f} us, memory {one.peak_memory >> 10} KiB": one.timings
+            for one in run.results
         }
-        _print(show.timings_table(title, "point", ops.OURS[0], places), show.summary_table(run.summary))
+        _print(
+            show.timings_table(title, "point", ops.OURS[0], places),
+            show.summary_table(run.summary, ours_is_faster=True),
+        )
+        _print(show.noise(places.values()))
         show.save(run, json)
         if plot is not None:
             show.plot(run.results, plot)
@@ -156,7 +170,9 @@ def bench_layer(
         with show.progress(len(rows)) as advance:
             run = layer.run(dtype, rows, features, width, rank, slots, seconds, advance)
         places = {f"T{one.rows}": one.timings for one in run.results}
-        _print(show.timings_table(f"{run.what}; {run.machine}", "rows", layer.BASE, places))
+        _print(
+            show.timings_table(f"{run.what}; {run.machine}", "rows", layer.BASE, places), show.noise(places.values())
+        )
         show.save(run, json)
 
 
@@ -182,12 +198,13 @@ def bench_model(
         _print(
             show.timings_table(f"a decoding step; {run.machine}", "model", model.BASE, {run.what: run.timings}),
             show.summary_table(run.summary),
+            show.noise([run.timings]),
         )
         show.save(run, json)
 
 
 def _print(*parts: Any) -> None:
-    for part in parts:
+    for part in filter(None, parts):
         _console().print(part, markup=False, highlight=False)
 
 

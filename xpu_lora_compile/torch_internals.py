@@ -138,10 +138,13 @@ def source_of(placeholder: Any) -> str:
     name: Any = getattr(getattr(placeholder, "_dynamo_source", None), "name", "")
     # A method up to torch 2.9.
     text = str(name() if callable(name) else name)
-    return path_of(text) or re.sub(r"^[LG]\['(\w+)'\]$", r"\1", text)
+    return path_of(text) or re.sub(r"^[LG]\['(\w+)'\]", r"\1", text)
 
 
 def path_of(source: str) -> str:
-    """`layers.0` for what Dynamo writes as `L['self'].layers[0]`, or in other versions with `_modules['0']`."""
-    text = re.sub(r"^[LG]\['\w+'\]|\b_(modules|parameters|buffers)\b", "", source)
+    """`layers.0` for what Dynamo writes as `L['self'].layers[0]`, or in other versions with `_modules['0']`.
+
+    The model is `L['args'][0]` where a decorator has wrapped its `forward`, as in transformers 5.24.
+    """
+    text = re.sub(r"^[LG]\['args'\]\[0\]|^[LG]\['\w+'\]|\b_(modules|parameters|buffers)\b", "", source)
     return re.sub(r"\.+", ".", re.sub(r"\['?([^'\]]+)'?\]", r".\1", text)).strip(".")

@@ -33,7 +33,7 @@ def test_the_table_says_where_it_was_measured() -> None:
 
 def test_a_choice_says_why_and_why_not_the_others() -> None:
     choice = choose(CALL)
-    assert choice.because.startswith("measured fastest at T = 8")
+    assert choice.because.startswith("measured fastest at the nearest point, T = 8")
     assert set(choice.others) == set(KERNELS) - {choice.kernel}
     assert all("times slower there" in reason for reason in choice.others.values())
 

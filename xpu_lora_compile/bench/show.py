@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -16,7 +16,10 @@ from rich.table import Table
 
 from xpu_lora_compile.bench.measure import Timing, geometric_mean
 from xpu_lora_compile.errors import BenchError
+from xpu_lora_compile.kernels.choose import check_name, forced_kernel
 
+# From where on a median says little.
+MOST_SPREAD = 0.25
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -25,7 +28,10 @@ def check(device: str, dtypes: Sequence[str], sizes: Sequence[int], *files: Path
 
     Raises:
         BenchError: a dtype or size that cannot be, a device that is not there, or a folder that does not exist.
+        KernelError: XPU_LORA_KERNEL names no kernel.
     """
+    if (forced := forced_kernel()) is not None:
+        check_name(forced)
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise BenchError("bench: dtype", ", ".join(DTYPES), repr(dtype), "Correct it.")
@@ -51,21 +57,31 @@ def progress(total: int | None = None) -> Iterator[Callable[[str], None]]:
         yield advance
 
 
-def timings_table(
-    title: str, first: str, ours: str, rows: Mapping[str, Mapping[str, Timing]], unit: str = "us"
-) -> Table:
-    """A row for each place that was measured: each contender's median, its spread, and its ratio to `ours`."""
+def timings_table(title: str, first: str, ours: str, rows: Mapping[str, Mapping[str, Timing]]) -> Table:
+    """A row for each place that was measured: each contender's median, spread, and time as a multiple of `ours`."""
     names = list(dict.fromkeys(name for timings in rows.values() for name in timings))
-    table = Table(first, *(f"{name}, {unit}" for name in names), title=title)
-    scale = 1e6 if unit == "s" else 1
+    caption = f"median ± half the distance between quartiles = time as a multiple of: {ours}"
+    table = Table(first, *(f"{name}, us" for name in names), title=title, caption=caption)
     for place, timings in rows.items():
         cells = []
         for name in names:
             timing = timings.get(name)
             ratio = "" if timing is None or name == ours else f" = {timing.median / timings[ours].median:.2f}x"
-            cells.append("-" if timing is None else f"{timing.median / scale:.4g} ±{timing.spread:.0%}{ratio}")
+            cells.append("-" if timing is None else f"{_figures(timing.median)} ±{timing.spread:.0%}{ratio}")
         table.add_row(place, *cells)
     return table
+
+
+def _figures(us: float) -> str:
+    return f"{us:.0f}" if us >= 100 else f"{us:.3g}"
+
+
+def noise(timings: Iterable[Mapping[str, Timing]]) -> str:
+    """A warning, if what was measured cannot be relied on; empty otherwise."""
+    widest = max(timing.spread for each in timings for timing in each.values())
+    if widest <= MOST_SPREAD:
+        return ""
+    return f"Spread up to {widest:.0%}: something else was running. On an idle machine the figures would be others."
 
 
 def save(run: object, file: Path | None) -> None:
@@ -75,9 +91,9 @@ def save(run: object, file: Path | None) -> None:
         file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
-def summary_table(summary: Mapping[str, float]) -> Table:
-    """What it comes to."""
-    table = Table("summary", "")
+def summary_table(summary: Mapping[str, float], ours_is_faster: bool = False) -> Table:
+    """What it comes to; whether "ours" in it is the faster of two ways to call ours."""
+    table = Table("summary (ours: the faster of compiled and eager)" if ours_is_faster else "summary", "")
     for name, value in summary.items():
         table.add_row(name, f"{value:.3g}")
     return table

@@ -84,7 +84,7 @@ def choose(call: Call, native_problem: str = "", forced: str | None = None) -> C
         for other in KERNELS
         if other != kernel
     }
-    return Choice(kernel, f"measured fastest at {where}", others)
+    return Choice(kernel, f"measured fastest at the nearest point, {where}", others)
 
 
 @cache
@@ -110,7 +110,7 @@ def force_kernel(kernel: str) -> Iterator[None]:
     Raises:
         KernelError: there is no such kernel. A call that it cannot run raises it, too.
     """
-    _check_name(kernel)
+    check_name(kernel)
     token = _FORCED.set(kernel)
     try:
         yield
@@ -127,14 +127,15 @@ def _refusal(kernel: str, call: Call, native_problem: str) -> str:
 
 
 def _check_forced(forced: str, refused: Mapping[str, str]) -> None:
-    _check_name(forced)
+    check_name(forced)
     if forced in refused:
         able = ", ".join(kernel for kernel in KERNELS if kernel not in refused)
         got = f"{forced!r}, which cannot: {refused[forced]}"
         raise KernelError("forced kernel", "one that can run this call", got, f"Force none, or one of {able}.")
 
 
-def _check_name(kernel: str) -> None:
+def check_name(kernel: str) -> None:
+    """Raise a KernelError if there is no kernel of this name."""
     if kernel not in KERNELS:
         raise KernelError("forced kernel", f"one of {', '.join(KERNELS)}", repr(kernel), "Correct the name.")
 
