@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import warnings
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 import xpu_lora_compile as xlc
+from xpu_lora_compile.errors import ContractError, DtypeError, LoraError, SliceError
 from xpu_lora_compile.kernels import entry, native
 from xpu_lora_compile.ops import ADD_LORA
 
@@ -190,7 +192,7 @@ def test_what_the_contract_does_not_allow_is_refused_before_memory_is_touched(ar
     assert torch.equal(output, before)
 
 
-@pytest.mark.parametrize(("offset", "columns"), [(-1, 2), (3, 2), (0, -1), (0, 5)])
+@pytest.mark.parametrize(("offset", "columns"), [(-1, 2), (3, 2), (0, -1), (0, 5), (2**63 - 2, 2), (2**63 - 1, 4)])
 def test_columns_outside_the_output_are_refused(offset: int, columns: int) -> None:
     assert not native.TRY_EXPAND(ROWS.clone(), torch.zeros(2, 3), torch.zeros(2, 4, 3), INDICES, offset, columns, True)
 
@@ -199,3 +201,81 @@ def test_columns_outside_the_output_are_refused(offset: int, columns: int) -> No
 def test_slices_that_share_columns_or_have_no_output_are_refused(outputs: list[int], offsets: list[int]) -> None:
     a, b = torch.zeros(2, 1, 3), torch.zeros(2, 2, 1)
     assert not native.TRY_ADD_LORA([ROWS.clone()], torch.zeros(2, 3), [a, a], [b, b], INDICES, outputs, offsets, 1.0)
+
+
+@pytest.mark.parametrize("offset", [2**63 - 2, 2**63 - 1, -(2**63)])
+def test_offsets_whose_end_is_no_number_are_refused_in_words(offset: int) -> None:
+    a, b, rows = torch.zeros(2, 1, 3), torch.zeros(2, 2, 1), torch.zeros(2, 3)
+    with torch.no_grad():
+        with pytest.raises(SliceError, match="a slice inside the output"):
+            xlc.bgmv_expand_slice(ROWS.clone(), torch.zeros(2, 1), b, INDICES, offset, 2)
+        with pytest.raises(SliceError, match="a slice inside the output"):
+            xlc.lora_linear(ROWS, rows, [a], [b], INDICES, [offset])
+
+
+def test_memory_that_was_freed_is_not_read() -> None:
+    """As FSDP frees it: PyTorch raises, and so do we."""
+    inputs = torch.zeros(2, 3)
+    inputs.untyped_storage().resize_(0)
+    assert not native.TRY_SHRINK(ROWS.clone(), inputs, torch.zeros(2, 4, 3), INDICES, 1.0)
+    with torch.no_grad(), pytest.raises(LoraError):
+        xlc.bgmv_shrink(ROWS.clone(), inputs, torch.zeros(2, 4, 3), INDICES)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_operands_of_other_kinds_are_refused_in_words() -> None:
+    quantized = torch.quantize_per_tensor(torch.zeros(2, 3), 0.1, 0, torch.qint8)
+    weights = torch.zeros(2, 4, 3)
+    with torch.no_grad():
+        with pytest.raises(DtypeError):
+            xlc.bgmv_shrink(ROWS.clone(), quantized, weights, INDICES)
+        with pytest.raises(ContractError, match="lora_indices_tensor: wanted a dense tensor"):
+            xlc.bgmv_shrink(ROWS.clone(), torch.zeros(2, 3), weights, INDICES.to_sparse())
+        with pytest.raises(ContractError, match="base: wanted a dense tensor"):
+            xlc.lora_linear(ROWS.to_sparse(), torch.zeros(2, 3), [weights], [torch.zeros(2, 4, 4)], INDICES, [0])
+
+
+def test_an_inference_tensor_is_not_changed_outside_of_inference_mode() -> None:
+    with torch.inference_mode():
+        output = torch.zeros(1, 2)
+    operands = (output, torch.ones(1, 1), torch.ones(1, 2, 1), torch.tensor([0]))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="inference tensor"):
+        xlc.bgmv_expand(*operands)
+    assert output.tolist() == [[0.0, 0.0]]
+
+
+def test_subnormal_numbers_stay_what_they_are() -> None:
+    tiny = torch.full((1, 70), 2.9387e-39, dtype=torch.bfloat16)
+    output = tiny.clone()
+    with torch.no_grad():
+        xlc.bgmv_expand(output, torch.zeros(1, 4), torch.zeros(1, 70, 4, dtype=torch.bfloat16), torch.tensor([0]))
+    assert torch.equal(output, tiny)
+
+
+@pytest.mark.parametrize("damage", ["cut", "replaced"])
+def test_a_damaged_library_is_made_anew(tmp_path: Path, damage: str) -> None:
+    """A library that was cut short ends the process that loads it."""
+    assert not native.problem()
+    shutil.copytree(native._own_folder(), tmp_path / "xpu-lora-compile")
+    for library in (tmp_path / "xpu-lora-compile").iterdir():
+        library.write_bytes({"cut": library.read_bytes()[:300_000], "replaced": b"no library"}[damage])
+    damaged = set((tmp_path / "xpu-lora-compile").iterdir())
+    assert start(tmp_path).communicate() == ("native\n", "")
+    # One of the old name, which is whole again, or one beside them.
+    whole = [one for one in (tmp_path / "xpu-lora-compile").iterdir() if native._hash(one.read_bytes()) in one.name]
+    assert len(whole) == 1
+    assert set((tmp_path / "xpu-lora-compile").iterdir()) >= damaged
+
+
+def test_a_folder_that_others_may_write_to_is_not_used(tmp_path: Path) -> None:
+    folder = tmp_path / "xpu-lora-compile"
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert start(tmp_path).communicate() == ("native\n", "")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_broken_cxx_is_a_reason_and_no_crash(tmp_path: Path) -> None:
+    said, errors = start(tmp_path, CXX='g++ "-DX').communicate()
+    assert said.startswith('g++ "-DX could not make it: No closing quotation')
+    assert "Plain PyTorch runs instead." in errors

@@ -9,16 +9,20 @@
 
 namespace {
 
+// Whether there is memory to read: a storage may have been freed since, as FSDP does.
+bool is_dense(const at::Tensor& tensor) {
+    return tensor.is_cpu() && tensor.layout() == at::kStrided &&
+           (tensor.numel() == 0 || tensor.storage().data() != nullptr);
+}
+
 bool is_dense_float(const at::Tensor& tensor) {
     at::ScalarType dtype = tensor.scalar_type();
-    return tensor.is_cpu() && tensor.layout() == at::kStrided &&
-           (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf);
+    return is_dense(tensor) && (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf);
 }
 
 bool are_indices(const at::Tensor& tensor) {
     at::ScalarType dtype = tensor.scalar_type();
-    return tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.dim() == 1 &&
-           (dtype == at::kInt || dtype == at::kLong);
+    return is_dense(tensor) && tensor.dim() == 1 && (dtype == at::kInt || dtype == at::kLong);
 }
 
 // [T, columns]
@@ -30,6 +34,11 @@ bool are_rows(const at::Tensor& tensor, const at::Tensor& indices) {
 bool are_writable_rows(const at::Tensor& tensor, const at::Tensor& indices) {
     return are_rows(tensor, indices) && (tensor.stride(0) != 0 || tensor.size(0) <= 1) &&
            (tensor.stride(1) != 0 || tensor.size(1) <= 1);
+}
+
+// Whether columns from `offset` on are there; of numbers so large that their sum would not be one, too.
+bool has_columns(const at::Tensor& rows, int64_t offset, int64_t columns) {
+    return offset >= 0 && columns >= 0 && columns <= rows.size(1) && offset <= rows.size(1) - columns;
 }
 
 // [K, rows, columns], or with vLLM's 1 in second place.
@@ -55,7 +64,10 @@ at::Tensor with_columns_side_by_side(const at::Tensor& matrix) {
 // Columns of an output that a call writes to: the output's own, or a copy that is copied back.
 class Target {
    public:
-    explicit Target(const at::Tensor& output) : output_(output), rows_(with_columns_side_by_side(output)) {}
+    explicit Target(const at::Tensor& output) : output_(output), rows_(with_columns_side_by_side(output)) {
+        TORCH_CHECK(!output.is_inference() || c10::InferenceMode::is_enabled(),
+                    "xpu_lora: an inference tensor can be changed within torch.inference_mode() alone");
+    }
 
     void give_to(Slice& slice, int64_t offset) const {
         slice.output = static_cast<char*>(rows_.mutable_data_ptr()) + offset * rows_.element_size();
@@ -72,6 +84,11 @@ class Target {
    private:
     at::Tensor output_, rows_;
 };
+
+// A view of some columns, so that no others are copied where they have to be.
+at::Tensor columns_of(const at::Tensor& output, int64_t offset, int64_t columns) {
+    return offset == 0 && columns == output.size(1) ? output : output.narrow(1, offset, columns);
+}
 
 using Kernel = void (*)(const Batch&, const Slice*);
 
@@ -107,7 +124,7 @@ bool try_add_lora(at::TensorList outputs, const at::Tensor& inputs, at::TensorLi
         const at::Tensor &a = lora_a[s], &b = lora_b[s];
         if (!are_weights(a, inputs.size(1)) || !are_weights(b, a.size(-2)) || a.size(0) != lora_a[0].size(0) ||
             b.size(0) != lora_a[0].size(0) || slice_outputs[s] < 0 || slice_outputs[s] >= int64_t(outputs.size()) ||
-            slice_offsets[s] < 0 || slice_offsets[s] + b.size(-2) > outputs[slice_outputs[s]].size(1))
+            !has_columns(outputs[slice_outputs[s]], slice_offsets[s], b.size(-2)))
             return false;
         // Columns that two slices share would have to be rounded once, after both.
         for (size_t other = 0; other < s; other++)
@@ -136,7 +153,7 @@ bool try_shrink(const at::Tensor& output, const at::Tensor& inputs, const at::Te
         !are_weights(weights, inputs.size(1)) || weights.size(-2) > output.size(1))
         return false;
     Slice slice{weights_of(weights), {}, weights.size(-2), 0, nullptr, 0, 0};
-    Target target(output);
+    Target target(columns_of(output, 0, slice.rank));
     target.give_to(slice, 0);
     run(shrink_slice, inputs, indices, weights.size(0), &slice, 1, scaling, false);
     target.finish();
@@ -147,12 +164,11 @@ bool try_shrink(const at::Tensor& output, const at::Tensor& inputs, const at::Te
 bool try_expand(const at::Tensor& output, const at::Tensor& inputs, const at::Tensor& weights,
                 const at::Tensor& indices, int64_t offset, int64_t columns, bool add) {
     if (!are_indices(indices) || !are_rows(inputs, indices) || !are_writable_rows(output, indices) ||
-        !are_weights(weights, inputs.size(1)) || columns > weights.size(-2) || offset < 0 || columns < 0 ||
-        offset + columns > output.size(1))
+        !are_weights(weights, inputs.size(1)) || columns > weights.size(-2) || !has_columns(output, offset, columns))
         return false;
     Slice slice{{}, weights_of(weights), weights.size(-1), columns, nullptr, 0, 0};
-    Target target(output);
-    target.give_to(slice, offset);
+    Target target(columns_of(output, offset, columns));
+    target.give_to(slice, 0);
     run(expand_slice, inputs, indices, weights.size(0), &slice, 1, 1.0, add);
     target.finish();
     return true;

@@ -1,7 +1,8 @@
 """The C++ kernel for CPUs: `native_kernels.h` does the work, `native.cpp` makes ops of it, and this compiles them.
 
-They are compiled once a machine, with its own compiler, when first needed (GCC 12, Clang 15 or newer; some 25 s). The
-library is kept in `$XDG_CACHE_HOME/xpu-lora-compile`, under a name made from sources, compiler, torch and CPU.
+They are compiled once a machine, with its own compiler, when first needed (GCC 12, Clang 15 or newer; 10 to 25 s). The
+library is kept in `$XDG_CACHE_HOME/xpu-lora-compile`, under a name made from sources, compiler, torch, CPU and its own
+content: one that was damaged is made anew, since loading it could end the process.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from xpu_lora_compile.errors import KernelError
 
@@ -46,8 +48,8 @@ _LISTS = (
 
 def problem() -> str:
     """Why this kernel cannot run on this machine; empty where it can, which takes some 25 s the first time."""
-    compiler = _compiler()
-    return _load_with(tuple(compiler)) if compiler else "there is no C++ compiler: install g++ or clang++, or set CXX"
+    with _LOADING:
+        return _load_with(os.environ.get("CXX"))
 
 
 def scratch_bytes(rows: int, ranks: int, widest: int) -> int:
@@ -61,46 +63,57 @@ def scratch_bytes(rows: int, ranks: int, widest: int) -> int:
     return 4 * (rows * ranks + torch.get_num_threads() * 512 * widest)
 
 
+_LOADING = threading.Lock()
+
+
 @cache
-def _load_with(compiler: Sequence[str]) -> str:
+def _load_with(named: str | None) -> str:
     """Load the library, compiled if it is not there yet; why that failed."""
+    compiler: list[str] = []
     try:
+        compiler = _found_compiler() if named is None else shlex.split(named)
+        if not compiler:
+            return "there is no C++ compiler: install g++ or clang++, or set CXX"
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout  # noqa: S603
         sources = [source.read_bytes() for source in _SOURCES]
         parts = (*sources, shlex.join((*compiler, *_FLAGS)).encode(), version, torch.__version__.encode(), _cpu())
-        name = f"native-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
-        torch.ops.load_library(_compiled(_writable_folder() / name, compiler))
-    except (OSError, subprocess.SubprocessError) as error:
+        name, folder = f"native-{_hash(b'|'.join(parts))}", _own_folder()
+        made = [one for one in folder.glob(f"{name}-*.so") if one.stem == f"{name}-{_hash(one.read_bytes())}"]
+        torch.ops.load_library(made[0] if made else _compiled(folder, name, compiler))
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
-        return f"{shlex.join(compiler)} could not make it: {said.splitlines()[0] if said else error}"
+        return f"{shlex.join(compiler) or named} could not make it: {said.splitlines()[0] if said else error}"
     return ""
 
 
-def _compiled(library: Path, compiler: Sequence[str]) -> Path:
-    if not library.exists():
-        # Compiled aside, so that another process never loads half a file.
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / library.name
-            command = [*compiler, *_FLAGS, "-o", str(made), str(_SOURCES[0]), *_AGAINST_TORCH]
-            subprocess.run(command, capture_output=True, check=True, timeout=600)  # noqa: S603
-            made.replace(library)
-    return library
+def _compiled(folder: Path, name: str, compiler: Sequence[str]) -> Path:
+    # Aside, so that another process never loads half a file.
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        made = Path(aside) / "native.so"
+        command = [*compiler, *_FLAGS, "-o", str(made), str(_SOURCES[0]), *_AGAINST_TORCH]
+        subprocess.run(command, capture_output=True, check=True, timeout=600)  # noqa: S603
+        return made.replace(folder / f"{name}-{_hash(made.read_bytes())}.so")
 
 
-def _compiler() -> list[str]:
-    if "CXX" in os.environ:
-        return shlex.split(os.environ["CXX"])
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:24]
+
+
+def _found_compiler() -> list[str]:
     found = next(filter(shutil.which, ("g++", "clang++", "c++")), None)
     return [found] if found else []
 
 
-def _writable_folder() -> Path:
-    cached = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    folder = Path(cached) / "xpu-lora-compile"
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    # Never a folder in which others could leave a library for us.
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="xpu-lora-compile-"))
+def _own_folder() -> Path:
+    """Where libraries are kept: never a folder in which others could leave one for us."""
+    with suppress(OSError, RuntimeError, AttributeError):  # Nowhere to write, no home, no owners.
+        cached = os.environ.get("XDG_CACHE_HOME")
+        folder = (Path(cached) if cached else Path.home() / ".cache") / "xpu-lora-compile"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+        if os.access(folder, os.W_OK) and about.st_uid == os.geteuid() and not about.st_mode & 0o022:
+            return folder
+    return Path(tempfile.mkdtemp(prefix="xpu-lora-compile-"))
 
 
 def _cpu() -> bytes:
@@ -113,18 +126,26 @@ def _cpu() -> bytes:
     return b"\n".join(itertools.islice((line for line in lines if line.startswith(kinds)), 8))
 
 
+# Whether the library has been asked for, and an op been called anew.
+_AGAIN: ContextVar[bool] = ContextVar("again", default=False)
+
+
 def _define(schema: str) -> Any:
     """An op that loads the library when it is first called, say by code that Inductor had cached."""
     name = schema.split("(", 1)[0]
     tries = schema.endswith("bool")
 
     def load_and_call_again(*args: Any) -> bool | None:
-        # Also for tensors elsewhere, or sparse ones, for which the library has nothing.
-        if all(one.device.type == "cpu" and one.layout is torch.strided for one in _tensors_of(args)):
+        if not _AGAIN.get():
             if why := problem():
                 remedy = "Mend it, or compile the model without the cache."
                 raise KernelError(f"xpu_lora::{name}", "a compiler", why, remedy)
-            return op(*args)  # type: ignore[no-any-return]
+            token = _AGAIN.set(True)
+            try:
+                return op(*args)  # type: ignore[no-any-return]
+            finally:
+                _AGAIN.reset(token)
+        # Tensors elsewhere, sparse ones and the like, for which the library has nothing.
         if not tries:
             raise KernelError(f"xpu_lora::{name}", "dense tensors on the CPU", "others", "Compile anew.")
         return False
@@ -136,11 +157,6 @@ def _define(schema: str) -> Any:
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"xpu_lora::{name}", lambda *_: False if tries else None, lib=_LIBRARY)
     return op
-
-
-def _tensors_of(args: Sequence[Any]) -> list[Tensor]:
-    flat = itertools.chain.from_iterable(one if isinstance(one, list | tuple) else [one] for one in args)
-    return [one for one in flat if isinstance(one, Tensor)]
 
 
 # For each slice, outputs[its output][t, its columns] += B[i] @ (scaling * A[i] @ inputs[t]); no two share columns.

@@ -43,7 +43,8 @@ def bgmv_shrink(
         LostGradientError: in grad mode, a gradient would be lost: inputs or weights require one, or the output does
             and is replaced or is a leaf.
 
-    Precision: float32, bfloat16 and float16 mix freely; products are summed in float32 and rounded once.
+    Precision: float32, bfloat16 and float16 mix freely; products are summed in float32 and rounded once. On a CPU
+    bfloat16 numbers below 1.2e-38 may count as 0.
 
     Under torch.compile: one opaque node; shapes are checked while tracing.
 

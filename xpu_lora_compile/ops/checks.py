@@ -167,6 +167,10 @@ def _check_rows(op: str, indices: Tensor, **matrices: Tensor) -> None:
         raise DtypeError(
             f"{op}: lora_indices_tensor", "int32 or int64", _dtype(indices), "Convert it with `.to(torch.int64)`."
         )
+    if indices.layout is not torch.strided:
+        raise ContractError(
+            f"{op}: lora_indices_tensor", "a dense tensor", str(indices.layout), "Call `.to_dense()` on it."
+        )
     for argument, matrix in matrices.items():
         if matrix.dim() != 2:
             raise ShapeError(f"{op}: {argument}", "[T, columns]", f"shape {_shape(matrix)}", _FLATTEN)

@@ -56,7 +56,8 @@ def lora_linear(
         ContractError: a shape, dtype, device or slice that does not fit; the subclass says which.
 
     Precision: float32, bfloat16 and float16 mix freely; the rank vector and all sums are float32, and the result is
-    rounded once. (With float64 among the operands, for `gradcheck`, all is float64.)
+    rounded once; on a CPU bfloat16 numbers below 1.2e-38 may count as 0 in the products. (With float64 among the
+    operands, for `gradcheck`, all is float64.)
 
     Gradients: to base, inputs and both weight lists. A row without an adapter gives none to any weights, and its input
     gets 0; slots that no row uses get 0. Second derivatives are not provided, nor are the transforms of `torch.func`:
@@ -72,7 +73,7 @@ def lora_linear(
     operands = (inputs, list(lora_a), list(lora_b), lora_indices_tensor)
     offsets = list(slice_offsets)
     if not is_compiling() and runs_plainly(base, inputs, *lora_a, *lora_b, lora_indices_tensor):
-        if entry.takes_native(base):
+        if entry.takes_native(base) and base.layout is torch.strided:
             added = base.clone(memory_format=torch.contiguous_format)
             if TRY_ADD_LORA([added], *operands, [0] * len(offsets), offsets, scaling):
                 return added
