@@ -17,9 +17,19 @@ class Routing:
         slots: K.
     """
 
-    def __init__(self, indices: Tensor, slots: int) -> None:
+    def __init__(self, indices: Tensor, slots: int, ranks: Tensor | None = None, tiles: Tensor | None = None) -> None:
         self.indices = indices
         self.slots = slots
+        self.ranks = ranks
+        if tiles is not None:
+            self.__dict__["tiles"] = tiles
+
+    @cached_property
+    def tiles(self) -> Tensor:
+        """The table that the Triton kernels read: see `triton_kernels`."""
+        from xpu_lora_compile.kernels import triton_launch
+
+        return triton_launch.route(self.indices, self.slots)
 
     @classmethod
     def of(cls, indices: Tensor, slot: Tensor, has_adapter: Tensor, order: Tensor, starts: Tensor) -> Routing:

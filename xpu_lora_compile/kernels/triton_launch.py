@@ -1,0 +1,355 @@
+"""Launches the Triton kernels: which sizes of tiles, grids, strides. The kernels themselves are in `triton_kernels`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xpu_lora_compile.kernels.routing import Routing
+from xpu_lora_compile.kernels.sizes import Sizes, sizes_for
+
+
+@cache
+def problem(device: str) -> str:
+    """Why Triton kernels cannot run on a type of device; empty where they can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton compiles for no CPU (TRITON_INTERPRET=1 has its interpreter run them, slowly)"
+    return "" if device in ("cpu", "cuda", "xpu") else f"Triton was tried on CUDA and XPU, not on {device}"
+
+
+def tile_rows(rows: int, slots: int) -> int:
+    """How many rows share a tile: few where groups are small, so that little is computed for no row."""
+    of_each = rows // slots
+    return 16 if rows <= 64 or of_each <= 16 else 32 if of_each <= 32 else 64 if of_each <= 128 else 128
+
+
+def tile_count(rows: int, slots: int) -> int:
+    """How many tiles a table has, used or not."""
+    return min(rows, rows // tile_rows(rows, slots) + slots + 1)
+
+
+def route(indices: Tensor, slots: int) -> Tensor:
+    """The table of tiles for these indices, int32; its length is a simple function of T and K, so that it can be faked.
+
+    Args:
+        indices: `[T]`, int32 or int64.
+        slots: K.
+    """
+    rows = len(indices)
+    tiles = torch.empty(table_length(rows, slots), dtype=torch.int32, device=indices.device)
+    if rows:
+        height, count = tile_rows(rows, slots), tile_count(rows, slots)
+        chunk = 64 if rows <= 64 else 1024
+        _kernels().route_kernel[(slots + 1,)](
+            indices, indices.stride(0), tiles, rows, slots, count, height, count == rows, chunk
+        )
+    return tiles
+
+
+def table_length(rows: Any, slots: Any) -> Any:
+    """Enough for every height of tiles: `count * (1 + height)`."""
+    return 2 * rows + 129 * (slots + 1)
+
+
+def shrink(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, scaling: float) -> None:
+    """As `entry.shrink`."""
+    _shrink(output[None], inputs, [weights], routing, scaling=scaling)
+
+
+def expand(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, add: bool) -> None:
+    """As `entry.expand`."""
+    _expand([output], inputs[None], [weights], routing, 1.0, add=add, follows_shrink=False)
+
+
+def slot_products(inputs: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+    """As `entry.slot_products`, but zero where the index is no slot."""
+    result = torch.empty(len(inputs), weights.shape[1], dtype=torch.float32, device=inputs.device)
+    shrink(result, inputs, weights, routing, 1.0)
+    return result
+
+
+def add_lora(
+    outputs: Sequence[Tensor],
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    routing: Routing,
+    slice_outputs: Sequence[int],
+    slice_offsets: Sequence[int],
+    scaling: float,
+) -> None:
+    """As `entry.add_lora`, for slices that share no columns: two launches."""
+    if len(inputs) == 0:
+        return
+    hidden = shrink_all(inputs, lora_a, routing)
+    columns = [
+        outputs[position].narrow(1, offset, b.shape[1])
+        for b, position, offset in zip(lora_b, slice_outputs, slice_offsets, strict=True)
+    ]
+    expand_all(columns, hidden, lora_b, routing, scaling)
+
+
+def shrink_all(
+    inputs: Tensor, lora_a: Sequence[Tensor], routing: Routing, together: bool | None = None, aside: bool = False
+) -> Tensor:
+    """`A[i] @ inputs[t]` of every slice, unscaled, fp32: `[pieces, slices * T, R]`, to be summed over the pieces.
+
+    Rows without an adapter, and what is beyond the rank of a slot, are not written.
+
+    Args:
+        together: have them summed already, which takes longer where there are few rows; by default as the sizes ask.
+    """
+    sizes = sizes_for(len(inputs), routing.slots, inputs.device.type)
+    together = sizes.shrink_together if together is None else together
+    pieces = 1 if together else piece_count(inputs.shape[1])
+    # Rounded up, so that each row starts where it is read fastest.
+    shape = (pieces, len(lora_a) * len(inputs), -(-max(a.shape[1] for a in lora_a) // 16) * 16)
+    hidden = torch.empty(shape, dtype=torch.float32, device=inputs.device)
+    _shrink(hidden, inputs, lora_a, routing, pdl=not aside and _has_pdl(inputs.device))
+    return hidden
+
+
+def expand_all(
+    columns: Sequence[Tensor], hidden: Tensor, lora_b: Sequence[Tensor], routing: Routing, scaling: float
+) -> None:
+    """Add `B[i] @ (scaling * hidden[t])` to each slice's columns, `[T, W]`; `hidden` is what `shrink_all` has made."""
+    _expand(columns, hidden, lora_b, routing, scaling, add=True, follows_shrink=True)
+
+
+def piece_of(features: int) -> int:
+    """How many columns of D are summed on their own, before the sums are: so decided by D alone."""
+    return max(256, -(-features // (8 * 128)) * 128)
+
+
+def piece_count(features: int) -> int:
+    """How many pieces D has: at most 8."""
+    return max(1, -(-features // piece_of(features)))
+
+
+def _shrink(
+    hidden: Tensor,
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    routing: Routing,
+    scaling: float | None = None,
+    pdl: bool = False,
+) -> None:
+    """Into `hidden`, `[pieces or 1, slices * T, R]`; with a scaling it is the output of the public op."""
+    rows, features = inputs.shape
+    if rows == 0:
+        return
+    sizes = sizes_for(rows, routing.slots, inputs.device.type)
+    ranks = [a.shape[1] for a in lora_a]
+    # Not 64: Triton takes other instructions then, on Hopper, which might sum in another order.
+    block = min(32, _rank_block(max(ranks)))
+    group = 1 if scaling is not None else sizes.shrink_slices
+    pieces, piece = piece_count(features), piece_of(features)
+    blocks = -(-max(ranks) // block)
+    programs = hidden.shape[0]
+    height, count = tile_rows(rows, routing.slots), tile_count(rows, routing.slots)
+    columns = sizes.shrink_columns if programs == 1 else sizes.piece_columns
+    while piece % columns:
+        columns //= 2
+    _kernels().shrink_kernel[(count, programs, -(-len(lora_a) // group) * blocks)](
+        hidden,
+        *hidden.stride()[1:],
+        inputs,
+        *inputs.stride(),
+        rows,
+        *_with_strides(lora_a, common=2),
+        routing.tiles,
+        count,
+        routing.ranks,
+        tuple(ranks),
+        features,
+        blocks,
+        scaling or 0.0,
+        routing.ranks is not None,
+        piece,
+        pieces,
+        programs == 1,
+        scaling is not None,
+        features % piece == 0,
+        pdl,
+        len(lora_a),
+        group,
+        height,
+        block,
+        columns,
+        sizes.shrink_stages,
+        num_warps=sizes.shrink_warps,
+        **_launch(pdl),
+    )
+
+
+def _expand(
+    columns: Sequence[Tensor],
+    hidden: Tensor,
+    lora_b: Sequence[Tensor],
+    routing: Routing,
+    scaling: float,
+    add: bool,
+    follows_shrink: bool,
+) -> None:
+    rows = len(columns[0])
+    if rows == 0:
+        return
+    sizes = sizes_for(rows, routing.slots, hidden.device.type)
+    ranks, widths = [b.shape[2] for b in lora_b], [b.shape[1] for b in lora_b]
+    block = _rank_block(max(ranks))
+    height, count = tile_rows(rows, routing.slots), tile_count(rows, routing.slots)
+    width = sizes.expand_columns
+    part = min(height, 32)
+    each = sizes.expand_blocks
+    pdl = follows_shrink and _has_pdl(hidden.device)
+    _kernels().expand_kernel[(sum(-(-one // (width * each)) for one in widths), count * (height // part))](
+        tuple(columns),
+        tuple(one.stride(0) for one in columns),
+        columns[0].stride(1),
+        hidden,
+        *hidden.stride()[1:],
+        rows,
+        *_with_strides(lora_b, common=1),
+        routing.tiles,
+        count,
+        routing.ranks,
+        tuple(ranks),
+        tuple(widths),
+        scaling,
+        routing.ranks is not None,
+        hidden.shape[0],
+        follows_shrink,
+        add,
+        max(ranks) <= block,
+        pdl,
+        each,
+        height,
+        part,
+        block,
+        width,
+        num_warps=sizes.expand_warps,
+        **_launch(pdl),
+    )
+
+
+def linears_fit(
+    inputs: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_a: Sequence[Tensor],
+) -> bool:
+    """Whether `linears` may compute these base products: 16-bit, of one dtype, with rows side by side in memory."""
+    same = all(one.dtype == inputs.dtype for one in (*weights, *lora_a, *(b for b in biases if b is not None)))
+    return (
+        same
+        and inputs.dtype in (torch.bfloat16, torch.float16)
+        and all(one.stride(1) == 1 for one in (inputs, *weights))
+        and inputs.device.type in ("cuda", "xpu", "cpu")
+    )
+
+
+def linears(
+    inputs: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    routing: Routing,
+    slice_outputs: Sequence[int],
+    slice_offsets: Sequence[int],
+    scaling: float,
+    sizes: Sizes | None = None,
+) -> list[Tensor]:
+    """The base products `inputs @ weight.T + bias`, and every slice added to them, in two launches, for few rows."""
+    rows, features = inputs.shape
+    sizes = sizes or sizes_for(rows, routing.slots, inputs.device.type)
+    outputs = [inputs.new_empty(rows, len(weight)) for weight in weights]
+    hidden = shrink_all(inputs, lora_a, routing, together=False)
+    height = max(16, 1 << (rows - 1).bit_length()) if rows <= sizes.linear_rows else sizes.linear_rows
+    width, columns = sizes.linear_columns, _fitting(sizes.linear_depth, features)
+    pdl = _has_pdl(inputs.device)
+    _kernels().linear_kernel[(sum(-(-len(weight) // width) for weight in weights), -(-rows // height))](
+        tuple(outputs),
+        inputs,
+        inputs.stride(0),
+        tuple(weights),
+        tuple(one.stride(0) for one in weights),
+        tuple(one if one is not None else inputs for one in biases),
+        features,
+        rows,
+        tuple(len(weight) for weight in weights),
+        hidden,
+        hidden.stride(1),
+        routing.indices,
+        routing.indices.stride(0),
+        routing.slots,
+        routing.ranks,
+        scaling,
+        *_with_strides(lora_b, common=1),
+        tuple(one.shape[2] for one in lora_b),
+        tuple(slice_offsets),
+        tuple(one.shape[1] for one in lora_b),
+        tuple(slice_outputs),
+        biases[0] is not None,
+        routing.ranks is not None,
+        features % columns == 0,
+        pdl,
+        hidden.shape[0],
+        height,
+        width,
+        columns,
+        max(16, 1 << (hidden.shape[2] - 1).bit_length()),
+        16 if height <= 32 else 8,
+        sizes.linear_stages,
+        num_warps=sizes.linear_warps,
+        **_launch(pdl),
+    )
+    return outputs
+
+
+def _rank_block(rank: int) -> int:
+    return 16 if rank <= 16 else 32 if rank <= 32 else 64
+
+
+def _fitting(columns: int, length: int) -> int:
+    """The tile of columns, halved until it is not much longer than what there is."""
+    while columns > 32 and columns >= 2 * length:
+        columns //= 2
+    return columns
+
+
+def _with_strides(stacks: Sequence[Tensor], common: int) -> tuple[Any, ...]:
+    """The stacks, and their three strides; `common` is the dimension in which all have the same."""
+    strides: list[Any] = [tuple(one.stride(at) for one in stacks) for at in range(3)]
+    strides[common] = stacks[0].stride(common)
+    return (tuple(stacks), *strides)
+
+
+def _has_pdl(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it ends (programmatic dependent launch: CUDA, from Hopper on)."""
+    return device.type == "cuda" and _capability(device) >= (9, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _launch(pdl: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if pdl else {}
+
+
+@cache
+def _kernels() -> Any:
+    # Late: Triton is loaded where its kernels run, and nowhere else.
+    from xpu_lora_compile.kernels import triton_kernels
+
+    return triton_kernels
