@@ -25,6 +25,7 @@ from xpu_lora_compile.ops import (
     LORA_LINEARS,
     NATIVE_ADD_LORA,
     ROUTE,
+    ROUTE_TILES,
     SHRINK,
 )
 from xpu_lora_compile.ops.checks import without_slice_dim
@@ -32,6 +33,7 @@ from xpu_lora_compile.passes import check_environment, rewrite
 from xpu_lora_compile.passes.decisions import Decision, decisions_on
 from xpu_lora_compile.passes.editing import arguments_of, graphs_of, origin_of, value_of
 from xpu_lora_compile.passes.find_sites import find_sites
+from xpu_lora_compile.passes.fuse_base import keep_bases
 from xpu_lora_compile.passes.liveness import live_nodes
 from xpu_lora_compile.passes.memory import read_by, storage_of, storages_of, written_by
 from xpu_lora_compile.passes.text import dtype_of, lines_of
@@ -39,6 +41,7 @@ from xpu_lora_compile.report import GraphReport, NodeReport, Report, SiteReport
 from xpu_lora_compile.torch_internals import fresh_compilation, hint_of, source_of
 
 _LORA_LINEARS: tuple[Any, ...] = (LORA_LINEAR, LORA_LINEARS, ADD_LORA, NATIVE_ADD_LORA)
+_ROUTES: tuple[Any, ...] = (ROUTE, ROUTE_TILES)
 _LORA: tuple[Any, ...] = (BGMV_SHRINK, BGMV_EXPAND, BGMV_EXPAND_SLICE, SHRINK, EXPAND, EXPAND_SLICE, *_LORA_LINEARS)
 
 
@@ -131,7 +134,9 @@ class _Captured:
         self.live = [node in live for node, _ in decided]
         before, calls_before = self._nodes(module), _count(graphs)
         start = time.perf_counter()
-        rewrite(module)
+        # With its base product inside, a call would not say what it adds to.
+        with keep_bases():
+            rewrite(module)
         self.seconds = time.perf_counter() - start
         self.report = GraphReport(before, self._nodes(module), calls_before, _count(graphs))
         # The calls that do the sites' work, by the position of the site, each with its number.
@@ -279,7 +284,7 @@ def _size(size: int | torch.SymInt) -> str:
 def _roles(node: Node, operands: list[Node]) -> list[str]:
     """What our op calls each operand; the first of its names where it is given twice."""
     op: Any = getattr(node.target, "default", node.target)
-    if op not in _LORA and op is not ROUTE:
+    if op not in _LORA and op not in _ROUTES:
         return []
     names: dict[Node, str] = {}
     for argument, value in zip(op._schema.arguments, arguments_of(node, op), strict=True):
@@ -297,7 +302,7 @@ def _kind(node: Node) -> str:
         return "output"
     if target in _LORA:
         return "lora"
-    if target is ROUTE or any(one.target is ROUTE for one in node.all_input_nodes):
+    if target in _ROUTES or any(one.target in _ROUTES for one in node.all_input_nodes):
         return "routing"
     shares = storages_of(node) and storages_of(node) <= set().union(*map(storages_of, node.all_input_nodes))
     return "view" if shares and not written_by(node) else "other"
@@ -309,7 +314,7 @@ def _count(graphs: list[Graph]) -> dict[str, int]:
     for graph in graphs:
         for node in graph.nodes:
             target = getattr(node.target, "default", node.target)
-            if target in _LORA or target is ROUTE:
+            if target in _LORA or target in _ROUTES:
                 counts[target._schema.name.split("::")[1]] += 1
             elif target in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default) or target in ("clone", "copy_"):
                 counts["clone" if "clone" in str(target) else "copy_"] += 1

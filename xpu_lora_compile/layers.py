@@ -105,10 +105,13 @@ class LoraLinear(nn.Linear):
         output = super().forward(rows)
         shape = (*input.shape[:-1], output.shape[1])
         columns = min(self.lora_b.shape[1], output.shape[1])
-        if add_lora_eagerly(output, rows, self.lora_a, self.lora_b, indices, columns):
+        # What a CPU's kernel does not ask for need not be an input of its graphs.
+        ranks = None if rows.device.type == "cpu" else self.lora_routing.ranks
+        if add_lora_eagerly(output, rows, self.lora_a, self.lora_b, indices, columns, ranks):
             return output.view(shape)
-        if torch.is_grad_enabled():
-            return lora_linear(output, rows, [self.lora_a], [self.lora_b[:, :columns]], indices, [0]).view(shape)
+        if torch.is_grad_enabled() or ranks is not None:
+            b = self.lora_b[:, :columns]
+            return lora_linear(output, rows, [self.lora_a], [b], indices, [0], ranks=ranks).view(shape)
         hidden = rows.new_empty(
             rows.shape[0], self.lora_a.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32)
         )

@@ -19,6 +19,7 @@ from xpu_lora_compile.layers import LoraEmbedding, LoraLinear
 from xpu_lora_compile.passes import check_environment, rewrite
 from xpu_lora_compile.passes.decisions import Decision, decisions_on
 from xpu_lora_compile.passes.find_sites import find_sites
+from xpu_lora_compile.passes.fuse_base import keep_bases
 from xpu_lora_compile.passes.memory import input_storages, storages_of, written_by
 from xpu_lora_compile.replay import Eager, Forced, Taps, copy_of, is_close, tensors_in
 from xpu_lora_compile.torch_internals import fresh_compilation
@@ -184,7 +185,9 @@ class _Check:
         self.places = [decision.place for decision in decisions]
         self.changed = _changed_inputs(module.graph)
         self.original = copy_of(module)
-        self.unchecked = len(rewrite(module)) - len(decisions)
+        # A base product that its LoRA computes would have no value to compare with.
+        with keep_bases():
+            self.unchecked = len(rewrite(module)) - len(decisions)
         # The calls that do the sites' work, each with the numbers of its sites.
         numbers = {id(decision): number for number, decision in enumerate(decisions)}
         self.work = {

@@ -33,10 +33,13 @@ class Routing:
 
     Attributes:
         slots: `[batch]`, int64, `NO_ADAPTER` for the base model; None outside a `bank.use` block.
+        ranks: `[K]`, int32: the highest rank of each slot's adapter, 0 where it is empty; None on a CPU, whose kernel
+            asks for none.
     """
 
     def __init__(self) -> None:
         self.slots: Tensor | None = None
+        self.ranks: Tensor | None = None
 
     def rows_of(self, inputs: Tensor, features: int) -> Tensor | None:
         """The slot of each row of a layer's inputs, `[batch, ..., *features]` flattened but for the features.
@@ -100,6 +103,7 @@ class AdapterBank:
         self._embeddings = dict(embeddings)
         self._routing = routing
         self._slots: list[str | None] = [None] * slots
+        self._ranks = [0] * slots
         self._max_rank = max_rank
         # One tensor for each size of batch, so that its address stays the same for captured graphs.
         self._batches: dict[tuple[int, torch.device], Tensor] = {}
@@ -158,6 +162,7 @@ class AdapterBank:
                 for site, pair in weights.items():
                     self._layers[site].store(slot, pair.a, pair.b)
             self._slots[slot] = name
+            self._set_rank(slot, max((pair.a.shape[0] for pair in weights.values()), default=0))
 
     def drop(self, name: str) -> None:
         """Empty the slot of an adapter.
@@ -255,12 +260,25 @@ class AdapterBank:
                 "use", "real tensors", type(batch).__name__, "Enter the block outside of torch.export and fake modes."
             )
         self._batches[len(names), device] = self._routing.slots = batch
+        if device.type == "cpu":
+            self._routing.ranks = None
+        elif self._routing.ranks is None or self._routing.ranks.device != device:
+            with torch.inference_mode(False):
+                self._routing.ranks = torch.tensor(self._ranks, dtype=torch.int32, device=device)
+
+    def _set_rank(self, slot: int, rank: int) -> None:
+        self._ranks[slot] = rank
+        if self._routing.ranks is not None:
+            # In place, where captured graphs read it.
+            with torch.no_grad():
+                self._routing.ranks[slot] = rank
 
     def _clear(self, slot: int) -> None:
         with torch.no_grad():
             for layer in self._layers.values():
                 layer.lora_a[slot].zero_()
                 layer.lora_b[slot].zero_()
+        self._set_rank(slot, 0)
 
     def _free_slot(self, name: str) -> int:
         """The slot that an adapter of this name would take."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from xpu_lora_compile.errors import KernelError
 
-KERNELS = ("native", "gather", "grouped", "dense")
+KERNELS = ("native", "triton", "gather", "grouped", "dense")
 TABLE = Path(__file__).with_name("measured.json")
 
 
@@ -51,18 +51,19 @@ class Choice:
 
 
 @lru_cache(maxsize=4096)
-def choose(call: Call, native_problem: str = "", forced: str | None = None) -> Choice:
+def choose(call: Call, native_problem: str = "", forced: str | None = None, triton_problem: str = "") -> Choice:
     """The kernel for a call: of those that can run it, the fastest at the nearest point of the table.
 
     Args:
         call: the sizes.
         native_problem: why the native kernel cannot run on this machine, if it cannot.
         forced: a kernel that is to be taken, whatever the table says.
+        triton_problem: why Triton kernels cannot run on this device, if they cannot.
 
     Raises:
         KernelError: there is no kernel of the forced name, or it cannot run this call.
     """
-    refused = {kernel: why for kernel in KERNELS if (why := _refusal(kernel, call, native_problem))}
+    refused = {kernel: why for kernel in KERNELS if (why := _refusal(kernel, call, native_problem, triton_problem))}
     if forced is not None:
         _check_forced(forced, refused)
         rest = {kernel: refused.get(kernel, "another was forced") for kernel in KERNELS if kernel != forced}
@@ -71,7 +72,7 @@ def choose(call: Call, native_problem: str = "", forced: str | None = None) -> C
     point = _nearest_point(call)
     if point is None:
         few = call.rows <= call.slots
-        kernel = next(one for one in ("native", "gather" if few else "grouped", "dense") if one in able)
+        kernel = next(one for one in ("native", "triton", "gather" if few else "grouped", "dense") if one in able)
         because = f"nothing was measured on {call.device}; T = {call.rows} {'<=' if few else '>'} K = {call.slots}"
         return Choice(kernel, because, {other: refused.get(other, because) for other in KERNELS if other != kernel})
     times = {kernel: time for kernel, time in point["us"].items() if kernel in able}
@@ -105,7 +106,7 @@ def force_kernel(kernel: str) -> Iterator[None]:
     """Have every call in the block run on one kernel; the environment variable XPU_LORA_KERNEL does it for a process.
 
     Args:
-        kernel: "native", "gather", "grouped" or "dense".
+        kernel: "native", "triton", "gather", "grouped" or "dense".
 
     Raises:
         KernelError: there is no such kernel. A call that it cannot run raises it, too.
@@ -118,12 +119,12 @@ def force_kernel(kernel: str) -> Iterator[None]:
         _FORCED.reset(token)
 
 
-def _refusal(kernel: str, call: Call, native_problem: str) -> str:
+def _refusal(kernel: str, call: Call, native_problem: str, triton_problem: str) -> str:
     if kernel in ("native", "grouped") and call.device != "cpu":
         return f"it is for a CPU, not for {call.device}"
-    if kernel == "native" and call.dtype == "float64":
+    if kernel in ("native", "triton") and call.dtype == "float64":
         return "it computes in float32"
-    return native_problem if kernel == "native" else ""
+    return {"native": native_problem, "triton": triton_problem}.get(kernel, "")
 
 
 def _check_forced(forced: str, refused: Mapping[str, str]) -> None:

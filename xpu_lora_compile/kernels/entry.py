@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile.errors import KernelError
-from xpu_lora_compile.kernels import native
+from xpu_lora_compile.kernels import native, triton_launch
 from xpu_lora_compile.kernels.choose import Call, Choice, choose, forced_kernel, wins_everywhere
 from xpu_lora_compile.kernels.dense import dense
 from xpu_lora_compile.kernels.gather import gather
@@ -33,8 +33,12 @@ _PRODUCTS = {"gather": gather, "grouped": grouped, "dense": dense}
 
 def shrink(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, scaling: float) -> None:
     """Write `scaling * A[i] @ inputs[t]` into the first R columns of `output`, zero where `i` is no slot."""
-    if choice_for((output,), inputs, (weights,), ()).kernel == "native":
+    kernel = choice_for((output,), inputs, (weights,), ()).kernel
+    if kernel == "native":
         _must(native.TRY_SHRINK(output, inputs, weights, routing.indices, scaling))
+        return
+    if kernel == "triton":
+        triton_launch.shrink(output, inputs, weights, routing, scaling)
         return
     hidden = slot_products(inputs.to(accumulator(output, inputs, weights)), weights, routing)
     output[:, : weights.shape[1]].copy_(torch.where(routing.has_adapter, hidden * scaling, 0.0))
@@ -42,8 +46,12 @@ def shrink(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, sc
 
 def expand(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, add: bool) -> None:
     """Write or add `B[i] @ inputs[t]` into `output`, `[T, W]`; rows whose `i` is no slot keep their value."""
-    if choice_for((output,), inputs, (), (weights,)).kernel == "native":
+    kernel = choice_for((output,), inputs, (), (weights,)).kernel
+    if kernel == "native":
         _must(native.TRY_EXPAND(output, inputs, weights, routing.indices, 0, weights.shape[1], add))
+        return
+    if kernel == "triton":
+        triton_launch.expand(output, inputs, weights, routing, add)
         return
     value = slot_products(inputs.to(accumulator(output, inputs, weights)), weights, routing)
     if add:
@@ -84,9 +92,13 @@ def add_lora(
         for position in shared:
             outputs[position].copy_(sums[position])
         return
-    if choice_for(outputs, inputs, lora_a, lora_b).kernel == "native":
+    kernel = choice_for(outputs, inputs, lora_a, lora_b).kernel
+    if kernel == "native":
         arguments = (outputs, inputs, lora_a, lora_b, routing.indices, slice_outputs, slice_offsets, scaling)
         _must(native.TRY_ADD_LORA(*arguments))
+        return
+    if kernel == "triton":
+        triton_launch.add_lora(outputs, inputs, lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling)
         return
     inputs = inputs.to(accumulator(*outputs, inputs, *lora_a, *lora_b))
     for a, b, position, offset in zip(lora_a, lora_b, slice_outputs, slice_offsets, strict=True):
@@ -94,6 +106,33 @@ def add_lora(
         columns = outputs[position].narrow(1, offset, b.shape[1])
         value = slot_products(hidden, b, routing) + columns
         columns.copy_(torch.where(routing.has_adapter, value, columns.to(value.dtype)))
+
+
+def linear_lora(
+    inputs: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    routing: Routing,
+    slice_outputs: Sequence[int],
+    slice_offsets: Sequence[int],
+    scaling: float,
+) -> list[Tensor]:
+    """The base products `inputs @ weight.T + bias`, with what `add_lora` adds: in one kernel, or side by side.
+
+    Args:
+        inputs: `[T, D]`.
+        weights: of each base product, `[H, D]`.
+        biases: of each base product, `[H]` or None.
+        lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling: as for `add_lora`; the outputs are the products.
+    """
+    if choice_for((), inputs, lora_a, lora_b).kernel == "triton":
+        arguments = (lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling)
+        return triton_launch.linear_lora(inputs, weights, biases, *arguments)
+    outputs = [torch.nn.functional.linear(inputs, *pair) for pair in zip(weights, biases, strict=True)]
+    add_lora(outputs, inputs, lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling)
+    return outputs
 
 
 def slot_products(inputs: Tensor, weights: Tensor, routing: Routing) -> Tensor:
@@ -110,6 +149,8 @@ def slot_products(inputs: Tensor, weights: Tensor, routing: Routing) -> Tensor:
         result = torch.empty(len(inputs), weights.shape[1], dtype=dtype)
         _must(native.TRY_SHRINK(result, inputs, weights, routing.indices, 1.0))
         return result
+    if kernel == "triton":
+        return triton_launch.slot_products(inputs, weights, routing)
     with _without_autocast(inputs.device.type):
         return _PRODUCTS[kernel](inputs.to(dtype), weights, routing)
 
@@ -150,7 +191,13 @@ def choice_for(outputs: Sequence[Tensor], inputs: Tensor, lora_a: Sequence[Tenso
         sum(hint_of(b.shape[1]) for b in lora_b),
         len(lora_a) or 1,
     )
-    return choose(call, _native_problem() if device == "cpu" else "", forced_kernel())
+    native_problem = _native_problem() if device == "cpu" else ""
+    return choose(call, native_problem, forced_kernel(), triton_launch.problem(device))
+
+
+def computes_base(device: str) -> bool:
+    """Whether `linear_lora` is worth its while on a type of device: measured on CUDA alone; a CPU interprets it."""
+    return device in ("cuda", "cpu")
 
 
 def takes_native(output: Tensor) -> bool:

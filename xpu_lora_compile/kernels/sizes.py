@@ -21,12 +21,15 @@ class Sizes(NamedTuple):
     # How many blocks of columns one program takes.
     expand_blocks: int = 1
     expand_warps: int = 4
-    # Of the base product with LoRA in its epilogue: rows and columns of a tile, and columns of D that a step takes.
-    linear_rows: int = 64
+    # Of the base product with LoRA in its epilogue: up to how many rows, columns of all products, and ranks it is used.
+    linear_rows: int = 16
+    linear_width: int = 8192
+    linear_rank: int = 64
+    # Columns of a tile, and columns of D that one step takes.
     linear_columns: int = 32
     linear_depth: int = 128
     linear_warps: int = 4
-    linear_stages: int = 5
+    linear_stages: int = 7
 
 
 def sizes_for(rows: int, slots: int, device: str) -> Sizes:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.kernels.sizes import Sizes, sizes_for
@@ -66,7 +67,7 @@ def shrink(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, sc
 
 def expand(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, add: bool) -> None:
     """As `entry.expand`."""
-    _expand([output], inputs[None], [weights], routing, 1.0, add=add, follows_shrink=False)
+    _expand([output], inputs[None], [weights], routing, None, add=add, pdl=False)
 
 
 def slot_products(inputs: Tensor, weights: Tensor, routing: Routing) -> Tensor:
@@ -86,42 +87,87 @@ def add_lora(
     slice_offsets: Sequence[int],
     scaling: float,
 ) -> None:
-    """As `entry.add_lora`, for slices that share no columns: two launches."""
+    """As `entry.add_lora`, for slices that share no columns: two launches, if the slices are stored alike."""
     if len(inputs) == 0:
         return
-    hidden = shrink_all(inputs, lora_a, routing)
     columns = [
         outputs[position].narrow(1, offset, b.shape[1])
         for b, position, offset in zip(lora_b, slice_outputs, slice_offsets, strict=True)
     ]
-    expand_all(columns, hidden, lora_b, routing, scaling)
+    alike = _are_alike(lora_a, 2) and _are_alike(lora_b, 1) and _are_alike(columns, 1)
+    for slices in [slice(None)] if alike else [slice(s, s + 1) for s in range(len(lora_b))]:
+        hidden = shrink_all(inputs, lora_a[slices], routing)
+        expand_all(columns[slices], hidden, lora_b[slices], routing, scaling)
 
 
-def shrink_all(
-    inputs: Tensor, lora_a: Sequence[Tensor], routing: Routing, together: bool | None = None, aside: bool = False
-) -> Tensor:
+def linear_lora(
+    inputs: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    routing: Routing,
+    slice_outputs: Sequence[int],
+    slice_offsets: Sequence[int],
+    scaling: float,
+) -> list[Tensor]:
+    """As `entry.linear_lora`: few rows in one kernel with the base product; more with the shrink beside it."""
+    rows = len(inputs)
+    sizes = sizes_for(rows, routing.slots, inputs.device.type)
+    if _fits_linears(inputs, weights, biases, lora_a, lora_b, slice_offsets, sizes):
+        return _linears(inputs, weights, biases, lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling, sizes)
+    products = list(zip(weights, biases, strict=True))
+    alike = _are_alike(lora_a, 2) and _are_alike(lora_b, 1)
+    if rows == 0 or not alike or not _is_captured(inputs.device):
+        outputs = [linear(inputs, *product) for product in products]
+        add_lora(outputs, inputs, lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling)
+        return outputs
+    # In a captured graph a second stream costs no time of the host's.
+    tiles, here, aside = routing.tiles, torch.cuda.current_stream(inputs.device), _side_stream(inputs.device)
+    hidden = _empty_hidden(inputs, lora_a, sizes.shrink_together)
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        _shrink(hidden, inputs, lora_a, Routing(routing.indices, routing.slots, routing.ranks, tiles))
+    outputs = [linear(inputs, *product) for product in products]
+    here.wait_stream(aside)
+    columns = [
+        outputs[position].narrow(1, offset, b.shape[1])
+        for b, position, offset in zip(lora_b, slice_outputs, slice_offsets, strict=True)
+    ]
+    expand_all(columns, hidden, lora_b, routing, scaling, follows=False)
+    return outputs
+
+
+def shrink_all(inputs: Tensor, lora_a: Sequence[Tensor], routing: Routing, together: bool | None = None) -> Tensor:
     """`A[i] @ inputs[t]` of every slice, unscaled, fp32: `[pieces, slices * T, R]`, to be summed over the pieces.
 
     Rows without an adapter, and what is beyond the rank of a slot, are not written.
 
     Args:
+        inputs: `[T, D]`.
+        lora_a: of each slice, `[K, R, D]`, all alike.
+        routing: of the T rows among K slots.
         together: have them summed already, which takes longer where there are few rows; by default as the sizes ask.
     """
     sizes = sizes_for(len(inputs), routing.slots, inputs.device.type)
-    together = sizes.shrink_together if together is None else together
-    pieces = 1 if together else piece_count(inputs.shape[1])
-    # Rounded up, so that each row starts where it is read fastest.
-    shape = (pieces, len(lora_a) * len(inputs), -(-max(a.shape[1] for a in lora_a) // 16) * 16)
-    hidden = torch.empty(shape, dtype=torch.float32, device=inputs.device)
-    _shrink(hidden, inputs, lora_a, routing, pdl=not aside and _has_pdl(inputs.device))
+    hidden = _empty_hidden(inputs, lora_a, sizes.shrink_together if together is None else together)
+    _shrink(hidden, inputs, lora_a, routing, pdl=_has_pdl(inputs.device))
     return hidden
 
 
 def expand_all(
-    columns: Sequence[Tensor], hidden: Tensor, lora_b: Sequence[Tensor], routing: Routing, scaling: float
+    columns: Sequence[Tensor],
+    hidden: Tensor,
+    lora_b: Sequence[Tensor],
+    routing: Routing,
+    scaling: float,
+    follows: bool = True,
 ) -> None:
-    """Add `B[i] @ (scaling * hidden[t])` to each slice's columns, `[T, W]`; `hidden` is what `shrink_all` has made."""
-    _expand(columns, hidden, lora_b, routing, scaling, add=True, follows_shrink=True)
+    """Add `B[i] @ (scaling * hidden[t])` to each slice's columns, `[T, W]`; `hidden` is what `shrink_all` has made.
+
+    With `follows` the shrink is the kernel before this one on its stream, and need not have ended.
+    """
+    _expand(columns, hidden, lora_b, routing, scaling, add=True, pdl=follows and _has_pdl(hidden.device))
 
 
 def piece_of(features: int) -> int:
@@ -195,10 +241,11 @@ def _expand(
     hidden: Tensor,
     lora_b: Sequence[Tensor],
     routing: Routing,
-    scaling: float,
+    scaling: float | None,
     add: bool,
-    follows_shrink: bool,
+    pdl: bool,
 ) -> None:
+    """With a scaling, of what the shrink has left; without, of the public op's inputs."""
     rows = len(columns[0])
     if rows == 0:
         return
@@ -209,7 +256,6 @@ def _expand(
     width = sizes.expand_columns
     part = min(height, 32)
     each = sizes.expand_blocks
-    pdl = follows_shrink and _has_pdl(hidden.device)
     _kernels().expand_kernel[(sum(-(-one // (width * each)) for one in widths), count * (height // part))](
         tuple(columns),
         tuple(one.stride(0) for one in columns),
@@ -223,10 +269,10 @@ def _expand(
         routing.ranks,
         tuple(ranks),
         tuple(widths),
-        scaling,
+        1.0 if scaling is None else scaling,
         routing.ranks is not None,
         hidden.shape[0],
-        follows_shrink,
+        scaling is not None,
         add,
         max(ranks) <= block,
         pdl,
@@ -240,23 +286,33 @@ def _expand(
     )
 
 
-def linears_fit(
+def _fits_linears(
     inputs: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    slice_offsets: Sequence[int],
+    sizes: Sizes,
 ) -> bool:
-    """Whether `linears` may compute these base products: 16-bit, of one dtype, with rows side by side in memory."""
-    same = all(one.dtype == inputs.dtype for one in (*weights, *lora_a, *(b for b in biases if b is not None)))
+    """Whether `_linears` can compute these base products, and is faster than their own kernels and ours."""
+    rows = len(inputs)
+    bias = [one for one in biases if one is not None]
     return (
-        same
+        0 < rows <= sizes.linear_rows
+        and sum(map(len, weights)) <= sizes.linear_width
+        and max(b.shape[2] for b in lora_b) <= sizes.linear_rank
         and inputs.dtype in (torch.bfloat16, torch.float16)
-        and all(one.stride(1) == 1 for one in (inputs, *weights))
-        and inputs.device.type in ("cuda", "xpu", "cpu")
+        and all(one.dtype == inputs.dtype for one in (*weights, *bias, *lora_a, *lora_b))
+        and all(one.stride(-1) == 1 for one in (inputs, *weights, *bias))
+        and len(bias) in (0, len(biases))
+        and all(offset % sizes.linear_columns == 0 for offset in slice_offsets)
+        and _are_alike(lora_a, 2)
+        and _are_alike(lora_b, 1)
     )
 
 
-def linears(
+def _linears(
     inputs: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -266,23 +322,22 @@ def linears(
     slice_outputs: Sequence[int],
     slice_offsets: Sequence[int],
     scaling: float,
-    sizes: Sizes | None = None,
+    sizes: Sizes,
 ) -> list[Tensor]:
     """The base products `inputs @ weight.T + bias`, and every slice added to them, in two launches, for few rows."""
     rows, features = inputs.shape
-    sizes = sizes or sizes_for(rows, routing.slots, inputs.device.type)
     outputs = [inputs.new_empty(rows, len(weight)) for weight in weights]
     hidden = shrink_all(inputs, lora_a, routing, together=False)
-    height = max(16, 1 << (rows - 1).bit_length()) if rows <= sizes.linear_rows else sizes.linear_rows
+    height = max(16, 1 << (rows - 1).bit_length())
     width, columns = sizes.linear_columns, _fitting(sizes.linear_depth, features)
     pdl = _has_pdl(inputs.device)
-    _kernels().linear_kernel[(sum(-(-len(weight) // width) for weight in weights), -(-rows // height))](
+    _kernels().linear_kernel[(sum(-(-len(weight) // width) for weight in weights), 1)](
         tuple(outputs),
         inputs,
         inputs.stride(0),
         tuple(weights),
         tuple(one.stride(0) for one in weights),
-        tuple(one if one is not None else inputs for one in biases),
+        tuple(inputs if one is None else one for one in biases),
         features,
         rows,
         tuple(len(weight) for weight in weights),
@@ -313,6 +368,28 @@ def linears(
         **_launch(pdl),
     )
     return outputs
+
+
+def _empty_hidden(inputs: Tensor, lora_a: Sequence[Tensor], together: bool) -> Tensor:
+    pieces = 1 if together else piece_count(inputs.shape[1])
+    # The rank rounded up, so that each row starts where it is read fastest.
+    shape = (pieces, len(lora_a) * len(inputs), -(-max(a.shape[1] for a in lora_a) // 16) * 16)
+    return torch.empty(shape, dtype=torch.float32, device=inputs.device)
+
+
+def _are_alike(operands: Sequence[Tensor], dim: int) -> bool:
+    """Whether the kernels can pick one of these as they run: of one dtype, and one stride in a dimension."""
+    return len({(one.dtype, one.stride(dim), one.shape[0]) for one in operands}) == 1
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    # First in line, so that a base product that takes the whole device does not come before.
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def _rank_block(rank: int) -> int:

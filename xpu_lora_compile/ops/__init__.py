@@ -9,7 +9,15 @@ from xpu_lora_compile.ops.bgmv import (
     bgmv_expand_slice,
     bgmv_shrink,
 )
-from xpu_lora_compile.ops.internal import ADD_LORA, EXPAND, EXPAND_SLICE, ROUTE, SHRINK
+from xpu_lora_compile.ops.internal import (
+    ADD_LORA,
+    EXPAND,
+    EXPAND_SLICE,
+    LINEAR_LORA,
+    ROUTE,
+    ROUTE_TILES,
+    SHRINK,
+)
 from xpu_lora_compile.ops.lora_linear import LORA_LINEAR, LORA_LINEARS, lora_linear
 
 __all__ = [
@@ -19,10 +27,12 @@ __all__ = [
     "BGMV_SHRINK",
     "EXPAND",
     "EXPAND_SLICE",
+    "LINEAR_LORA",
     "LORA_LINEAR",
     "LORA_LINEARS",
     "NATIVE_ADD_LORA",
     "ROUTE",
+    "ROUTE_TILES",
     "SHRINK",
     "bgmv_expand",
     "bgmv_expand_slice",

@@ -84,9 +84,10 @@ def check_lora_linear(
     lora_b: Sequence[Tensor],
     indices: Tensor,
     slice_offsets: Sequence[int],
+    ranks: Tensor | None = None,
 ) -> None:
     """Check a `lora_linear` call: base `[T, H]`, inputs `[T, D]`, and for each slice A `[K, R, D]`, B `[K, W, R]`."""
-    check_lora_linears([base], inputs, lora_a, lora_b, indices, [0] * len(slice_offsets), slice_offsets)
+    check_lora_linears([base], inputs, lora_a, lora_b, indices, [0] * len(slice_offsets), slice_offsets, ranks)
 
 
 def check_lora_linears(
@@ -97,6 +98,7 @@ def check_lora_linears(
     indices: Tensor,
     slice_bases: Sequence[int],
     slice_offsets: Sequence[int],
+    ranks: Tensor | None = None,
 ) -> None:
     """Check a call with several bases; `slice_bases` says for each slice which one it is added to."""
     op = "lora_linear"
@@ -120,6 +122,8 @@ def check_lora_linears(
                 "Stack both over the same adapters.",
             )
         _check_slice(op, offset, without_slice_dim(b).shape[1], bases[base])
+    if ranks is not None:
+        _check_ranks(op, ranks, indices, lora_a)
 
 
 def refuse_gradients(op: str, output: Tensor, inputs: Tensor, weights: Tensor, replaces: bool) -> None:
@@ -207,6 +211,24 @@ def _check_weights(
             f"{columns} columns, to multiply what comes in",
             f"shape {_shape(weights)}",
             "Check which layer the weights belong to; A is [K, R, D] and B is [K, W, R].",
+        )
+
+
+def _check_ranks(op: str, ranks: Tensor, indices: Tensor, lora_a: Sequence[Tensor]) -> None:
+    """Check that `ranks` is `[K]` of integers, beside the indices; their values are the caller's promise."""
+    if ranks.dtype not in INDICES:
+        raise DtypeError(f"{op}: ranks", "int32 or int64", _dtype(ranks), "Convert it with `.to(torch.int32)`.")
+    slots = lora_a[0].shape[0]
+    if ranks.dim() != 1 or not all(holds(ranks.shape[0] == a.shape[0]) for a in lora_a):
+        raise ShapeError(
+            f"{op}: ranks", f"one rank a slot: [{slots}]", f"shape {_shape(ranks)}", "Stack it over the same adapters."
+        )
+    if ranks.device != indices.device:
+        raise DeviceError(
+            f"{op}: ranks",
+            f"all tensors on one device, here {indices.device}",
+            str(ranks.device),
+            "Move them together before the call.",
         )
 
 

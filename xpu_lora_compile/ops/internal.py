@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xpu_lora_compile.kernels import entry
+from xpu_lora_compile.kernels import entry, triton_launch
 from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.ops.checks import refuse_gradients, without_slice_dim
 
@@ -60,9 +60,41 @@ def _add_lora(
             for weights in (*lora_a, *lora_b):
                 refuse_gradients("add_lora", output, inputs, weights, replaces=False)
     stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
-    # The indices alone, or with what `route` has made of them.
-    known = Routing.of(*routing) if len(routing) > 1 else Routing(routing[0], len(lora_a[0]))
+    known = _routing(routing, len(lora_a[0]))
     entry.add_lora(outputs, inputs, stacks_a, stacks_b, known, slice_outputs, slice_offsets, scaling)
+
+
+def _linear_lora(
+    inputs: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    routing: Sequence[Tensor],
+    slice_outputs: Sequence[int],
+    slice_offsets: Sequence[int],
+    scaling: float,
+) -> list[Tensor]:
+    stacks_a, stacks_b = [[without_slice_dim(one) for one in stacks] for stacks in (lora_a, lora_b)]
+    known = _routing(routing, len(lora_a[0]))
+    arguments = (stacks_a, stacks_b, known, slice_outputs, slice_offsets, scaling)
+    return entry.linear_lora(inputs, weights, biases, *arguments)
+
+
+def _routing(given: Sequence[Tensor], slots: int) -> Routing:
+    """Of the indices alone; or with what `route` has made of them; or with the Triton kernels' tiles, and ranks."""
+    if len(given) == _ROUTED:
+        return Routing.of(*given)
+    tiles, ranks = ([*given[1:], None, None])[:2]
+    return Routing(given[0], slots, ranks, tiles)
+
+
+# The indices and the four results of `route`.
+_ROUTED = 5
+
+
+def _route_tiles(indices: Tensor, slots: int) -> Tensor:
+    return triton_launch.route(indices, slots)
 
 
 def _slot_products(inputs: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -93,6 +125,14 @@ def _fake_route(indices: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Te
     )
 
 
+def _fake_route_tiles(indices: Tensor, slots: int) -> Tensor:
+    return indices.new_empty(triton_launch.table_length(indices.shape[0], slots), dtype=torch.int32)
+
+
+def _fake_linear_lora(inputs: Tensor, weights: Sequence[Tensor], *_: object) -> list[Tensor]:
+    return [inputs.new_empty(inputs.shape[0], weight.shape[0]) for weight in weights]
+
+
 def _fake_slot_products(inputs: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     return inputs.new_empty(inputs.shape[0], weights.shape[1], dtype=entry.accumulator(inputs, weights))
 
@@ -110,7 +150,16 @@ for _schema, _kernel, _fake in (
     (f"expand_slice({_ROW_OPERANDS}, SymInt offset, SymInt size, bool add) -> ()", _expand_slice, _no_result),
     # What every call of one graph shares: `Routing.tensors`.
     ("route(Tensor indices, SymInt slots) -> (Tensor, Tensor, Tensor, Tensor)", _route, _fake_route),
-    # `lora_linears` in place; routing holds the indices, and what `route` returns where the kernel wants it.
+    # The same for the Triton kernels.
+    ("route_tiles(Tensor indices, SymInt slots) -> Tensor", _route_tiles, _fake_route_tiles),
+    # The base products of one input, with what `add_lora` adds to them.
+    (
+        "linear_lora(Tensor inputs, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b, "
+        "Tensor[] routing, int[] slice_outputs, int[] slice_offsets, float scaling) -> Tensor[]",
+        _linear_lora,
+        _fake_linear_lora,
+    ),
+    # `lora_linears` in place; routing holds the indices, and what `route` or `route_tiles` returns, as the kernel wants.
     (
         f"add_lora({_LISTS}, Tensor[] routing, int[] slice_outputs, SymInt[] slice_offsets, float scaling) -> ()",
         _add_lora,
@@ -135,6 +184,8 @@ SHRINK = torch.ops.xpu_lora.shrink.default
 EXPAND = torch.ops.xpu_lora.expand.default
 EXPAND_SLICE = torch.ops.xpu_lora.expand_slice.default
 ROUTE = torch.ops.xpu_lora.route.default
+ROUTE_TILES = torch.ops.xpu_lora.route_tiles.default
+LINEAR_LORA = torch.ops.xpu_lora.linear_lora.default
 ADD_LORA = torch.ops.xpu_lora.add_lora.default
 SLOT_PRODUCTS = torch.ops.xpu_lora.slot_products.default
 OUTER_BY_SLOT = torch.ops.xpu_lora.outer_by_slot.default

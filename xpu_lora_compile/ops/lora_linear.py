@@ -30,6 +30,7 @@ def lora_linear(
     lora_indices_tensor: Tensor,
     slice_offsets: Sequence[int],
     scaling: float = 1.0,
+    ranks: Tensor | None = None,
 ) -> Tensor:
     """Add to a linear layer's output what each row's own adapter makes of the layer's input.
 
@@ -48,6 +49,8 @@ def lora_linear(
         lora_indices_tensor: `[T]`, int32 or int64.
         slice_offsets: for each slice, its first column; every slice lies inside H.
         scaling: factor on what is added.
+        ranks: `[K]`, int32 or int64: a promise that A's rows and B's columns from `ranks[i]` on are zeros in slot i,
+            so that a kernel need not read them. Without it all R are read.
 
     Returns:
         `[T, H]` in the dtype of `base`; a new tensor.
@@ -77,13 +80,13 @@ def lora_linear(
             added = base.clone(memory_format=torch.contiguous_format)
             if TRY_ADD_LORA([added], *operands, [0] * len(offsets), offsets, scaling):
                 return added
-        return _lora_linear_eagerly(base, *operands, offsets, scaling)
-    result: Tensor = LORA_LINEAR(base, *operands, offsets, scaling)
+        return _lora_linear_eagerly(base, *operands, offsets, scaling, ranks)
+    result: Tensor = LORA_LINEAR(base, *operands, offsets, scaling, ranks)
     return result
 
 
 def add_lora_eagerly(
-    output: Tensor, inputs: Tensor, lora_a: Tensor, lora_b: Tensor, indices: Tensor, columns: int
+    output: Tensor, inputs: Tensor, lora_a: Tensor, lora_b: Tensor, indices: Tensor, columns: int, ranks: Tensor | None
 ) -> bool:
     """Add one slice's LoRA in place, unchecked, if nothing looks at calls of ops; whether it was done.
 
@@ -94,7 +97,7 @@ def add_lora_eagerly(
     b = lora_b if lora_b.shape[1] == columns else lora_b[:, :columns]
     if entry.takes_native(output) and TRY_ADD_LORA([output], inputs, [lora_a], [b], indices, [0], [0], 1.0):
         return True
-    entry.add_lora([output], inputs, [lora_a], [b], Routing(indices, lora_a.shape[0]), [0], [0], 1.0)
+    entry.add_lora([output], inputs, [lora_a], [b], Routing(indices, lora_a.shape[0], ranks), [0], [0], 1.0)
     return True
 
 
@@ -106,10 +109,11 @@ def _lora_linear_eagerly(
     lora_indices_tensor: Tensor,
     slice_offsets: Sequence[int],
     scaling: float = 1.0,
+    ranks: Tensor | None = None,
 ) -> Tensor:
-    checks.check_lora_linear(base, inputs, lora_a, lora_b, lora_indices_tensor, slice_offsets)
+    checks.check_lora_linear(base, inputs, lora_a, lora_b, lora_indices_tensor, slice_offsets, ranks)
     result = base.clone(memory_format=torch.contiguous_format)
-    _add([result], inputs, lora_a, lora_b, lora_indices_tensor, [0] * len(lora_a), slice_offsets, scaling)
+    _add([result], inputs, lora_a, lora_b, lora_indices_tensor, [0] * len(lora_a), slice_offsets, scaling, ranks)
     return result
 
 
@@ -123,10 +127,11 @@ def _lora_linears(
     slice_bases: Sequence[int],
     slice_offsets: Sequence[int],
     scaling: float = 1.0,
+    ranks: Tensor | None = None,
 ) -> list[Tensor]:
-    checks.check_lora_linears(bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_bases, slice_offsets)
+    checks.check_lora_linears(bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_bases, slice_offsets, ranks)
     results = [base.clone(memory_format=torch.contiguous_format) for base in bases]
-    _add(results, inputs, lora_a, lora_b, lora_indices_tensor, slice_bases, slice_offsets, scaling)
+    _add(results, inputs, lora_a, lora_b, lora_indices_tensor, slice_bases, slice_offsets, scaling, ranks)
     return results
 
 
@@ -139,6 +144,7 @@ def _add(
     slice_bases: Sequence[int],
     slice_offsets: Sequence[int],
     scaling: float,
+    ranks: Tensor | None,
 ) -> None:
     """Add every slice in place, those of each number of slots K together: a routing is for one K."""
     stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
@@ -152,7 +158,7 @@ def _add(
             inputs,
             [stacks_a[s] for s in mine],
             [stacks_b[s] for s in mine],
-            Routing(indices, slots),
+            Routing(indices, slots, ranks),
             [slice_bases[s] for s in mine],
             [slice_offsets[s] for s in mine],
             scaling,
@@ -170,8 +176,9 @@ def _fake_lora_linear(
     lora_indices_tensor: Tensor,
     slice_offsets: Sequence[int],
     scaling: float = 1.0,
+    ranks: Tensor | None = None,
 ) -> Tensor:
-    checks.check_lora_linear(base, inputs, lora_a, lora_b, lora_indices_tensor, slice_offsets)
+    checks.check_lora_linear(base, inputs, lora_a, lora_b, lora_indices_tensor, slice_offsets, ranks)
     return torch.empty_like(base, memory_format=torch.contiguous_format)
 
 
@@ -184,30 +191,31 @@ def _fake_lora_linears(
     slice_bases: Sequence[int],
     slice_offsets: Sequence[int],
     scaling: float = 1.0,
+    ranks: Tensor | None = None,
 ) -> list[Tensor]:
-    checks.check_lora_linears(bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_bases, slice_offsets)
+    checks.check_lora_linears(bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_bases, slice_offsets, ranks)
     return [torch.empty_like(base, memory_format=torch.contiguous_format) for base in bases]
 
 
 def _setup_one(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _base, rows, lora_a, lora_b, indices, ctx.slice_offsets, ctx.scaling = inputs
+    _base, rows, lora_a, lora_b, indices, ctx.slice_offsets, ctx.scaling, _ranks = inputs
     ctx.slice_bases = [0] * len(lora_a)
     ctx.save_for_backward(rows, indices, *lora_a, *lora_b)
 
 
 def _setup_several(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _bases, rows, lora_a, lora_b, indices, ctx.slice_bases, ctx.slice_offsets, ctx.scaling = inputs
+    _bases, rows, lora_a, lora_b, indices, ctx.slice_bases, ctx.slice_offsets, ctx.scaling, _ranks = inputs
     ctx.save_for_backward(rows, indices, *lora_a, *lora_b)
 
 
 def _backward_one(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grads = (grad, *_gradients(ctx, [grad]), None, None, None)
+    grads = (grad, *_gradients(ctx, [grad]), None, None, None, None)
     # While compiling, torch drops trailing arguments that equal their default, and wants no gradient for them.
     return grads[: len(ctx.needs_input_grad)]
 
 
 def _backward_several(ctx: Any, grads_out: list[Tensor]) -> tuple[Any, ...]:
-    grads = (grads_out, *_gradients(ctx, grads_out), None, None, None, None)
+    grads = (grads_out, *_gradients(ctx, grads_out), None, None, None, None, None)
     return grads[: len(ctx.needs_input_grad)]
 
 

@@ -56,8 +56,9 @@ def lora_linear(
     lora_indices: Tensor,
     slice_offsets: Sequence[int],
     scaling: float = 1.0,
+    ranks: Tensor | None = None,
 ) -> Tensor:
-    """`base` with every slice's `B[i] @ (scaling * A[i] @ inputs[t])` added to its columns."""
+    """`base` with every slice's `B[i] @ (scaling * A[i] @ inputs[t])` added to its columns; ranks say what is zero."""
     result = base.double()
     for a, b, offset in zip(lora_a, lora_b, slice_offsets, strict=True):
         hidden = result.new_zeros(len(inputs), a.shape[-2])

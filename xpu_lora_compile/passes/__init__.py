@@ -15,6 +15,7 @@ from xpu_lora_compile.errors import ContractError, OptionError
 from xpu_lora_compile.passes.decisions import Decision, record_decisions
 from xpu_lora_compile.passes.editing import graphs_of, limited_to
 from xpu_lora_compile.passes.find_sites import find_sites
+from xpu_lora_compile.passes.fuse_base import fuse_base
 from xpu_lora_compile.passes.fuse_lora import fuse_lora
 from xpu_lora_compile.passes.lower import lower
 from xpu_lora_compile.passes.resolve_width import resolve_width
@@ -29,6 +30,7 @@ PIPELINE = (
     share_routing,
     share_input,
     lower,
+    fuse_base,
 )
 
 # For whoever looks for a wrong rewrite: how many rewrites each program gets, and where to write its graphs.

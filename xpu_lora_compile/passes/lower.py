@@ -19,6 +19,7 @@ from xpu_lora_compile.ops import (
     LORA_LINEARS,
     NATIVE_ADD_LORA,
     ROUTE,
+    ROUTE_TILES,
     SHRINK,
 )
 from xpu_lora_compile.ops.checks import without_slice_dim
@@ -54,7 +55,8 @@ def lower(graph: Graph) -> None:
         expand_slice(output, inputs, b, indices, offset, size, add)
 
     On a CPU whose native kernel is the one to choose, `native_add_lora` stands for `add_lora`, and gets the indices
-    alone: it sorts rows in less time than an op takes to call.
+    alone: it sorts rows in less time than an op takes to call. Where the Triton kernels are, `route_tiles` stands for
+    `route`, and the ranks of the slots, if given, go with its result.
 
     A base that is seen again afterwards, that is an input of the graph, or that shares memory with another operand, is
     cloned first.
@@ -74,8 +76,8 @@ def lower(graph: Graph) -> None:
     nodes = _Nodes(graph)
     for call in [node for node in graph.nodes if node in single | several]:
         if call in single:
-            base, *rest, offsets, scaling = arguments_of(call, LORA_LINEAR)
-            arguments = ([base], *rest, [0] * len(offsets), offsets, scaling)
+            base, *rest, offsets, scaling, ranks = arguments_of(call, LORA_LINEAR)
+            arguments = ([base], *rest, [0] * len(offsets), offsets, scaling, ranks)
         else:
             arguments = tuple(arguments_of(call, LORA_LINEARS))
         refusal = "a higher-order op cannot look into lists" if is_subgraph(graph) else _refusal(arguments)
@@ -150,7 +152,7 @@ class _Nodes:
 
 
 def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
-    bases, inputs, a, b, indices, slice_bases, offsets, scaling = arguments
+    bases, inputs, a, b, indices, slice_bases, offsets, scaling, ranks = arguments
     outputs: list[Node] = []
     is_single = call.target in (LORA_LINEAR, LORA_LINEAR.overloadpacket)
     results: list[Tensor] = [value_of(call)] if is_single else value_of(call)
@@ -168,10 +170,17 @@ def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
         else:
             nodes.unite(base, result)
         outputs.append(target)
-    if _is_native(bases, inputs, a, b, slice_bases, offsets):
+    stacks_a, stacks_b = ([without_slice_dim(value_of(one)) for one in stacks] for stacks in (a, b))
+    kernel = choice_for([value_of(base) for base in bases], value_of(inputs), stacks_a, stacks_b).kernel
+    # A program to be saved may run where there are other kernels.
+    here = is_compiling_for_this_process()
+    op, routing = ADD_LORA, [indices]
+    if kernel == "native" and here and _fits_native(stacks_b, slice_bases, offsets):
         op, routing = NATIVE_ADD_LORA, indices
+    elif kernel == "triton" and here:
+        routing += [*_shared(ROUTE_TILES, indices, a[0], call, nodes), *([ranks] if ranks is not None else [])]
     else:
-        op, routing = ADD_LORA, [indices, *_routing(indices, a[0], call, nodes)]
+        routing += _shared(ROUTE, indices, a[0], call, nodes)
     lowered = insert_before(call, op, (outputs, inputs, a, b, routing, slice_bases, offsets, scaling), None)
     set_decisions(lowered, decisions_on(call))
     if written_back is not None:
@@ -185,17 +194,10 @@ def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
     call.graph.erase_node(call)
 
 
-def _is_native(
-    bases: list[Node], inputs: Node, a: list[Node], b: list[Node], slice_bases: list[int], offsets: list[Any]
-) -> bool:
-    """Whether the native op may be called, which leaves all checks to us; never in a program to be saved."""
-    stacks_a, stacks_b = ([without_slice_dim(value_of(one)) for one in stacks] for stacks in (a, b))
-    choice = choice_for([value_of(base) for base in bases], value_of(inputs), stacks_a, stacks_b)
-    return (
-        choice.kernel == "native"
-        and is_compiling_for_this_process()
-        and all(isinstance(offset, int) for offset in offsets)
-        and (len(b) == 1 or not outputs_with_shared_columns(stacks_b, slice_bases, offsets))
+def _fits_native(stacks_b: list[Tensor], slice_bases: list[int], offsets: list[Any]) -> bool:
+    """Whether the native op may be called, which leaves all checks to us."""
+    return all(isinstance(offset, int) for offset in offsets) and (
+        len(stacks_b) == 1 or not outputs_with_shared_columns(stacks_b, slice_bases, offsets)
     )
 
 
@@ -210,17 +212,26 @@ def _share_memory(base: Node, others: tuple[Node, ...]) -> bool:
     return any(overlap(value_of(base), value_of(other)) for other in others)
 
 
-def _routing(indices: Node, weights: Node, before: Node, nodes: _Nodes) -> list[Node]:
-    """The tensors of the one `route` call for these indices and this number of slots, made if there is none."""
+def _shared(op: torch._ops.OpOverload, indices: Node, weights: Node, before: Node, nodes: _Nodes) -> list[Node]:
+    """What the one call of `op` for these indices and this number of slots returns, made if there is none."""
     slots = value_of(weights).shape[0]
     for user in indices.users:
-        same = user.target is ROUTE and str(slots) == str(_size(user.args[1]))
+        same = user.target is op and str(slots) == str(_size(user.args[1]))
         if same and nodes.is_unchanged(indices, user, before):
-            return sorted(user.users, key=lambda one: cast("int", one.args[1]))
-    value = ROUTE(value_of(indices), slots)
-    route = insert_before(before, ROUTE, (indices, size_of(weights, 0, before)), value)
-    nodes.add(route, before)
-    return [insert_before(before, operator.getitem, (route, at), value[at]) for at in range(len(value))]
+            return _results(user)
+    value = op(value_of(indices), slots)
+    made = insert_before(before, op, (indices, size_of(weights, 0, before)), value)
+    nodes.add(made, before)
+    if isinstance(value, tuple | list):
+        for at, one in enumerate(value):
+            insert_before(before, operator.getitem, (made, at), one)
+    return _results(made)
+
+
+def _results(made: Node) -> list[Node]:
+    if isinstance(value_of(made), Tensor):
+        return [made]
+    return sorted(made.users, key=lambda one: cast("int", one.args[1]))
 
 
 def _size(size: object) -> object:

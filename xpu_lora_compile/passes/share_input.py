@@ -72,11 +72,13 @@ def _find_groups(graph: Graph) -> list[list[Node]]:
             if read & written:
                 del opened[key]
         if node in calls:
-            _, inputs, _, _, indices, _, scaling = arguments_of(node, LORA_LINEAR)
+            _, inputs, _, _, indices, _, scaling, ranks = arguments_of(node, LORA_LINEAR)
             # The same elements, detached, get no gradient.
-            key = region_of(value_of(inputs)), value_of(inputs).requires_grad, region_of(value_of(indices)), scaling
+            of_inputs = region_of(value_of(inputs)), value_of(inputs).requires_grad
+            key = of_inputs, region_of(value_of(indices)), scaling, ranks and region_of(value_of(ranks))
             if key not in opened:
-                opened[key] = storages_of(inputs) | storages_of(indices), []
+                read = storages_of(inputs) | storages_of(indices) | (storages_of(ranks) if ranks else set())
+                opened[key] = read, []
                 groups.append(opened[key][1])
             opened[key][1].append(node)
     return groups
@@ -111,7 +113,7 @@ def _merge(members: list[Node]) -> None:
     """Put one call in the place of the first; its results in the place of theirs."""
     first = members[0]
     arguments = [arguments_of(call, LORA_LINEAR) for call in members]
-    _, inputs, _, _, indices, _, scaling = arguments[0]
+    _, inputs, _, _, indices, _, scaling, ranks = arguments[0]
     merged = insert_before(
         first,
         LORA_LINEARS,
@@ -124,6 +126,7 @@ def _merge(members: list[Node]) -> None:
             [position for position, one in enumerate(arguments) for _ in one[2]],
             [offset for one in arguments for offset in one[5]],
             scaling,
+            *([ranks] if ranks is not None else []),
         ),
         [value_of(call) for call in members],
     )

@@ -1,0 +1,114 @@
+"""Base product, then LoRA added to it -> one call that computes both."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from xpu_lora_compile.kernels.entry import computes_base
+from xpu_lora_compile.ops import ADD_LORA, LINEAR_LORA, ROUTE_TILES
+from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
+from xpu_lora_compile.passes.editing import arguments_of, calls_to, insert_before, is_subgraph, may_rewrite, value_of
+from xpu_lora_compile.passes.memory import knows_its_views, region_of, storage_of, storages_of, written_by
+
+_LINEAR = (torch.nn.functional.linear, torch.ops.aten.linear.default)
+
+_KEEPS: ContextVar[bool] = ContextVar("keeps", default=False)
+
+
+@contextmanager
+def keep_bases() -> Iterator[None]:
+    """Leave base products as they are in this block: for whoever looks at what LoRA is added to."""
+    token = _KEEPS.set(True)
+    try:
+        yield
+    finally:
+        _KEEPS.reset(token)
+
+
+def fuse_base(graph: Graph) -> None:
+    """Let the Triton kernels compute the base products that they add LoRA to, where they share one input.
+
+    Before:
+        q = linear(x, wq, bias);    k = linear(x, wk)
+        add_lora([q, k], x, a, b, [indices, route_tiles(indices, K)], outputs, offsets, scaling)
+        use(q, k)
+
+    After:
+        q, k = linear_lora(x, [wq, wk], [bias, None], a, b, [indices, …], outputs, offsets, scaling)
+        use(q, k)
+
+    For few rows that is one kernel, with LoRA in the epilogue of the product; for more, the shrink runs on a second
+    stream beside the product.
+
+    Left alone: an output that is no `linear` of the same input, that is looked at before LoRA is added, or whose
+    operands are written to in between; products in another dtype than their input's (autocast). All on devices for
+    which this was not measured.
+
+    Runs on: graphs of Dynamo, before functionalization, after `lower`.
+    """
+    calls = [call for call in calls_to(graph, ADD_LORA) if _wants(call)]
+    if not calls or _KEEPS.get() or is_subgraph(graph) or not knows_its_views(graph):
+        return
+    order = {node: at for at, node in enumerate(graph.nodes)}
+    for call in calls:
+        outputs, inputs, *rest = arguments_of(call, ADD_LORA)
+        products = [_product(output, inputs, call, order) for output in outputs]
+        if None in products:
+            note(call, "fuse_base: left alone, since an output is not just a linear of the same input")
+        elif may_rewrite(call):
+            _fuse(call, outputs, inputs, products, rest)
+
+
+def _wants(call: Node) -> bool:
+    routing, offsets = call.args[4], call.args[6]
+    return (
+        computes_base(value_of(call.args[1]).device.type)  # type: ignore[arg-type]
+        and any(one.target is ROUTE_TILES for one in routing)  # type: ignore[union-attr]
+        and all(isinstance(offset, int) for offset in offsets)  # type: ignore[union-attr]
+    )
+
+
+def _product(output: Node, inputs: Node, call: Node, order: dict[Node, int]) -> tuple[Node, Node | None] | None:
+    """Weight and bias of the linear that an output is; None if it is more than that."""
+    if output.target not in _LINEAR or output.op != "call_function":
+        return None
+    given = {**dict(zip(("input", "weight", "bias"), output.args, strict=False)), **output.kwargs}
+    x, weight, bias = given["input"], given["weight"], given.get("bias")
+    operands = [x, weight, *([bias] if bias is not None else [])]
+    value = value_of(output)
+    if not all(isinstance(one, Node) and isinstance(value_of(one), Tensor) for one in operands):
+        return None
+    if value.dim() != 2 or value.requires_grad or any(value_of(one).dtype != value.dtype for one in operands):
+        return None
+    if region_of(value_of(x)) != region_of(value_of(inputs)):
+        return None
+    read = set().union(*map(storages_of, operands))
+    for node, at in order.items():
+        if order[output] < at < order[call]:
+            seen = any(storage_of(value) in storages_of(one) for one in (node, *node.all_input_nodes))
+            if seen or written_by(node) & read:
+                return None
+    return weight, bias
+
+
+def _fuse(call: Node, outputs: list[Node], inputs: Node, products: list[Any], rest: list[Any]) -> None:
+    weights, biases = [weight for weight, _ in products], [bias for _, bias in products]
+    values = [value_of(output) for output in outputs]
+    fused = insert_before(call, LINEAR_LORA, (inputs, weights, biases, *rest), values)
+    set_decisions(fused, decisions_on(call))
+    note(fused, "fuse_base: computed with its base product")
+    for at, output in enumerate(outputs):
+        result = insert_before(call, operator.getitem, (fused, at), values[at])
+        output.replace_all_uses_with(result, delete_user_cb=lambda user: user is not call)
+    graph = call.graph
+    graph.erase_node(call)
+    for output in outputs:
+        graph.erase_node(output)
