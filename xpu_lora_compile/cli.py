@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from xpu_lora_compile.errors import DeadAdapterError, FactoryError, LoraError, VerificationError
+from xpu_lora_compile.errors import BenchError, DeadAdapterError, FactoryError, LoraError, VerificationError
 from xpu_lora_compile.report import Report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -147,6 +147,37 @@ def bench_ops(
         show.save(run, json)
         if plot is not None:
             show.plot(run.results, plot)
+
+
+@bench.command("gpu")
+def bench_gpu(
+    rows: Rows = None,
+    output: Annotated[list[str] | None, typer.Option(help="a: 4096; b: 4096+1024+1024; c: 14336+14336.")] = None,
+    bank: Annotated[
+        list[int] | None, typer.Option(min=0, max=3, help="K, R: 0: 8, 16; 1: 32, 16; 2: 8, 64; 3: 64, mixed 8-64.")
+    ] = None,
+    peers: Annotated[Path | None, typer.Option(help="A folder with sources of vLLM or SGLang, for comparison.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="Only these of the peers.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain PyTorch forms, too: seconds more a point.")] = False,
+    rounds: Annotated[int, typer.Option(min=2, help="Replays of each graph.")] = 15,
+    json: Json = None,
+) -> None:
+    """Base product and LoRA in a CUDA graph of 12 layers: ours, the base alone, peers, plain forms, launch floors."""
+    from xpu_lora_compile.bench import gpu, show
+
+    rows, outputs = rows or [1, 8, 32, 128, 1024, 4096], output or list(gpu.OUTPUTS)
+    with _reported():
+        show.check("cuda", [], rows, json)
+        if unknown := [one for one in outputs if one not in gpu.OUTPUTS]:
+            raise BenchError("bench gpu: --output", ", ".join(gpu.OUTPUTS), str(unknown), "Correct it.")
+        points = gpu.suite(outputs, bank or list(range(len(gpu.BANKS))), rows)
+        with show.progress(len(points)) as advance:
+            run = gpu.run(points, peers, peer or [], plain, rounds, advance)
+        places = {str(one.point): one.timings for one in run.results}
+        title = f"a layer of {gpu.LAYERS} in a CUDA graph; {run.machine}; launch floors {run.launch_floors}"
+        _print(show.timings_table(title, "point", gpu.BASE, places), show.summary_table(run.summary))
+        _print(show.noise(places.values()))
+        show.save(run, json)
 
 
 @bench.command("layer")

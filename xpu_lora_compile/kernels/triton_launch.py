@@ -113,7 +113,7 @@ def linear_lora(
 ) -> list[Tensor]:
     """As `entry.linear_lora`: few rows in one kernel with the base product; more with the shrink beside it."""
     rows = len(inputs)
-    sizes = sizes_for(rows, routing.slots, inputs.device.type)
+    sizes = sizes_for(rows)
     if _fits_linears(inputs, weights, biases, lora_a, lora_b, slice_offsets, sizes):
         return _linears(inputs, weights, biases, lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling, sizes)
     products = list(zip(weights, biases, strict=True))
@@ -149,7 +149,7 @@ def shrink_all(inputs: Tensor, lora_a: Sequence[Tensor], routing: Routing, toget
         routing: of the T rows among K slots.
         together: have them summed already, which takes longer where there are few rows; by default as the sizes ask.
     """
-    sizes = sizes_for(len(inputs), routing.slots, inputs.device.type)
+    sizes = sizes_for(len(inputs))
     hidden = _empty_hidden(inputs, lora_a, sizes.shrink_together if together is None else together)
     _shrink(hidden, inputs, lora_a, routing, pdl=_has_pdl(inputs.device))
     return hidden
@@ -192,7 +192,7 @@ def _shrink(
     rows, features = inputs.shape
     if rows == 0:
         return
-    sizes = sizes_for(rows, routing.slots, inputs.device.type)
+    sizes = sizes_for(rows)
     ranks = [a.shape[1] for a in lora_a]
     # Not 64: Triton takes other instructions then, on Hopper, which might sum in another order.
     block = min(32, _rank_block(max(ranks)))
@@ -201,7 +201,7 @@ def _shrink(
     blocks = -(-max(ranks) // block)
     programs = hidden.shape[0]
     height, count = tile_rows(rows, routing.slots), tile_count(rows, routing.slots)
-    columns = sizes.shrink_columns if programs == 1 else sizes.piece_columns
+    columns = sizes.shrink_columns
     while piece % columns:
         columns //= 2
     _kernels().shrink_kernel[(count, programs, -(-len(lora_a) // group) * blocks)](
@@ -249,7 +249,7 @@ def _expand(
     rows = len(columns[0])
     if rows == 0:
         return
-    sizes = sizes_for(rows, routing.slots, hidden.device.type)
+    sizes = sizes_for(rows)
     ranks, widths = [b.shape[2] for b in lora_b], [b.shape[1] for b in lora_b]
     block = _rank_block(max(ranks))
     height, count = tile_rows(rows, routing.slots), tile_count(rows, routing.slots)
@@ -282,7 +282,7 @@ def _expand(
         block,
         width,
         num_warps=sizes.expand_warps,
-        **_launch(pdl),
+        **_launch(pdl, sizes.expand_registers if hidden.device.type == "cuda" else 0),
     )
 
 
@@ -420,8 +420,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _launch(pdl: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if pdl else {}
+def _launch(pdl: bool, registers: int = 0) -> dict[str, Any]:
+    return ({"launch_pdl": True} if pdl else {}) | ({"maxnreg": registers} if registers else {})
 
 
 @cache

@@ -1,0 +1,298 @@
+"""`xpu-lora bench gpu`: layers in a CUDA graph, base product and LoRA, against plain forms, peers and launch floors.
+
+A graph of 12 layers with distinct weights is replayed: so the host's time does not count, and no base weight is still
+in the caches (in the graphs without base products, the smaller stacks of LoRA may be). The routing is computed before,
+as once a model. "in situ" is the base product with LoRA, "alone" is LoRA.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xpu_lora_compile.bench import forms, peers
+from xpu_lora_compile.bench.measure import Timing, geometric_mean, machine, timing_of
+from xpu_lora_compile.errors import BenchError
+from xpu_lora_compile.ops import ADD_LORA, LINEAR_LORA, ROUTE_TILES
+from xpu_lora_compile.ops.reference import lora_linear as reference
+
+LAYERS = 12
+OUTPUTS = {"a": (4096,), "b": (4096, 1024, 1024), "c": (14336, 14336)}
+# K and R; the last is of adapters of ranks 8 to 64.
+BANKS = ((8, (16,)), (32, (16,)), (8, (64,)), (64, (8, 16, 32, 64)))
+BASE, OURS, ALONE = "base", "ours", "ours, alone"
+
+Layer = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class Point:
+    """The sizes of one measurement, in bfloat16 with D = 4096."""
+
+    output: str
+    slots: int
+    # Of the slots, in turn.
+    ranks: tuple[int, ...]
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.output} K{self.slots} R{'-'.join(map(str, sorted({self.ranks[0], self.ranks[-1]})))} T{self.rows}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Microseconds a layer of each contender at a point."""
+
+    point: Point
+    timings: dict[str, Timing]
+
+
+@dataclass(frozen=True)
+class GpuRun:
+    """All that one run measured, and where."""
+
+    machine: str
+    # Microseconds of one kernel that does nothing, and of two that depend on each other, in such a graph.
+    launch_floors: tuple[float, float]
+    summary: dict[str, float]
+    results: list[Result]
+
+
+def suite(outputs: Sequence[str], banks: Sequence[int], rows: Sequence[int]) -> list[Point]:
+    """The points of these outputs ("a", "b", "c"), banks (positions in BANKS) and numbers of rows."""
+    return [Point(output, *BANKS[bank], t) for output, bank, t in product(outputs, banks, rows)]
+
+
+def run(
+    points: Sequence[Point],
+    folder: Path | None,
+    names: Sequence[str],
+    plain: bool,
+    rounds: int,
+    on_done: Callable[[str], None],
+) -> GpuRun:
+    """Measure each point.
+
+    Args:
+        points: what to measure.
+        folder: with the sources of peers, if any is to be measured.
+        names: which peers; all that are in the folder where it is empty.
+        plain: whether plain PyTorch forms are measured, which takes Inductor some seconds a point.
+        rounds: how often each graph is replayed, in a random order.
+        on_done: told of each point that was measured.
+
+    Raises:
+        BenchError: there is no such GPU or peer, or a contender computes something else than the reference.
+    """
+    if not torch.cuda.is_available():
+        raise BenchError("bench gpu", "a CUDA device", "none", "Run it on a machine that has one.")
+    found = peers.find(folder) if folder is not None else {}
+    if unknown := [name for name in names if name not in found]:
+        raise BenchError("bench gpu: --peer", ", ".join(found) or "no name without --peers", str(unknown), "Correct it.")
+    chosen = {name: peer for name, peer in found.items() if not names or name in names}
+    results = []
+    with torch.no_grad():
+        floors = _launch_floors(rounds)
+        for point in points:
+            results.append(Result(point, _measure(point, chosen, plain, rounds)))
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+            on_done(str(point))
+    return GpuRun(machine("cuda"), floors, summary(results, floors), results)
+
+
+def summary(results: Sequence[Result], floors: tuple[float, float]) -> dict[str, float]:
+    """Medians of what LoRA adds to the base product, and geometric means of how many times more others add."""
+    found: dict[str, float] = {}
+    for rows in sorted({one.point.rows for one in results}):
+        for bank in ("R 16", "all"):
+            mine = [one for one in results if one.point.rows == rows and (bank == "all" or one.point.ranks == (16,))]
+            if mine:
+                added = median(_added(one, OURS) / one.timings[BASE].median for one in mine)
+                found[f"T = {rows}, {bank}: added to the base product, median, %"] = 100 * added
+    others = sorted({name for one in results for name in one.timings} - {BASE, OURS, ALONE})
+    for other in (name for name in others if not name.endswith(", alone")):
+        mine = [one for one in results if other in one.timings]
+        # What costs nothing counts as a kernel that does nothing.
+        ratios = [max(_added(one, other), floors[0]) / max(_added(one, OURS), floors[0]) for one in mine]
+        found[f"{other}: adds so many times what ours does (geometric mean)"] = geometric_mean(ratios)
+        whole = [one.timings[other].median / one.timings[OURS].median for one in mine]
+        found[f"{other}: base with LoRA / ours"] = geometric_mean(whole)
+        found[f"{other}: base with LoRA / ours, worst point"] = min(whole)
+        if all(f"{other}, alone" in one.timings for one in mine):
+            alone = [one.timings[f"{other}, alone"].median / one.timings[ALONE].median for one in mine]
+            found[f"{other}: alone / ours alone"] = geometric_mean(alone)
+    few = [one.timings[ALONE].median for one in results if one.point.rows <= 8 and one.point.output == "a"]  # noqa: PLR2004
+    if few:
+        found["ours alone, one slice, T <= 8 / floor of two launches, worst"] = max(few) / floors[1]
+    return found
+
+
+def _added(result: Result, name: str) -> float:
+    return result.timings[name].median - result.timings[BASE].median
+
+
+class Operands:
+    """Random operands of a point, for all layers."""
+
+    def __init__(self, point: Point) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def random_of(*shape: int, scale: float = 1.0) -> Tensor:
+            values = torch.randn(*shape, generator=generator, device="cuda", dtype=torch.float32)
+            return (values * scale).to(torch.bfloat16)
+
+        features, widths, rank, slots = 4096, OUTPUTS[point.output], max(point.ranks), point.slots
+        self.ranks = [point.ranks[slot % len(point.ranks)] for slot in range(slots)]
+        self.offsets = [sum(widths[:s]) for s in range(len(widths))]
+        self.inputs = random_of(point.rows, features)
+        self.base = [random_of(sum(widths), features, scale=features**-0.5) for _ in range(LAYERS)]
+        self.outputs = [torch.empty(point.rows, sum(widths), dtype=torch.bfloat16, device="cuda") for _ in self.base]
+        beyond = torch.arange(rank, device="cuda") >= torch.tensor(self.ranks, device="cuda")[:, None]
+        self.a = [
+            [random_of(slots, rank, features, scale=features**-0.5).masked_fill_(beyond[:, :, None], 0) for _ in widths]
+            for _ in self.base
+        ]
+        # By rank, as the bank stores it.
+        self.b = [
+            [random_of(slots, rank, w, scale=rank**-0.5).masked_fill_(beyond[:, :, None], 0) for w in widths]
+            for _ in self.base
+        ]
+        # 10 % of the rows have no adapter, but the first always has one.
+        self.indices = torch.randint(0, slots, (point.rows,), generator=generator, device="cuda")
+        self.indices[1:][torch.rand(point.rows - 1, generator=generator, device="cuda") < 0.1] = -1  # noqa: PLR2004
+
+    def rows_of_b(self) -> list[list[Tensor]]:
+        """B `[K, W, R]`, views."""
+        return [[one.transpose(1, 2) for one in each] for each in self.b]
+
+
+def _measure(point: Point, found: Mapping[str, peers.Peer], plain: bool, rounds: int) -> dict[str, Timing]:
+    operands = Operands(point)
+    contenders = _contenders(operands, found, plain)
+    exact = _exact(operands)
+    graphs = {}
+    for name, (layer, is_alone) in contenders.items():
+        if is_alone:
+            for at, output in enumerate(operands.outputs):
+                torch.mm(operands.inputs, operands.base[at].t(), out=output)
+        result = layer(0)
+        if name != BASE:
+            _check(name, point, result, exact)
+        graphs[name] = _captured(layer)
+    return _timed(graphs, rounds)
+
+
+def _contenders(operands: Operands, found: Mapping[str, peers.Peer], plain: bool) -> dict[str, tuple[Layer, bool]]:
+    """By name: a function of a layer's number; and whether it adds to the outputs, instead of computing them."""
+    b, offsets = operands.rows_of_b(), operands.offsets
+    routing = [
+        operands.indices,
+        ROUTE_TILES(operands.indices, len(operands.ranks)),
+        torch.tensor(operands.ranks, dtype=torch.int32, device="cuda"),
+    ]
+    slices = [0] * len(offsets)
+
+    def base(layer: int) -> Tensor:
+        return torch.mm(operands.inputs, operands.base[layer].t(), out=operands.outputs[layer])
+
+    def ours(layer: int) -> Tensor:
+        weights = [operands.base[layer]]
+        arguments = (operands.a[layer], b[layer], routing, slices, offsets, 1.0)
+        return LINEAR_LORA(operands.inputs, weights, [None], *arguments)[0]
+
+    def alone(layer: int) -> Tensor:
+        output = operands.outputs[layer]
+        ADD_LORA([output], operands.inputs, operands.a[layer], b[layer], routing, slices, offsets, 1.0)
+        return output
+
+    def with_base(form: Any, stacks: Any, layer: int) -> Tensor:
+        output = base(layer)
+        form(output, operands.inputs, operands.a[layer], stacks[layer], operands.indices, offsets)
+        return output
+
+    contenders: dict[str, tuple[Layer, bool]] = {BASE: (base, False), OURS: (ours, False), ALONE: (alone, True)}
+    by_row = [[one.contiguous() for one in each] for each in b]
+    given = peers.Operands(operands.inputs, operands.outputs, operands.a, by_row, operands.indices, operands.ranks)
+    for name, peer in found.items():
+        contenders[name] = peer.prepare_in_situ(given, base), False
+        contenders[f"{name}, alone"] = peer.prepare(given), True
+    if plain:
+        contenders["dense, plain PyTorch"] = partial(with_base, forms.dense, operands.b), False
+        # Beyond, it copies weights for minutes.
+        if len(operands.inputs) <= 32:  # noqa: PLR2004
+            gather = torch.compile(forms.gather, fullgraph=True, dynamic=False)
+            contenders["gather, Inductor"] = partial(with_base, gather, by_row), False
+    return contenders
+
+
+def _exact(operands: Operands) -> Tensor:
+    """The first rows of the first layer, in float64."""
+    rows = operands.inputs[:64].double()
+    a, b = ([one.double() for one in stacks[0]] for stacks in (operands.a, operands.rows_of_b()))
+    product = rows @ operands.base[0].double().t()
+    return reference(product, rows, a, b, operands.indices[:64], operands.offsets)
+
+
+def _check(name: str, point: Point, result: Tensor, exact: Tensor) -> None:
+    # Others round in between; a wrong row or column is off by far more.
+    allowed = 2e-2 * exact.abs().max().item()
+    error = (result[: len(exact)].double() - exact).abs().max().item()
+    if not error <= allowed:
+        raise BenchError(f"bench: {name} at {point}", f"an error of at most {allowed:.1e}", f"{error:.1e}", "Report it.")
+
+
+def _captured(layer: Layer) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """All layers as a graph, and what must live as long."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        layer(0)
+        layer(1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [layer(number) for number in range(LAYERS)]
+    return graph, kept
+
+
+def _timed(graphs: Mapping[str, tuple[torch.cuda.CUDAGraph, Any]], rounds: int) -> dict[str, Timing]:
+    taken: dict[str, list[float]] = {name: [] for name in graphs}
+    order = random.Random(0)  # noqa: S311
+    for number in range(rounds + 1):
+        for name in order.sample(list(graphs), len(graphs)):
+            graph, _ = graphs[name]
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # The first replay has the second start as it would in a row of steps.
+            graph.replay()
+            start.record()
+            graph.replay()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if number > 0:
+                taken[name].append(start.elapsed_time(end) / 1e3 / 2 / LAYERS)
+    return {name: timing_of(times) for name, times in taken.items()}
+
+
+def _launch_floors(rounds: int) -> tuple[float, float]:
+    """Microseconds that one kernel, and two that depend on each other, take in a graph if they have nothing to do."""
+    one = torch.zeros(1, device="cuda")
+
+    def launch(times: int, _: int) -> Tensor:
+        for _ in range(times):
+            one.add_(1)
+        return one
+
+    graphs = {str(times): _captured(partial(launch, times)) for times in (1, 2)}
+    first, second = _timed(graphs, rounds).values()
+    return first.median, second.median
