@@ -10,9 +10,11 @@ import sys
 import pytest
 
 from xpu_lora_compile.errors import KernelError
+from xpu_lora_compile.kernels import triton_launch
 from xpu_lora_compile.kernels.choose import KERNELS, TABLE, Call, choose, force_kernel, forced_kernel
 
 CALL = Call("cpu", "float32", 8, 8, 16, 4096, 4096)
+NO_TRITON = "Triton is not installed"
 
 
 def test_each_measured_point_gets_the_kernel_that_was_fastest_there() -> None:
@@ -32,10 +34,17 @@ def test_the_table_says_where_it_was_measured() -> None:
 
 
 def test_a_choice_says_why_and_why_not_the_others() -> None:
-    choice = choose(CALL)
+    choice = choose(CALL, "", None, NO_TRITON)
     assert choice.because.startswith("measured fastest at the nearest point, T = 8")
     assert set(choice.others) == set(KERNELS) - {choice.kernel}
-    assert all("times slower there" in reason for reason in choice.others.values())
+    assert choice.others["triton"] == NO_TRITON
+    assert all("times slower there" in reason for kernel, reason in choice.others.items() if kernel != "triton")
+
+
+def test_a_kernel_that_was_not_measured_at_a_point_is_not_chosen_there() -> None:
+    choice = choose(CALL)
+    assert choice.kernel != "triton"
+    assert choice.others["triton"] == "not measured there"
 
 
 def test_without_a_compiler_another_kernel_is_chosen_and_the_reason_is_given() -> None:
@@ -44,17 +53,47 @@ def test_without_a_compiler_another_kernel_is_chosen_and_the_reason_is_given() -
     assert choice.others["native"] == "there is no C++ compiler"
 
 
-def test_float64_is_not_for_the_native_kernel() -> None:
+@pytest.mark.parametrize("kernel", ["native", "triton"])
+def test_float64_is_not_for_the_kernels_that_compute_in_float32(kernel: str) -> None:
     choice = choose(CALL._replace(dtype="float64"))
-    assert (choice.kernel != "native", choice.others["native"]) == (True, "it computes in float32")
+    assert choice.kernel != kernel
+    assert choice.others[kernel] == "it computes in float32"
 
 
 @pytest.mark.parametrize(("rows", "kernel"), [(2, "gather"), (64, "dense")])
 def test_on_a_device_that_nothing_was_measured_on_rows_and_slots_decide(rows: int, kernel: str) -> None:
-    choice = choose(CALL._replace(device="mtia", rows=rows))
+    choice = choose(CALL._replace(device="mtia", rows=rows), "", None, NO_TRITON)
     assert choice.kernel == kernel
     assert choice.because.startswith("nothing was measured on mtia")
     assert choice.others["grouped"] == "it is for a CPU, not for mtia"
+    assert choice.others["triton"] == NO_TRITON
+
+
+@pytest.mark.parametrize("rows", [2, 64])
+def test_on_a_device_that_nothing_was_measured_on_triton_runs_where_it_can(rows: int) -> None:
+    choice = choose(CALL._replace(device="xpu", rows=rows))
+    assert choice.kernel == "triton"
+    assert choice.because.startswith("nothing was measured on xpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "interpreted", "says"),
+    [
+        ("mtia", True, "Triton was tried on CUDA and XPU, not on mtia"),
+        ("cpu", False, "Triton compiles for no CPU (TRITON_INTERPRET=1 has its interpreter run them, slowly)"),
+        ("cpu", True, ""),
+        ("cuda", False, ""),
+        ("xpu", False, ""),
+    ],
+)
+def test_where_triton_can_run(device: str, interpreted: bool, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not the function that remembers.
+    problem = triton_launch.problem.__wrapped__
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
+    monkeypatch.setattr(triton_launch, "find_spec", lambda _name: object())
+    assert problem(device) == says
+    monkeypatch.setattr(triton_launch, "find_spec", lambda _name: None)
+    assert problem(device) == NO_TRITON
 
 
 def test_a_forced_kernel_is_taken() -> None:
@@ -65,14 +104,15 @@ def test_a_forced_kernel_is_taken() -> None:
 @pytest.mark.parametrize(
     ("call", "problem", "forced", "message"),
     [
-        (CALL, "", "fast", "wanted one of native, gather, grouped, dense; got 'fast'"),
+        (CALL, "", "fast", "wanted one of native, triton, gather, grouped, dense; got 'fast'"),
         (CALL, "no compiler", "native", "'native', which cannot: no compiler. Force none, or one of gather"),
+        (CALL, "", "triton", "'triton', which cannot: Triton is not installed. Force none, or one of native, gather"),
         (CALL._replace(device="cuda"), "", "grouped", "'grouped', which cannot: it is for a CPU, not for cuda"),
     ],
 )
 def test_a_forced_kernel_that_cannot_run_is_an_error(call: Call, problem: str, forced: str, message: str) -> None:
     with pytest.raises(KernelError, match=message):
-        choose(call, problem, forced)
+        choose(call, problem, forced, NO_TRITON)
 
 
 def test_force_kernel_ends_with_its_block_and_refuses_unknown_names() -> None:

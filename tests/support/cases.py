@@ -192,8 +192,10 @@ CASES = (
 
 # What `lower` makes of a `lora_linear` on the device of the tests, and how often it computes a routing for all of them.
 ADD_HERE, ROUTINGS_HERE = ("native_add_lora", 0) if DEVICE.type == "cpu" else ("add_lora", 1)
-# The kernels that can run there.
-KERNELS_HERE = [kernel for kernel in KERNELS if DEVICE.type == "cpu" or kernel in ("gather", "dense")]
+# The kernels that can run there; on a CPU Triton's interpreter runs those that are its.
+KERNELS_HERE = [kernel for kernel in KERNELS if DEVICE.type == "cpu" or kernel in ("triton", "gather", "dense")]
+# Both compute in float32, and refuse float64.
+FLOAT32_KERNELS = ("native", "triton")
 
 
 def cases_of(op: str, cases: Sequence[Case] = CASES) -> tuple[Case, ...]:

@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 NO_TILE: tl.constexpr = tl.constexpr(-2)
-# Triton's interpreter (3.6) multiplies the bits of bfloat16 as if they were integers.
+# Triton's interpreter (3.6) multiplies the bits of bfloat16 as if they were integers, and cuts a float32 off to one.
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -105,6 +105,17 @@ def _rank_product(hidden, b, total):
 
 
 @triton.jit
+def _rounded(total, dtype: tl.constexpr):
+    """To nearest, ties to even, on every device."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = total.to(tl.uint32, bitcast=True)
+        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+        upper = tl.where(total == total, nearest, bits | 0x400000) >> 16
+        return upper.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return total.to(dtype)
+
+
+@triton.jit
 def _pick(values, which):
     """The element of a tuple whose number is known as the program runs."""
     value = values[0]
@@ -127,7 +138,7 @@ def _store_hidden(output, out_row, out_column, total, rows, r, limit, scaling, S
         total *= scaling
     at = tl.where(rows >= 0, rows, 0).to(tl.int64)
     place = output + at[None, :] * out_row + r.to(tl.int64)[:, None] * out_column
-    tl.store(place, total.to(output.dtype.element_ty), mask=(rows >= 0)[None, :] & (r < limit)[:, None])
+    tl.store(place, _rounded(total, output.dtype.element_ty), mask=(rows >= 0)[None, :] & (r < limit)[:, None])
 
 
 @triton.jit(do_not_specialize=["count", "tile_count"])
@@ -300,7 +311,7 @@ def expand_kernel(
             total = _rank_product(left, right, tl.zeros([BM, BN], tl.float32))
             if ADD:
                 total += old.to(tl.float32)
-            tl.store(place, total.to(place.dtype.element_ty), mask=is_in)
+            tl.store(place, _rounded(total, place.dtype.element_ty), mask=is_in)
             n = next_n
             right = next_right
             old = next_old
@@ -321,7 +332,7 @@ def expand_kernel(
             is_in = is_row[:, None] & (n < limit)[None, :]
             if ADD:
                 total += tl.load(place, mask=is_in, other=0.0).to(tl.float32)
-            tl.store(place, total.to(place.dtype.element_ty), mask=is_in)
+            tl.store(place, _rounded(total, place.dtype.element_ty), mask=is_in)
             n += BN
 
 
@@ -418,4 +429,4 @@ def linear_kernel(
     total = tl.where(has_adapter[:, None] & is_in[None, :], total + added, total)
     output = _pick(outputs, p)
     target = output + at[:, None] * columns + n.to(tl.int64)[None, :]
-    tl.store(target, total.to(output.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+    tl.store(target, _rounded(total, output.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
