@@ -64,6 +64,13 @@ def runs_plainly(*operands: Any) -> bool:
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether a tensor, or a fake one, is of a subclass that holds others, and knows some ops only: a quantized weight."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return is_traceable_wrapper_subclass(tensor)
+
+
 def note_write(tensor: torch.Tensor) -> None:
     """Have autograd know that a tensor was written to, as the dispatcher would; it keeps no count for inference."""
     if not tensor.is_inference():

@@ -17,6 +17,7 @@ from xpu_lora_compile.ops import ADD_LORA, LINEAR_LORA, ROUTE_TILES
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
 from xpu_lora_compile.passes.editing import arguments_of, calls_to, insert_before, is_subgraph, may_rewrite, value_of
 from xpu_lora_compile.passes.memory import knows_its_views, region_of, storage_of, storages_of, written_by
+from xpu_lora_compile.torch_internals import is_known, is_wrapper
 
 _LINEAR = (torch.nn.functional.linear, torch.ops.aten.linear.default)
 
@@ -49,8 +50,8 @@ def fuse_base(graph: Graph) -> None:
     stream beside the product.
 
     Left alone: an output that is no `linear` of the same input, that is looked at before LoRA is added, or whose
-    operands are written to in between; products in another dtype than their input's (autocast). All on devices for
-    which this was not measured.
+    operands are written to in between; products in another dtype than their input's (autocast), of a weight that is a
+    subclass (quantized), or with another bias than one a column. All on devices for which this was not measured.
 
     Runs on: graphs of Dynamo, before functionalization, after `lower`.
     """
@@ -86,7 +87,13 @@ def _product(output: Node, inputs: Node, call: Node, order: dict[Node, int]) -> 
     value = value_of(output)
     if not all(isinstance(one, Node) and isinstance(value_of(one), Tensor) for one in operands):
         return None
+    # What stands for other tensors, as a quantized weight does, has a product of its own.
+    if any(is_wrapper(value_of(one)) for one in operands):
+        return None
     if value.dim() != 2 or value.requires_grad or any(value_of(one).dtype != value.dtype for one in operands):
+        return None
+    # Of one bias a column: `linear` takes whatever can be expanded to its result.
+    if bias is not None and not (value_of(bias).dim() == 1 and is_known(value_of(bias).shape[0] == value.shape[1])):
         return None
     if region_of(value_of(x)) != region_of(value_of(inputs)):
         return None
