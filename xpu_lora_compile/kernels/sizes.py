@@ -19,19 +19,19 @@ class Sizes(NamedTuple):
     shrink_stages: int = 4
     # How many slices one program takes, 1 to 3: together they read the rows once.
     shrink_slices: int = 1
-    # Whether one program takes all pieces of D.
-    shrink_together: bool = False
+    # How many pieces of D one program takes: 1, or 2, which the expand then reads as one.
+    pieces_each: int = 1
     # Columns of a block, and how many blocks one program takes.
-    expand_columns: int = 64
+    expand_columns: int = 128
     expand_blocks: int = 1
-    expand_warps: int = 2
+    expand_warps: int = 4
     # At most so many registers a thread, on CUDA; 0 is as many as the compiler likes.
     expand_registers: int = 0
     # Up to how many rows, columns of all base products, and ranks LoRA is in the epilogue of the product. Beyond, the
     # product's own kernel, with the shrink beside it, is as fast or faster.
     linear_rows: int = 8
     linear_width: int = 4096
-    linear_rank: int = 64
+    linear_rank: int = 16
     # Columns of a tile, and columns of D that one step takes.
     linear_columns: int = 32
     linear_depth: int = 128
@@ -39,15 +39,19 @@ class Sizes(NamedTuple):
     linear_stages: int = 7
 
 
-def sizes_for(rows: int) -> Sizes:
-    """The sizes for T rows."""
-    if rows >= 512:
-        return Sizes(
-            shrink_warps=4,
-            shrink_slices=3,
-            expand_columns=128,
-            expand_blocks=4,
-            expand_warps=8,
-            expand_registers=64,
-        )
-    return Sizes(expand_blocks=4) if rows > 64 else Sizes()
+def sizes_for(rows: int, rank: int, width: int) -> Sizes:
+    """The sizes for T rows, the highest R, and W of all slices together; those of the shrink do not depend on W."""
+    if rows <= 64:
+        return Sizes(expand_columns=256 if width > 8192 else 128)
+    if rows < 512:
+        return Sizes(expand_columns=64, expand_blocks=4, expand_warps=2)
+    return Sizes(
+        shrink_columns=64,
+        shrink_warps=4,
+        shrink_slices=3,
+        pieces_each=2 if rows >= 2048 else 1,
+        expand_blocks=8 if rows * width >= 1 << 24 else 2,
+        expand_warps=8,
+        # More programs at a time, until the ranks need the registers.
+        expand_registers=64 if rank <= 16 else 0,
+    )

@@ -1,9 +1,9 @@
 """The Triton kernels: what runs on CUDA and XPU, and in Triton's interpreter on a CPU. Launched by `triton_launch`.
 
 Nothing here depends on the host knowing the indices: grids come from shapes, so that a captured graph replays with
-other rows and other adapters. No kernel uses atomics, and a row's sums are always taken in the same order: over the
-pieces of D that `piece_of` cuts, in each piece over its 16 columns at a time, and over the rank 16 at a time. How many
-pieces one program takes, and which rows share a tile, changes no bit.
+other rows and other adapters. No kernel uses atomics, and a row's sums are always taken in the same order: in each of
+the pieces of D that `piece_of` cuts 16 columns at a time, then over each pair of pieces, then over the pairs; and over
+the rank 16 at a time. How many pieces one program takes (1, 2 or all), and which rows share a tile, changes no bit.
 
 Tiles are what `route_kernel` writes, int32: for each of G tiles its slot (-1 for rows without an adapter, -2 where
 there is no tile), then for each its BM rows (-1 where there is none).
@@ -133,6 +133,18 @@ def _a_tile(a, a_rank, a_column, r, rank, column, is_in, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _close(part, pair, total, ends, closes, EACH: tl.constexpr):
+    """The sums of the piece, the pair and all, once a piece ends, and once it closes a pair; one piece is all there is."""
+    if EACH == 1:
+        return part, pair, part
+    if EACH == 2:
+        return tl.where(ends, 0.0, part), pair, tl.where(ends, total + part, total)
+    pair = tl.where(ends, pair + part, pair)
+    total = tl.where(closes, total + pair, total)
+    return tl.where(ends, 0.0, part), tl.where(closes, 0.0, pair), total
+
+
+@triton.jit
 def _store_hidden(output, out_row, out_column, total, rows, r, limit, scaling, SCALE: tl.constexpr):
     if SCALE:
         total *= scaling
@@ -145,17 +157,17 @@ def _store_hidden(output, out_row, out_column, total, rows, r, limit, scaling, S
 def shrink_kernel(
     hidden, h_row, h_column, x, x_row, x_column, count, a, a_slot, a_rank, a_column,
     tiles, tile_count, ranks, rank, features, rank_blocks, scaling,
-    HAS_RANKS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, TOGETHER: tl.constexpr, PUBLIC: tl.constexpr,
+    HAS_RANKS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, EACH: tl.constexpr, PUBLIC: tl.constexpr,
     EVEN: tl.constexpr, PDL: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, piece, group of slices and block of ranks): one tile's rows through A of one to three slices.
+    """Program (tile, EACH pieces, group of slices and block of ranks): one tile's rows through A of 1 to 3 slices.
 
     Computed as `A[slot] @ x[rows].T`: so the long side of a product is that of the rows, of which a tile may have many.
 
     Args:
-        hidden: fp32 `[PIECES, slices, T, R]`, or with TOGETHER their sum, `[1, slices, T, R]`; with PUBLIC the output of
-            `bgmv_shrink`, scaled, and zero for rows without an adapter.
+        hidden: fp32 `[PIECES / EACH, slices, T, R]`; with PUBLIC (and EACH = PIECES) the output of `bgmv_shrink`,
+            scaled, and zero for rows without an adapter.
         a: one stack a slice, with its strides and its rank beside it; the last stride is that of all.
     """
     if PDL:
@@ -186,35 +198,37 @@ def shrink_kernel(
     x_tile = x + tl.where(rows >= 0, rows, 0).to(tl.int64)[None, :] * x_row
     total = tl.zeros([BR, BM], tl.float32)
     part = tl.zeros([BR, BM], tl.float32)
+    pair = tl.zeros([BR, BM], tl.float32)
     total_1 = tl.zeros([BR, BM], tl.float32)
     part_1 = tl.zeros([BR, BM], tl.float32)
+    pair_1 = tl.zeros([BR, BM], tl.float32)
     total_2 = tl.zeros([BR, BM], tl.float32)
     part_2 = tl.zeros([BR, BM], tl.float32)
+    pair_2 = tl.zeros([BR, BM], tl.float32)
     most = tl.maximum(used, used_1) if GROUP > 1 else used
     most = tl.maximum(most, used_2) if GROUP > 2 else most
     # A program whose ranks are all beyond those of the slot has nothing to do.
-    steps = tl.where(which % rank_blocks * BR < most, (PIECES if TOGETHER else 1) * (PIECE // BK), 0)
+    per: tl.constexpr = PIECE // BK
+    steps = tl.where(which % rank_blocks * BR < most, tl.minimum(EACH, PIECES - piece * EACH) * per, 0)
     for step in tl.range(0, steps, num_stages=STAGES):
-        column = (piece * PIECE + step * BK + k).to(tl.int64)
+        column = (piece * EACH * PIECE + step * BK + k).to(tl.int64)
         is_in = column < features
         mask = (rows >= 0)[None, :] if EVEN else (rows >= 0)[None, :] & is_in[:, None]
         right = tl.load(x_tile + column[:, None] * x_column, mask=mask, other=0.0)
         left = _a_tile(a_0, _pick(a_rank, s), a_column, r, used, column, is_in, EVEN)
         part = _product(left, right, part)
-        # The end of a piece.
-        ends = (step + 1) % (PIECE // BK) == 0
-        total = tl.where(ends, total + part, total)
-        part = tl.where(ends, 0.0, part)
+        # The end of a piece, and of a pair.
+        ends = (step + 1) % per == 0
+        closes = ((step + 1) % (2 * per) == 0) | (step + 1 == steps)
+        part, pair, total = _close(part, pair, total, ends, closes, EACH)
         if GROUP > 1:
             left_1 = _a_tile(a_1, _pick(a_rank, s_1), a_column, r, used_1, column, is_in, EVEN)
             part_1 = _product(left_1, right, part_1)
-            total_1 = tl.where(ends, total_1 + part_1, total_1)
-            part_1 = tl.where(ends, 0.0, part_1)
+            part_1, pair_1, total_1 = _close(part_1, pair_1, total_1, ends, closes, EACH)
         if GROUP > 2:
             left_2 = _a_tile(a_2, _pick(a_rank, s_2), a_column, r, used_2, column, is_in, EVEN)
             part_2 = _product(left_2, right, part_2)
-            total_2 = tl.where(ends, total_2 + part_2, total_2)
-            part_2 = tl.where(ends, 0.0, part_2)
+            part_2, pair_2, total_2 = _close(part_2, pair_2, total_2, ends, closes, EACH)
     place = hidden + (piece * SLICES + s).to(tl.int64) * count * h_row
     # The public op writes zeros, too; the expand reads none.
     _store_hidden(place, h_row, h_column, total, rows, r, _pick(rank, s) if PUBLIC else used, scaling, PUBLIC)
@@ -228,13 +242,19 @@ def shrink_kernel(
 
 @triton.jit
 def _hidden_tile(
-    hidden, h_piece, h_row, h_column, at, r, mask, scaling, SUMS: tl.constexpr, SCALE: tl.constexpr
+    hidden, h_piece, h_row, h_column, at, r, mask, scaling, SUMS: tl.constexpr, PAIRS: tl.constexpr, SCALE: tl.constexpr
 ):  # fmt: skip
-    """`[rows, R]` of the rank vectors, their pieces summed in order."""
+    """`[rows, R]` of the rank vectors: SUMS pieces summed in pairs, or with PAIRS the SUMS pairs."""
     place = hidden + at[:, None] * h_row + r.to(tl.int64)[None, :] * h_column
     total = tl.load(place, mask=mask, other=0.0)
-    for piece in tl.static_range(1, SUMS):
-        total += tl.load(place + piece * h_piece, mask=mask, other=0.0)
+    step: tl.constexpr = 1 if PAIRS else 2
+    if not PAIRS and SUMS > 1:
+        total += tl.load(place + h_piece, mask=mask, other=0.0)
+    for piece in tl.static_range(step, SUMS, step):
+        some = tl.load(place + piece * h_piece, mask=mask, other=0.0)
+        if not PAIRS and piece + 1 < SUMS:
+            some += tl.load(place + (piece + 1) * h_piece, mask=mask, other=0.0)
+        total += some
     if SCALE:
         total *= scaling
     return total
@@ -251,7 +271,7 @@ def _b_tile(b, b_width, b_rank, n, width, r, rank):
 def expand_kernel(
     outputs, out_row, out_column, hidden, h_row, h_column, count, b, b_slot, b_width, b_rank,
     tiles, tile_count, ranks, rank, width, scaling,
-    HAS_RANKS: tl.constexpr, SUMS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr,
+    HAS_RANKS: tl.constexpr, SUMS: tl.constexpr, PAIRS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr,
     ONE_BLOCK: tl.constexpr, PDL: tl.constexpr, PER: tl.constexpr,
     TILE: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -259,7 +279,7 @@ def expand_kernel(
 
     Args:
         outputs: for each slice, the columns that it adds to, `[T, W]`, with their strides.
-        hidden: `[SUMS, slices, T, R]`, of which the pieces are summed here.
+        hidden: `[SUMS, slices, T, R]`, of which the pieces, or with PAIRS the pairs of pieces, are summed here.
         b: one stack a slice, with its strides, its rank and its width beside it.
     """
     parts: tl.constexpr = TILE // BM
@@ -298,7 +318,7 @@ def expand_kernel(
         if PDL:
             cuda.gdc_wait()
         mask = is_row[:, None] & (r < used)[None, :]
-        left = _hidden_tile(source, slices * h_slice, h_row, h_column, at, r, mask, scaling, SUMS, SCALE)
+        left = _hidden_tile(source, slices * h_slice, h_row, h_column, at, r, mask, scaling, SUMS, PAIRS, SCALE)
         for block in range(PER):
             next_n = n + BN
             is_next_in = is_row[:, None] & (next_n < limit)[None, :] & (block + 1 < PER)
@@ -326,7 +346,7 @@ def expand_kernel(
                 some = start + r
                 right = _b_tile(mine, b_width, row_of_b, n, limit, some, used)
                 mask = is_row[:, None] & (some < used)[None, :]
-                left = _hidden_tile(source, slices * h_slice, h_row, h_column, at, some, mask, scaling, SUMS, SCALE)
+                left = _hidden_tile(source, slices * h_slice, h_row, h_column, at, some, mask, scaling, SUMS, PAIRS, SCALE)
                 total = _rank_product(left, right, total)
             place = target + n.to(tl.int64)[None, :] * out_column
             is_in = is_row[:, None] & (n < limit)[None, :]
@@ -412,7 +432,7 @@ def linear_kernel(
         cuda.gdc_wait()
     h_slice = count.to(tl.int64) * h_row
     mask = every[None, :] < used[:, None]
-    hiddens = _hidden_tile(hidden + s * h_slice, slices * h_slice, h_row, 1, at, every, mask, scaling, SUMS, True)
+    hiddens = _hidden_tile(hidden + s * h_slice, slices * h_slice, h_row, 1, at, every, mask, scaling, SUMS, False, True)
     added = tl.zeros([BM, BN], tl.float32)
     # In order of the rank, 0 to R, whatever BM is.
     for r in tl.static_range(RC):

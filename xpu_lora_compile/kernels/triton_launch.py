@@ -29,7 +29,7 @@ def problem(device: str) -> str:
 def tile_rows(rows: int, slots: int) -> int:
     """How many rows share a tile: few where groups are small, so that little is computed for no row."""
     of_each = rows // slots
-    return 16 if rows <= 64 or of_each <= 16 else 32 if of_each <= 32 else 64 if of_each <= 128 else 128
+    return 16 if rows <= 64 or of_each <= 16 else 32 if of_each <= 32 else 64
 
 
 def tile_count(rows: int, slots: int) -> int:
@@ -57,7 +57,7 @@ def route(indices: Tensor, slots: int) -> Tensor:
 
 def table_length(rows: Any, slots: Any) -> Any:
     """Enough for every height of tiles: `count * (1 + height)`."""
-    return 2 * rows + 129 * (slots + 1)
+    return 2 * rows + 65 * (slots + 1)
 
 
 def shrink(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, scaling: float) -> None:
@@ -113,7 +113,7 @@ def linear_lora(
 ) -> list[Tensor]:
     """As `entry.linear_lora`: few rows in one kernel with the base product; more with the shrink beside it."""
     rows = len(inputs)
-    sizes = sizes_for(rows)
+    sizes = _sizes(rows, lora_b)
     if _fits_linears(inputs, weights, biases, lora_a, lora_b, slice_offsets, sizes):
         return _linears(inputs, weights, biases, lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling, sizes)
     products = list(zip(weights, biases, strict=True))
@@ -124,7 +124,7 @@ def linear_lora(
         return outputs
     # In a captured graph a second stream costs no time of the host's.
     tiles, here, aside = routing.tiles, torch.cuda.current_stream(inputs.device), _side_stream(inputs.device)
-    hidden = _empty_hidden(inputs, lora_a, sizes.shrink_together)
+    hidden = _empty_hidden(inputs, lora_a)
     aside.wait_stream(here)
     with torch.cuda.stream(aside):
         _shrink(hidden, inputs, lora_a, Routing(routing.indices, routing.slots, routing.ranks, tiles))
@@ -138,7 +138,7 @@ def linear_lora(
     return outputs
 
 
-def shrink_all(inputs: Tensor, lora_a: Sequence[Tensor], routing: Routing, together: bool | None = None) -> Tensor:
+def shrink_all(inputs: Tensor, lora_a: Sequence[Tensor], routing: Routing) -> Tensor:
     """`A[i] @ inputs[t]` of every slice, unscaled, fp32: `[pieces, slices * T, R]`, to be summed over the pieces.
 
     Rows without an adapter, and what is beyond the rank of a slot, are not written.
@@ -147,10 +147,8 @@ def shrink_all(inputs: Tensor, lora_a: Sequence[Tensor], routing: Routing, toget
         inputs: `[T, D]`.
         lora_a: of each slice, `[K, R, D]`, all alike.
         routing: of the T rows among K slots.
-        together: have them summed already, which takes longer where there are few rows; by default as the sizes ask.
     """
-    sizes = sizes_for(len(inputs))
-    hidden = _empty_hidden(inputs, lora_a, sizes.shrink_together if together is None else together)
+    hidden = _empty_hidden(inputs, lora_a)
     _shrink(hidden, inputs, lora_a, routing, pdl=_has_pdl(inputs.device))
     return hidden
 
@@ -192,11 +190,10 @@ def _shrink(
     rows, features = inputs.shape
     if rows == 0:
         return
-    sizes = sizes_for(rows)
     ranks = [a.shape[1] for a in lora_a]
-    # Not 64: Triton takes other instructions then, on Hopper, which might sum in another order.
-    block = min(32, _rank_block(max(ranks)))
-    group = 1 if scaling is not None else sizes.shrink_slices
+    sizes = sizes_for(rows, max(ranks), 0)
+    block = _rank_block(max(ranks))
+    group = 1 if scaling is not None or block > 16 else sizes.shrink_slices
     pieces, piece = piece_count(features), piece_of(features)
     blocks = -(-max(ranks) // block)
     programs = hidden.shape[0]
@@ -221,7 +218,7 @@ def _shrink(
         routing.ranks is not None,
         piece,
         pieces,
-        programs == 1,
+        -(-pieces // programs),
         scaling is not None,
         features % piece == 0,
         pdl,
@@ -231,7 +228,8 @@ def _shrink(
         block,
         columns,
         sizes.shrink_stages,
-        num_warps=sizes.shrink_warps,
+        # For 64 ranks Triton takes other instructions on Hopper if there are four warps: so let there always be four.
+        num_warps=4 if block == 64 else sizes.shrink_warps,
         **_launch(pdl),
     )
 
@@ -249,7 +247,7 @@ def _expand(
     rows = len(columns[0])
     if rows == 0:
         return
-    sizes = sizes_for(rows)
+    sizes = _sizes(rows, lora_b)
     ranks, widths = [b.shape[2] for b in lora_b], [b.shape[1] for b in lora_b]
     block = _rank_block(max(ranks))
     height, count = tile_rows(rows, routing.slots), tile_count(rows, routing.slots)
@@ -272,6 +270,7 @@ def _expand(
         1.0 if scaling is None else scaling,
         routing.ranks is not None,
         hidden.shape[0],
+        scaling is not None and sizes.pieces_each > 1,
         scaling is not None,
         add,
         max(ranks) <= block,
@@ -327,7 +326,7 @@ def _linears(
     """The base products `inputs @ weight.T + bias`, and every slice added to them, in two launches, for few rows."""
     rows, features = inputs.shape
     outputs = [inputs.new_empty(rows, len(weight)) for weight in weights]
-    hidden = shrink_all(inputs, lora_a, routing, together=False)
+    hidden = shrink_all(inputs, lora_a, routing)
     height = max(16, 1 << (rows - 1).bit_length())
     width, columns = sizes.linear_columns, _fitting(sizes.linear_depth, features)
     pdl = _has_pdl(inputs.device)
@@ -370,8 +369,13 @@ def _linears(
     return outputs
 
 
-def _empty_hidden(inputs: Tensor, lora_a: Sequence[Tensor], together: bool) -> Tensor:
-    pieces = 1 if together else piece_count(inputs.shape[1])
+def _sizes(rows: int, lora_b: Sequence[Tensor]) -> Sizes:
+    return sizes_for(rows, max(b.shape[2] for b in lora_b), sum(b.shape[1] for b in lora_b))
+
+
+def _empty_hidden(inputs: Tensor, lora_a: Sequence[Tensor]) -> Tensor:
+    each = sizes_for(len(inputs), max(a.shape[1] for a in lora_a), 0).pieces_each
+    pieces = -(-piece_count(inputs.shape[1]) // each)
     # The rank rounded up, so that each row starts where it is read fastest.
     shape = (pieces, len(lora_a) * len(inputs), -(-max(a.shape[1] for a in lora_a) // 16) * 16)
     return torch.empty(shape, dtype=torch.float32, device=inputs.device)
