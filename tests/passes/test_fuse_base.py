@@ -250,6 +250,9 @@ class Quantized(Tensor):
     def __init__(self, numbers: Tensor, scale: Tensor) -> None:
         self.numbers, self.scale = numbers, scale
 
+    def __repr__(self, **_: Any) -> str:
+        return f"Quantized({list(self.shape)})"
+
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["numbers", "scale"], None
 
@@ -260,8 +263,8 @@ class Quantized(Tensor):
     @classmethod
     def __torch_dispatch__(cls, op: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
-        if op in (aten.t.default, aten.detach.default, aten.alias.default):
-            return cls(op(args[0].numbers), args[0].scale)
+        if op in (aten.t.default, aten.detach.default, aten.alias.default, aten.view.default):
+            return cls(op(args[0].numbers, *args[1:]), args[0].scale)
         if op in (aten.linear.default, aten.mm.default, aten.addmm.default):
             return op(*(one.numbers * one.scale if isinstance(one, cls) else one for one in args))
         return NotImplemented
