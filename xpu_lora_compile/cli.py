@@ -180,6 +180,30 @@ def bench_gpu(
         show.save(run, json)
 
 
+@bench.command("gpu-model")
+def bench_gpu_model(
+    shape: Annotated[str, typer.Option(help="smollm2, or llama-8b (8 of its layers).")] = "smollm2",
+    batch: Annotated[int, typer.Option(help="Rows.")] = 32,
+    rank: Rank = 16,
+    slots: Slots = 8,
+    rounds: Annotated[int, typer.Option(min=2, help="Replays of each graph.")] = 30,
+    json: Json = None,
+) -> None:
+    """A decoding step of a model in a CUDA graph, on random weights: mixed adapters, and the base model."""
+    from xpu_lora_compile.bench import gpu_model, show
+
+    with _reported():
+        show.check("cuda", [], [batch, rank, slots], json)
+        with show.progress() as advance:
+            run = gpu_model.run(shape, batch, rank, slots, rounds, "cuda", advance)
+        _print(
+            show.timings_table(f"a decoding step; {run.machine}", "model", gpu_model.BASE, {run.what: run.timings}),
+            show.summary_table(run.summary),
+            show.noise([run.timings]),
+        )
+        show.save(run, json)
+
+
 @bench.command("layer")
 def bench_layer(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",

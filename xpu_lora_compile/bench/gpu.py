@@ -45,7 +45,9 @@ class Point:
     rows: int
 
     def __str__(self) -> str:
-        return f"{self.output} K{self.slots} R{'-'.join(map(str, sorted({self.ranks[0], self.ranks[-1]})))} T{self.rows}"
+        return (
+            f"{self.output} K{self.slots} R{'-'.join(map(str, sorted({self.ranks[0], self.ranks[-1]})))} T{self.rows}"
+        )
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,9 @@ def run(
         raise BenchError("bench gpu", "a CUDA device", "none", "Run it on a machine that has one.")
     found = peers.find(folder) if folder is not None else {}
     if unknown := [name for name in names if name not in found]:
-        raise BenchError("bench gpu: --peer", ", ".join(found) or "no name without --peers", str(unknown), "Correct it.")
+        raise BenchError(
+            "bench gpu: --peer", ", ".join(found) or "no name without --peers", str(unknown), "Correct it."
+        )
     chosen = {name: peer for name, peer in found.items() if not names or name in names}
     results = []
     with torch.no_grad():
@@ -248,7 +252,9 @@ def _check(name: str, point: Point, result: Tensor, exact: Tensor) -> None:
     allowed = 2e-2 * exact.abs().max().item()
     error = (result[: len(exact)].double() - exact).abs().max().item()
     if not error <= allowed:
-        raise BenchError(f"bench: {name} at {point}", f"an error of at most {allowed:.1e}", f"{error:.1e}", "Report it.")
+        raise BenchError(
+            f"bench: {name} at {point}", f"an error of at most {allowed:.1e}", f"{error:.1e}", "Report it."
+        )
 
 
 def _captured(layer: Layer) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:

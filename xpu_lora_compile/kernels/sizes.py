@@ -31,6 +31,10 @@ class Sizes(NamedTuple):
     # product's own kernel, with the shrink beside it, is as fast or faster.
     linear_rows: int = 8
     linear_width: int = 4096
+    # And up to so many rows, whatever the width, where all weights of the products are at most so many elements: then
+    # it is launches that take the time.
+    linear_rows_if_small: int = 64
+    linear_small: int = 1 << 21
     linear_rank: int = 16
     # Columns of a tile, and columns of D that one step takes.
     linear_columns: int = 32

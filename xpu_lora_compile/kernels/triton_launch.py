@@ -297,9 +297,11 @@ def _fits_linears(
     """Whether `_linears` can compute these base products, and is faster than their own kernels and ours."""
     rows = len(inputs)
     bias = [one for one in biases if one is not None]
+    is_small = sum(weight.numel() for weight in weights) <= sizes.linear_small
+    is_narrow = sum(map(len, weights)) <= sizes.linear_width
+    most = sizes.linear_rows_if_small if is_small else sizes.linear_rows if is_narrow else 0
     return (
-        0 < rows <= sizes.linear_rows
-        and sum(map(len, weights)) <= sizes.linear_width
+        0 < rows <= most
         and max(b.shape[2] for b in lora_b) <= sizes.linear_rank
         and inputs.dtype in (torch.bfloat16, torch.float16)
         and all(one.dtype == inputs.dtype for one in (*weights, *bias, *lora_a, *lora_b))
