@@ -14,7 +14,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -71,7 +71,8 @@ class GpuRun:
 
 def suite(outputs: Sequence[str], banks: Sequence[int], rows: Sequence[int]) -> list[Point]:
     """The points of these outputs ("a", "b", "c"), banks (positions in BANKS) and numbers of rows."""
-    return [Point(output, *BANKS[bank], t) for output, bank, t in product(outputs, banks, rows)]
+    chosen = product(outputs, (BANKS[bank] for bank in banks), rows)
+    return [Point(output, slots, ranks, t) for output, (slots, ranks), t in chosen]
 
 
 def run(
@@ -99,9 +100,8 @@ def run(
         raise BenchError("bench gpu", "a CUDA device", "none", "Run it on a machine that has one.")
     found = peers.find(folder) if folder is not None else {}
     if unknown := [name for name in names if name not in found]:
-        raise BenchError(
-            "bench gpu: --peer", ", ".join(found) or "no name without --peers", str(unknown), "Correct it."
-        )
+        known = ", ".join(found) or "no name without --peers"
+        raise BenchError("bench gpu: --peer", known, str(unknown), "Correct it.")
     chosen = {name: peer for name, peer in found.items() if not names or name in names}
     results = []
     with torch.no_grad():
@@ -135,7 +135,7 @@ def summary(results: Sequence[Result], floors: tuple[float, float]) -> dict[str,
         if all(f"{other}, alone" in one.timings for one in mine):
             alone = [one.timings[f"{other}, alone"].median / one.timings[ALONE].median for one in mine]
             found[f"{other}: alone / ours alone"] = geometric_mean(alone)
-    few = [one.timings[ALONE].median for one in results if one.point.rows <= 8 and one.point.output == "a"]  # noqa: PLR2004
+    few = [one.timings[ALONE].median for one in results if one.point.rows <= 8 and one.point.output == "a"]
     if few:
         found["ours alone, one slice, T <= 8 / floor of two launches, worst"] = max(few) / floors[1]
     return found
@@ -173,7 +173,7 @@ class Operands:
         ]
         # 10 % of the rows have no adapter, but the first always has one.
         self.indices = torch.randint(0, slots, (point.rows,), generator=generator, device="cuda")
-        self.indices[1:][torch.rand(point.rows - 1, generator=generator, device="cuda") < 0.1] = -1  # noqa: PLR2004
+        self.indices[1:][torch.rand(point.rows - 1, generator=generator, device="cuda") < 0.1] = -1
 
     def rows_of_b(self) -> list[list[Tensor]]:
         """B `[K, W, R]`, views."""
@@ -212,7 +212,8 @@ def _contenders(operands: Operands, found: Mapping[str, peers.Peer], plain: bool
     def ours(layer: int) -> Tensor:
         weights = [operands.base[layer]]
         arguments = (operands.a[layer], b[layer], routing, slices, offsets, 1.0)
-        return LINEAR_LORA(operands.inputs, weights, [None], *arguments)[0]
+        (result,) = LINEAR_LORA(operands.inputs, weights, [None], *arguments)
+        return cast("Tensor", result)
 
     def alone(layer: int) -> Tensor:
         output = operands.outputs[layer]
@@ -233,7 +234,7 @@ def _contenders(operands: Operands, found: Mapping[str, peers.Peer], plain: bool
     if plain:
         contenders["dense, plain PyTorch"] = partial(with_base, forms.dense, operands.b), False
         # Beyond, it copies weights for minutes.
-        if len(operands.inputs) <= 32:  # noqa: PLR2004
+        if len(operands.inputs) <= 32:
             gather = torch.compile(forms.gather, fullgraph=True, dynamic=False)
             contenders["gather, Inductor"] = partial(with_base, gather, by_row), False
     return contenders
@@ -271,6 +272,11 @@ def _captured(layer: Layer) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     return graph, kept
 
 
+def timed_in_graphs(layers: Mapping[str, Layer], rounds: int) -> dict[str, Timing]:
+    """Microseconds a layer of each, in a graph of LAYERS."""
+    return _timed({name: _captured(layer) for name, layer in layers.items()}, rounds)
+
+
 def _timed(graphs: Mapping[str, tuple[torch.cuda.CUDAGraph, Any]], rounds: int) -> dict[str, Timing]:
     taken: dict[str, list[float]] = {name: [] for name in graphs}
     order = random.Random(0)  # noqa: S311
@@ -299,6 +305,5 @@ def _launch_floors(rounds: int) -> tuple[float, float]:
             one.add_(1)
         return one
 
-    graphs = {str(times): _captured(partial(launch, times)) for times in (1, 2)}
-    first, second = _timed(graphs, rounds).values()
+    first, second = timed_in_graphs({str(times): partial(launch, times) for times in (1, 2)}, rounds).values()
     return first.median, second.median

@@ -1,4 +1,4 @@
-"""`xpu-lora bench gpu-model`: a decoding step of a whole model in a CUDA graph, with mixed adapters and without LoRA."""
+"""`xpu-lora bench gpu-model`: a decoding step of a whole model in a CUDA graph, with mixed adapters and without."""
 
 from __future__ import annotations
 
@@ -93,9 +93,8 @@ def run(
         mixed.replay()
         error = _difference(mixed_logits, eager)
         if not error <= 5e-2 < 2 * _difference(plain, eager):
-            raise BenchError(
-                "bench gpu-model: logits", "the eager model's to within 5e-2", f"{error:.1e}", "Report it."
-            )
+            wanted = "the eager model's to within 5e-2"
+            raise BenchError("bench gpu-model: logits", wanted, f"{error:.1e}", "Report it.")
         taken: dict[str, list[float]] = {BASE: [], MIXED: []}
         graphs = {BASE: base, MIXED: mixed}
         order = random.Random(0)  # noqa: S311
@@ -125,7 +124,8 @@ def prepare(
         raise BenchError("bench gpu-model", "transformers", "none", "pip install transformers.") from missing
     torch.manual_seed(0)
     with torch.device(device):
-        model: Any = LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16).eval()
+        made: Any = LlamaForCausalLM(LlamaConfig(**sizes))
+    model = made.to(torch.bfloat16).eval()
     model.requires_grad_(False)
     bank = xlc.attach(model, slots=slots, max_rank=rank, target_modules=TARGETS)
     names = [f"adapter-{number}" for number in range(slots)]
@@ -158,7 +158,7 @@ class Step:
 
         self.tokens = torch.randint(0, model.config.vocab_size, (batch, 1), device=device)
         self.position = torch.tensor([self.POSITION], device=device)
-        self.cache = StaticCache(config=model.config, max_cache_len=self.LENGTH)
+        self.cache: Any = StaticCache(config=model.config, max_cache_len=self.LENGTH)
         heads, width = model.config.num_key_value_heads, model.config.hidden_size // model.config.num_attention_heads
         # Its memory is taken before anything is captured.
         self.cache.early_initialization(batch, heads, width, torch.bfloat16, torch.device(device))
@@ -211,4 +211,5 @@ def _seconds(graph: torch.cuda.CUDAGraph) -> float:
         graph.replay()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / 5
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1e3 / 5

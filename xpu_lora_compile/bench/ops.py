@@ -16,6 +16,7 @@ from torch import Tensor
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.bench import forms
+from xpu_lora_compile.bench.gpu import timed_in_graphs
 from xpu_lora_compile.bench.measure import BEYOND_CACHES, Timing, geometric_mean, machine, measure, without_stderr
 from xpu_lora_compile.errors import BenchError
 from xpu_lora_compile.kernels import native
@@ -149,9 +150,11 @@ def tune(device: str, on_done: Callable[[str], None]) -> None:
     """Time our own kernels against each other, and write what `choose` reads; points of other devices are kept."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     measured = []
-    sizes = [(576, 576), (4096, 4096), (4096, 14336)]
+    sizes, banks = [(576, 576), (4096, 4096), (4096, 14336)], [(8, 2), (16, 8), (64, 32)]
+    if device != "cpu":
+        sizes, banks = sizes[:2], banks[1:]
     for dtype, rows, (features, width), (rank, slots) in product(
-        ("float32", "bfloat16"), (1, 8, 32, 256, 2048), sizes, [(8, 2), (16, 8), (64, 32)]
+        ("float32", "bfloat16"), (1, 8, 32, 256, 2048), sizes, banks
     ):
         point = Point(dtype, rows, features, (width,), rank, slots)
         operands = _Operands(point, device)
@@ -160,10 +163,15 @@ def tune(device: str, on_done: Callable[[str], None]) -> None:
             is_cpu_only = kernel in ("native", "grouped")
             # Half a gigabyte of copied weights says enough of gather.
             is_huge = kernel == "gather" and rows * rank * max(features, width) > 1 << 27
-            if not (is_huge or (is_cpu_only and device != "cpu") or (kernel == "native" and native.problem())):
+            # The interpreter is no kernel to choose.
+            is_interpreted = kernel == "triton" and device == "cpu"
+            problem = native.problem() if kernel == "native" else ""
+            if not (is_huge or is_interpreted or problem or (is_cpu_only and device != "cpu")):
                 contenders[kernel] = partial(_forced, kernel, operands)
         with torch.no_grad():
-            timings = measure(contenders, device, seconds=0.05)
+            # What the host takes to launch a kernel is nothing that a choice among them should follow.
+            in_graphs = device == "cuda"
+            timings = timed_in_graphs(contenders, 5) if in_graphs else measure(contenders, device, seconds=0.05)
         sizes_of = {"rows": rows, "slots": slots, "rank": rank, "features": features, "width": width, "slices": 1}
         us = {kernel: round(timing.median, 1) for kernel, timing in timings.items()}
         measured.append({"device": device, "dtype": dtype, **sizes_of, "us": us})
@@ -187,27 +195,25 @@ class _Operands:
         size = sum(point.slots * point.rank * (point.features + width) * dtype.itemsize for width in point.widths)
         self.sets = min(16, -(-BEYOND_CACHES // (LAYERS * size))) * LAYERS
         self.offsets = [sum(point.widths[:s]) for s in range(len(point.widths))]
-        self.inputs = torch.randn(point.rows, point.features).to(device, dtype)
+
+        def random_of(*shape: int) -> Tensor:
+            return torch.randn(shape, device=device)
+
+        self.inputs = random_of(point.rows, point.features).to(dtype)
         # What the layers' base products would be: added to, and the next layer's input from its first columns on.
-        self.bases = [torch.randn(point.rows, sum(point.widths)).to(device, dtype) for _ in range(LAYERS)]
+        self.bases = [random_of(point.rows, sum(point.widths)).to(dtype) for _ in range(LAYERS)]
         self.outputs = [base.clone() for base in self.bases]
         # 10 % of the rows have no adapter, but the first always has one.
         indices = torch.randint(0, point.slots, (point.rows,))
         indices[1:][torch.rand(point.rows - 1) < 0.1] = -1
         self.indices = indices.to(device)
         self.a = [
-            [
-                (torch.randn(point.slots, point.rank, point.features) / point.features**0.5).to(device, dtype)
-                for _ in point.widths
-            ]
+            [(random_of(point.slots, point.rank, point.features) / point.features**0.5).to(dtype) for _ in point.widths]
             for _ in range(self.sets)
         ]
         # By rank, as the bank stores it.
         self.b_by_rank = [
-            [
-                (torch.randn(point.slots, point.rank, width) / point.rank**0.5).to(device, dtype)
-                for width in point.widths
-            ]
+            [(random_of(point.slots, point.rank, width) / point.rank**0.5).to(dtype) for width in point.widths]
             for _ in range(self.sets)
         ]
 
@@ -334,7 +340,7 @@ def _peak_memory(operands: _Operands, b: Any) -> int:
     return int(peak) + native.scratch_bytes(len(operands.indices), ranks, max(one.shape[1] for one in operands.a[0]))
 
 
-def _forced(kernel: str, operands: _Operands, number: int) -> None:
+def _forced(kernel: str, operands: _Operands, number: int) -> Tensor:
     at = number % operands.sets
     b = [one.transpose(1, 2) for one in operands.b_by_rank[at]]
     with force_kernel(kernel):
@@ -348,3 +354,4 @@ def _forced(kernel: str, operands: _Operands, number: int) -> None:
             operands.offsets,
             1.0,
         )
+    return operands.outputs[0]
