@@ -178,7 +178,6 @@ class Step:
         logits: Tensor = model(
             input_ids=self.tokens,
             past_key_values=self.cache,
-            cache_position=self.position,
             position_ids=self.position[None].expand(len(self.tokens), -1),
             use_cache=True,
         ).logits
