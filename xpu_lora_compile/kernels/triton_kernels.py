@@ -15,7 +15,11 @@ import os
 
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
+
+try:
+    from triton.language.extra import cuda
+except ImportError:  # Triton for Intel GPUs alone may come without; nothing here asks for it there.
+    cuda = None
 
 NO_TILE: tl.constexpr = tl.constexpr(-2)
 # Triton's interpreter (3.6) multiplies the bits of bfloat16 as if they were integers, and cuts a float32 off to one.
@@ -69,7 +73,7 @@ def route_kernel(
 def _rank_of(ranks, slot, rank, HAS_RANKS: tl.constexpr):
     """The rank of a slot: beyond it, its rows of A and columns of B are zeros that nobody needs to read."""
     if HAS_RANKS:
-        return tl.minimum(tl.load(ranks + slot).to(tl.int32), rank)
+        return tl.minimum(tl.load(ranks + slot), rank).to(tl.int32)
     return rank
 
 
@@ -270,7 +274,7 @@ def _b_tile(b, b_width, b_rank, n, width, r, rank):
 @triton.jit(do_not_specialize=["count", "tile_count"])
 def expand_kernel(
     outputs, out_row, out_column, hidden, h_row, h_column, count, b, b_slot, b_width, b_rank,
-    tiles, tile_count, ranks, rank, width, scaling,
+    tiles, tile_count, block_count, ranks, rank, width, scaling,
     HAS_RANKS: tl.constexpr, SUMS: tl.constexpr, PAIRS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr,
     ONE_BLOCK: tl.constexpr, PDL: tl.constexpr, PER: tl.constexpr,
     TILE: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
@@ -284,13 +288,14 @@ def expand_kernel(
     """
     parts: tl.constexpr = TILE // BM
     slices: tl.constexpr = len(b)
-    tile = tl.program_id(1) // parts
-    slot = tl.load(tiles + tile)
-    rows = tl.load(tiles + tile_count + tl.program_id(1) * BM + tl.arange(0, BM))
+    # Neighbours work on the same rows; all along one axis, since the others of CUDA's grids end at 65535.
+    part = tl.program_id(0) // block_count
+    slot = tl.load(tiles + part // parts)
+    rows = tl.load(tiles + tile_count + part * BM + tl.arange(0, BM))
     if slot < 0:
         return
     # Which slice, and where in it.
-    block = tl.program_id(0)
+    block = tl.program_id(0) % block_count
     s = 0
     first = block
     passed = 0
@@ -420,7 +425,7 @@ def linear_kernel(
     is_in = column < _pick(width, s)
     used = tl.where(has_adapter, _pick(rank, s), 0)
     if HAS_RANKS:
-        used = tl.minimum(used, tl.load(ranks + slot, mask=has_adapter, other=0).to(tl.int32))
+        used = tl.minimum(used, tl.load(ranks + slot, mask=has_adapter, other=0)).to(tl.int32)
     row_of_b = _pick(b_rank, s)
     b_tile = _pick(b, s) + slot[:, None] * _pick(b_slot, s) + tl.where(is_in, column, 0).to(tl.int64)[None, :] * b_width
     # The first of B before the shrink has ended.

@@ -254,7 +254,8 @@ def _expand(
     width = sizes.expand_columns
     part = min(height, 32)
     each = sizes.expand_blocks
-    _kernels().expand_kernel[(sum(-(-one // (width * each)) for one in widths), count * (height // part))](
+    blocks = sum(-(-one // (width * each)) for one in widths)
+    _kernels().expand_kernel[(blocks * count * (height // part),)](
         tuple(columns),
         tuple(one.stride(0) for one in columns),
         columns[0].stride(1),
@@ -264,6 +265,7 @@ def _expand(
         *_with_strides(lora_b, common=1),
         routing.tiles,
         count,
+        blocks,
         routing.ranks,
         tuple(ranks),
         tuple(widths),
