@@ -332,7 +332,10 @@ def _linears(
     outputs = [inputs.new_empty(rows, len(weight)) for weight in weights]
     hidden = shrink_all(inputs, lora_a, routing)
     height = max(16, 1 << (rows - 1).bit_length())
-    width, columns = sizes.linear_columns, _fitting(sizes.linear_depth, features)
+    width, columns = sizes.linear_columns, sizes.linear_depth
+    # Whole steps need no masks.
+    while columns > 32 and features % columns:
+        columns //= 2
     pdl = _has_pdl(inputs.device)
     _kernels().linear_kernel[(sum(-(-len(weight) // width) for weight in weights), 1)](
         tuple(outputs),
@@ -402,13 +405,6 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _rank_block(rank: int) -> int:
     return 16 if rank <= 16 else 32 if rank <= 32 else 64
-
-
-def _fitting(columns: int, length: int) -> int:
-    """The tile of columns, halved until it is not much longer than what there is."""
-    while columns > 32 and columns >= 2 * length:
-        columns //= 2
-    return columns
 
 
 def _with_strides(stacks: Sequence[Tensor], common: int) -> tuple[Any, ...]:
