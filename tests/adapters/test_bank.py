@@ -422,3 +422,48 @@ def test_the_order_of_names_is_that_of_the_slots(bank: xlc.AdapterBank, folders:
     bank.load("telegram", folders["telegram"])
     assert bank.names == ("telegram", "haiku")
     assert repr(bank).startswith("AdapterBank(telegram, haiku; 2 of 3 slots taken, max_rank=4, ")
+
+
+def test_the_ranks_of_the_slots_follow_what_is_loaded_and_dropped(
+    bank: xlc.AdapterBank, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """In the same memory, since captured graphs read it."""
+    with bank.use([None] * 4):
+        if DEVICE.type == "cpu":
+            # Whose kernel asks for none; from here on as on a GPU.
+            assert bank._routing.ranks is None
+            bank._routing.ranks = torch.tensor(bank._ranks, dtype=torch.int32)
+        ranks = bank._routing.ranks
+        assert ranks is not None
+        said = [ranks.tolist()]
+        for name in ("pirate", "haiku", "telegram"):
+            bank.load(name, folders[name])
+            said.append(ranks.tolist())
+        with pytest.raises(errors.NoFreeSlotError):
+            bank.load("shouting", folders["shouting"])
+        bank.drop("haiku")
+        said.append(ranks.tolist())
+        with pytest.raises(errors.AdapterError):
+            bank.load("broken", tmp_path)
+        said.append(ranks.tolist())
+        # The highest of its ranks.
+        pattern = {"target_modules": ["q_proj", "v_proj"], "r": 1, "rank_pattern": {"v_proj": 4}}
+        bank.load("mixed", save_adapter(tmp_path / "mixed", **pattern))
+        said.append(ranks.tolist())
+        assert bank._routing.ranks is ranks
+    assert said == [[0, 0, 0], [4, 0, 0], [4, 2, 0], [4, 2, 3], [4, 0, 3], [4, 0, 3], [4, 4, 3]]
+
+
+def test_no_rank_is_said_while_weights_are_stored(
+    model: nn.Module, bank: xlc.AdapterBank, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted load leaves a slot of rank 0."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    bank.load("pirate", folders["pirate"])
+    monkeypatch.setattr(model.model.layers[1].mlp.down_proj, "store", interrupt)
+    with bank.use(["pirate"] * 4), pytest.raises(KeyboardInterrupt):
+        bank.load("telegram", folders["telegram"])
+    assert bank._ranks == [4, 0, 0]

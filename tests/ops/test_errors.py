@@ -59,6 +59,8 @@ class Mistake:
     def call(self) -> Call:
         """The wrong call; T5-D7-R3-K4-W8-H10."""
         call = build(self.op, Case(H=10))
+        if self.argument == "ranks":
+            call.args["ranks"] = torch.tensor([3, 0, 3, 1], dtype=torch.int32, device=DEVICE)
         right = call.args[self.argument]
         is_list_of_tensors = isinstance(right, list) and isinstance(right[0], Tensor)
         call.args[self.argument] = [self.edit(right[0]), *right[1:]] if is_list_of_tensors else self.edit(right)
@@ -105,6 +107,16 @@ def _weights(columns: int) -> list[tuple[str, Edit, type[ContractError], str]]:
     ]
 
 
+_RANKS = (
+    ("no dimension", lambda r: r[0], ShapeError, "one rank a slot: [4]; got shape []"),
+    ("two dimensions", lambda r: r[:, None], ShapeError, "one rank a slot: [4]; got shape [4, 1]"),
+    ("fewer slots", lambda r: r[:3], ShapeError, "one rank a slot: [4]; got shape [3]"),
+    ("more slots", lambda r: torch.cat([r, r]), ShapeError, "one rank a slot: [4]; got shape [8]"),
+    ("floats", lambda r: r.float(), DtypeError, "int32 or int64; got float32"),
+    ("int16", lambda r: r.short(), DtypeError, "int32 or int64; got int16"),
+    ("bool", lambda r: r.bool(), DtypeError, "int32 or int64; got bool"),
+    ("another device", lambda r: r.to("meta"), DeviceError, "all tensors on one device"),
+)
 _TOO_WIDE = ("too wide", lambda w: torch.cat([w, w], -2), SliceError, "a slice inside the output's 10 columns; got")
 _ONE_EACH = "for each slice one A, one B and one offset, and at least one slice; got"
 
@@ -141,6 +153,7 @@ def _mistakes() -> Iterator[Mistake]:
     yield from _mistakes_in(LORA_LINEAR, "lora_b", "slice 1:17", _TOO_WIDE)
     fewer = ("fewer slots", lambda b: b[:2], ShapeError, "A and B over the same number K of adapters; got")
     yield from _mistakes_in(LORA_LINEAR, "lora_b", "slice 0", fewer)
+    yield from _mistakes_in(LORA_LINEAR, "ranks", "ranks", *_RANKS)
     for what, offsets in (("no slices", []), ("two offsets", [0, 0])):
         says = f"{_ONE_EACH} 1 A, 1 B and {len(offsets)} offsets"
         yield Mistake(what, LORA_LINEAR, "slice_offsets", lambda _, o=offsets: o, ShapeError, LORA_LINEAR, says)
@@ -202,7 +215,7 @@ def test_an_error_is_raised_for_symbolic_sizes_too(op: str) -> None:
 def test_every_op_has_an_error_for_every_one_of_its_arguments() -> None:
     defaults = {"scaling", "add_inputs"}
     for op in OPS:
-        arguments = set(build(op, Case()).args) - defaults
+        arguments = set(build(op, Case()).args) - defaults | ({"ranks"} if op == LORA_LINEAR else set())
         assert {mistake.argument for mistake in MISTAKES if mistake.op == op} == arguments
 
 

@@ -88,6 +88,29 @@ def test_slots_that_no_row_uses_get_a_gradient_of_zero() -> None:
         assert [bool(slot.any()) for slot in grad] == [True, False, True, False]
 
 
+@pytest.mark.parametrize("backend", [None, "aot_eager", "xpu_lora"])
+def test_ranks_change_no_gradient(backend: str | None) -> None:
+    """Beyond the rank of a slot weights are zeros, but they may learn."""
+    base, inputs, (a,), (b,), indices, offsets, scaling = build(LORA_LINEAR, Case(H=10)).args.values()
+    ranks = torch.tensor([3, 0, 1, 2], dtype=torch.int32, device=DEVICE)
+    a, b = a.nan_to_num(), b.nan_to_num()
+    for slot, rank in enumerate(ranks.tolist()):
+        a[slot, rank:], b[slot, :, rank:] = 0.0, 0.0
+
+    def total(given: Tensor | None, *operands: Tensor) -> Tensor:
+        base, inputs, a, b = operands
+        return lora_linear(base, inputs, [a], [b], indices, offsets, scaling, given).square().sum()
+
+    gradients = []
+    for given in (None, ranks):
+        operands = [one.detach().clone().requires_grad_() for one in (base, inputs, a, b)]
+        called = total if backend is None else torch.compile(total, backend=backend, fullgraph=True)
+        gradients.append(torch.autograd.grad(called(given, *operands), operands))
+    for got, wanted in zip(*gradients, strict=True):
+        assert same_bits(got, wanted)
+    assert gradients[0][3].any()
+
+
 @pytest.mark.parametrize("rows", [3, 5], ids=["T<=K", "T>K"])
 @pytest.mark.parametrize("poisoned", ["inputs", "grad"])
 @pytest.mark.parametrize("owner", [1, -1], ids=["another adapter", "no adapter"])

@@ -7,10 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import BF16, DEVICE, F16, LORA_LINEAR, OPS, Case, build, cases_of
+from support.cases import BF16, DEVICE, F16, KERNELS_HERE, LORA_LINEAR, OPS, Case, build, cases_of
 from torch.library import opcheck
 
-from xpu_lora_compile.ops import ADD_LORA, EXPAND, EXPAND_SLICE, LORA_LINEARS, ROUTE, SHRINK
+from xpu_lora_compile.kernels.choose import force_kernel
+from xpu_lora_compile.ops import (
+    ADD_LORA,
+    EXPAND,
+    EXPAND_SLICE,
+    LINEAR_LORA,
+    LORA_LINEARS,
+    ROUTE,
+    ROUTE_TILES,
+    SHRINK,
+)
+from xpu_lora_compile.ops import (
+    LORA_LINEAR as LORA_LINEAR_OP,
+)
 from xpu_lora_compile.ops.internal import OUTER_BY_SLOT, SLOT_PRODUCTS
 
 # A trace costs half a second: one case for each relation of W and H, edge of T, dtype, layout and form of weights.
@@ -86,3 +99,56 @@ def _several(case: Case) -> dict[Any, tuple[Any, ...]]:
 @pytest.mark.parametrize("op", _internal(Case()), ids=lambda op: op._schema.name.split("::")[1])
 def test_internal_ops_pass_opcheck(op: Any, case: Case) -> None:
     opcheck(op, _internal(case)[op])
+
+
+def _ranked(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """The ops that take tiles, ranks or both, each with its arguments; slices share no columns, as the kernels want."""
+    base, inputs, (a,), (b,), indices, offsets, scaling = build(LORA_LINEAR, replace(case, H=10)).args.values()
+    ranks = torch.tensor([case.R, 0, 1, case.R][: case.K], dtype=torch.int32, device=DEVICE)
+    outputs, rest = [base.contiguous(), base.clone()], ([0, 1], [0, case.offset], 0.5)
+    tiles = ROUTE_TILES(indices, case.K)
+    weights = [
+        torch.ones(10, case.D, dtype=case.inputs, device=DEVICE),
+        torch.ones(9, case.D, device=DEVICE).to(inputs),
+    ]
+    biases = [None, torch.ones(9, device=DEVICE).to(inputs)]
+    lora = ([a, a], [b, b])
+    return {
+        "add_lora-tiles": (ADD_LORA, (outputs, inputs, *lora, [indices, tiles], *rest)),
+        "add_lora-tiles-ranks": (ADD_LORA, (outputs, inputs, *lora, [indices, tiles, ranks], *rest)),
+        "linear_lora": (LINEAR_LORA, (inputs, weights, biases, *lora, [indices, tiles], *rest)),
+        "linear_lora-ranks": (LINEAR_LORA, (inputs, weights, biases, *lora, [indices, tiles, ranks], *rest)),
+        "lora_linear-ranks": (LORA_LINEAR_OP, (base, inputs, [a], [b], indices, offsets, scaling, ranks)),
+        "lora_linears-ranks": (LORA_LINEARS, (outputs, inputs, *lora, indices, *rest, ranks)),
+    }
+
+
+with_triton = pytest.mark.skipif("triton" not in KERNELS_HERE, reason="Triton is not installed")
+
+
+@with_triton
+@pytest.mark.parametrize("case", TRACED_INTERNAL, ids=str)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "add_lora-tiles",
+        "add_lora-tiles-ranks",
+        "linear_lora",
+        "linear_lora-ranks",
+        "lora_linear-ranks",
+        "lora_linears-ranks",
+    ],
+)
+def test_ops_with_tiles_and_ranks_pass_opcheck(name: str, case: Case) -> None:
+    with force_kernel("triton"):
+        op, args = _ranked(case)[name]
+        opcheck(op, args)
+
+
+@with_triton
+@pytest.mark.parametrize("case", [Case(), Case(T=0), Case(T=70, K=2)], ids=str)
+def test_the_table_of_tiles_has_the_length_that_its_fake_says(case: Case) -> None:
+    """Not its values: what no kernel reads is not written."""
+    indices = build(LORA_LINEAR, case).args["lora_indices_tensor"]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(ROUTE_TILES, (indices, case.K), test_utils=checks)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from support.cases import ADD_HERE, DEVICE
+from support.cases import ADD_HERE, DEVICE, KERNELS_HERE
 from support.snapshot import as_text, calls_in, compiled_with, graphs_of_compiling, only
 from torch import Tensor
 
@@ -106,6 +106,50 @@ def test_the_native_kernel_gets_the_indices_alone() -> None:
 xpu_lora.native_add_lora((%5), %1, (%2), (%3), %4, (0), (3), 1.0)
 xpu_lora.native_add_lora((%7), %1, (%2), (%3), %4, (0), (0), 1.0)""",
     )
+
+
+def two_layers_with_ranks(output: Tensor, inputs: Tensor, a: Tensor, b: Tensor, ranks: Tensor) -> Tensor:
+    first = xlc.lora_linear(output + 1, inputs, [a], [b], INDICES, [3], ranks=ranks)
+    return xlc.lora_linear(first * 2, inputs, [a], [b], INDICES, [0], ranks=ranks)
+
+
+RANKS = torch.tensor([4, 1], dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.skipif("triton" not in KERNELS_HERE, reason="Triton is not installed")
+def test_the_triton_kernels_get_one_table_of_tiles_and_the_ranks() -> None:
+    with force_kernel("triton"):
+        (text,) = graphs_of_compiling(two_layers_with_ranks, *operands(), RANKS, passes=lowered)
+    assert_expected_inline(
+        "\n".join(line for line in text.split("\n") if "xpu_lora" in line),
+        """\
+%7: i32[201] = xpu_lora.route_tiles(%1, 2)
+xpu_lora.add_lora((%6), %2, (%3), (%4), (%1, %7, %5), (0), (3), 1.0)
+xpu_lora.add_lora((%9), %2, (%3), (%4), (%1, %7, %5), (0), (0), 1.0)""",
+    )
+
+
+def test_other_kernels_get_no_ranks() -> None:
+    with force_kernel("dense"):
+        (text,) = graphs_of_compiling(two_layers_with_ranks, *operands(), RANKS, passes=lowered)
+        (without,) = graphs_of_compiling(two_layers, *operands(), passes=lowered)
+    calls, expected = (
+        [line.split("(%", 1)[0] for line in one.split("\n") if "xpu_lora" in line] for one in (text, without)
+    )
+    assert calls == expected
+    ranks = next(line.split(":")[0] for line in text.split("\n") if line.endswith("i32[2] = input"))
+    assert text.count(f"{ranks},") == text.count(f"{ranks})") == 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS_HERE)
+def test_ranks_change_no_number(kernel: str) -> None:
+    output, inputs, a, b = operands()
+    a[1, 1:], b[1, :, 1:] = 0.0, 0.0
+    with torch.no_grad():
+        expected = two_layers(output, inputs, a, b)
+        with force_kernel(kernel):
+            for called in (two_layers_with_ranks, compiled_with(xlc.rewrite, two_layers_with_ranks)):
+                torch.testing.assert_close(called(output, inputs, a, b, RANKS), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_base_that_is_an_input_or_seen_again_is_copied_first() -> None:

@@ -36,8 +36,19 @@ for _weights in (*A, *B):
     _weights[1] = torch.nan
 
 
-def lora(base: Tensor, x: Tensor, which: int, scaling: float = 0.5, indices: Tensor = INDICES) -> Tensor:
-    return xlc.lora_linear(base, x, [A[which]], [B[which]], indices, [0], scaling)
+# A rank that is too high is as good as none.
+RANKS = torch.full((K,), R + 1, dtype=torch.int32, device=DEVICE)
+
+
+def lora(
+    base: Tensor,
+    x: Tensor,
+    which: int,
+    scaling: float = 0.5,
+    indices: Tensor = INDICES,
+    ranks: Tensor | None = None,
+) -> Tensor:
+    return xlc.lora_linear(base, x, [A[which]], [B[which]], indices, [0], scaling, ranks)
 
 
 def query_and_key(x: Tensor, wq: Tensor, wk: Tensor) -> Any:
@@ -66,6 +77,17 @@ xpu_lora.lora_linears((%1, %6), %2, (%3, %3), (%4, %4), %5, (0, 1), (0, 2), 1.0)
 %8: f32[5, 4] = getitem(%7, 0)
 %9: f32[5, 8] = getitem(%7, 1)
 return (%8, %9)""",
+    )
+
+
+def test_calls_with_the_same_ranks_become_one() -> None:
+    def calls(x: Tensor, q: Tensor, k: Tensor, ranks: Tensor) -> Any:
+        return lora(q, x, 0, ranks=ranks), lora(k, x, 1, ranks=ranks)
+
+    (text,) = graphs_of_compiling(calls, X, random(T, D), random(T, 4), RANKS, passes=shared)
+    assert_expected_inline(
+        "\n".join(line for line in text.split("\n") if "xpu_lora" in line),
+        """xpu_lora.lora_linears((%0, %1), %2, (%3, %4), (%5, %6), %7, (0, 1), (0, 0), 0.5, %8)""",
     )
 
 
@@ -235,6 +257,21 @@ def grad_mode_changes_between(x: Tensor) -> Any:
     return q, k
 
 
+def ranks_differ(x: Tensor) -> Any:
+    return lora(x @ WQ, x, 0, ranks=RANKS), lora(x[:, :4] * 2, x, 1, ranks=RANKS + 1)
+
+
+def ranks_are_given_to_one(x: Tensor) -> Any:
+    return lora(x @ WQ, x, 0, ranks=RANKS), lora(x[:, :4] * 2, x, 1)
+
+
+def the_ranks_are_changed(x: Tensor) -> Any:
+    ranks = RANKS + 0
+    q = lora(x @ WQ, x, 0, ranks=ranks)
+    ranks.add_(1)
+    return q, lora(x[:, :4] * 2, x, 1, ranks=ranks)
+
+
 MOVES = "share_input: left alone, since its base cannot move up to the first call on this input"
 APART: dict[str, tuple[Callable[[Tensor], Any], list[str]]] = {
     "depends-on-the-other": (one_depends_on_the_other, [MOVES]),
@@ -245,6 +282,9 @@ APART: dict[str, tuple[Callable[[Tensor], Any], list[str]]] = {
     "indices-changed": (the_indices_are_changed, []),
     "scalings-differ": (scalings_differ, []),
     "inputs-differ": (inputs_differ, []),
+    "ranks-differ": (ranks_differ, []),
+    "ranks-of-one": (ranks_are_given_to_one, []),
+    "ranks-changed": (the_ranks_are_changed, []),
     "autocast-ends-between": (autocast_ends_between, []),
     "grad-mode-changes-between": (grad_mode_changes_between, []),
 }

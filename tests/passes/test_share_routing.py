@@ -54,9 +54,9 @@ def test_rows_are_computed_once() -> None:
 %5: i64[3, 2] = .expand(%4, -1, 2)
 %6: i64[6] = .reshape(%5, -1)
 %7: f32[6, 4] = mul(%1, 2)
-%8: f32[6, 4] = xpu_lora.lora_linear(%7, %1, (%2), (%3), %6, (0), 1.0)
+%8: f32[6, 4] = xpu_lora.lora_linear(%7, %1, (%2), (%3), %6, (0), 1.0, None)
 %9: f32[6, 4] = mul(%8, 2)
-%10: f32[6, 4] = xpu_lora.lora_linear(%9, %8, (%2), (%3), %6, (0), 1.0)
+%10: f32[6, 4] = xpu_lora.lora_linear(%9, %8, (%2), (%3), %6, (0), 1.0, None)
 return (%10)""",
     )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xpu_lora_compile import ops
 from xpu_lora_compile.kernels.choose import KERNELS
+from xpu_lora_compile.kernels.triton_launch import problem as triton_problem
 
 DEVICE = torch.device(os.environ.get("XPU_LORA_TEST_DEVICE", "cpu"))
 
@@ -192,8 +193,13 @@ CASES = (
 
 # What `lower` makes of a `lora_linear` on the device of the tests, and how often it computes a routing for all of them.
 ADD_HERE, ROUTINGS_HERE = ("native_add_lora", 0) if DEVICE.type == "cpu" else ("add_lora", 1)
-# The kernels that can run there; on a CPU Triton's interpreter runs those that are its.
-KERNELS_HERE = [kernel for kernel in KERNELS if DEVICE.type == "cpu" or kernel in ("triton", "gather", "dense")]
+# The kernels that can run there; on a CPU Triton's interpreter runs those that are its, if it is installed.
+_GPU_KERNELS = ("triton", "gather", "dense")
+KERNELS_HERE = [
+    kernel
+    for kernel in KERNELS
+    if (DEVICE.type == "cpu" or kernel in _GPU_KERNELS) and (kernel != "triton" or not triton_problem(DEVICE.type))
+]
 # Both compute in float32, and refuse float64.
 FLOAT32_KERNELS = ("native", "triton")
 

@@ -15,12 +15,15 @@ class Routing:
     Args:
         indices: `[T]`, int32 or int64; a row has an adapter where its index is in `[0, K)`.
         slots: K.
+        ranks: `[K]`, int32 or int64: from where on each slot's weights are zeros, if that is known.
+        tiles: what `tiles` returns, if that was computed before.
     """
 
     def __init__(self, indices: Tensor, slots: int, ranks: Tensor | None = None, tiles: Tensor | None = None) -> None:
         self.indices = indices
         self.slots = slots
-        self.ranks = ranks
+        # Kernels step through them one by one.
+        self.ranks = None if ranks is None else ranks.contiguous()
         if tiles is not None:
             self.__dict__["tiles"] = tiles
 

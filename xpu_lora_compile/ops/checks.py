@@ -218,6 +218,8 @@ def _check_ranks(op: str, ranks: Tensor, indices: Tensor, lora_a: Sequence[Tenso
     """Check that `ranks` is `[K]` of integers, beside the indices; their values are the caller's promise."""
     if ranks.dtype not in INDICES:
         raise DtypeError(f"{op}: ranks", "int32 or int64", _dtype(ranks), "Convert it with `.to(torch.int32)`.")
+    if ranks.layout is not torch.strided:
+        raise ContractError(f"{op}: ranks", "a dense tensor", str(ranks.layout), "Call `.to_dense()` on it.")
     slots = lora_a[0].shape[0]
     if ranks.dim() != 1 or not all(holds(ranks.shape[0] == a.shape[0]) for a in lora_a):
         raise ShapeError(
