@@ -1,0 +1,610 @@
+"""The Triton kernels: compiled where XPU_LORA_TEST_DEVICE names a GPU, in Triton's interpreter on a CPU."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.cases import BF16, DEVICE, F16, F32, I32, I64, same_bits
+from torch import Tensor
+
+from xpu_lora_compile import lora_linear
+from xpu_lora_compile.kernels import triton_launch
+from xpu_lora_compile.kernels.choose import force_kernel
+from xpu_lora_compile.kernels.sizes import Sizes
+from xpu_lora_compile.ops import ADD_LORA, LINEAR_LORA, ROUTE_TILES, reference
+from xpu_lora_compile.ops.budget import Budget, _gamma, _half_ulp
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+# The rows of a layer up to which the product has LoRA in its epilogue, here: whatever is fastest elsewhere.
+SIZES = Sizes()._replace(linear_rows=16, linear_rows_if_small=16, linear_rank=64)
+NO_TILE = -2
+
+
+@pytest.fixture(autouse=True)
+def _new_memory_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN, or numbers of rows that there are none of."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def empty(*args: Any, **kwargs: Any) -> Tensor:
+            made = make(*args, **kwargs)
+            return made.fill_(torch.nan if made.is_floating_point() else 2**30)
+
+        return empty
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each linear_lora that runs, whether one kernel computed base products and LoRA."""
+    answers: list[bool] = []
+    real = triton_launch._fits_linears
+
+    def fits(*args: Any) -> bool:
+        answers.append(real(*args))
+        return answers[-1]
+
+    monkeypatch.setattr(triton_launch, "_fits_linears", fits)
+    use(SIZES, monkeypatch)
+    return answers
+
+
+def use(sizes: Sizes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "sizes_for", lambda *_: sizes)
+
+
+# The table of tiles.
+
+
+def mix(rows: int, slots: int, dtype: torch.dtype = I64) -> Tensor:
+    """Slots and every kind of index that is none, shuffled."""
+    generator = torch.Generator().manual_seed(rows + slots)
+    none = torch.tensor([-1, slots, slots + 7, torch.iinfo(dtype).max, torch.iinfo(dtype).min], dtype=dtype)
+    which = torch.randint(slots + 2, (rows,), generator=generator)
+    return torch.where(which < slots, which, none[which % 5]).to(dtype=dtype, device=DEVICE)
+
+
+def tiles_of(table: Tensor, rows: int, slots: int) -> list[tuple[int, list[int]]]:
+    """Slot and rows of each tile of a table."""
+    height, count = triton_launch.tile_rows(rows, slots), triton_launch.tile_count(rows, slots)
+    assert count * (1 + height) <= len(table) == triton_launch.table_length(rows, slots)
+    codes, table = table[:count].tolist(), table[count : count * (1 + height)].reshape(count, height)
+    return list(zip(codes, table.tolist(), strict=True))
+
+
+def check_tiles(indices: Tensor, slots: int) -> None:
+    """Each row in one tile, which is of its slot; rows in order, tiles full but for the last of a slot."""
+    rows = len(indices)
+    tiles = tiles_of(ROUTE_TILES(indices, slots), rows, slots)
+    found: dict[int, list[list[int]]] = {}
+    for code, members in tiles:
+        if code != NO_TILE:
+            found.setdefault(code, []).append(members)
+    wanted: dict[int, list[int]] = {}
+    for t, index in enumerate(indices.tolist()):
+        wanted.setdefault(index if 0 <= index < slots else -1, []).append(t)
+    height = triton_launch.tile_rows(rows, slots)
+    assert found.keys() == wanted.keys()
+    for code, members in found.items():
+        mine = wanted[code]
+        assert [t for tile in members for t in tile] == mine + [-1] * (-len(mine) % height)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 10, 64])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64, 65, 300])
+def test_every_row_is_in_one_tile_of_its_slot(rows: int, slots: int) -> None:
+    check_tiles(mix(rows, slots), slots)
+
+
+def test_every_height_of_tiles_is_seen() -> None:
+    sizes = [(rows, slots) for rows in (1, 65, 300) for slots in (1, 3, 10, 64)]
+    assert {triton_launch.tile_rows(*one) for one in sizes} == {16, 32, 64}
+
+
+@pytest.mark.parametrize("index", [-1, 0, 6, 7, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("rows", [5, 70, 300])
+def test_rows_that_are_all_alike_share_tiles(rows: int, index: int) -> None:
+    check_tiles(torch.full((rows,), index, device=DEVICE), 7)
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [
+        mix(70, 5, I32),
+        mix(140, 5)[::2],
+        mix(140, 5, I32)[1::2],
+        mix(35, 5)[:1].expand(70),
+        torch.tensor([2**32, -(2**32) + 1, 2**62], device=DEVICE),
+    ],
+    ids=["int32", "strided", "int32-strided", "expanded", "lower-half-is-a-slot"],
+)
+def test_indices_of_any_dtype_and_stride_are_routed(indices: Tensor) -> None:
+    check_tiles(indices, 5)
+
+
+def test_no_rows_have_no_tiles() -> None:
+    assert tiles_of(ROUTE_TILES(mix(0, 3), 3), 0, 3) == []
+
+
+# What the kernels compute.
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Base products of one input, and slices that are added to them.
+
+    Attributes:
+        T: rows.
+        D: input features.
+        widths: columns of each product.
+        slices: for each its product, its first column, W and R.
+        K: slots.
+        biases: which products have a bias.
+        dtype: of everything but the indices.
+        ranks: of each slot; None where nobody says.
+    """
+
+    T: int = 5
+    D: int = 70
+    widths: tuple[int, ...] = (70,)
+    slices: tuple[tuple[int, int, int, int], ...] = ((0, 0, 70, 3),)
+    K: int = 4
+    biases: tuple[bool, ...] = (False,)
+    dtype: torch.dtype = BF16
+    ranks: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        dtype = {BF16: "bf16", F16: "fp16", F32: "fp32"}[self.dtype]
+        products = "+".join(f"{w}{'b' if b else ''}" for w, b in zip(self.widths, self.biases, strict=True))
+        slices = "+".join(f"p{p}@{at}:{w}r{r}" for p, at, w, r in self.slices)
+        ranks = "" if self.ranks is None else "-ranks" + ",".join(map(str, self.ranks))
+        return f"T{self.T}-D{self.D}-H{products}-{slices}-{dtype}{ranks}"
+
+
+@dataclass
+class Operands:
+    """The tensors of a layer; what no kernel may read is NaN."""
+
+    x: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    a: list[Tensor]
+    b: list[Tensor]
+    indices: Tensor
+    ranks: Tensor | None
+    products: list[int]
+    offsets: list[int]
+    scaling: float = 0.75
+
+    @classmethod
+    def of(cls, layer: Layer) -> Operands:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device=DEVICE, dtype=layer.dtype) / 2
+
+        indices = mix(layer.T, layer.K)
+        a = [random(layer.K, r, layer.D) for *_, r in layer.slices]
+        # As the bank stores them.
+        b = [random(layer.K, r, w).transpose(1, 2) for *_, w, r in layer.slices]
+        for slot in range(layer.K):
+            for s in range(len(a)):
+                unused = slot not in indices.tolist()
+                first = 0 if unused else layer.ranks[slot] if layer.ranks else a[s].shape[1]
+                a[s][slot, first:] = torch.nan
+                b[s][slot, :, first:] = torch.nan
+        return cls(
+            random(layer.T, layer.D),
+            [random(w, layer.D) for w in layer.widths],
+            [random(w) if has else None for w, has in zip(layer.widths, layer.biases, strict=True)],
+            a,
+            b,
+            indices,
+            None if layer.ranks is None else torch.tensor(layer.ranks, dtype=I32, device=DEVICE),
+            [p for p, *_ in layer.slices],
+            [at for _, at, *_ in layer.slices],
+        )
+
+    def routing(self) -> list[Tensor]:
+        given = [] if self.ranks is None else [self.ranks]
+        return [self.indices, ROUTE_TILES(self.indices, len(self.a[0])), *given]
+
+    def linear_lora(self) -> list[Tensor]:
+        lora = (self.a, self.b, self.routing(), self.products, self.offsets, self.scaling)
+        with torch.no_grad(), force_kernel("triton"):
+            results: list[Tensor] = LINEAR_LORA(self.x, self.weights, self.biases, *lora)
+        return results
+
+    def bases(self) -> list[Tensor]:
+        pairs = zip(self.weights, self.biases, strict=True)
+        return [torch.nn.functional.linear(self.x, *pair) for pair in pairs]
+
+    def add_lora(self, outputs: list[Tensor]) -> list[Tensor]:
+        lora = (self.a, self.b, self.routing(), self.products, self.offsets, self.scaling)
+        with torch.no_grad(), force_kernel("triton"):
+            ADD_LORA(outputs, self.x, *lora)
+        return outputs
+
+    def _exact(self, product: int, base: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
+        mine = [s for s, p in enumerate(self.products) if p == product]
+        # Zeros beyond the rank of a slot, as was promised.
+        a, b = ([edit(stack[s].cpu().double().nan_to_num()) for s in mine] for stack in (self.a, self.b))
+        offsets, x = [self.offsets[s] for s in mine], edit(self.x.cpu().double())
+        return reference.lora_linear(base, x, a, b, self.indices.cpu(), offsets, self.scaling)
+
+    def budget(self, product: int, base: Tensor | None, roundings: int) -> Budget:
+        """Of one output: of LoRA on a base, or where that is None, on the product, too; apart is a rounding more."""
+        x, weight, bias = self.x.cpu().double(), self.weights[product].cpu().double(), self.biases[product]
+        columns = self.x.shape[1]
+        n = columns + 2 + max(a.shape[1] for a in self.a) + len(self.a)
+        if base is None:
+            base = x @ weight.t() + (0 if bias is None else bias.cpu().double())
+            magnitude = x.abs() @ weight.t().abs() + (0 if bias is None else bias.cpu().double().abs())
+            n += columns + 1
+        else:
+            base = base.cpu().double()
+            magnitude = base.abs()
+        exact, magnitude = self._exact(product, base, lambda one: one), self._exact(product, magnitude, torch.abs)
+        accumulated, dtype = _gamma(n, F32) * magnitude, self.weights[product].dtype
+        allowed = accumulated + _half_ulp(exact.abs() + accumulated, dtype)
+        return Budget(exact, allowed + (roundings - 1) * _half_ulp(base.abs() + accumulated, dtype))
+
+
+def check(results: Sequence[Tensor], operands: Operands, bases: Sequence[Tensor] | None, roundings: int = 1) -> None:
+    for p, result in enumerate(results):
+        budget = operands.budget(p, None if bases is None else bases[p], roundings)
+        budget.check(result, torch.ones(result.shape, dtype=torch.bool))
+
+
+PACKED = {"widths": (134,), "slices": ((0, 0, 40, 3), (0, 64, 32, 5), (0, 96, 33, 3))}
+QKV = {"widths": (70, 33, 33), "slices": ((0, 0, 70, 3), (1, 0, 33, 5), (2, 0, 33, 3)), "biases": (False,) * 3}
+# What one kernel computes, and what is computed side by side: longer batches, other dtypes, slices at other columns,
+# and a bias on some products alone.
+TOGETHER = (
+    Layer(T=1),
+    Layer(T=5, biases=(True,)),
+    Layer(T=16, dtype=F16),
+    Layer(T=5, D=300, widths=(35,), slices=((0, 0, 35, 17),)),
+    Layer(T=5, widths=(70,), slices=((0, 32, 20, 3),)),
+    Layer(T=5, widths=(70, 33), slices=((1, 0, 33, 3),), biases=(False, False)),
+    Layer(T=5, **PACKED),
+    Layer(T=16, **QKV),
+    Layer(T=5, **{**QKV, "biases": (True,) * 3}),
+)
+APART = (
+    Layer(T=17),
+    Layer(T=40, biases=(True,)),
+    Layer(T=40, **QKV),
+    Layer(T=40, **PACKED),
+    Layer(T=5, dtype=F32),
+    Layer(T=5, widths=(70,), slices=((0, 3, 20, 3),)),
+    Layer(T=5, **{**QKV, "biases": (True, False, True)}),
+    Layer(T=0),
+)
+
+
+@pytest.mark.parametrize("layer", [*TOGETHER, *APART], ids=str)
+def test_linear_lora_is_a_linear_with_lora(layer: Layer, fused: list[bool]) -> None:
+    operands = Operands.of(layer)
+    results = operands.linear_lora()
+    assert fused == [layer in TOGETHER]
+    check(results, operands, None, 1 if layer in TOGETHER else 2)
+
+
+RANKED = (
+    Layer(T=16, slices=((0, 0, 70, 3),), ranks=(1, 0, 3, 2)),
+    Layer(T=16, widths=(40,), slices=((0, 0, 40, 33),), ranks=(1, 0, 33, 17)),
+    Layer(T=16, widths=(40,), slices=((0, 0, 40, 70),), ranks=(70, 0, 1, 65)),
+    Layer(T=5, **QKV, ranks=(1, 0, 3, 2)),
+    Layer(T=40, **PACKED, ranks=(1, 0, 3, 2)),
+    Layer(T=40, D=300, widths=(40,), slices=((0, 0, 40, 70),), ranks=(70, 0, 1, 65)),
+)
+ranked = pytest.mark.parametrize("layer", RANKED, ids=str)
+
+
+@ranked
+def test_nothing_beyond_the_rank_of_a_slot_is_read_beside_a_product(layer: Layer, fused: list[bool]) -> None:
+    operands = Operands.of(layer)
+    results = operands.linear_lora()
+    # A rank above 64 is not for the one kernel.
+    assert fused == [layer.T <= 16 and max(layer.ranks or ()) <= 64]
+    check(results, operands, None, 1 if fused[0] else 2)
+
+
+@ranked
+def test_nothing_beyond_the_rank_of_a_slot_is_read_where_lora_is_added(layer: Layer) -> None:
+    operands = Operands.of(layer)
+    bases = operands.bases()
+    check(operands.add_lora([base.clone() for base in bases]), operands, bases)
+
+
+@ranked
+def test_nothing_beyond_the_rank_of_a_slot_is_read_by_the_public_op(layer: Layer) -> None:
+    operands = Operands.of(layer)
+    bases = operands.bases()
+    results = []
+    for p, base in enumerate(bases):
+        mine = [s for s, product in enumerate(operands.products) if product == p]
+        a, b, offsets = ([one[s] for s in mine] for one in (operands.a, operands.b, operands.offsets))
+        lora = (a, b, operands.indices, offsets, operands.scaling, operands.ranks)
+        with torch.no_grad(), force_kernel("triton"):
+            results.append(lora_linear(base, operands.x, *lora))
+    check(results, operands, bases)
+
+
+@pytest.mark.parametrize("layer", [RANKED[3], RANKED[4]], ids=str)
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        torch.tensor([5, 100, 2**31 - 1, 6], dtype=I32),
+        torch.tensor([5, 2**32, 2**62, 6]),
+        torch.tensor([5, 0, 7, 0, 9, 0, 5, 0], dtype=I32)[::2],
+        torch.tensor([9]).expand(4),
+    ],
+    ids=["int32", "int64", "strided", "expanded"],
+)
+def test_a_rank_above_that_of_the_stack_counts_as_its_own(ranks: Tensor, layer: Layer, fused: list[bool]) -> None:
+    operands = Operands.of(replace(layer, ranks=None))
+    exact = operands.linear_lora()
+    operands.ranks = ranks.to(DEVICE)
+    assert operands.ranks.stride() == ranks.stride()
+    for got, wanted in zip(operands.linear_lora(), exact, strict=True):
+        assert same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("layer", [TOGETHER[1], TOGETHER[6], APART[1], APART[3]], ids=str)
+def test_rows_without_an_adapter_have_the_bits_of_a_run_without_any(layer: Layer, fused: list[bool]) -> None:
+    operands = Operands.of(layer)
+    without = [not 0 <= i < layer.K for i in operands.indices.tolist()]
+    assert any(without)
+    results = operands.linear_lora()
+    operands.indices = torch.full_like(operands.indices, -1)
+    for got, plain in zip(results, operands.linear_lora(), strict=True):
+        assert same_bits(got[without], plain[without])
+        # Columns that no slice covers, in all rows.
+        covered = torch.zeros(got.shape[1], dtype=torch.bool)
+        for _, at, width, _ in layer.slices:
+            covered[at : at + width] = True
+        assert same_bits(got[:, ~covered], plain[:, ~covered])
+        assert not same_bits(got, plain)
+
+
+@pytest.mark.parametrize("layer", [TOGETHER[8], APART[2], RANKED[1]], ids=str)
+def test_nan_in_one_slot_stays_in_its_rows(layer: Layer, fused: list[bool]) -> None:
+    operands = Operands.of(layer)
+    clean = operands.linear_lora()
+    slot = max(i for i in operands.indices.tolist() if 0 <= i < layer.K)
+    for stack in (*operands.a, *operands.b):
+        stack[slot] = torch.nan
+    mine = operands.indices == slot
+    for dirty, wanted in zip(operands.linear_lora(), clean, strict=True):
+        assert same_bits(dirty[~mine], wanted[~mine])
+        assert dirty[mine].isnan().all()
+
+
+def _mixed_dtypes(operands: Operands) -> None:
+    operands.a[0], operands.b[1] = operands.a[0].float(), operands.b[1].half()
+
+
+def _other_strides_of_a(operands: Operands) -> None:
+    operands.a[1] = operands.a[1].transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _other_strides_of_b(operands: Operands) -> None:
+    operands.b[0] = operands.b[0].contiguous()
+
+
+def _other_strides_of_x(operands: Operands) -> None:
+    operands.x = operands.x.t().contiguous().t()
+
+
+def _other_strides_of_a_weight(operands: Operands) -> None:
+    operands.weights[1] = operands.weights[1].t().contiguous().t()
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+@pytest.mark.parametrize(
+    "edit",
+    [_mixed_dtypes, _other_strides_of_a, _other_strides_of_b, _other_strides_of_x, _other_strides_of_a_weight],
+    ids=lambda edit: edit.__name__.strip("_"),
+)
+def test_operands_that_are_not_stored_alike_are_read_rightly(
+    edit: Callable[[Operands], None], rows: int, fused: list[bool]
+) -> None:
+    operands = Operands.of(Layer(T=rows, **QKV))
+    edit(operands)
+    check(operands.linear_lora(), operands, None, 2)
+    assert fused == [False]
+    bases = operands.bases()
+    check(operands.add_lora([base.clone() for base in bases]), operands, bases)
+
+
+# Three pieces of D; a group of three slices that is cut short; blocks of columns that end with a slice, and do not.
+TUNED = {
+    "D": 600,
+    "K": 2,
+    "widths": (130, 64),
+    "slices": ((0, 0, 64, 16), (0, 64, 66, 3), (1, 0, 33, 5), (1, 33, 31, 3)),
+    "biases": (False, False),
+}
+SETTINGS: dict[str, list[Any]] = {
+    "pieces_each": [1, 2],
+    "shrink_slices": [1, 2, 3],
+    "shrink_columns": [64, 128, 256],
+    "expand_columns": [32, 64, 128],
+    "expand_blocks": [1, 2, 4],
+    "linear_depth": [32, 64, 128],
+    "linear_columns": [32, 64],
+}
+
+
+def _settings() -> Iterator[Sizes]:
+    """The first, second and third of each; on a GPU also each alone, and what shrinks with what."""
+    for at in range(3):
+        yield SIZES._replace(**{name: values[at % len(values)] for name, values in SETTINGS.items()})
+    if DEVICE.type != "cpu":
+        yield from (SIZES._replace(**{name: value}) for name, values in SETTINGS.items() for value in values)
+        for pieces, slices in itertools.product(SETTINGS["pieces_each"], SETTINGS["shrink_slices"]):
+            yield SIZES._replace(pieces_each=pieces, shrink_slices=slices)
+
+
+@pytest.mark.parametrize("rank", [16, 40])
+@pytest.mark.parametrize("rows", [6, 20])
+def test_no_size_of_a_tile_changes_a_bit(
+    rows: int, rank: int, monkeypatch: pytest.MonkeyPatch, fused: list[bool]
+) -> None:
+    """On a GPU; in the interpreter numpy's sums depend on the shape of a product."""
+    slices = TUNED["slices"] if rows > SIZES.linear_rows else TUNED["slices"][:3]
+    slices = tuple((p, at, width, rank if r == TUNED["slices"][0][3] else r) for p, at, width, r in slices)
+    operands = Operands.of(Layer(T=rows, **{**TUNED, "slices": slices}))
+    first: list[Tensor] | None = None
+    bases = operands.bases()
+    for sizes in _settings():
+        use(sizes, monkeypatch)
+        results = operands.linear_lora() + operands.add_lora([base.clone() for base in bases])
+        check(results[:2], operands, None, 2)
+        check(results[2:], operands, bases)
+        first = first or results
+        if DEVICE.type != "cpu":
+            assert all(map(same_bits, results, first)), sizes
+    assert all(fused) if rows <= SIZES.linear_rows else not any(fused)
+
+
+# What a compiler for a GPU makes of them.
+
+CROSS_COMPILE = '''
+import json, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+
+class Driver:
+    """Enough of a driver to compile for a GPU that is not there."""
+
+    launcher_cls = utils = None
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_device_interface(self):
+        return torch.cuda
+
+    def get_benchmarker(self):
+        return None
+
+    def map_python_to_cpp_type(self, type):
+        return "x"
+
+
+driver.set_active(Driver())
+from xpu_lora_compile.kernels import triton_kernels, triton_launch
+from xpu_lora_compile.kernels.routing import Routing
+from xpu_lora_compile.kernels.sizes import Sizes
+
+made = {}
+
+
+class Compiled:
+    def __init__(self, name):
+        self.name = name
+
+    def __getitem__(self, grid):
+        def compile(*args, **kwargs):
+            kernel = getattr(triton_kernels, self.name).warmup(*args, grid=grid, **kwargs)
+            made.setdefault(self.name, []).append(kernel.asm["ptx"])
+
+        return compile
+
+
+class Kernels:
+    pass
+
+
+for name in ("route_kernel", "shrink_kernel", "expand_kernel", "linear_kernel"):
+    setattr(Kernels, name, Compiled(name))
+triton_launch._kernels = lambda: Kernels
+triton_launch._has_pdl = lambda device: True
+
+bf16, K, D, R, widths = torch.bfloat16, 8, 1024, 16, (1024, 256, 256)
+for rows in (8, 2048):
+    x, indices = torch.empty(rows, D, dtype=bf16), torch.zeros(rows, dtype=torch.int64)
+    a = [torch.empty(K, R, D, dtype=bf16) for _ in widths]
+    b = [torch.empty(K, R, w, dtype=bf16).transpose(1, 2) for w in widths]
+    routing = Routing(indices, K, torch.full((K,), R, dtype=torch.int32))
+    outputs = [torch.empty(rows, w, dtype=bf16) for w in widths]
+    triton_launch.add_lora(outputs, x, a, b, routing, [0, 1, 2], [0, 0, 0], 0.5)
+    triton_launch.shrink(torch.empty(rows, R), x, a[0], routing, 1.0)
+    triton_launch.expand(outputs[0], torch.empty(rows, R), b[0], routing, True)
+    if rows == 8:
+        weights = [torch.empty(w, D, dtype=bf16) for w in widths]
+        triton_launch.linear_lora(x, weights, [None] * 3, a, b, routing, [0, 1, 2], [0, 0, 0], 0.5)
+json.dump(made, sys.stdout)
+'''
+
+
+@pytest.fixture(scope="module")
+def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The code of each kernel for an H100, made without one; in a process that does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    ran = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", CROSS_COMPILE], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    made: dict[str, list[str]] = json.loads(ran.stdout)
+    return made
+
+
+def test_all_kernels_compile_for_a_gpu(ptx: dict[str, list[str]]) -> None:
+    numbers = {name: len(codes) for name, codes in ptx.items()}
+    assert numbers == {"route_kernel": 2, "shrink_kernel": 5, "expand_kernel": 4, "linear_kernel": 1}
+
+
+def test_no_kernel_has_atomic_instructions(ptx: dict[str, list[str]]) -> None:
+    """So that sums are always taken in the same order."""
+    for codes in ptx.values():
+        for code in codes:
+            assert not re.search(r"\b(atom|red)\.(global|shared|async|relaxed|add)", code)
+
+
+def test_tensor_cores_sum_in_one_order_whatever_the_tile(ptx: dict[str, list[str]]) -> None:
+    for name in ("shrink_kernel", "expand_kernel"):
+        for code in ptx[name]:
+            assert "mma.sync" in code
+            assert "wgmma" not in code
+
+
+def test_expand_moves_sixteen_bytes_at_a_time(ptx: dict[str, list[str]]) -> None:
+    for code in ptx["expand_kernel"]:
+        assert re.search(r"ld\.global[\w.:]*\.v4\.b32", code)
+        assert re.search(r"st\.global[\w.:]*\.v4\.b32", code)
+
+
+def test_the_interpreter_is_what_runs_here_and_only_here() -> None:
+    """A process that is to compile, on a machine with a GPU, must not be told to interpret."""
+    assert (os.environ.get("TRITON_INTERPRET") == "1") == (DEVICE.type == "cpu")
+    assert "TRITON_INTERPRET" in (Path(__file__).parents[1] / "conftest.py").read_text()
