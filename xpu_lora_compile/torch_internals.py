@@ -65,7 +65,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:
-    """Whether a tensor, or a fake one, is of a subclass that holds others and knows few ops, as quantized weights do."""
+    """Whether a tensor, or a fake one, is of a subclass that holds others and knows few ops: a quantized weight."""
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     return is_traceable_wrapper_subclass(tensor)

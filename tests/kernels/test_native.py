@@ -260,8 +260,8 @@ def test_a_damaged_library_is_made_anew(tmp_path: Path, damage: str) -> None:
     folder.mkdir(mode=0o700)
     # Whatever else an earlier run has put there stays behind.
     for library in native._own_folder().glob("*.so"):
-        whole = shutil.copy(library, folder).read_bytes()
-        (folder / library.name).write_bytes({"cut": whole[:300_000], "replaced": b"no library"}[damage])
+        shutil.copy(library, folder)
+        (folder / library.name).write_bytes({"cut": library.read_bytes()[:300_000], "replaced": b"no library"}[damage])
     damaged = set(folder.iterdir())
     assert start(tmp_path).communicate() == ("native\n", "")
     # One of the old name, which is whole again, or one beside them.

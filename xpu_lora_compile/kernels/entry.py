@@ -125,7 +125,12 @@ def linear_lora(
         inputs: `[T, D]`.
         weights: of each base product, `[H, D]`.
         biases: of each base product, `[H]` or None.
-        lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling: as for `add_lora`; the outputs are the products.
+        lora_a: for each slice, A `[K, R, D]`.
+        lora_b: for each slice, B `[K, W, R]`.
+        routing: of the T rows among K slots.
+        slice_outputs: for each slice, the position of its product.
+        slice_offsets: for each slice, its first column there.
+        scaling: factor on what is added.
     """
     if choice_for((), inputs, lora_a, lora_b).kernel == "triton":
         arguments = (lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling)

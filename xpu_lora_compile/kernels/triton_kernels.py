@@ -9,6 +9,9 @@ Tiles are what `route_kernel` writes, int32: for each of G tiles its slot (-1 fo
 there is no tile), then for each its BM rows (-1 where there is none).
 """
 
+# Triton ships no types, and its language is not Python's: what a kernel takes are pointers, tuples and constants.
+# mypy: disable-error-code="import-not-found, import-untyped, untyped-decorator, no-untyped-def, union-attr, assignment"
+
 from __future__ import annotations
 
 import os
@@ -138,7 +141,7 @@ def _a_tile(a, a_rank, a_column, r, rank, column, is_in, EVEN: tl.constexpr):
 
 @triton.jit
 def _close(part, pair, total, ends, closes, EACH: tl.constexpr):
-    """The sums of the piece, the pair and all, once a piece ends, and once it closes a pair; one piece is all there is."""
+    """The sums of the piece, the pair and all, once a piece ends and once it closes a pair; one piece may be all."""
     if EACH == 1:
         return part, pair, part
     if EACH == 2:
@@ -351,7 +354,8 @@ def expand_kernel(
                 some = start + r
                 right = _b_tile(mine, b_width, row_of_b, n, limit, some, used)
                 mask = is_row[:, None] & (some < used)[None, :]
-                left = _hidden_tile(source, slices * h_slice, h_row, h_column, at, some, mask, scaling, SUMS, PAIRS, SCALE)
+                h_piece = slices * h_slice
+                left = _hidden_tile(source, h_piece, h_row, h_column, at, some, mask, scaling, SUMS, PAIRS, SCALE)
                 total = _rank_product(left, right, total)
             place = target + n.to(tl.int64)[None, :] * out_column
             is_in = is_row[:, None] & (n < limit)[None, :]
@@ -437,7 +441,8 @@ def linear_kernel(
         cuda.gdc_wait()
     h_slice = count.to(tl.int64) * h_row
     mask = every[None, :] < used[:, None]
-    hiddens = _hidden_tile(hidden + s * h_slice, slices * h_slice, h_row, 1, at, every, mask, scaling, SUMS, False, True)
+    source = hidden + s * h_slice
+    hiddens = _hidden_tile(source, slices * h_slice, h_row, 1, at, every, mask, scaling, SUMS, False, True)
     added = tl.zeros([BM, BN], tl.float32)
     # In order of the rank, 0 to R, whatever BM is.
     for r in tl.static_range(RC):

@@ -142,6 +142,7 @@ def _fake_outer_by_slot(left: Tensor, right: Tensor, indices: Tensor, slots: int
 
 
 _ROW_OPERANDS = "Tensor(a!) output, Tensor inputs, Tensor weights, Tensor indices"
+_PRODUCTS = "Tensor inputs, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b, Tensor[] routing"
 _LISTS = "Tensor(a!)[] outputs, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b"
 
 for _schema, _kernel, _fake in (
@@ -154,12 +155,11 @@ for _schema, _kernel, _fake in (
     ("route_tiles(Tensor indices, SymInt slots) -> Tensor", _route_tiles, _fake_route_tiles),
     # The base products of one input, with what `add_lora` adds to them.
     (
-        "linear_lora(Tensor inputs, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b, "
-        "Tensor[] routing, int[] slice_outputs, int[] slice_offsets, float scaling) -> Tensor[]",
+        f"linear_lora({_PRODUCTS}, int[] slice_outputs, int[] slice_offsets, float scaling) -> Tensor[]",
         _linear_lora,
         _fake_linear_lora,
     ),
-    # `lora_linears` in place; routing holds the indices, and what `route` or `route_tiles` returns, as the kernel wants.
+    # `lora_linears` in place; routing holds the indices, and what `route` or `route_tiles` returns: see `_routing`.
     (
         f"add_lora({_LISTS}, Tensor[] routing, int[] slice_outputs, SymInt[] slice_offsets, float scaling) -> ()",
         _add_lora,

@@ -81,7 +81,7 @@ def _product(output: Node, inputs: Node, call: Node, order: dict[Node, int]) -> 
     """Weight and bias of the linear that an output is; None if it is more than that."""
     if output.target not in _LINEAR or output.op != "call_function":
         return None
-    given = {**dict(zip(("input", "weight", "bias"), output.args, strict=False)), **output.kwargs}
+    given: dict[str, Any] = {**dict(zip(("input", "weight", "bias"), output.args, strict=False)), **output.kwargs}
     x, weight, bias = given["input"], given["weight"], given.get("bias")
     operands = [x, weight, *([bias] if bias is not None else [])]
     value = value_of(output)
