@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import BF16, DEVICE, F16, F32, I32, I64, same_bits
+from support.cases import BF16, DEVICE, F16, F32, I32, I64, Case, build, same_bits
 from torch import Tensor
 
 from xpu_lora_compile import lora_linear
@@ -24,7 +24,7 @@ from xpu_lora_compile.kernels import triton_launch
 from xpu_lora_compile.kernels.choose import force_kernel
 from xpu_lora_compile.kernels.sizes import Sizes
 from xpu_lora_compile.ops import ADD_LORA, LINEAR_LORA, ROUTE_TILES, reference
-from xpu_lora_compile.ops.budget import Budget, _gamma, _half_ulp
+from xpu_lora_compile.ops.budget import Budget, _gamma, _half_ulp, budget_of
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -75,7 +75,7 @@ def mix(rows: int, slots: int, dtype: torch.dtype = I64) -> Tensor:
     generator = torch.Generator().manual_seed(rows + slots)
     none = torch.tensor([-1, slots, slots + 7, torch.iinfo(dtype).max, torch.iinfo(dtype).min], dtype=dtype)
     which = torch.randint(slots + 2, (rows,), generator=generator)
-    return torch.where(which < slots, which, none[which % 5]).to(dtype=dtype, device=DEVICE)
+    return torch.where(which < slots, which, none[torch.arange(rows) % 5]).to(dtype=dtype, device=DEVICE)
 
 
 def tiles_of(table: Tensor, rows: int, slots: int) -> list[tuple[int, list[int]]]:
@@ -366,6 +366,14 @@ def test_a_rank_above_that_of_the_stack_counts_as_its_own(ranks: Tensor, layer: 
         assert same_bits(got, wanted)
 
 
+def covered_by(layer: Layer, result: Tensor) -> Tensor:
+    """Which columns of a layer's only product slices cover."""
+    covered = torch.zeros(result.shape[1], dtype=torch.bool)
+    for _, at, width, _ in layer.slices:
+        covered[at : at + width] = True
+    return covered
+
+
 @pytest.mark.parametrize("layer", [TOGETHER[1], TOGETHER[6], APART[1], APART[3]], ids=str)
 def test_rows_without_an_adapter_have_the_bits_of_a_run_without_any(layer: Layer, fused: list[bool]) -> None:
     operands = Operands.of(layer)
@@ -376,15 +384,13 @@ def test_rows_without_an_adapter_have_the_bits_of_a_run_without_any(layer: Layer
     for got, plain in zip(results, operands.linear_lora(), strict=True):
         assert same_bits(got[without], plain[without])
         # Columns that no slice covers, in all rows.
-        covered = torch.zeros(got.shape[1], dtype=torch.bool)
-        for _, at, width, _ in layer.slices:
-            covered[at : at + width] = True
+        covered = covered_by(layer, got)
         assert same_bits(got[:, ~covered], plain[:, ~covered])
         assert not same_bits(got, plain)
 
 
-@pytest.mark.parametrize("layer", [TOGETHER[8], APART[2], RANKED[1]], ids=str)
-def test_nan_in_one_slot_stays_in_its_rows(layer: Layer, fused: list[bool]) -> None:
+@pytest.mark.parametrize("layer", [TOGETHER[6], TOGETHER[8], APART[2], APART[3], RANKED[1]], ids=str)
+def test_nan_in_one_slot_stays_in_its_rows_and_columns(layer: Layer, fused: list[bool]) -> None:
     operands = Operands.of(layer)
     clean = operands.linear_lora()
     slot = max(i for i in operands.indices.tolist() if 0 <= i < layer.K)
@@ -393,7 +399,9 @@ def test_nan_in_one_slot_stays_in_its_rows(layer: Layer, fused: list[bool]) -> N
     mine = operands.indices == slot
     for dirty, wanted in zip(operands.linear_lora(), clean, strict=True):
         assert same_bits(dirty[~mine], wanted[~mine])
-        assert dirty[mine].isnan().all()
+        covered = covered_by(layer, dirty)
+        assert dirty[mine][:, covered].isnan().all()
+        assert same_bits(dirty[:, ~covered], wanted[:, ~covered])
 
 
 def _mixed_dtypes(operands: Operands) -> None:
@@ -482,6 +490,16 @@ def test_no_size_of_a_tile_changes_a_bit(
         if DEVICE.type != "cpu":
             assert all(map(same_bits, results, first)), sizes
     assert all(fused) if rows <= SIZES.linear_rows else not any(fused)
+
+
+@pytest.mark.parametrize("features", [300, 600, 1100])
+def test_a_shrink_sums_all_pieces_of_a_long_row(features: int) -> None:
+    """Two, three and five of them, which one program of the public op sums in pairs."""
+    call = build("bgmv_shrink", Case(T=5, D=features, R=5, H=10))
+    budget, outside, before = budget_of("bgmv_shrink", call.args), call.outside(), call.buffer.clone()
+    with torch.no_grad(), force_kernel("triton"):
+        budget.check(call.run(), call.written)
+    assert same_bits(call.buffer[outside], before[outside])
 
 
 # What a compiler for a GPU makes of them.
