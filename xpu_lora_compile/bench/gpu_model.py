@@ -92,8 +92,9 @@ def run(
         step.rewind()
         mixed.replay()
         error = _difference(mixed_logits, eager)
-        if not error <= 5e-2 < 2 * _difference(plain, eager):
-            wanted = "the eager model's to within 5e-2"
+        # Rounded to bfloat16 in every layer, at other places; without LoRA they are off by much more.
+        if not error <= 1e-1 < 3e-1 < _difference(plain, eager):
+            wanted = "the eager model's to within 1e-1"
             raise BenchError("bench gpu-model: logits", wanted, f"{error:.1e}", "Report it.")
         taken: dict[str, list[float]] = {BASE: [], MIXED: []}
         graphs = {BASE: base, MIXED: mixed}
