@@ -117,19 +117,25 @@ def linear_lora(
     if _fits_linears(inputs, weights, biases, lora_a, lora_b, slice_offsets, sizes):
         return _linears(inputs, weights, biases, lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling, sizes)
     products = list(zip(weights, biases, strict=True))
-    alike = _are_alike(lora_a, 2) and _are_alike(lora_b, 1)
-    if rows == 0 or not alike or not _is_captured(inputs.device):
+    if rows == 0 or not _are_alike(lora_a, 2) or not _are_alike(lora_b, 1):
         outputs = [linear(inputs, *product) for product in products]
         add_lora(outputs, inputs, lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling)
         return outputs
-    # In a captured graph a second stream costs no time of the host's.
-    tiles, here, aside = routing.tiles, torch.cuda.current_stream(inputs.device), _side_stream(inputs.device)
+    # Made before the streams part.
+    routing.tiles  # noqa: B018
     hidden = _empty_hidden(inputs, lora_a)
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        _shrink(hidden, inputs, lora_a, Routing(routing.indices, routing.slots, routing.ranks, tiles))
+    # In a captured graph a second stream costs no time of the host's.
+    aside = _side_stream(inputs.device) if _is_captured(inputs.device) else None
+    if aside is not None:
+        here = torch.cuda.current_stream(inputs.device)
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            _shrink(hidden, inputs, lora_a, routing)
+    else:
+        _shrink(hidden, inputs, lora_a, routing)
     outputs = [linear(inputs, *product) for product in products]
-    here.wait_stream(aside)
+    if aside is not None:
+        here.wait_stream(aside)
     columns = [
         outputs[position].narrow(1, offset, b.shape[1])
         for b, position, offset in zip(lora_b, slice_outputs, slice_offsets, strict=True)
