@@ -565,7 +565,7 @@ class Kernels:
 for name in ("route_kernel", "shrink_kernel", "expand_kernel", "linear_kernel"):
     setattr(Kernels, name, Compiled(name))
 triton_launch._kernels = lambda: Kernels
-triton_launch._has_pdl = lambda device: True
+triton_launch._has_pdl = lambda device: triton_kernels.CAN_OVERLAP
 
 bf16, K, D, R, widths = torch.bfloat16, 8, 1024, 16, (1024, 256, 256)
 for rows in (8, 2048):

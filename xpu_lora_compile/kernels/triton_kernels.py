@@ -14,6 +14,7 @@ there is no tile), then for each its BM rows (-1 where there is none).
 
 from __future__ import annotations
 
+import inspect
 import os
 
 import triton
@@ -23,6 +24,10 @@ try:
     from triton.language.extra import cuda
 except ImportError:  # Triton for Intel GPUs alone may come without; nothing here asks for it there.
     cuda = None
+
+# Whether this Triton can say that a kernel may start before the one in front of it has ended: 3.6 can; 3.4 has the
+# functions, but written for an older compiler of its own.
+CAN_OVERLAP = hasattr(cuda, "gdc_wait") and "_semantic" in inspect.signature(cuda.gdc_wait).parameters
 
 NO_TILE: tl.constexpr = tl.constexpr(-2)
 # Triton's interpreter (3.6) multiplies the bits of bfloat16 as if they were integers, and cuts a float32 off to one.

@@ -422,7 +422,7 @@ def _with_strides(stacks: Sequence[Tensor], common: int) -> tuple[Any, ...]:
 
 def _has_pdl(device: torch.device) -> bool:
     """Whether a kernel may start while the one before it ends (programmatic dependent launch: CUDA, from Hopper on)."""
-    return device.type == "cuda" and _capability(device) >= (9, 0)
+    return device.type == "cuda" and _capability(device) >= (9, 0) and bool(_kernels().CAN_OVERLAP)
 
 
 @cache
