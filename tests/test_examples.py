@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import cross_compile_xpu
 import padded_vocab
 import pytest
 import recompiles
@@ -41,6 +42,22 @@ def test_the_padded_vocabulary_is_settled_while_compiling(capsys: pytest.Capture
     assert "native_add_lora.default](args = ([%logits], %l_hidden_" in printed
     assert "51865 < 51904" in printed
     assert "padded columns untouched: True" in printed
+
+
+def test_the_graph_for_an_intel_gpu_is_printed_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cross_compile_xpu.main() == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Nothing of this has run on an Intel GPU")
+    with_wheel, without = printed.split("== with what is installed")
+    # Packed qkv is two calls of the vendor's, and lm_head two; what indices are there is asked once.
+    assert (with_wheel.count("_xpu_C.lora_shrink("), with_wheel.count("_xpu_C.lora_expand(")) == (2, 2)
+    assert with_wheel.count("= xpu_lora.valid_slots(") == with_wheel.count("aten.masked_fill") == 1
+    assert "51865 < 51904" in with_wheel
+    assert "lower: lora_shrink and lora_expand of vllm-xpu-kernels" in with_wheel
+    assert "_xpu_C" not in without
+    assert "lower: vllm-xpu-kernels is not used: it is not installed" in without
+    for copying in ("clone", "contiguous(", "copy_("):
+        assert copying not in printed
 
 
 @pytest.fixture(scope="module")

@@ -103,6 +103,33 @@ Rank = Annotated[int, typer.Option(help="R of every adapter.")]
 Slots = Annotated[int, typer.Option(help="K, and as many adapters.")]
 
 
+@app.command()
+def doctor(
+    device: Annotated[str, typer.Option(help="cpu, cuda or xpu.")] = "",
+    report: Annotated[Path, typer.Option(help="Where to write what it finds, to attach to an issue.")] = Path(
+        "xpu-lora-doctor.txt"
+    ),
+) -> None:
+    """What is installed, what will be used, and whether it works on this device: two minutes, exit status 0 if it does.
+
+    Without --device it examines the accelerator that PyTorch finds, or the CPU.
+    """
+    from xpu_lora_compile import doctor as examination
+    from xpu_lora_compile.bench import show
+
+    with _reported():
+        import torch
+
+        show.check("cpu", [], [], report)
+        found = next((one for one in ("xpu", "cuda") if torch.get_device_module(one).is_available()), "cpu")
+        with show.progress() as advance:
+            diagnosis = examination.examine(device or found, advance)
+        _print(str(diagnosis))
+        report.write_text(f"{diagnosis}\n", encoding="utf-8")
+        _print(f"written to {report}")
+    raise typer.Exit(0 if diagnosis.is_right else 1)
+
+
 @bench.command("ops")
 def bench_ops(
     suite: Annotated[Suite, typer.Option(help="main: 4096x4096; wide: ranks, slots, sizes and qkv slices.")] = "main",
@@ -167,7 +194,7 @@ def bench_gpu(
 
     rows, outputs = rows or [1, 8, 32, 128, 1024, 4096], output or list(gpu.OUTPUTS)
     with _reported():
-        show.check("cuda", [], rows, json)
+        show.check("cpu", [], rows, json)
         if unknown := [one for one in outputs if one not in gpu.OUTPUTS]:
             raise BenchError("bench gpu: --output", ", ".join(gpu.OUTPUTS), str(unknown), "Correct it.")
         points = gpu.suite(outputs, bank or list(range(len(gpu.BANKS))), rows)
@@ -193,7 +220,7 @@ def bench_gpu_model(
     from xpu_lora_compile.bench import gpu_model, show
 
     with _reported():
-        show.check("cuda", [], [batch, rank, slots], json)
+        show.check("cpu", [], [batch, rank, slots], json)
         with show.progress() as advance:
             run = gpu_model.run(shape, batch, rank, slots, rounds, "cuda", advance)
         _print(

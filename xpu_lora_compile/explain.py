@@ -27,6 +27,8 @@ from xpu_lora_compile.ops import (
     ROUTE,
     ROUTE_TILES,
     SHRINK,
+    VALID_SLOTS,
+    VENDOR_ADD_LORA,
 )
 from xpu_lora_compile.ops.checks import without_slice_dim
 from xpu_lora_compile.passes import check_environment, rewrite
@@ -40,8 +42,8 @@ from xpu_lora_compile.passes.text import dtype_of, lines_of
 from xpu_lora_compile.report import GraphReport, NodeReport, Report, SiteReport
 from xpu_lora_compile.torch_internals import fresh_compilation, hint_of, source_of
 
-_LORA_LINEARS: tuple[Any, ...] = (LORA_LINEAR, LORA_LINEARS, ADD_LORA, NATIVE_ADD_LORA)
-_ROUTES: tuple[Any, ...] = (ROUTE, ROUTE_TILES)
+_LORA_LINEARS: tuple[Any, ...] = (LORA_LINEAR, LORA_LINEARS, ADD_LORA, NATIVE_ADD_LORA, VENDOR_ADD_LORA)
+_ROUTES: tuple[Any, ...] = (ROUTE, ROUTE_TILES, VALID_SLOTS)
 _LORA: tuple[Any, ...] = (BGMV_SHRINK, BGMV_EXPAND, BGMV_EXPAND_SLICE, SHRINK, EXPAND, EXPAND_SLICE, *_LORA_LINEARS)
 
 

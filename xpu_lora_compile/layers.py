@@ -110,7 +110,7 @@ class LoraLinear(nn.Linear):
         if add_lora_eagerly(output, rows, self.lora_a, self.lora_b, indices, columns, ranks):
             return output.view(shape)
         if torch.is_grad_enabled() or ranks is not None:
-            b = self.lora_b[:, :columns]
+            b = self.lora_b.narrow(1, 0, columns)
             return lora_linear(output, rows, [self.lora_a], [b], indices, [0], ranks=ranks).view(shape)
         hidden = rows.new_empty(
             rows.shape[0], self.lora_a.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32)
@@ -167,15 +167,18 @@ def _empty_stacks(
 ) -> dict[str, Tensor]:
     """Zeros for A and B of every slot, beside the module's weight."""
     a = (rank, site.in_features) if site.kind == "linear" else (site.in_features, rank)
-    # The columns of one rank side by side, since that is how the kernels read B fastest.
-    shapes = {"lora_a": (slots, *a), "lora_b": (slots, rank, site.out_features)}
+    # The columns of one rank side by side, since that is how the kernels read B fastest; on an Intel GPU the ranks of
+    # one column, since its vendor's kernels read nothing else.
+    by_rank = module.weight.device.type != "xpu"
+    b = (rank, site.out_features) if by_rank else (site.out_features, rank)
+    shapes = {"lora_a": (slots, *a), "lora_b": (slots, *b)}
     # A buffer made in inference mode could not be written outside of it.
     with torch.inference_mode(False):
         stacks = {
             name: torch.zeros(shape, dtype=dtype or module.weight.dtype, device=module.weight.device)
             for name, shape in shapes.items()
         }
-        return stacks | {"lora_b": stacks["lora_b"].transpose(1, 2)}
+        return stacks | {"lora_b": stacks["lora_b"].transpose(1, 2)} if by_rank else stacks
 
 
 def _remove(module: nn.Module, former: type[nn.Module]) -> None:

@@ -18,6 +18,7 @@ from xpu_lora_compile.ops import (
     LORA_LINEAR,
     LORA_LINEARS,
     NATIVE_ADD_LORA,
+    VENDOR_ADD_LORA,
 )
 from xpu_lora_compile.ops.budget import Budget, budget_of
 from xpu_lora_compile.passes.editing import arguments_of
@@ -148,7 +149,7 @@ class Layout:
     """Which columns of which outputs of a final call belong to which site."""
 
     def __init__(self, op: Any, given: dict[str, Any], numbers: list[int], sites: list[Site]) -> None:
-        self.is_expand = op not in (ADD_LORA, NATIVE_ADD_LORA, LORA_LINEAR, LORA_LINEARS)
+        self.is_expand = op not in (ADD_LORA, NATIVE_ADD_LORA, VENDOR_ADD_LORA, LORA_LINEAR, LORA_LINEARS)
         first = next(iter(given.values()))
         self.bases: list[Tensor] = list(first) if isinstance(first, list | tuple) else [first]
         self.inputs: Tensor = given["inputs"]

@@ -57,7 +57,7 @@ def runs_plainly(*operands: Any) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
         and not torch._C._is_torch_function_mode_enabled()
-        and all(type(one) in _PLAIN and not one.is_meta for one in operands)
+        and all(type(one) in _PLAIN and not one.is_meta and not one.is_neg() for one in operands)
     )
 
 
@@ -138,6 +138,42 @@ def is_compiling_for_this_process() -> bool:
     from torch._guards import TracingContext
 
     return TracingContext.try_get() is not None
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Have tensors in the block be fake: shapes, dtypes and a device, which need not exist, but no numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), torch.no_grad():
+        yield
+
+
+def compiled_after_aot(module: Any, compiler: Any) -> Any:
+    """What `compiler(graph, inputs)` makes of a graph of Dynamo after AOT: aten's ops, without writes in place."""
+    from torch._functorch.aot_autograd import aot_module_simplified
+    from torch._guards import tracing
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    # In torch 2.8 Dynamo's context has a fake mode of its own, which is not the inputs'.
+    inputs = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
+    with unset_fake_temporarily(), tracing(None):
+        return aot_module_simplified(module, inputs, fw_compiler=compiler)
+
+
+def schema_of(name: str) -> Any:
+    """The schema of an op that may not be there, by its full name; None where it is not."""
+    found = torch._C._jit_get_schemas_for_operator(name)
+    return found[0] if found else None
+
+
+def has_fake(name: str) -> bool:
+    """Whether an op that is there has a kernel for fake tensors, of its own or registered from Python."""
+    from torch._library.simple_registry import singleton
+
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta") or (
+        singleton.find(name).fake_impl.kernel is not None
+    )
 
 
 def source_of(placeholder: Any) -> str:

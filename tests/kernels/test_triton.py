@@ -626,3 +626,39 @@ def test_the_interpreter_is_what_runs_here_and_only_here() -> None:
     """A process that is to compile, on a machine with a GPU, must not be told to interpret."""
     assert (os.environ.get("TRITON_INTERPRET") == "1") == (DEVICE.type == "cpu")
     assert "TRITON_INTERPRET" in (Path(__file__).parents[1] / "conftest.py").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_an_infinite_rank_vector_stays_infinite() -> None:
+    x = torch.ones(2, 4, dtype=BF16, device=DEVICE)
+    x[0, 0] = torch.inf
+    a, b = (torch.ones(1, *shape, dtype=BF16, device=DEVICE) for shape in ((1, 4), (2, 1)))
+    with force_kernel("triton"), torch.no_grad():
+        result = lora_linear(x.new_zeros(2, 2), x, [a], [b], torch.tensor([0, 0], device=DEVICE), [0])
+    assert result.tolist() == [[torch.inf] * 2, [4.0] * 2]
+
+
+def test_without_features_nothing_is_read() -> None:
+    a, b = torch.ones(2, 2, 0, device=DEVICE), torch.ones(2, 4, 2, device=DEVICE)
+    with force_kernel("triton"), torch.no_grad():
+        result = lora_linear(
+            torch.ones(3, 4, device=DEVICE),
+            torch.ones(3, 0, device=DEVICE),
+            [a],
+            [b],
+            torch.tensor([0, 1, -1], device=DEVICE),
+            [0],
+        )
+    assert result.tolist() == [[1.0] * 4] * 3
+
+
+@pytest.mark.parametrize("kernel", ["native", "triton"] if DEVICE.type == "cpu" else ["triton"])
+def test_numbers_that_are_negated_when_read_are_negated(kernel: str) -> None:
+    x = torch.complex(torch.zeros(3, 5, device=DEVICE), torch.ones(3, 5, device=DEVICE)).conj().imag
+    assert x.is_neg()
+    a, b = torch.ones(2, 2, 5, device=DEVICE), torch.ones(2, 4, 2, device=DEVICE)
+    with force_kernel(kernel), torch.no_grad():
+        result = lora_linear(
+            torch.zeros(3, 4, device=DEVICE), x, [a], [b], torch.tensor([0, 1, -1], device=DEVICE), [0]
+        )
+    assert result.tolist() == [[-10.0] * 4, [-10.0] * 4, [0.0] * 4]

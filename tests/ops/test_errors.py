@@ -399,3 +399,21 @@ def test_a_view_of_a_leaf_that_needs_a_gradient_is_not_changed_in_place(op: str)
     with pytest.raises(LostGradientError, match="leaf"):
         call.run()
     assert torch.count_nonzero(leaf) == 0
+
+
+@pytest.mark.parametrize(
+    "ranks", [torch.tensor([1, 2, 3]), torch.tensor([1.0, 2.0]), [1, 2]], ids=["K", "float", "list"]
+)
+def test_ranks_are_checked_where_no_kernel_asks_for_them(ranks: Any) -> None:
+    a, b = torch.ones(2, 3, 4, device=DEVICE), torch.ones(2, 4, 3, device=DEVICE)
+    given = ranks.to(DEVICE) if isinstance(ranks, torch.Tensor) else ranks
+    with torch.no_grad(), pytest.raises(LoraError, match=r"lora_linear: ranks"):
+        ops.lora_linear(
+            torch.zeros(1, 4, device=DEVICE),
+            torch.ones(1, 4, device=DEVICE),
+            [a],
+            [b],
+            torch.tensor([0], device=DEVICE),
+            [0],
+            ranks=given,
+        )

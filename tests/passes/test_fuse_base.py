@@ -434,3 +434,35 @@ def test_the_decision_says_so_and_the_model_can_be_explained_and_verified() -> N
         result = xlc.verify(model)(X)
     assert len(result.sites) == 2
     assert all(site.is_right and site.rewritten > 0 for site in result.sites)
+
+
+def through_itself(x: Tensor, wq: Tensor, wk: Tensor, _bias: Tensor) -> Any:
+    """A product that another one with LoRA reads before its own LoRA is added."""
+    base = linear(x, wq)
+    key = lora(linear(base, wk), base, 1)
+    return lora(base, x, 0), key
+
+
+def under_another_autocast(x: Tensor, wq: Tensor, _wk: Tensor, _bias: Tensor) -> Any:
+    base = linear(x, wq)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        return lora(base, x, 0)
+
+
+def with_slices_over_each_other(x: Tensor, wq: Tensor, _wk: Tensor, _bias: Tensor) -> Any:
+    return xlc.lora_linear(linear(x, wq), x, A, B, INDICES, [0, 2], 0.5)
+
+
+@pytest.mark.parametrize("function", [through_itself, under_another_autocast, with_slices_over_each_other])
+def test_what_once_went_wrong_is_what_eager_computes(function: Callable[..., Any]) -> None:
+    def tensors(results: Any) -> list[Tensor]:
+        return [results] if isinstance(results, Tensor) else list(results)
+
+    operands = (ROWS, WQ, WK, BIAS)
+    with torch.no_grad():
+        expected = tensors(function(*operands))
+        with force_kernel("triton"):
+            compiled = torch.compile(function, backend="xpu_lora", options={"xpu_lora.execute": "eager"})
+            for got, wanted in zip(tensors(compiled(*operands)), expected, strict=True):
+                assert got.dtype == wanted.dtype
+                torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)

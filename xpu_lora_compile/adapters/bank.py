@@ -57,7 +57,7 @@ class Routing:
                 "Name an adapter, or None, for every sequence; with beams or several samples repeat the name.",
             )
         repeats = math.prod(inputs.shape[1 : inputs.dim() - features])
-        return self.slots[:, None].expand(-1, repeats).reshape(-1)
+        return self.slots.unsqueeze(1).expand(-1, repeats).reshape(-1)
 
 
 class Layer(Protocol):
@@ -223,6 +223,8 @@ class AdapterBank:
                 layer.restore()
             self._layers.clear()
             self._slots = [None] * len(self._slots)
+            self._ranks = [0] * len(self._slots)
+            self._routing.ranks = None
 
     def _open(self, names: Sequence[str | None]) -> Block:
         with self._lock:

@@ -96,12 +96,12 @@ def run(
     Raises:
         BenchError: there is no such GPU or peer, or a contender computes something else than the reference.
     """
-    if not torch.cuda.is_available():
-        raise BenchError("bench gpu", "a CUDA device", "none", "Run it on a machine that has one.")
     found = peers.find(folder) if folder is not None else {}
     if unknown := [name for name in names if name not in found]:
         known = ", ".join(found) or "no name without --peers"
         raise BenchError("bench gpu: --peer", known, str(unknown), "Correct it.")
+    if not torch.cuda.is_available():
+        raise BenchError("bench gpu", "a CUDA device", "none", "Run it on a machine that has one.")
     chosen = {name: peer for name, peer in found.items() if not names or name in names}
     results = []
     with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import tempfile
 from collections.abc import Callable
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.adapters.bank import AdapterBank
+from xpu_lora_compile.adapters.folders import write_adapter
 from xpu_lora_compile.bench.measure import Timing, machine, timing_of
 from xpu_lora_compile.errors import BenchError
 
@@ -132,21 +131,10 @@ def prepare(
     names = [f"adapter-{number}" for number in range(slots)]
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            _write_adapter(Path(folder), bank, rank)
+            write_adapter(Path(folder), bank.sites, rank)
             bank.load(name, folder)
     voices: list[str | None] = [*names, None]
     return model, bank, [voices[row % len(voices)] for row in range(batch)]
-
-
-def _write_adapter(folder: Path, bank: AdapterBank, rank: int) -> None:
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": TARGETS, "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    weights = {}
-    for name, site in bank.sites.items():
-        a, b = torch.randn(rank, site.in_features), torch.randn(site.out_features, rank)
-        weights[f"base_model.model.{name}.lora_A.weight"] = a / site.in_features**0.5
-        weights[f"base_model.model.{name}.lora_B.weight"] = 0.3 * b / rank**0.5
-    save_file(weights, folder / "adapter_model.safetensors")
 
 
 class Step:

@@ -132,7 +132,8 @@ def linear_lora(
         slice_offsets: for each slice, its first column there.
         scaling: factor on what is added.
     """
-    if choice_for((), inputs, lora_a, lora_b).kernel == "triton":
+    shared = outputs_with_shared_columns(lora_b, slice_outputs, slice_offsets)
+    if not shared and choice_for((), inputs, lora_a, lora_b).kernel == "triton":
         arguments = (lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling)
         return triton_launch.linear_lora(inputs, weights, biases, *arguments)
     outputs = [torch.nn.functional.linear(inputs, *pair) for pair in zip(weights, biases, strict=True)]

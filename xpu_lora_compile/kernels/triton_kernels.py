@@ -103,6 +103,8 @@ def _rank_product(hidden, b, total):
         return _product(hidden, b, total)
     high = hidden.to(tl.bfloat16)
     rest = hidden - high.to(tl.float32)
+    # Of an infinite number nothing is left over.
+    rest = tl.where(rest == rest, rest, 0.0)
     middle = rest.to(tl.bfloat16)
     low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
     b_high = b.to(tl.float32).to(tl.bfloat16)
@@ -268,7 +270,8 @@ def _hidden_tile(
             some += tl.load(place + (piece + 1) * h_piece, mask=mask, other=0.0)
         total += some
     if SCALE:
-        total *= scaling
+        # The padding stays 0, whatever it is scaled by.
+        total = tl.where(mask, total * scaling, 0.0)
     return total
 
 

@@ -226,7 +226,7 @@ def _shrink(
         pieces,
         -(-pieces // programs),
         scaling is not None,
-        features % piece == 0,
+        features > 0 and features % piece == 0,
         pdl,
         len(lora_a),
         group,

@@ -17,6 +17,8 @@ from xpu_lora_compile.ops.internal import (
     ROUTE,
     ROUTE_TILES,
     SHRINK,
+    VALID_SLOTS,
+    VENDOR_ADD_LORA,
 )
 from xpu_lora_compile.ops.lora_linear import LORA_LINEAR, LORA_LINEARS, lora_linear
 
@@ -34,6 +36,8 @@ __all__ = [
     "ROUTE",
     "ROUTE_TILES",
     "SHRINK",
+    "VALID_SLOTS",
+    "VENDOR_ADD_LORA",
     "bgmv_expand",
     "bgmv_expand_slice",
     "bgmv_shrink",

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xpu_lora_compile.kernels import entry, triton_launch
+from xpu_lora_compile.kernels import entry, triton_launch, vendor
 from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.ops.checks import refuse_gradients, without_slice_dim
 
@@ -180,6 +180,34 @@ for _schema, _kernel, _fake in (
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"xpu_lora::{_name}", _fake, lib=_LIBRARY)
 
+
+def _valid_slots(indices: Tensor, slots: int, narrow: bool) -> Tensor:
+    is_none = (indices < 0) | (indices >= slots)
+    return indices.masked_fill(is_none, -1).to(torch.int32 if narrow else torch.int64)
+
+
+def _vendor_add_lora(
+    outputs: Sequence[Tensor],
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    slots: Tensor,
+    slice_outputs: Sequence[int],
+    slice_offsets: Sequence[int],
+    scaling: float,
+    kind: str,
+) -> None:
+    vendor.add_lora(kind, outputs, inputs, lora_a, lora_b, slots, slice_outputs, slice_offsets, scaling)
+
+
+# Composite: one call in the graph that our passes see, and the vendor's own ops in the one that Inductor gets.
+_VENDOR = f"{_LISTS}, Tensor slots, int[] slice_outputs, int[] slice_offsets, float scaling, str kind"
+# The indices as the vendor's ops want them: int32 if narrow, else int64; -1 wherever there is no slot.
+_LIBRARY.define("valid_slots(Tensor indices, SymInt slots, bool narrow) -> Tensor", tags=_TAGS)
+_LIBRARY.impl("valid_slots", _valid_slots, "CompositeImplicitAutograd")
+_LIBRARY.define(f"vendor_add_lora({_VENDOR}) -> ()", tags=_TAGS)
+_LIBRARY.impl("vendor_add_lora", _vendor_add_lora, "CompositeImplicitAutograd")
+
 SHRINK = torch.ops.xpu_lora.shrink.default
 EXPAND = torch.ops.xpu_lora.expand.default
 EXPAND_SLICE = torch.ops.xpu_lora.expand_slice.default
@@ -187,5 +215,7 @@ ROUTE = torch.ops.xpu_lora.route.default
 ROUTE_TILES = torch.ops.xpu_lora.route_tiles.default
 LINEAR_LORA = torch.ops.xpu_lora.linear_lora.default
 ADD_LORA = torch.ops.xpu_lora.add_lora.default
+VALID_SLOTS = torch.ops.xpu_lora.valid_slots.default
+VENDOR_ADD_LORA = torch.ops.xpu_lora.vendor_add_lora.default
 SLOT_PRODUCTS = torch.ops.xpu_lora.slot_products.default
 OUTER_BY_SLOT = torch.ops.xpu_lora.outer_by_slot.default

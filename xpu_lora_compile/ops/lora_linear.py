@@ -73,10 +73,13 @@ def lora_linear(
     """
     if isinstance(lora_a, Tensor) or isinstance(lora_b, Tensor):
         raise ShapeError("lora_linear", "lists of A and B, one of each a slice", "a tensor", "Pass `[a]` and `[b]`.")
+    if ranks is not None and not isinstance(ranks, Tensor):
+        raise ShapeError("lora_linear: ranks", "a tensor [K]", type(ranks).__name__, "Pass `torch.tensor(ranks)`.")
     operands = (inputs, list(lora_a), list(lora_b), lora_indices_tensor)
     offsets = list(slice_offsets)
     if not is_compiling() and runs_plainly(base, inputs, *lora_a, *lora_b, lora_indices_tensor):
-        if entry.takes_native(base) and base.layout is torch.strided:
+        # What the native kernel does not ask for is checked all the same.
+        if ranks is None and entry.takes_native(base) and base.layout is torch.strided:
             added = base.clone(memory_format=torch.contiguous_format)
             if TRY_ADD_LORA([added], *operands, [0] * len(offsets), offsets, scaling):
                 return added

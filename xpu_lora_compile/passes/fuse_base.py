@@ -16,7 +16,7 @@ from xpu_lora_compile.kernels.entry import computes_base
 from xpu_lora_compile.ops import ADD_LORA, LINEAR_LORA, ROUTE_TILES
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
 from xpu_lora_compile.passes.editing import arguments_of, calls_to, insert_before, is_subgraph, may_rewrite, value_of
-from xpu_lora_compile.passes.memory import knows_its_views, region_of, storage_of, storages_of, written_by
+from xpu_lora_compile.passes.memory import is_barrier, knows_its_views, region_of, storage_of, storages_of, written_by
 from xpu_lora_compile.torch_internals import is_known, is_wrapper
 
 _LINEAR = (torch.nn.functional.linear, torch.ops.aten.linear.default)
@@ -50,18 +50,18 @@ def fuse_base(graph: Graph) -> None:
     stream beside the product.
 
     Left alone: an output that is no `linear` of the same input, that is looked at before LoRA is added, or whose
-    operands are written to in between; products in another dtype than their input's (autocast), of a weight that is a
-    subclass (quantized), or with another bias than one a column. All on devices for which this was not measured.
+    operands are written to in between; a change of autocast or grad mode in between; products in another dtype than
+    their input's (autocast), of a weight that is a subclass (quantized), or with another bias than one a column. All on
+    devices for which this was not measured.
 
     Runs on: graphs of Dynamo, before functionalization, after `lower`.
     """
     calls = [call for call in calls_to(graph, ADD_LORA) if _wants(call)]
     if not calls or _KEEPS.get() or is_subgraph(graph) or not knows_its_views(graph):
         return
-    order = {node: at for at, node in enumerate(graph.nodes)}
     for call in calls:
         outputs, inputs, *rest = arguments_of(call, ADD_LORA)
-        products = [_product(output, inputs, call, order) for output in outputs]
+        products = [_product(output, inputs, call) for output in outputs]
         if None in products:
             note(call, "fuse_base: left alone, since an output is not just a linear of the same input")
         elif may_rewrite(call):
@@ -77,7 +77,7 @@ def _wants(call: Node) -> bool:
     )
 
 
-def _product(output: Node, inputs: Node, call: Node, order: dict[Node, int]) -> tuple[Node, Node | None] | None:
+def _product(output: Node, inputs: Node, call: Node) -> tuple[Node, Node | None] | None:
     """Weight and bias of the linear that an output is; None if it is more than that."""
     if output.target not in _LINEAR or output.op != "call_function":
         return None
@@ -98,11 +98,13 @@ def _product(output: Node, inputs: Node, call: Node, order: dict[Node, int]) -> 
     if region_of(value_of(x)) != region_of(value_of(inputs)):
         return None
     read = set().union(*map(storages_of, operands))
-    for node, at in order.items():
-        if order[output] < at < order[call]:
-            seen = any(storage_of(value) in storages_of(one) for one in (node, *node.all_input_nodes))
-            if seen or written_by(node) & read:
-                return None
+    # Of the graph as it is now: a call before this one may have become another.
+    node = output.next
+    while node is not call:
+        seen = any(storage_of(value) in storages_of(one) for one in (node, *node.all_input_nodes))
+        if node.op == "root" or is_barrier(node) or seen or written_by(node) & read:
+            return None
+        node = node.next
     return weight, bias
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from xpu_lora_compile.kernels import vendor
+from xpu_lora_compile.kernels.choose import forced_kernel
 from xpu_lora_compile.kernels.entry import choice_for, outputs_with_shared_columns
 from xpu_lora_compile.ops import (
     ADD_LORA,
@@ -21,6 +23,8 @@ from xpu_lora_compile.ops import (
     ROUTE,
     ROUTE_TILES,
     SHRINK,
+    VALID_SLOTS,
+    VENDOR_ADD_LORA,
 )
 from xpu_lora_compile.ops.checks import without_slice_dim
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
@@ -57,6 +61,9 @@ def lower(graph: Graph) -> None:
     On a CPU whose native kernel is the one to choose, `native_add_lora` stands for `add_lora`, and gets the indices
     alone: it sorts rows in less time than an op takes to call. Where the Triton kernels are, `route_tiles` stands for
     `route`, and the ranks of the slots, if given, go with its result.
+
+    On an Intel GPU with vllm-xpu-kernels, whose rules hold, `vendor_add_lora` stands for `add_lora`, and gets
+    `valid_slots(indices, K, narrow)`, once for all calls: the vendor's ops want their own type of integer.
 
     A base that is seen again afterwards, that is an input of the graph, or that shares memory with another operand, is
     cloned first.
@@ -174,14 +181,18 @@ def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
     kernel = choice_for([value_of(base) for base in bases], value_of(inputs), stacks_a, stacks_b).kernel
     # A program to be saved may run where there are other kernels.
     here = is_compiling_for_this_process()
-    op, routing = ADD_LORA, [indices]
-    if kernel == "native" and here and _fits_native(stacks_b, slice_bases, offsets):
+    op, routing, kinds = ADD_LORA, cast("Any", [indices]), []
+    kind = _vendor_kind(call, outputs, inputs, stacks_a, stacks_b, indices, slice_bases, offsets) if here else ""
+    if kind:
+        op, kinds = VENDOR_ADD_LORA, [kind]
+        (routing,) = _shared(VALID_SLOTS, indices, a[0], call, nodes, kind == "lora")
+    elif kernel == "native" and here and _fits_native(stacks_b, slice_bases, offsets):
         op, routing = NATIVE_ADD_LORA, indices
     elif kernel == "triton" and here:
         routing += [*_shared(ROUTE_TILES, indices, a[0], call, nodes), *([ranks] if ranks is not None else [])]
     else:
         routing += _shared(ROUTE, indices, a[0], call, nodes)
-    lowered = insert_before(call, op, (outputs, inputs, a, b, routing, slice_bases, offsets, scaling), None)
+    lowered = insert_before(call, op, (outputs, inputs, a, b, routing, slice_bases, offsets, scaling, *kinds), None)
     set_decisions(lowered, decisions_on(call))
     if written_back is not None:
         call.graph.erase_node(written_back)
@@ -192,6 +203,32 @@ def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
             user.replace_all_uses_with(outputs[cast("int", user.args[1])])
             user.graph.erase_node(user)
     call.graph.erase_node(call)
+
+
+def _vendor_kind(
+    call: Node,
+    outputs: list[Node],
+    inputs: Node,
+    stacks_a: list[Tensor],
+    stacks_b: list[Tensor],
+    indices: Node,
+    slice_outputs: list[int],
+    offsets: list[Any],
+) -> str:
+    """Which ops of vllm-xpu-kernels are to be called, on an Intel GPU; none where they are missing or a rule fails."""
+    if value_of(inputs).device.type != "xpu" or forced_kernel() is not None:
+        return ""
+    kind, why = vendor.family()
+    if kind:
+        written = [value_of(outputs[at]) for at in slice_outputs]
+        why = vendor.refusal(kind, written, value_of(inputs), stacks_a, stacks_b, value_of(indices))
+        if not all(isinstance(offset, int) for offset in offsets):
+            why = "offsets must be known while compiling"
+        elif outputs_with_shared_columns(stacks_b, slice_outputs, offsets):
+            why = "slices must not share columns"
+    used = " and ".join(vendor.FAMILIES[kind]) if kind else ""
+    note(call, f"lower: vllm-xpu-kernels is not used: {why}" if why else f"lower: {used} of vllm-xpu-kernels")
+    return "" if why else kind
 
 
 def _fits_native(stacks_b: list[Tensor], slice_bases: list[int], offsets: list[Any]) -> bool:
@@ -212,15 +249,17 @@ def _share_memory(base: Node, others: tuple[Node, ...]) -> bool:
     return any(overlap(value_of(base), value_of(other)) for other in others)
 
 
-def _shared(op: torch._ops.OpOverload, indices: Node, weights: Node, before: Node, nodes: _Nodes) -> list[Node]:
+def _shared(
+    op: torch._ops.OpOverload, indices: Node, weights: Node, before: Node, nodes: _Nodes, *more: bool
+) -> list[Node]:
     """What the one call of `op` for these indices and this number of slots returns, made if there is none."""
     slots = value_of(weights).shape[0]
     for user in indices.users:
-        same = user.target is op and str(slots) == str(_size(user.args[1]))
+        same = user.target is op and str(slots) == str(_size(user.args[1])) and user.args[2:] == more
         if same and nodes.is_unchanged(indices, user, before):
             return _results(user)
-    value = op(value_of(indices), slots)
-    made = insert_before(before, op, (indices, size_of(weights, 0, before)), value)
+    value = op(value_of(indices), slots, *more)
+    made = insert_before(before, op, (indices, size_of(weights, 0, before), *more), value)
     nodes.add(made, before)
     if isinstance(value, tuple | list):
         for at, one in enumerate(value):

@@ -1,0 +1,374 @@
+"""vllm-xpu-kernels: which of its ops are there, when they may be called; and that the double of them is as strict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import xpu_c
+from torch import Tensor
+
+from xpu_lora_compile.kernels import vendor
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+T, D, R, K, W, H = 4, 6, 3, 2, 5, 8
+OTHER = {"lora_shrink": "(Tensor inputs, Tensor[] lora_a_weights, Tensor! output_tensor) -> ()"}
+
+
+def part(group: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: schema for name, schema in group.items() if name in names}
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ((xpu_c.LORA,), "lora"),
+        ((xpu_c.BGMV,), "bgmv"),
+        ((xpu_c.BGMV, xpu_c.LORA), "lora"),
+        ((xpu_c.BGMV, part(xpu_c.LORA, "lora_expand")), "bgmv"),
+        ((xpu_c.BGMV, OTHER, part(xpu_c.LORA, "lora_expand")), "bgmv"),
+    ],
+    ids=["new", "old", "both", "half-of-new", "new-with-another-schema"],
+)
+def test_the_first_family_that_is_whole_is_found(groups: tuple[dict[str, str], ...], expected: str) -> None:
+    with xpu_c.installed(*groups):
+        assert vendor.family() == (expected, "")
+
+
+def test_without_the_package_nothing_is_found() -> None:
+    assert vendor.family() == ("", "it is not installed")
+
+
+def test_a_missing_member_is_named() -> None:
+    with xpu_c.installed(part(xpu_c.LORA, "lora_shrink"), part(xpu_c.BGMV, "bgmv_expand_slice")):
+        assert vendor.family() == ("", "it has no lora_expand; it has no bgmv_shrink")
+
+
+def test_another_schema_is_shown() -> None:
+    with xpu_c.installed(OTHER, part(xpu_c.LORA, "lora_expand")):
+        kind, why = vendor.family()
+    assert kind == ""
+    assert why.startswith("its lora_shrink has another schema: _xpu_C::lora_shrink(Tensor inputs, Tensor[] lora_a_w")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        xpu_c.LORA["lora_expand"].replace("Tensor! output_tensor", "Tensor output_tensor"),
+        xpu_c.LORA["lora_expand"].replace("-> ()", "-> Tensor"),
+        xpu_c.LORA["lora_expand"].replace("int offset_start", "float offset_start"),
+        xpu_c.LORA["lora_expand"].replace(", bool add_inputs", ""),
+    ],
+    ids=["no-write", "a-result", "another-type", "an-argument-less"],
+)
+def test_each_part_of_a_schema_counts(schema: str) -> None:
+    with xpu_c.installed(part(xpu_c.LORA, "lora_shrink"), {"lora_expand": schema}):
+        assert "its lora_expand has another schema" in vendor.family()[1]
+
+
+def call_with(**changes: Any) -> dict[str, Any]:
+    """Operands of a call that breaks no rule, but for the changes."""
+    meta = {"device": "meta", "dtype": BF16}
+    return {
+        "outputs": [torch.empty(T, H, **meta)],
+        "inputs": torch.empty(T, D, **meta),
+        "lora_a": [torch.empty(K, R, D, **meta)],
+        "lora_b": [torch.empty(K, W, R, **meta)],
+        "indices": torch.empty(T, device="meta", dtype=torch.int64),
+    } | changes
+
+
+def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+FAMILIES = pytest.mark.parametrize("kind", ["lora", "bgmv"])
+
+
+@FAMILIES
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"inputs": meta(T, D, dtype=F32), "outputs": [meta(T, H, dtype=F32)]},
+        {"lora_b": [meta(K, W, R, dtype=F16)]},
+        {"lora_b": [meta(K, W + 3, R)[:, :W]]},
+        {"indices": torch.empty(T, dtype=torch.int32, device="meta")},
+    ],
+    ids=["plain", "fp32-rows", "B-of-another-dtype", "leading-rows-of-B", "int32"],
+)
+def test_what_keeps_all_rules_is_not_refused(kind: str, changes: dict[str, Any]) -> None:
+    assert vendor.refusal(kind, **call_with(**changes)) == ""
+
+
+def test_the_two_families_differ_in_what_they_compare() -> None:
+    other = call_with(lora_a=[meta(K, R, D, dtype=F16)])
+    # The published rule is one of `bgmv_*`; nothing says what `lora_*` would read such an A as.
+    assert vendor.refusal("bgmv", **other) == vendor.refusal("lora", **other) == "A must have the inputs' dtype"
+    mixed = {"lora_b": [meta(K, W, R), meta(K, W, R, dtype=F16)], "lora_a": [meta(K, R, D)] * 2}
+    mixed = call_with(**mixed, outputs=[meta(T, H)] * 2)
+    assert vendor.refusal("bgmv", **mixed) == ""
+    assert vendor.refusal("lora", **mixed) == "the slices of a call must have the same dtype"
+    nine = call_with(lora_a=[meta(K, R, D)] * 9, lora_b=[meta(K, 1, R)] * 9, outputs=[meta(T, H)] * 9)
+    assert vendor.refusal("bgmv", **nine) == ""
+    assert vendor.refusal("lora", **nine) == "at most 8 slices"
+
+
+MOST = 2**31
+
+
+RULES: list[tuple[dict[str, Any], str]] = [
+    ({"lora_a": [meta(K, R, D, dtype=F32)]}, "weights must be float16 or bfloat16"),
+    ({"lora_b": [meta(K, W, R, dtype=F32)]}, "weights must be float16 or bfloat16"),
+    ({"inputs": meta(T, D, dtype=torch.float64)}, "inputs and outputs must be float16, bfloat16 or float32"),
+    ({"outputs": [meta(T, H, dtype=torch.float64)]}, "inputs and outputs must be float16, bfloat16 or float32"),
+    ({"inputs": meta(T, 2 * D)[:, :D]}, "inputs, outputs and indices must be contiguous"),
+    ({"outputs": [meta(T, 2 * H)[:, :H]]}, "inputs, outputs and indices must be contiguous"),
+    ({"indices": torch.empty(2 * T, dtype=torch.int64)[::2]}, "inputs, outputs and indices must be contiguous"),
+    ({"lora_a": [meta(K, D, R).mT]}, "A must be contiguous, [K, R, D]"),
+    ({"lora_b": [meta(K, R, W).mT]}, "B must be contiguous, [K, W, R] (attach to the model on its device"),
+    ({"lora_a": [meta(K, R, D), meta(K, R + 1, D)]}, "the slices of a call must have the same rank"),
+    ({"inputs": meta(MOST // 64, 64)}, "tensors must have less than 2**31 elements"),
+    ({"outputs": [meta(1, MOST)]}, "tensors must have less than 2**31 elements"),
+    ({"lora_a": [meta(2, MOST // 8, 4)]}, "tensors must have less than 2**31 elements"),
+    ({"lora_b": [meta(2, MOST // 8, 4)]}, "tensors must have less than 2**31 elements"),
+    ({"lora_b": [meta(2, MOST // 8, 4)[:, :W]]}, "tensors must have less than 2**31 elements"),
+]
+
+
+@FAMILIES
+@pytest.mark.parametrize(
+    ("changes", "rule"), RULES, ids=[f"{next(iter(changes))}-{at}" for at, (changes, _) in enumerate(RULES)]
+)
+def test_each_rule_refuses_alone(kind: str, changes: dict[str, Any], rule: str) -> None:
+    assert vendor.refusal(kind, **call_with(**changes)).startswith(rule)
+
+
+def test_one_element_less_is_not_too_many() -> None:
+    assert vendor.refusal("lora", **call_with(outputs=[meta(1, MOST - 1)])) == ""
+
+
+def test_rows_stored_are_those_of_the_stack_that_is_looked_into() -> None:
+    stack = torch.empty(K, 9, R)
+    assert vendor.rows_stored(stack[:, :W]) == 9
+    assert vendor.rows_stored(torch.empty(K, 1, 9, R).flatten(0, 1)[:, :W]) == 9
+    # Contiguous as it is: of all rows, or of one slot alone.
+    assert vendor.rows_stored(stack) == vendor.rows_stored(stack[:1, :W]) == 0
+    # Not the leading rows, other strides, or memory that ends too soon.
+    assert vendor.rows_stored(stack[:, 2 : 2 + W]) == 0
+    assert vendor.rows_stored(torch.empty(K, R, 9).mT[:, :W]) == 0
+    assert vendor.rows_stored(torch.empty(K, 9, R + 1)[:, :W, :R]) == 0
+    assert vendor.rows_stored(torch.empty(K, 18, R)[:, ::2]) == 0
+
+
+# The double. Each op with a call that keeps all rules, and each rule broken alone.
+
+
+def operands(name: str, **changes: Any) -> list[Any]:
+    """A call of one op of the double that keeps its rules, but for the changes, by the names of its schema."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    i64 = torch.tensor([0, -1, 1, 0])
+    given: dict[str, Any] = {
+        "bgmv_shrink": {
+            "outputs": random(T, R, dtype=F32),
+            "inputs": random(T, D),
+            "weights": random(K, R, D),
+            "indices": i64,
+            "scale": 0.5,
+        },
+        "bgmv_expand": {
+            "outputs": random(T, W),
+            "inputs": random(T, R, dtype=F32),
+            "weights": random(K, W, R),
+            "indices": i64,
+            "add_to_output": True,
+        },
+        "bgmv_expand_slice": {
+            "outputs": random(T, H),
+            "inputs": random(T, R, dtype=F32),
+            "weights": random(K, W, R),
+            "indices": i64,
+            "slice_offset": 2,
+            "slice_size": W,
+            "add_to_output": True,
+        },
+        "lora_shrink": {
+            "inputs": random(T, D),
+            "lora_a_weights": [random(K, R, D), random(K, R, D)],
+            "output_tensor": random(2, T, R, dtype=F32),
+            "lora_indices": i64.int(),
+            "scaling": 0.5,
+        },
+        "lora_expand": {
+            "inputs": random(2, T, R, dtype=F32),
+            "lora_b_weights": [random(K, W, R), random(K, 2, R)],
+            "output_tensor": random(T, H),
+            "lora_indices": i64.int(),
+            "offset_start": 1,
+            "add_inputs": True,
+        },
+    }[name]
+    assert set(changes) <= set(given)
+    return list((given | changes).values())
+
+
+def run(name: str, args: list[Any]) -> None:
+    with xpu_c.installed(xpu_c.BGMV, xpu_c.LORA):
+        getattr(torch.ops._xpu_C, name)(*args)
+
+
+NAMES = [*xpu_c.BGMV, *xpu_c.LORA]
+SIZE_RULE = "lora_b_weights.size(-2) must match slice_size"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_call_that_keeps_the_rules_runs(name: str) -> None:
+    args = operands(name)
+    run(name, args)
+    run(
+        name,
+        [one.unsqueeze(1) if isinstance(one, Tensor) and one.dim() == 3 and one.dtype == BF16 else one for one in args],
+    )
+
+
+def half(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+I64, I32 = torch.zeros(T, dtype=torch.int64), torch.zeros(T, dtype=torch.int32)
+BROKEN: list[tuple[str, dict[str, Any], str]] = [
+    # The seed's, word for word, of both sides, and in the op whose slice is the whole output.
+    ("bgmv_expand", {"outputs": half(T, W + 1)}, SIZE_RULE),
+    ("bgmv_expand", {"outputs": half(T, W - 1)}, SIZE_RULE),
+    ("bgmv_expand_slice", {"slice_size": W - 1}, SIZE_RULE),
+    ("bgmv_expand_slice", {"slice_size": W + 1}, SIZE_RULE),
+    ("bgmv_expand_slice", {"slice_offset": H - W + 1}, "slice_offset + slice_size must be <= outputs.size(1)"),
+    ("bgmv_shrink", {"inputs": half(T, D + 1)}, "lora_a_weights.size(-1) must match inputs.size(1)"),
+    ("bgmv_shrink", {"outputs": half(T, R + 1)}, "lora_a_weights.size(-2) must match outputs.size(1)"),
+    *[(name, {"indices": I32}, "indices must be torch.int64") for name in xpu_c.BGMV],
+    *[(name, {"lora_indices": I64}, "indices must be torch.int32") for name in xpu_c.LORA],
+    *[(name, {"indices": I64[:, None]}, "1-D") for name in xpu_c.BGMV],
+    *[(name, {"lora_indices": I32[:, None]}, "1-D") for name in xpu_c.LORA],
+    *[(name, {"indices": I64.repeat(2)[::2]}, "indices must be contiguous") for name in xpu_c.BGMV],
+    *[(name, {"lora_indices": I32.repeat(2)[::2]}, "indices must be contiguous") for name in xpu_c.LORA],
+    *[(name, {"indices": I64[:-1]}, "must have the same rows") for name in xpu_c.BGMV],
+    # Dtypes.
+    ("bgmv_shrink", {"weights": half(K, R, D, dtype=F32)}, "unsupported dtype of weights"),
+    ("bgmv_expand", {"weights": half(K, W, R, dtype=F32)}, "unsupported dtype of weights"),
+    ("bgmv_expand_slice", {"weights": half(K, W, R, dtype=F32)}, "unsupported dtype of weights"),
+    ("lora_shrink", {"lora_a_weights": [half(K, R, D, dtype=F32)] * 2}, "unsupported dtype of weights"),
+    ("lora_expand", {"lora_b_weights": [half(K, W, R), half(K, 2, R, dtype=F32)]}, "unsupported dtype of weights"),
+    ("bgmv_shrink", {"weights": half(K, R, D, dtype=F16)}, "weights must have the inputs' dtype"),
+    ("bgmv_expand", {"inputs": half(T, R, dtype=F16)}, "weights must have the inputs' dtype"),
+    ("bgmv_expand_slice", {"inputs": half(T, R, dtype=F16)}, "weights must have the inputs' dtype"),
+    ("bgmv_shrink", {"outputs": half(T, R, dtype=torch.float64)}, "unsupported dtype of inputs or outputs"),
+    ("bgmv_expand_slice", {"inputs": half(T, R, dtype=torch.float64)}, "unsupported dtype of inputs or outputs"),
+    ("lora_shrink", {"inputs": half(T, D, dtype=torch.float64)}, "unsupported dtype of inputs or outputs"),
+    ("lora_expand", {"output_tensor": half(T, H, dtype=torch.float64)}, "unsupported dtype of inputs or outputs"),
+    # Contiguity.
+    ("bgmv_shrink", {"outputs": half(T, 2 * R)[:, :R]}, "tensors must be contiguous"),
+    ("bgmv_shrink", {"weights": half(K, D, R).mT}, "tensors must be contiguous"),
+    ("bgmv_expand", {"weights": half(K, R, W).mT}, "tensors must be contiguous"),
+    ("bgmv_expand_slice", {"weights": half(K, W + 1, R)[:, :W]}, "tensors must be contiguous"),
+    ("bgmv_expand_slice", {"inputs": half(T, 2 * R)[:, :R]}, "tensors must be contiguous"),
+    ("lora_shrink", {"inputs": half(T, 2 * D)[:, :D]}, "tensors must be contiguous"),
+    ("lora_expand", {"lora_b_weights": [half(K, W, R), half(K, R, 2).mT]}, "tensors must be contiguous"),
+    ("lora_expand", {"output_tensor": half(T, 2 * H)[:, :H]}, "tensors must be contiguous"),
+    # Weights of other ranks than three, or four with a 1.
+    ("bgmv_expand", {"weights": half(W, R)}, "weights must be [K, rows, columns]"),
+    ("bgmv_shrink", {"weights": half(K, 2, R, D)}, "weights must have 1 in second place"),
+    ("lora_shrink", {"lora_a_weights": [half(R, D)] * 2}, "weights must be [K, rows, columns]"),
+    # Indices past the weights: only here does the double raise where the original reads on.
+    ("bgmv_expand", {"indices": I64 + K}, "refuses an index >= K"),
+    ("bgmv_expand_slice", {"indices": I64 + K}, "refuses an index >= K"),
+    # Slices.
+    ("lora_shrink", {"lora_a_weights": [half(K, R, D)] * 9}, "at most 8 slices"),
+    ("lora_expand", {"lora_b_weights": [half(K, 1, R)] * 9}, "at most 8 slices"),
+    ("lora_shrink", {"lora_a_weights": []}, "at most 8 slices"),
+    ("lora_shrink", {"output_tensor": half(3, T, R)}, "output_tensor must be [slices, T, R]"),
+    ("lora_shrink", {"lora_a_weights": [half(K, R, D), half(K, R + 1, D)]}, "lora_a_weights must be [K, R, D]"),
+    ("lora_shrink", {"inputs": half(T, D + 1)}, "lora_a_weights must be [K, R, D]"),
+    ("lora_expand", {"inputs": half(3, T, R)}, "inputs must be [slices, T, R]"),
+    ("lora_expand", {"lora_b_weights": [half(K, W, R), half(K, 2, R + 1)]}, "lora_b_weights must be [K, W, R]"),
+    ("bgmv_expand", {"weights": half(K, W, R + 1)}, "lora_b_weights.size(-1) must match inputs.size(1)"),
+    ("bgmv_expand_slice", {"weights": half(K, W, R + 1)}, "lora_b_weights.size(-1) must match inputs.size(1)"),
+    ("lora_expand", {"offset_start": H - W - 1}, "the slices must fit into output_tensor"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"), BROKEN, ids=[f"{name}-{at}" for at, (name, *_) in enumerate(BROKEN)]
+)
+def test_the_double_raises_for_each_rule(name: str, changes: dict[str, Any], message: str) -> None:
+    args = operands(name, **changes)
+    with pytest.raises(RuntimeError) as error:
+        run(name, args)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_double_refuses_what_32_bits_cannot_count(name: str) -> None:
+    check = xpu_c._check_common
+    dtype = torch.int64 if name in xpu_c.BGMV else torch.int32
+    check([meta(T, D)], [meta(1, 1, MOST - 1)], I64.to(dtype), dtype)
+    with pytest.raises(RuntimeError, match="32-bit"):
+        check([meta(T, D)], [meta(1, 1, MOST)], I64.to(dtype), dtype)
+
+
+def test_bgmv_shrink_adds_to_what_is_there() -> None:
+    outputs, *rest = operands("bgmv_shrink", outputs=torch.zeros(T, R))
+    run("bgmv_shrink", [outputs, *rest])
+    once = outputs.clone()
+    run("bgmv_shrink", [outputs, *rest])
+    torch.testing.assert_close(outputs, 2 * once)
+    assert once[0].abs().sum() > 0
+
+
+def test_lora_shrink_zeroes_first_and_then_writes() -> None:
+    args = operands("lora_shrink", output_tensor=torch.full((2, T, R), torch.nan))
+    run("lora_shrink", args)
+    assert args[2].isfinite().all()
+    # Row 1 has no adapter.
+    assert args[2][:, 1].abs().sum() == 0
+
+
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("name", ["bgmv_expand", "bgmv_expand_slice", "lora_expand"])
+def test_rows_without_an_adapter_keep_their_value_also_when_not_adding(name: str, add: bool) -> None:
+    flag = "add_inputs" if name == "lora_expand" else "add_to_output"
+    args = operands(name, **{flag: add})
+    output = args[2] if name == "lora_expand" else args[0]
+    before = output.clone()
+    run(name, args)
+    assert torch.equal(output[1], before[1])
+    assert not torch.equal(output[0], before[0])
+
+
+@pytest.mark.parametrize("name", ["bgmv_shrink", "lora_shrink", "lora_expand"])
+def test_an_index_past_the_slots_is_skipped_by_the_others(name: str) -> None:
+    index = I64 + K if name in xpu_c.BGMV else I32 + K
+    args = operands(name, **{"indices" if name in xpu_c.BGMV else "lora_indices": index})
+    output = args[0] if name in xpu_c.BGMV else args[2]
+    before = torch.zeros_like(output) if name == "lora_shrink" else output.clone()
+    run(name, args)
+    assert torch.equal(output, before)
+
+
+def test_lora_expand_takes_weights_that_are_narrower_than_the_output() -> None:
+    args = operands("lora_expand")
+    before = args[2].clone()
+    run("lora_expand", args)
+    # Slices of five and of two columns, from column 1 on.
+    changed = (args[2] != before).any(0)
+    assert changed.tolist() == [False, *[True] * (W + 2)]
+
+
+def test_expanding_without_adding_replaces() -> None:
+    outputs, inputs, weights, *rest = operands("bgmv_expand_slice", add_to_output=False)
+    run("bgmv_expand_slice", [outputs, inputs, weights, *rest])
+    torch.testing.assert_close(outputs[0, 2 : 2 + W], (weights[0].float() @ inputs[0]).bfloat16())

@@ -1,0 +1,109 @@
+"""`xpu-lora doctor`: a real examination of the device of the tests, and what it says where something is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.cases import DEVICE
+
+import xpu_lora_compile as xlc
+from xpu_lora_compile import doctor
+from xpu_lora_compile.doctor import Diagnosis, Finding
+from xpu_lora_compile.errors import DeviceError
+
+
+@pytest.fixture(scope="module")
+def diagnosis() -> Diagnosis:
+    told: list[str] = []
+    found = doctor.examine(DEVICE.type, told.append)
+    assert told == list(found.findings)
+    return found
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "xpu_lora_compile.cli", "doctor", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+
+
+def test_all_is_right_here(diagnosis: Diagnosis) -> None:
+    assert diagnosis.is_right, str(diagnosis)
+    assert str(diagnosis).endswith(f"verdict\n    All 10 checks passed on {DEVICE.type}.")
+
+
+def test_it_says_what_is_installed_and_what_is_not(diagnosis: Diagnosis) -> None:
+    found = {one.what: one.text for one in diagnosis.findings["installed"]}
+    assert found["torch"] == torch.__version__
+    assert found["vllm-xpu-kernels"] == "not installed"
+    assert found["_xpu_C.lora_shrink (lora)"] == "it has no lora_shrink"
+
+
+def test_it_says_which_kernel_and_why_not_the_others(diagnosis: Diagnosis) -> None:
+    (title,) = (title for title in diagnosis.findings if title.startswith("what will be used"))
+    for one in diagnosis.findings[title]:
+        assert "Not " in one.text
+        assert "gather: " in one.text
+
+
+def test_every_contract_op_is_swept_with_nan_in_unused_slots(diagnosis: Diagnosis) -> None:
+    checks = diagnosis.findings["ops against the float64 reference"]
+    assert [one.what for one in checks] == ["float32", "bfloat16", "float16"]
+    assert all(int(one.text.split()[0]) >= 400 for one in checks)
+
+
+def test_a_wrong_op_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = xlc.bgmv_expand
+
+    def forgets_rows_without_an_adapter(output_tensor: torch.Tensor, *args: object, **kwargs: object) -> None:
+        right(output_tensor, *args, **kwargs)  # type: ignore[arg-type]
+        output_tensor[kwargs["lora_indices_tensor"] < 0] = 0  # type: ignore[operator]
+
+    monkeypatch.setattr(xlc, "bgmv_expand", forgets_rows_without_an_adapter)
+    assert not any(one.is_right for one in doctor.sweep(DEVICE.type))
+
+
+def test_what_a_part_raises_is_a_failed_check() -> None:
+    def look(_: str) -> Iterator[Finding]:
+        yield Finding("first", "fine", is_right=True)
+        raise RuntimeError("no such op")
+
+    found = Diagnosis("cpu", {"part": list(doctor._guarded("part", look, "cpu"))})
+    assert [one.is_right for one in found.findings["part"]] == [True, False]
+    assert "RuntimeError: no such op" in str(found)
+    assert found.verdict == "1 of 2 checks failed on cpu: part."
+
+
+def test_a_device_that_is_not_there_is_said_plainly(tmp_path: Path) -> None:
+    missing = next(one for one in ("xpu", "cuda") if not torch.get_device_module(one).is_available())
+    report = tmp_path / "report.txt"
+    ran = run("--device", missing, "--report", str(report))
+    assert ran.returncode == 2
+    assert f"doctor: {missing}: wanted a device" in " ".join(ran.stderr.split())
+    assert not report.exists()
+    with pytest.raises(DeviceError, match="cpu, cuda or xpu"):
+        doctor.examine("tpu")
+
+
+def test_the_command_writes_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from xpu_lora_compile.cli import app
+
+    for is_right, status in ((True, 0), (False, 1)):
+        found = Diagnosis("cpu", {"ops": [Finding("float32", "480 calls", is_right)]})
+        monkeypatch.setattr(doctor, "examine", lambda *_, found=found: found)
+        report = tmp_path / f"{status}.txt"
+        result = CliRunner().invoke(app, ["doctor", "--device", "cpu", "--report", str(report)])
+        assert result.exit_code == status
+        assert report.read_text() == f"{found}\n"
+        assert found.verdict in result.stdout
+
+
+def test_a_report_that_cannot_be_written_is_said_before_anything_runs(tmp_path: Path) -> None:
+    ran = run("--device", "cpu", "--report", str(tmp_path / "nowhere" / "report.txt"))
+    assert ran.returncode == 2
+    assert "a folder that exists" in ran.stderr

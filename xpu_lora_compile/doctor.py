@@ -1,0 +1,288 @@
+"""`xpu-lora doctor`: what is installed, what will therefore be used, and whether it computes what it should here."""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import distributions, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import xpu_lora_compile as xlc
+from xpu_lora_compile.adapters.folders import write_adapter
+from xpu_lora_compile.errors import DeviceError
+from xpu_lora_compile.kernels import native, triton_launch, vendor
+from xpu_lora_compile.kernels.choose import KERNELS, Call, choose, forced_kernel
+from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, LORA_LINEAR
+from xpu_lora_compile.ops.budget import budget_of
+
+_PACKAGES = ("torch", "triton", "pytorch-triton-xpu", "vllm-xpu-kernels", "intel-extension-for-pytorch", "transformers")
+
+
+@dataclass
+class Finding:
+    """One thing that was looked at; `is_right` is None where there is nothing to be right or wrong."""
+
+    what: str
+    text: str
+    is_right: bool | None = None
+
+    def __str__(self) -> str:
+        mark = {None: " ", True: "ok", False: "!!"}[self.is_right]
+        return f"{mark:>2}  {self.what}: {self.text}"
+
+
+@dataclass
+class Diagnosis:
+    """What the doctor found, in the order in which it looked."""
+
+    device: str
+    findings: dict[str, list[Finding]] = field(default_factory=dict)
+
+    @property
+    def is_right(self) -> bool:
+        """Whether nothing was wrong."""
+        return all(one.is_right is not False for each in self.findings.values() for one in each)
+
+    @property
+    def verdict(self) -> str:
+        """In a sentence."""
+        checks = [one for each in self.findings.values() for one in each if one.is_right is not None]
+        wrong = [one.what for one in checks if not one.is_right]
+        if wrong:
+            return f"{len(wrong)} of {len(checks)} checks failed on {self.device}: {', '.join(wrong)}."
+        return f"All {len(checks)} checks passed on {self.device}."
+
+    def __str__(self) -> str:
+        parts = [f"{title}\n" + "\n".join(map(str, each)) for title, each in self.findings.items()]
+        return "\n\n".join([*parts, f"verdict\n    {self.verdict}"])
+
+
+def examine(device: str, on_done: Callable[[str], None] = lambda _: None) -> Diagnosis:
+    """Look at everything, on one device; takes a minute or two, most of it compilation.
+
+    Args:
+        device: "cpu", "cuda" or "xpu".
+        on_done: told of each part.
+
+    Raises:
+        DeviceError: there is no such device; `installed` needs none.
+    """
+    if device not in ("cpu", "cuda", "xpu"):
+        raise DeviceError("doctor: device", "cpu, cuda or xpu", repr(device), "Correct it.")
+    if device != "cpu" and not torch.get_device_module(device).is_available():
+        raise DeviceError(
+            f"doctor: {device}",
+            f"a device that PyTorch {torch.__version__} can use",
+            "none: no such device, no driver, or a PyTorch built without it",
+            f"Install PyTorch's {device} build and the driver; `--device cpu` examines the rest.",
+        )
+    diagnosis = Diagnosis(device)
+    parts: dict[str, Callable[[str], Iterator[Finding]]] = {
+        "installed": installed,
+        "what will be used, bfloat16, D = W = 4096, K = 8, R = 16": choices,
+        "ops against the float64 reference": sweep,
+        "ops against PyTorch's opcheck": opchecks,
+        "a model": compiled_model,
+        "speed": speed,
+    }
+    for title, look in parts.items():
+        diagnosis.findings[title] = list(_guarded(title, look, device))
+        on_done(title)
+    return diagnosis
+
+
+def _guarded(title: str, look: Callable[[str], Iterator[Finding]], device: str) -> Iterator[Finding]:
+    """What a part finds; what it raises is a finding, too."""
+    try:
+        yield from look(device)
+    except Exception:
+        yield Finding(title, traceback.format_exc().strip(), is_right=False)
+
+
+def installed(device: str) -> Iterator[Finding]:
+    """Versions, the device, compilers, and which of the vendor's ops are there."""
+    yield Finding("xpu-lora-compile", version("xpu-lora-compile"))
+    yield Finding("Python", f"{platform.python_version()} on {platform.platform()}")
+    there = {distribution.metadata["Name"].lower(): distribution.version for distribution in distributions()}
+    for package in _PACKAGES:
+        yield Finding(package, there.get(package, "not installed"))
+    if device == "cpu":
+        yield Finding("device", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    else:
+        properties = torch.get_device_module(device).get_device_properties(0)
+        driver = getattr(properties, "driver_version", None) or f"runtime {torch.version.cuda or torch.version.xpu}"
+        yield Finding("device", f"{properties.name}, {properties.total_memory >> 20} MiB, {driver}")
+    yield Finding("C++ compiler", next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), "none"))
+    for family, members in vendor.FAMILIES.items():
+        for name in members:
+            yield Finding(f"_xpu_C.{name} ({family})", vendor.problem_of(name) or "there, with the known schema")
+
+
+def choices(device: str) -> Iterator[Finding]:
+    """For a few numbers of rows: which kernel, why, and why not the others."""
+    if device == "xpu":
+        kind, why = vendor.family()
+        used = " and ".join(vendor.FAMILIES[kind]) if kind else f"not used: {why}"
+        yield Finding(
+            "vllm-xpu-kernels, in compiled graphs", f"{used}; where a rule fails for a call, what follows here"
+        )
+    native_problem = native.problem() if device == "cpu" else ""
+    for rows in (1, 32, 1024):
+        call = Call(device, "bfloat16", rows, 8, 16, 4096, 4096)
+        choice = choose(call, native_problem, forced_kernel(), triton_launch.problem(device))
+        others = "; ".join(f"{name}: {choice.others[name]}" for name in KERNELS if name in choice.others)
+        yield Finding(f"T = {rows}", f"{choice.kernel}, {choice.because}. Not {others}")
+
+
+def sweep(device: str) -> Iterator[Finding]:
+    """Every op, with rows that have no adapter, unused slots of NaN, and every relation of widths."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        worst, cases = 0.0, 0
+        for rows, slots, rank, features, width in itertools.product((1, 5, 40), (1, 4), (3, 16), (7, 96), (8, 33)):
+            operands = _Operands(rows, slots, rank, features, width, dtype, device)
+            for columns in {width, width + 5, max(1, width - 3)}:
+                for op, call in operands.calls(columns):
+                    worst, cases = max(worst, _excess(op, call)), cases + 1
+        yield Finding(
+            str(dtype).removeprefix("torch."),
+            f"{cases} calls, the worst error is {worst:.2f} of what rounding allows",
+            worst <= 1,
+        )
+
+
+class _Operands:
+    """Random operands of the sizes in the letters of the contract; each kind of row without an adapter among them."""
+
+    def __init__(
+        self, rows: int, slots: int, rank: int, features: int, width: int, dtype: torch.dtype, device: str
+    ) -> None:
+        generator = torch.Generator().manual_seed(rows + slots)
+
+        def random_of(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        kinds = (0, -1, slots, slots - 1, 2**40)
+        routing = [kinds[t % len(kinds)] for t in range(rows)]
+        self.indices = torch.tensor(routing, device=device)
+        self.inputs, self.hidden = random_of(rows, features), random_of(rows, rank)
+        self.a, self.b = random_of(slots, rank, features) / 2, random_of(slots, width, rank) / 2
+        for slot in set(range(slots)) - set(routing):
+            self.a[slot], self.b[slot] = torch.nan, torch.nan
+        self.random_of = random_of
+
+    def calls(self, columns: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        rows, width = len(self.inputs), self.b.shape[1]
+        indices = {"lora_indices_tensor": self.indices}
+        rank_vectors = {"output_tensor": self.random_of(rows, self.a.shape[1]), "inputs": self.inputs}
+        yield "bgmv_shrink", rank_vectors | {"lora_a_weights": self.a} | indices | {"scaling": 0.5}
+        outputs = {"output_tensor": self.random_of(rows, columns), "inputs": self.hidden, "lora_b_weights": self.b}
+        yield "bgmv_expand", outputs | indices | {"add_inputs": True}
+        if columns >= width:
+            where = {"slice_offset": columns - width, "slice_size": width}
+            yield "bgmv_expand_slice", outputs | indices | where | {"add_inputs": False}
+            of_layer = {"base": outputs["output_tensor"], "inputs": self.inputs, "lora_a": [self.a], "lora_b": [self.b]}
+            yield "lora_linear", of_layer | indices | {"slice_offsets": [columns - width], "scaling": 0.5}
+
+
+def _excess(op: str, arguments: dict[str, Any]) -> float:
+    """The worst error of a call in units of its budget; untouched elements have none if they are untouched."""
+    first = next(iter(arguments))
+    budget = budget_of(op, arguments)
+    given = arguments | {first: arguments[first].clone()}
+    with torch.no_grad():
+        result = getattr(xlc, op)(**given)
+    excess = budget.excess(given[first] if result is None else result)
+    return float(excess.max()) if excess.numel() else 0.0
+
+
+def opchecks(device: str) -> Iterator[Finding]:
+    """Schema, fake and dispatch of each public op."""
+    operands = _Operands(5, 4, 3, 7, 8, torch.float32, device)
+    handles = {op._schema.name.split("::")[1]: op for op in (BGMV_SHRINK, BGMV_EXPAND, BGMV_EXPAND_SLICE, LORA_LINEAR)}
+    for op, arguments in operands.calls(10):
+        with torch.no_grad():
+            result = torch.library.opcheck(handles[op], tuple(arguments.values()))
+        yield Finding(op, ", ".join(result), all(one == "SUCCESS" for one in result.values()))
+
+
+class _Block(nn.Module):
+    """Attention's and the MLP's linears, without what lies between."""
+
+    def __init__(self, width: int, device: str) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False, device=device) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 2 * width, device=device), nn.Linear(2 * width, width, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, tokens, width]`, as it comes."""
+        x = x + self.o(torch.sigmoid(self.q(x)) * self.k(x) + self.v(x))
+        added: Tensor = self.down(torch.relu(self.up(x)))
+        return x + added
+
+
+def compiled_model(device: str) -> Iterator[Finding]:
+    """Two blocks with adapters, compiled: each call against its exact value, and twenty batches without recompiling."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(_Block(64, device) for _ in range(2))).requires_grad_(False)
+    bank = xlc.attach(model, slots=3, max_rank=8)
+    x = torch.randn(4, 3, 64, device=device)
+    with torch.no_grad():
+        found = xlc.verify(model)(x)
+        worst = max(max(site.rewritten, site.compiled or 0.0) for site in found.sites)
+        text = f"{len(found.sites)} sites, the worst error is {worst:.2f} of what rounding allows"
+        yield Finding("compiled code", text, all(site.is_right for site in found.sites))
+        names: list[str | None] = ["one", "two"]
+        for name in ("one", "two"):
+            with tempfile.TemporaryDirectory() as folder:
+                write_adapter(Path(folder), bank.sites, 8)
+                bank.load(name, folder)
+        compiled = torch.compile(model, backend="xpu_lora", fullgraph=True)
+        error = 0.0
+        for number in range(20):
+            chosen = [[*names, None][(number + row) % 3] for row in range(4)]
+            with bank.use(chosen):
+                expected = model(x)
+                with torch.compiler.set_stance("default" if number == 0 else "fail_on_recompile"):
+                    error = max(error, float((compiled(x) - expected).abs().max() / expected.abs().max()))
+        yield Finding("adapters changed in 20 batches", "compiled once", is_right=True)
+        yield Finding("compiled against eager", f"differ by {error:.1e} of the largest value", error < 1e-3)
+
+
+def speed(device: str) -> Iterator[Finding]:
+    """A linear layer of 2048 with LoRA for 16 rows, compiled, beside the layer alone: a first impression."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    layer = nn.Sequential(nn.Linear(2048, 2048, bias=False, device=device, dtype=dtype)).requires_grad_(False)
+    bank = xlc.attach(layer, slots=8, max_rank=16)
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter(Path(folder), bank.sites, 16)
+        bank.load("one", folder)
+    x = torch.randn(16, 2048, device=device, dtype=dtype)
+    compiled = torch.compile(layer, backend="xpu_lora", fullgraph=True)
+    with torch.no_grad():
+        base = _microseconds(lambda: compiled(x), device)
+        with bank.use(["one", None] * 8):
+            mixed = _microseconds(lambda: compiled(x), device)
+    yield Finding("16 rows through 2048x2048", f"{base:.0f} us alone, {mixed:.0f} us with LoRA")
+
+
+def _microseconds(call: Callable[[], object], device: str) -> float:
+    finish = (lambda: None) if device == "cpu" else torch.get_device_module(device).synchronize
+    times = []
+    for _ in range(60):
+        finish()
+        start = time.perf_counter()
+        call()
+        finish()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[10:]) * 1e6

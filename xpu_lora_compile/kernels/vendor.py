@@ -1,0 +1,216 @@
+"""The ops of vllm-xpu-kernels for Intel GPUs, `torch.ops._xpu_C`: which are there, and where their rules hold.
+
+Schemas and rules are those of release 0.1.16.2. An op counts as there if its name and its schema are the known ones,
+whatever the version says. None of this has been run on an Intel GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from xpu_lora_compile.torch_internals import has_fake, is_guarded, schema_of
+
+# What each op takes; `!` is what it writes to.
+_KNOWN = {
+    "bgmv_shrink": ("Tensor!", "Tensor", "Tensor", "Tensor", "float"),
+    "bgmv_expand_slice": ("Tensor!", "Tensor", "Tensor", "Tensor", "int", "int", "bool"),
+    "lora_shrink": ("Tensor", "List[Tensor]", "Tensor!", "Tensor", "float"),
+    "lora_expand": ("Tensor", "List[Tensor]", "Tensor!", "Tensor", "int", "bool"),
+}
+# For all slices in one launch, and for one slice each; the first that is there is taken.
+FAMILIES = {"lora": ("lora_shrink", "lora_expand"), "bgmv": ("bgmv_shrink", "bgmv_expand_slice")}
+MOST_SLICES = 8
+# Their index arithmetic is of 32 bits.
+MOST_ELEMENTS = 2**31
+
+
+def op(name: str) -> torch._ops.OpOverload:
+    """An op of theirs that is there, with a fake that says it returns nothing, as they bring none along."""
+    _give_fake(name)
+    found: torch._ops.OpOverload = getattr(torch.ops._xpu_C, name).default
+    return found
+
+
+def family() -> tuple[str, str]:
+    """Which of FAMILIES is there; and if none is, why."""
+    _load()
+    reasons = []
+    for name, members in FAMILIES.items():
+        problems = [problem for member in members if (problem := problem_of(member))]
+        if not problems:
+            return name, ""
+        reasons += problems
+    return "", "; ".join(reasons) if find_spec("vllm_xpu_kernels") or _any_there() else "it is not installed"
+
+
+def refusal(
+    kind: str,
+    outputs: Sequence[Tensor],
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    indices: Tensor,
+) -> str:
+    """Which rule of a family a call breaks; empty if all hold, for all sizes that the graph is for.
+
+    Args:
+        kind: of FAMILIES.
+        outputs: of each slice, what its columns belong to, `[T, H]`.
+        inputs: `[T, D]`.
+        lora_a: of each slice, `[K, R, D]`.
+        lora_b: of each slice, `[K, W, R]`, or the leading W rows of a wider stack.
+        indices: `[T]`.
+    """
+    half = (torch.float16, torch.bfloat16)
+    weights = [*lora_a, *lora_b]
+    if any(one.dtype not in half for one in weights):
+        return "weights must be float16 or bfloat16"
+    if any(one.dtype not in (*half, torch.float32) for one in (inputs, *outputs)):
+        return "inputs and outputs must be float16, bfloat16 or float32"
+    if inputs.dtype != torch.float32 and any(a.dtype != inputs.dtype for a in lora_a):
+        return "A must have the inputs' dtype"
+    if not all(one.is_contiguous() for one in (inputs, *outputs, indices)):
+        return "inputs, outputs and indices must be contiguous"
+    if not all(a.is_contiguous() for a in lora_a):
+        return "A must be contiguous, [K, R, D]"
+    if not all(b.is_contiguous() or rows_stored(b) for b in lora_b):
+        return "B must be contiguous, [K, W, R] (attach to the model on its device, where it is stored so)"
+    if len({a.shape[1] for a in lora_a}) > 1:
+        return "the slices of a call must have the same rank"
+    # A launch for all slices reads them as one type, and nobody says of which slice.
+    if kind == "lora" and any(len({one.dtype for one in stacks}) > 1 for stacks in (lora_a, lora_b)):
+        return "the slices of a call must have the same dtype"
+    if kind == "lora" and len(lora_a) > MOST_SLICES:
+        return f"at most {MOST_SLICES} slices"
+    sizes = [one.shape[0] * one.shape[1] for one in (inputs, *outputs)]
+    sizes += [one.shape[0] * (rows_stored(one) or one.shape[1]) * one.shape[2] for one in weights]
+    if not all(is_guarded(size < MOST_ELEMENTS) for size in sizes):
+        return "tensors must have less than 2**31 elements"
+    return ""
+
+
+def add_lora(
+    kind: str,
+    outputs: Sequence[Tensor],
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    slots: Tensor,
+    slice_outputs: Sequence[int],
+    slice_offsets: Sequence[int],
+    scaling: float,
+) -> None:
+    """As `entry.add_lora`, by the ops of a family whose rules hold; no weight is copied.
+
+    Args:
+        kind: of FAMILIES.
+        outputs: `[T, H]` each, changed in place.
+        inputs: `[T, D]`.
+        lora_a: of each slice, `[K, R, D]` or `[K, 1, R, D]`.
+        lora_b: of each slice, `[K, W, R]` or `[K, 1, W, R]`.
+        slots: `[T]`: each row's slot, or -1; int32 for "lora", int64 for "bgmv".
+        slice_outputs: of each slice, its output's position.
+        slice_offsets: of each slice, its first column there.
+        scaling: factor on what is added.
+    """
+    # Slices that lie side by side are one run.
+    order = sorted(range(len(lora_a)), key=lambda s: (slice_outputs[s], slice_offsets[s]))
+    a, b = [lora_a[s] for s in order], [lora_b[s] for s in order]
+    places = [(slice_outputs[s], slice_offsets[s]) for s in order]
+    hidden = _shrunk(kind, inputs, a, slots, scaling)
+    start = 0
+    while start < len(b):
+        at, offset = places[start]
+        stored = rows_stored(_stack(b[start]))
+        end, column = start + 1, offset + b[start].shape[-2]
+        while kind == "lora" and not stored and end < len(b) and places[end] == (at, column):
+            if rows_stored(_stack(b[end])):
+                break
+            column += b[end].shape[-2]
+            end += 1
+        if stored:
+            # All rows that are in memory into a scratch, and those that are wanted from there: once a call, T rows.
+            slot_count, width, rank = _stack(b[start]).shape
+            whole = _stack(b[start]).as_strided((slot_count, stored, rank), (stored * rank, rank, 1))
+            scratch = inputs.new_zeros((inputs.shape[0], stored), dtype=torch.float32)
+            _expand(kind, scratch, hidden.narrow(0, start, end - start), [whole], slots, 0)
+            outputs[at].narrow(1, offset, width).add_(scratch.narrow(1, 0, width))
+        else:
+            _expand(kind, outputs[at], hidden.narrow(0, start, end - start), b[start:end], slots, offset)
+        start = end
+
+
+def _shrunk(kind: str, inputs: Tensor, a: Sequence[Tensor], slots: Tensor, scaling: float) -> Tensor:
+    """The rank vectors of all slices, `[slices, T, R]`, fp32; arbitrary in rows without an adapter."""
+    # What `bgmv_shrink` adds to must be zeros; `lora_shrink` makes its own.
+    shape = (len(a), inputs.shape[0], a[0].shape[-2])
+    if kind == "lora":
+        hidden = inputs.new_empty(shape, dtype=torch.float32)
+        op("lora_shrink")(inputs, a, hidden, slots, scaling)
+        return hidden
+    hidden = inputs.new_zeros(shape, dtype=torch.float32)
+    for s, one in enumerate(a):
+        op("bgmv_shrink")(hidden.select(0, s), inputs, one, slots, scaling)
+    return hidden
+
+
+def _expand(kind: str, output: Tensor, hidden: Tensor, b: Sequence[Tensor], slots: Tensor, offset: int) -> None:
+    if kind == "lora":
+        op("lora_expand")(hidden, b, output, slots, offset, True)
+        return
+    for s, one in enumerate(b):
+        op("bgmv_expand_slice")(output, hidden.select(0, s), one, slots, offset, one.shape[-2], True)
+
+
+def _stack(weights: Tensor) -> Tensor:
+    return weights.flatten(0, -3) if weights.dim() > 3 else weights
+
+
+def rows_stored(b: Tensor) -> int:
+    """The rows of each slot in memory where B is the leading rows of a wider contiguous stack; else 0."""
+    sizes = [*b.shape, *b.stride(), b.storage_offset()]
+    if not all(isinstance(size, int) for size in sizes) or b.is_contiguous():
+        return 0
+    slots, width, rank = b.shape
+    rows, rest = divmod(b.stride(0), max(1, rank))
+    is_inside = b.untyped_storage().nbytes() >= (b.storage_offset() + slots * b.stride(0)) * b.element_size()
+    fits = b.stride()[1:] == (rank, 1) and rest == 0 and rows > width and is_inside
+    return rows if fits else 0
+
+
+@cache
+def _load() -> None:
+    """Have the package register its ops, if it is installed; what fails there is found by the ops that are missing."""
+    if find_spec("vllm_xpu_kernels") is not None:
+        try:
+            importlib.import_module("vllm_xpu_kernels._xpu_C")
+        except (ImportError, OSError):
+            return
+
+
+def problem_of(name: str) -> str:
+    """Why an op cannot be called: it is missing, or its schema is another; empty if it can."""
+    _load()
+    schema = schema_of(f"_xpu_C::{name}")
+    if schema is None:
+        return f"it has no {name}"
+    given = tuple(
+        str(one.type) + ("!" if one.alias_info is not None and one.alias_info.is_write else "")
+        for one in schema.arguments
+    )
+    return "" if given == _KNOWN[name] and not schema.returns else f"its {name} has another schema: {schema}"
+
+
+def _any_there() -> bool:
+    return any(schema_of(f"_xpu_C::{name}") is not None for name in _KNOWN)
+
+
+def _give_fake(name: str) -> None:
+    if not has_fake(f"_xpu_C::{name}"):
+        torch.library.register_fake(f"_xpu_C::{name}", lambda *_: None)
