@@ -56,7 +56,8 @@ def test_the_graph_for_an_intel_gpu_is_printed_where_there_is_none(capsys: pytes
     assert "lower: lora_shrink and lora_expand of vllm-xpu-kernels" in with_wheel
     assert "_xpu_C" not in without
     assert "lower: vllm-xpu-kernels is not used: it is not installed" in without
-    for copying in ("clone", "contiguous(", "copy_("):
+    # As calls; folders may have any name.
+    for copying in ("clone(", "contiguous(", "copy_("):
         assert copying not in printed
 
 
