@@ -217,14 +217,14 @@ def bench_gpu_model(
     json: Json = None,
 ) -> None:
     """A decoding step of a model in a CUDA graph, on random weights: mixed adapters, and the base model."""
-    from xpu_lora_compile.bench import gpu_model, show
+    from xpu_lora_compile.bench import gpu_model, model, show
 
     with _reported():
         show.check("cpu", [], [batch, rank, slots], json)
         with show.progress() as advance:
             run = gpu_model.run(shape, batch, rank, slots, rounds, "cuda", advance)
         _print(
-            show.timings_table(f"a decoding step; {run.machine}", "model", gpu_model.BASE, {run.what: run.timings}),
+            show.timings_table(f"a decoding step; {run.machine}", "model", model.BASE, {run.what: run.timings}),
             show.summary_table(run.summary),
             show.noise([run.timings]),
         )

@@ -16,22 +16,13 @@ import xpu_lora_compile as xlc
 from xpu_lora_compile.adapters.bank import AdapterBank
 from xpu_lora_compile.adapters.folders import write_adapter
 from xpu_lora_compile.bench.measure import Timing, machine, timing_of
+from xpu_lora_compile.bench.model import BASE, MIXED, SMOLLM2, TARGETS
 from xpu_lora_compile.errors import BenchError
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-BASE, MIXED = "base model", "mixed adapters"
-
-# The sizes alone, of huggingface.co/HuggingFaceTB/SmolLM2-135M and huggingface.co/meta-llama/Llama-3.1-8B (8 of 32
-# layers); weights are random, and make no difference to the speed.
+# The second's sizes are those of huggingface.co/meta-llama/Llama-3.1-8B (8 of 32 layers); weights are random, and make
+# no difference to the speed.
 SHAPES: dict[str, dict[str, Any]] = {
-    "smollm2": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-    },
+    "smollm2": SMOLLM2,
     "llama-8b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,

@@ -23,7 +23,7 @@ from xpu_lora_compile.inductor_internals import fresh_cache
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # SmolLM2-135M, of which the weights make no difference to the speed: huggingface.co/HuggingFaceTB/SmolLM2-135M
-_SIZES: dict[str, Any] = {
+SMOLLM2: dict[str, Any] = {
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_hidden_layers": 30,
@@ -102,7 +102,7 @@ def run(
         raise BenchError("bench model", "transformers", "none", "pip install transformers peft.") from missing
     torch.manual_seed(0)
     model: Any = (
-        LlamaForCausalLM(LlamaConfig(**(_SIZES | {"num_hidden_layers": layers}))).to(getattr(torch, dtype)).eval()
+        LlamaForCausalLM(LlamaConfig(**(SMOLLM2 | {"num_hidden_layers": layers}))).to(getattr(torch, dtype)).eval()
     )
     model.requires_grad_(False)
     model.generation_config.pad_token_id = 0
@@ -113,7 +113,7 @@ def run(
             bank.load(name, Path(folder) / name)
     voices: list[str | None] = [None, *names]
     chosen = [voices[row % len(voices)] for row in range(batch)]
-    prompt = torch.randint(0, _SIZES["vocab_size"], (batch, 8))
+    prompt = torch.randint(0, SMOLLM2["vocab_size"], (batch, 8))
     config = CompileConfig(backend="xpu_lora", fullgraph=True, mode="default")
     # transformers does so by itself on XPU and CUDA only.
     vars(config)["_compile_all_devices"] = True

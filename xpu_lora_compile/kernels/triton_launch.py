@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -90,10 +91,7 @@ def add_lora(
     """As `entry.add_lora`, for slices that share no columns: two launches, if the slices are stored alike."""
     if len(inputs) == 0:
         return
-    columns = [
-        outputs[position].narrow(1, offset, b.shape[1])
-        for b, position, offset in zip(lora_b, slice_outputs, slice_offsets, strict=True)
-    ]
+    columns = _columns(outputs, lora_b, slice_outputs, slice_offsets)
     alike = _are_alike(lora_a, 2) and _are_alike(lora_b, 1) and _are_alike(columns, 1)
     for slices in [slice(None)] if alike else [slice(s, s + 1) for s in range(len(lora_b))]:
         hidden = shrink_all(inputs, lora_a[slices], routing)
@@ -129,17 +127,12 @@ def linear_lora(
     if aside is not None:
         here = torch.cuda.current_stream(inputs.device)
         aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            _shrink(hidden, inputs, lora_a, routing)
-    else:
+    with torch.cuda.stream(aside) if aside is not None else nullcontext():
         _shrink(hidden, inputs, lora_a, routing)
     outputs = [linear(inputs, *product) for product in products]
     if aside is not None:
         here.wait_stream(aside)
-    columns = [
-        outputs[position].narrow(1, offset, b.shape[1])
-        for b, position, offset in zip(lora_b, slice_outputs, slice_offsets, strict=True)
-    ]
+    columns = _columns(outputs, lora_b, slice_outputs, slice_offsets)
     expand_all(columns, hidden, lora_b, routing, scaling, follows=False)
     return outputs
 
@@ -380,6 +373,16 @@ def _linears(
         **_launch(pdl),
     )
     return outputs
+
+
+def _columns(
+    outputs: Sequence[Tensor], lora_b: Sequence[Tensor], slice_outputs: Sequence[int], slice_offsets: Sequence[int]
+) -> list[Tensor]:
+    """What each slice adds to, `[T, W]`."""
+    return [
+        outputs[position].narrow(1, offset, b.shape[1])
+        for b, position, offset in zip(lora_b, slice_outputs, slice_offsets, strict=True)
+    ]
 
 
 def _sizes(rows: int, lora_b: Sequence[Tensor]) -> Sizes:
