@@ -26,7 +26,7 @@ from xpu_lora_compile.kernels.choose import KERNELS, Call, choose, forced_kernel
 from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, LORA_LINEAR
 from xpu_lora_compile.ops.budget import budget_of
 
-_PACKAGES = ("torch", "triton", "pytorch-triton-xpu", "vllm-xpu-kernels", "intel-extension-for-pytorch", "transformers")
+_PACKAGES = ("triton", "pytorch-triton-xpu", "vllm-xpu-kernels", "intel-extension-for-pytorch", "transformers")
 
 
 @dataclass
@@ -113,6 +113,7 @@ def _guarded(title: str, look: Callable[[str], Iterator[Finding]], device: str) 
 def installed(device: str) -> Iterator[Finding]:
     """Versions, the device, compilers, and which of the vendor's ops are there."""
     yield Finding("xpu-lora-compile", version("xpu-lora-compile"))
+    yield Finding("torch", torch.__version__)
     yield Finding("Python", f"{platform.python_version()} on {platform.platform()}")
     there = {distribution.metadata["Name"].lower(): distribution.version for distribution in distributions()}
     for package in _PACKAGES:

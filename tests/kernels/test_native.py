@@ -114,6 +114,8 @@ def test_a_compiler_that_works_is_no_warning() -> None:
         assert entry._native_problem() == ""
 
 
+# PyTorch 2.11's profiler, about itself.
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 def test_a_long_batch_takes_no_memory_of_the_size_of_its_products() -> None:
     """T = 4096: not even a hundredth of `[T, W, R]`, by PyTorch's allocator and by the process's own count."""
     rows, features, width, rank, slots = 4096, 512, 2048, 64, 8

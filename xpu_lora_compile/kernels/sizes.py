@@ -37,16 +37,18 @@ class Sizes(NamedTuple):
     linear_small: int = 1 << 21
     linear_rank: int = 16
     # Columns of a tile, and columns of D that one step takes.
-    linear_columns: int = 32
+    linear_columns: int = 16
     linear_depth: int = 128
-    linear_warps: int = 4
+    linear_warps: int = 2
     linear_stages: int = 7
 
 
 def sizes_for(rows: int, rank: int, width: int) -> Sizes:
     """The sizes for T rows, the highest R, and W of all slices together; those of the shrink do not depend on W."""
     if rows <= 64:
-        return Sizes(expand_columns=256 if width > 8192 else 128)
+        # A program takes 16 rows of a linear, and these columns: narrow ones while there are too few programs.
+        is_wide = width * -(-rows // 16) > 4096
+        return Sizes(expand_columns=256 if width > 8192 else 128, linear_columns=32 if is_wide else 16)
     if rows < 512:
         return Sizes(expand_columns=64, expand_blocks=4, expand_warps=2)
     return Sizes(

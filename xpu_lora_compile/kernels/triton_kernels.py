@@ -379,7 +379,7 @@ def linear_kernel(
     hidden, h_row, indices, index_stride, slots, ranks, scaling,
     b, b_slot, b_width, b_rank, rank, start, width, product,
     HAS_BIAS: tl.constexpr, HAS_RANKS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, SUMS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, RC: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (block of columns of all base products, block of rows): a base product, and LoRA in its epilogue.
 
@@ -442,7 +442,7 @@ def linear_kernel(
     b_tile = _pick(b, s) + slot[:, None] * _pick(b_slot, s) + tl.where(is_in, column, 0).to(tl.int64)[None, :] * b_width
     # The first of B before the shrink has ended.
     rows_of_b = ()
-    for r in tl.static_range(RC):
+    for r in tl.static_range(16):
         mask = (r < used)[:, None] & is_in[None, :]
         rows_of_b = rows_of_b + (tl.load(b_tile + r * row_of_b, mask=mask, other=0.0),)
     if PDL:
@@ -452,12 +452,12 @@ def linear_kernel(
     source = hidden + s * h_slice
     hiddens = _hidden_tile(source, slices * h_slice, h_row, 1, at, every, mask, scaling, SUMS, False, True)
     added = tl.zeros([BM, BN], tl.float32)
-    # In order of the rank, 0 to R, whatever BM is.
-    for r in tl.static_range(RC):
+    # In order of the rank, 0 to R.
+    for r in tl.static_range(16):
         left = tl.sum(tl.where(every[None, :] == r, hiddens, 0.0), 1)
         added += left[:, None] * rows_of_b[r].to(tl.float32)
-    for first in range(RC, tl.max(used), RC):
-        for step in tl.static_range(RC):
+    for first in range(16, tl.max(used), 16):
+        for step in tl.static_range(16):
             later = first + step
             left = tl.sum(tl.where(every[None, :] == later, hiddens, 0.0), 1)
             later_mask = (later < used)[:, None] & is_in[None, :]
