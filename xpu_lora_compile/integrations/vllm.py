@@ -1,7 +1,8 @@
 """A plugin of vLLM: after `pip install`, `vllm serve MODEL --enable-lora` adds LoRA with our ops.
 
 vLLM calls `register` in each of its processes, before it makes a configuration. What it changes is one object, vLLM's
-`current_platform`, whose class becomes a subclass of its own class: see `vllm_platform.py`. No file of vLLM's is touched.
+`current_platform`, whose class becomes a subclass of the one it had: see `vllm_platform.py`. No file of vLLM's is
+touched.
 
 XPU_LORA_VLLM=0 keeps the plugin out; 1 has it run on CUDA, too, where it has not been measured.
 """
@@ -48,7 +49,7 @@ def register() -> None:
         take_over = importlib.import_module("xpu_lora_compile.integrations.vllm_platform").take_over
         take_over(platform)
         logger.info(
-            "xpu_lora_compile: LoRA of linear layers, embeddings, logits and classifiers runs on its ops on %s, one call "
-            "a layer; that of mixtures of experts is vLLM's own.",
+            "xpu_lora_compile: LoRA of linear layers, embeddings, logits and classifiers runs on its ops on %s, one "
+            "call a layer; that of mixtures of experts is vLLM's own.",
             platform.device_type,
         )

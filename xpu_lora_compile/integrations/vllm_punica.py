@@ -1,8 +1,8 @@
 """vLLM's punica wrapper, with our ops in its methods. Imported by vLLM, where it is installed, and by nothing else.
 
-vLLM's stacks are taken as they are: A `[K, 1, R, D]`, B `[K, 1, W, R]`, scaling folded into B. Its index buffers, too: as
-long as the largest batch, with stale numbers past the rows of this one, and -1 for a row without an adapter. Each method
-changes `y` in place where it runs eagerly, and returns the result, which is what vLLM's layers go on with.
+vLLM's stacks are taken as they are: A `[K, 1, R, D]`, B `[K, 1, W, R]`, scaling folded into B. Its index buffers, too:
+as long as the largest batch, with stale numbers past the rows of this one, and -1 for a row without an adapter. Each
+method changes `y` in place where it runs eagerly, and returns the result, which is what vLLM's layers go on with.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def add_slices_eagerly(
     slice_offsets: list[int],
     scaling: float,
 ) -> bool:
-    """Add every slice's LoRA in place, if the native kernel takes the call and nothing looks at it; whether it was done.
+    """Add every slice's LoRA in place, if the native kernel takes the call and nothing looks at it; whether it was.
 
     For whoever owns the output: what `lora_linear` computes, without a copy of `base`.
     """
