@@ -297,15 +297,15 @@ def bench_vllm(
     eager: Annotated[bool, typer.Option("--eager", help="All engines with enforce_eager.")] = False,
     json: Json = None,
 ) -> None:
-    """The engine of vLLM on a CPU, with SmolLM2-135M's shape: the base model, mixed adapters with our plugin, without."""
-    from xpu_lora_compile.bench import show, vllm
+    """The engine of vLLM on a CPU, SmolLM2-135M's shape: base model; mixed adapters with the plugin, and without."""
+    from xpu_lora_compile.bench import model, show, vllm
 
     with _reported():
         show.check("cpu", [dtype], [batch, rank, slots, layers], json)
         with show.progress() as advance:
             run = vllm.run(dtype, batch, rank, slots, layers, runs, threads, eager, advance)
         _print(
-            show.timings_table(f"a batch; {run.what}; {run.machine}", "workload", vllm.BASE, run.timings),
+            show.timings_table(f"a batch; {run.what}; {run.machine}", "workload", model.BASE, run.timings),
             show.summary_table(run.summary),
             show.noise(run.timings.values()),
         )

@@ -112,7 +112,7 @@ def run(
             on_done(f"started: {name}")
         voices: list[str | None] = [None, *names]
         mixed = [voices[row % len(voices)] for row in range(batch)]
-        contenders = {
+        contenders: dict[str, tuple[_Engine, list[str | None]]] = {
             BASE: (asks[BASE], [None] * batch),
             MIXED: (asks[MIXED], mixed),
             ALONE: (asks[MIXED], [None] * batch),

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from xpu_lora_compile.errors import ShapeError
 from xpu_lora_compile.integrations.vllm_platform import own_punica_wrapper
 from xpu_lora_compile.ops import bgmv_expand, bgmv_expand_slice, bgmv_shrink, lora_linear
 from xpu_lora_compile.ops.lora_linear import add_slices_eagerly
@@ -126,17 +125,15 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
         """Add LoRA to the logits, of which there may be more than B has rows: the padding keeps its value.
 
         Args:
-            y: `[S, H]`, one row for each token that is sampled.
+            y: `[S, H]`, one row for each token that is sampled; or for tokens of a prompt whose probabilities are
+                asked for.
             x: `[S, D]`.
             lora_a_stacked: `[K, 1, R, D]`.
             lora_b_stacked: `[K, 1, W, R]`.
             scale: factor on what is added.
-
-        Raises:
-            ShapeError: the rows are others than those that are sampled, and not all of one adapter.
         """
         b = lora_b_stacked if lora_b_stacked.shape[-2] <= y.shape[-1] else lora_b_stacked[..., : y.shape[-1], :]
-        return self._added(y, x, [lora_a_stacked], [b], scale, [0], self._sampler_indices)
+        return self._added(y, x, [lora_a_stacked], [b], scale, [0], self._indices_of_logits(x))
 
     def apply_lora_full_linear(
         self, y: Tensor, x: Tensor, weight_stacked: Tensor, bias_stacked: Tensor, module_enabled: Tensor
@@ -162,12 +159,26 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
         lora_b: Sequence[Tensor],
         scale: float,
         offsets: list[int],
-        buffer: Tensor,
+        indices: Tensor,
     ) -> Tensor:
+        """`y` with every slice's LoRA; of the indices the first T count."""
         if not is_compiling() and not self._any_adapter:
             return y
         rows, output = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        indices = buffer[: rows.shape[0]]
+        indices = indices[: rows.shape[0]]
         if add_slices_eagerly(output, rows, lora_a, lora_b, indices, offsets, scale):
             return y
         return lora_linear(output, rows, lora_a, lora_b, indices, offsets, scale).view(y.shape)
+
+    def _indices_of_logits(self, x: Tensor) -> Tensor:
+        """The adapter of each row of the hidden states that become logits.
+
+        vLLM 0.32 takes the rows to be those that are sampled, which it has gathered (`gpu_model_runner.py`, line 4241).
+        Where a prompt's probabilities are asked for they are some of the batch's tokens instead (line 5374): a view.
+        """
+        if not x._is_view() or x._base is None:
+            sampled: Tensor = self._sampler_indices
+            return sampled[: x.shape[0]]
+        tokens: Tensor = self._token_lora_indices
+        first = (x.storage_offset() - x._base.storage_offset()) // x.stride(0)
+        return tokens[first : first + x.shape[0]]
