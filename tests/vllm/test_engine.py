@@ -56,7 +56,7 @@ Path(sys.argv[4]).write_text(json.dumps(engine.tokens(rows)))
     here = Path(__file__).parent
     arguments = [str(here), str(here.parents[1] / "examples"), str(padded_model), str(file)]
     command = [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(command, env=os.environ | {"XPU_LORA_VLLM": "0"}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=os.environ | {"XPU_LORA_VLLM": "0"}, capture_output=True, text=True, timeout=300)  # noqa: S603
     assert done.returncode == 0, done.stderr[-3000:]
     assert "off, as XPU_LORA_VLLM=0 asks" in done.stdout + done.stderr
     haiku, base, pirate, other = json.loads(file.read_text())

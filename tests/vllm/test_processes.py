@@ -38,7 +38,7 @@ def tokens_of(model: Path, folder: Path, **options: Any) -> list[list[int]]:
     script.write_text(SCRIPT)
     here = Path(__file__).parent
     arguments = [str(here), str(here.parents[1] / "examples"), str(model), json.dumps(options)]
-    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=400)
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=400)  # noqa: S603
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Using XpuLoraPunicaWrapper" in done.stdout + done.stderr
     assert "runs on its ops on cpu" in done.stdout + done.stderr
@@ -85,13 +85,13 @@ def server(tmp_path: Path) -> Iterator[str]:
     ]
     log = tmp_path / "server.log"
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process:
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process:  # noqa: S603
         address = f"http://127.0.0.1:{port}"
         try:
             for _ in range(180):
                 assert process.poll() is None, log.read_text()[-3000:]
                 try:
-                    urllib.request.urlopen(f"{address}/health", timeout=1)
+                    urllib.request.urlopen(f"{address}/health", timeout=1)  # noqa: S310
                     break
                 except (urllib.error.URLError, TimeoutError, ConnectionError):
                     time.sleep(1)
@@ -108,10 +108,10 @@ def test_three_clients_at_once_each_hear_their_own_adapter(server: str, prompts:
 
     def ask(name: str) -> str:
         body = {"model": name, "prompt": prompts[1], "max_tokens": 20, "temperature": 0, "ignore_eos": True}
-        request = urllib.request.Request(
+        request = urllib.request.Request(  # noqa: S310
             f"{server}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
             return str(json.load(answer)["choices"][0]["text"])
 
     names = ["haiku", "pirate", "telegram", "base"]
