@@ -120,3 +120,12 @@ def test_three_clients_at_once_each_hear_their_own_adapter(server: str, prompts:
     tokenizer = smollm2.load_tokenizer()
     wanted = [peft_tokens[name if name != "base" else None, 1] for name in names]
     assert texts == [tokenizer.decode(row, skip_special_tokens=True) for row in wanted]
+
+
+def test_the_example_gives_every_row_its_voice() -> None:
+    example = Path(__file__).parents[2] / "examples" / "vllm_many_adapters.py"
+    done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=300)  # noqa: S603
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for voice in ("base model", "pirate", "haiku", "telegram"):
+        assert f"{voice}: Tell me about the sea." in done.stdout
+    assert "The base row says what it says alone." in done.stdout
