@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import platform
 import shutil
@@ -10,8 +11,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import distributions, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 import xpu_lora_compile as xlc
 from xpu_lora_compile.adapters.folders import write_adapter
 from xpu_lora_compile.errors import DeviceError
-from xpu_lora_compile.kernels import native, triton_launch, vendor
+from xpu_lora_compile.kernels import ipex, native, triton_launch, vendor
 from xpu_lora_compile.kernels.choose import KERNELS, Call, choose, forced_kernel
 from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, LORA_LINEAR
 from xpu_lora_compile.ops.budget import budget_of
@@ -125,9 +127,20 @@ def installed(device: str) -> Iterator[Finding]:
         driver = getattr(properties, "driver_version", None) or f"runtime {torch.version.cuda or torch.version.xpu}"
         yield Finding("device", f"{properties.name}, {properties.total_memory >> 20} MiB, {driver}")
     yield Finding("C++ compiler", next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), "none"))
+    if device == "cpu":
+        _import_ipex()
+        for name in ipex.OPS:
+            yield Finding(f"torch_ipex.{name}", ipex.problem_of(name) or "there, with the known schema")
     for family, members in vendor.FAMILIES.items():
         for name in members:
             yield Finding(f"_xpu_C.{name} ({family})", vendor.problem_of(name) or "there, with the known schema")
+
+
+def _import_ipex() -> None:
+    """If it is there, and was made for this PyTorch: with another it ends the process."""
+    with suppress(PackageNotFoundError, ImportError, OSError):
+        if version("intel-extension-for-pytorch").split(".")[:2] == torch.__version__.split(".")[:2]:
+            importlib.import_module(ipex.PACKAGE)
 
 
 def choices(device: str) -> Iterator[Finding]:
