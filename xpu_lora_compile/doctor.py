@@ -154,7 +154,7 @@ def choices(device: str) -> Iterator[Finding]:
     native_problem = native.problem() if device == "cpu" else ""
     for rows in (1, 32, 1024):
         call = Call(device, "bfloat16", rows, 8, 16, 4096, 4096)
-        choice = choose(call, native_problem, forced_kernel(), triton_launch.problem(device))
+        choice = choose(call, native_problem, forced_kernel(), triton_launch.problem(device), ipex.problem())
         others = "; ".join(f"{name}: {choice.others[name]}" for name in KERNELS if name in choice.others)
         yield Finding(f"T = {rows}", f"{choice.kernel}, {choice.because}. Not {others}")
 

@@ -588,7 +588,7 @@ def test_one_graph_for_any_number_of_rows_calls_the_same_ops(
 
 
 def test_inductor_makes_one_kernel_of_the_index_conversion() -> None:
-    """For a CPU, since Inductor generates no code for a device that torch was built without; its scheduler is the same."""
+    """For a CPU: Inductor generates no code for a device that torch was built without; its scheduler is the same."""
 
     def convert(i: Tensor) -> Tensor:
         return VALID_SLOTS(i, K, True)

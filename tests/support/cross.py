@@ -22,9 +22,9 @@ from xpu_lora_compile.passes.text import as_text
 from xpu_lora_compile.torch_internals import compiled_after_aot, source_of, without_memory
 
 # What is no work for a device.
-VIEWS = ("aten.t", "aten.view", "aten.slice.Tensor", "aten.select.int", "aten.as_strided", "aten.reshape", "getitem")
+NO_WORK = ("aten.t", "aten.view", "aten.slice.Tensor", "aten.select.int", "aten.as_strided", "aten.reshape", "getitem")
 # Questions that the host answers.
-SIZES = ("aten.sym_size.int", "aten.sym_storage_offset")
+NO_WORK += ("aten.sym_size.int", "aten.sym_storage_offset")
 # Of the conversion of indices, which is one kernel after Inductor has fused it.
 CONVERSION = ("aten.lt.", "aten.ge.", "aten.bitwise_or.", "aten.masked_fill.", "aten._to_copy")
 
@@ -51,7 +51,7 @@ class Traced:
         lines = [
             line for line in self.after_aot.split("\n") if not re.search(r"= input$|^return|aten\.(mm|addmm)\(", line)
         ]
-        return [line for line in lines if not re.search(rf"(?:^|= )({'|'.join(map(re.escape, (*VIEWS, *SIZES)))})\(", line)]
+        return [line for line in lines if not re.search(rf"(?:^|= )({'|'.join(map(re.escape, NO_WORK))})\(", line)]
 
     @property
     def kernels(self) -> list[str]:

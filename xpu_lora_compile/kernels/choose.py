@@ -56,7 +56,7 @@ def choose(
     native_problem: str = "",
     forced: str | None = None,
     triton_problem: str = "",
-    ipex_problem: str = "it was not asked for",
+    ipex_problem: str = "",
 ) -> Choice:
     """The kernel for a call: of those that can run it, the fastest at the nearest point of the table.
 

@@ -207,9 +207,8 @@ def choice_for(outputs: Sequence[Tensor], inputs: Tensor, lora_a: Sequence[Tenso
         len(lora_a) or 1,
     )
     native_problem = _native_problem() if device == "cpu" else ""
-    forced = forced_kernel()
-    ipex_problem = ipex.refusal(outputs, inputs, (*lora_a, *lora_b)) if forced == "ipex" else ipex.problem()
-    return choose(call, native_problem, forced, triton_launch.problem(device), ipex_problem)
+    ipex_problem = ipex.refusal(outputs, inputs, (*lora_a, *lora_b))
+    return choose(call, native_problem, forced_kernel(), triton_launch.problem(device), ipex_problem)
 
 
 def computes_base(device: str) -> bool:
