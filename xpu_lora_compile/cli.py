@@ -285,6 +285,33 @@ def bench_model(
         show.save(run, json)
 
 
+@bench.command("vllm")
+def bench_vllm(
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    batch: Annotated[int, typer.Option(help="Requests, all at once.")] = 16,
+    rank: Rank = 16,
+    slots: Slots = 2,
+    layers: Annotated[int, typer.Option(help="Of SmolLM2-135M's 30.")] = 30,
+    runs: Annotated[int, typer.Option(min=2, help="Of each contender, interleaved.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="OMP_NUM_THREADS of each engine.")] = 1,
+    eager: Annotated[bool, typer.Option("--eager", help="All engines with enforce_eager.")] = False,
+    json: Json = None,
+) -> None:
+    """The engine of vLLM on a CPU, SmolLM2-135M's shape: base model; mixed adapters with the plugin, and without."""
+    from xpu_lora_compile.bench import model, show, vllm
+
+    with _reported():
+        show.check("cpu", [dtype], [batch, rank, slots, layers], json)
+        with show.progress() as advance:
+            run = vllm.run(dtype, batch, rank, slots, layers, runs, threads, eager, advance)
+        _print(
+            show.timings_table(f"a batch; {run.what}; {run.machine}", "workload", model.BASE, run.timings),
+            show.summary_table(run.summary),
+            show.noise(run.timings.values()),
+        )
+        show.save(run, json)
+
+
 def _print(*parts: Any) -> None:
     for part in filter(None, parts):
         _console().print(part, markup=False, highlight=False)

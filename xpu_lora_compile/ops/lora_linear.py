@@ -104,6 +104,25 @@ def add_lora_eagerly(
     return True
 
 
+def add_slices_eagerly(
+    output: Tensor,
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    indices: Tensor,
+    slice_offsets: list[int],
+    scaling: float,
+) -> bool:
+    """Add every slice's LoRA in place, if the native kernel takes the call and nothing looks at it; whether it was.
+
+    For whoever owns the output: what `lora_linear` computes, without a copy of `base`.
+    """
+    if is_compiling() or not runs_plainly(output, inputs, *lora_a, *lora_b, indices):
+        return False
+    operands = (inputs, lora_a, lora_b, indices, [0] * len(slice_offsets), slice_offsets, scaling)
+    return entry.takes_native(output) and bool(TRY_ADD_LORA([output], *operands))
+
+
 def _lora_linear_eagerly(
     base: Tensor,
     inputs: Tensor,

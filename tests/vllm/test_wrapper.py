@@ -1,0 +1,219 @@
+"""The wrapper's methods alone: the sizes of vLLM's own sweep, within its tolerance, and what that never tries."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+# Every size of a layer that vLLM's tests/lora/test_punica_ops.py knows, before it divides them by 2, 8, 16 and 64; the
+# smallest, the largest, and every sixth of the rest run here, divided by turns.
+SIZES = [
+    *(128, 1024, 1536, 2304, 2752, 3584, 4608, 5504, 6400, 7424, 9472, 13824, 15360, 24576, 29696, 32768),
+    *(49152, 64000, 128000, 128256),
+]
+DIVISORS = (1, 2, 8, 16, 64)
+TOLERANCE = {"rtol": 6e-2, "atol": 6e-2}
+ROWS = 128
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plugin() -> None:
+    """The wrapper asks for the platform's own, which the plugin remembers."""
+    from xpu_lora_compile.integrations.vllm import register
+
+    register()
+
+
+def wrapper_for(adapters: list[int], slots: int, sampled: list[int] | None = None, longest: int = 8192) -> Any:
+    """A wrapper that was told of a batch: of each row the adapter's number from 1 on, or 0; all slots are taken."""
+    from vllm.lora.layers import LoRAMapping
+
+    from xpu_lora_compile.integrations.vllm_punica import XpuLoraPunicaWrapper
+
+    made = XpuLoraPunicaWrapper(longest, 256, device="cpu", lora_config=SimpleNamespace(max_loras=slots))
+    # What a larger batch before this one has left behind.
+    made.update_metadata(LoRAMapping([1] * longest, [1] * 256, is_prefill=True), list(range(1, slots + 1)), slots, 512)
+    sampled = adapters if sampled is None else sampled
+    made.update_metadata(LoRAMapping(adapters, sampled, is_prefill=True), list(range(1, slots + 1)), slots, 512)
+    return made
+
+
+def products(x: Tensor, weights: Tensor, adapters: list[int]) -> Tensor:
+    """Of each row with its own adapter, in float64; zeros without one."""
+    weights = weights.double().squeeze(1)
+    rows = [
+        weights[one - 1] @ x[t].double() if one else x.new_zeros(weights.shape[1]) for t, one in enumerate(adapters)
+    ]
+    return torch.stack(rows)
+
+
+def grouped_products(x: Tensor, weights: Tensor, adapters: list[int]) -> Tensor:
+    """The same for many rows, adapter by adapter, in float32."""
+    result = torch.zeros(len(x), weights.shape[2])
+    for one in set(adapters) - {0}:
+        mine = torch.tensor(adapters) == one
+        result[mine] = x[mine].float() @ weights[one - 1, 0].float().T
+    return result
+
+
+def sweep(size: int, slices: int, dtype: torch.dtype, batches: int, slots: int, rank: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator).to(dtype)
+
+    adapters = torch.randint(1, slots + 1, (batches,), generator=generator).repeat_interleave(rows).tolist()
+    wrapper = wrapper_for(adapters, slots)
+    x = rand(len(adapters), size)
+    a = [rand(slots, 1, rank, size) for _ in range(slices)]
+    hidden = torch.zeros(slices, len(adapters), rank)
+    wrapper.add_shrink(hidden, x, a, 0.5)
+    for made, stack in zip(hidden, a, strict=True):
+        torch.testing.assert_close(made, 0.5 * grouped_products(x, stack, adapters), **TOLERANCE)
+    del a
+    b = [rand(slots, 1, size, rank) for _ in range(slices)]
+    hidden = torch.rand(slices, len(adapters), rank, generator=generator)
+    y = rand(len(adapters), size * slices)
+    wanted = y.float() + torch.cat([grouped_products(h, s, adapters) for h, s in zip(hidden, b, strict=True)], 1)
+    wrapper.add_expand(y, hidden, b, (size,) * slices, add_inputs=True)
+    torch.testing.assert_close(y.float(), wanted, **TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("number", range(len(SIZES)), ids=[f"size{size}" for size in SIZES])
+def test_sizes_of_vllms_sweep(number: int) -> None:
+    size = SIZES[number] // DIVISORS[number % 5]
+    dtype = (torch.float16, torch.bfloat16)[number % 2]
+    sweep(size, 1 + number % 3 if size < 20000 else 1, dtype, 4, 4, 32, ROWS if size < 5000 else 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [1, 4, 8, 16, 32, 64, 128, 256])
+def test_ranks_batches_and_adapters_of_vllms_sweep(rank: int) -> None:
+    turn = rank.bit_length()
+    slots = (1, 8, 32, 128)[turn % 4] if rank < 128 else 8
+    sweep(2049, 1 + turn % 3, (torch.float16, torch.bfloat16)[turn % 2], (1, 4, 16, 32)[turn % 4], slots, rank, 32)
+
+
+MIXED = [2, 0, 1, 3, 0, 2, 3]
+
+
+def stacks(widths: list[int], slots: int = 3, rank: int = 8, features: int = 24) -> tuple[list[Tensor], list[Tensor]]:
+    a = [torch.randn(slots, 1, rank, features) for _ in widths]
+    return a, [torch.randn(slots, 1, width, rank) for width in widths]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_without_an_adapter_keeps_its_value(dtype: torch.dtype) -> None:
+    wrapper, (a, b) = wrapper_for(MIXED, 3), stacks([16, 8, 8])
+    x, y = torch.randn(7, 24).to(dtype), torch.randn(7, 32).to(dtype)
+    before = y.clone()
+    result = wrapper.add_lora_linear(y, x, a, b, 1.0, (16, 8, 8))
+    assert result is y
+    assert torch.equal(y[1], before[1])
+    assert torch.equal(y[4], before[4])
+    wanted = torch.cat([products(products(x, p, MIXED), q, MIXED) for p, q in zip(a, b, strict=True)], 1)
+    torch.testing.assert_close(
+        y.double(), before.double() + wanted, rtol=2e-2, atol=2e-2 if dtype != torch.float32 else 1e-4
+    )
+
+
+@torch.no_grad()
+def test_nan_of_a_slot_that_no_row_uses_stays_there() -> None:
+    wrapper, (a, b) = wrapper_for([1, 0, 1], 3), stacks([16])
+    a[0][1:], b[0][1:] = torch.nan, torch.nan
+    y = torch.randn(3, 16)
+    assert wrapper.add_lora_linear(y, torch.randn(3, 24), a, b, 1.0, (16,)).isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("columns", [51904, 51865, 51840], ids=["padded", "equal", "narrower"])
+def test_logits_of_another_width_than_the_vocabulary(columns: int) -> None:
+    # Two rows are sampled, of seven tokens.
+    wrapper, (a, b) = wrapper_for(MIXED, 3, sampled=[3, 0]), stacks([51865])
+    x, y = torch.randn(2, 24), torch.randn(2, columns)
+    before = y.clone()
+    wrapper.add_lora_logits(y, x, a[0], b[0], 1.0)
+    wanted = before.double()
+    width = min(columns, 51865)
+    wanted[0, :width] += (b[0][2, 0].double() @ (a[0][2, 0].double() @ x[0].double()))[:width]
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-3)
+    assert torch.equal(y[1], before[1])
+
+
+@torch.no_grad()
+def test_expanding_replaces_or_adds_and_takes_strided_tensors() -> None:
+    wrapper, (_, b) = wrapper_for(MIXED, 3), stacks([8, 8])
+    hidden = torch.randn(8, 7, 2).permute(2, 1, 0)
+    y = torch.randn(24, 7).t()
+    before = y.clone()
+    wrapper.add_expand(y, hidden, b, (8, 8), offset_start=4, add_inputs=False)
+    wanted = before.double()
+    for t, one in enumerate(MIXED):
+        for s in range(2 if one else 0):
+            wanted[t, 4 + 8 * s : 12 + 8 * s] = b[s][one - 1, 0].double() @ hidden[s, t].double()
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_embedding_adds_and_a_classifier_replaces_its_rows() -> None:
+    wrapper, (_, b) = wrapper_for(MIXED, 3), stacks([16])
+    x, y = torch.randn(7, 8), torch.randn(7, 16)
+    before = y.clone()
+    wrapper.add_lora_embedding(y, x, b[0], add_input=True)
+    torch.testing.assert_close(y.double(), before.double() + products(x, b[0], MIXED), rtol=1e-5, atol=1e-5)
+    weights, bias, x = torch.randn(3, 1, 5, 24), torch.randn(3, 5), torch.randn(7, 24)
+    y = torch.randn(7, 5)
+    before = y.clone()
+    wrapper.apply_lora_full_linear(y, x, weights, bias, torch.tensor([True, False, True]))
+    for t, one in enumerate(MIXED):
+        wanted = before[t] if one in (0, 2) else weights[one - 1, 0] @ x[t] + bias[one - 1]
+        torch.testing.assert_close(y[t], wanted)
+
+
+@torch.no_grad()
+def test_a_batch_without_adapters_reads_no_weight() -> None:
+    wrapper, (a, b) = wrapper_for([0] * 4, 3), stacks([16])
+    y = torch.randn(4, 16)
+    before = y.clone()
+    wrapper.add_lora_linear(y, torch.full((4, 24), torch.nan), a, b, 1.0, (16,))
+    wrapper.add_lora_logits(y, torch.full((4, 24), torch.nan), a[0], b[0], 1.0)
+    assert torch.equal(y, before)
+
+
+@torch.no_grad()
+def test_a_traced_call_is_one_op_and_takes_other_batches() -> None:
+    import xpu_lora_compile as xlc
+
+    wrapper, (a, b) = wrapper_for(MIXED, 3), stacks([16, 8, 8])
+    weight = torch.randn(32, 24)
+
+    def layer(x: Tensor) -> Tensor:
+        return wrapper.add_lora_linear(torch.nn.functional.linear(x, weight), x, a, b, 1.0, (16, 8, 8))
+
+    compiled = torch.compile(
+        layer, fullgraph=True, dynamic=True, backend="xpu_lora", options={"xpu_lora.execute": "eager"}
+    )
+    with xlc.record_decisions() as decisions:
+        for adapters in (MIXED, [0, 0, 1], [0, 0, 0, 0]):
+            fresh = wrapper_for(adapters, 3)
+            wrapper._token_lora_indices.copy_(fresh._token_lora_indices)
+            wrapper._any_adapter = fresh._any_adapter
+            x = torch.randn(len(adapters), 24)
+            torch.testing.assert_close(compiled(x), layer(x))
+    assert len(decisions) == 1
+
+
+def test_lora_of_mixtures_of_experts_is_vllms_own() -> None:
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from xpu_lora_compile.integrations.vllm_punica import XpuLoraPunicaWrapper
+
+    assert issubclass(XpuLoraPunicaWrapper, PunicaWrapperCPU)
+    for name in ("add_lora_fused_moe", "moe_lora_align_block_size", "add_lora_w13", "add_lora_w2"):
+        assert getattr(XpuLoraPunicaWrapper, name) is getattr(PunicaWrapperCPU, name)

