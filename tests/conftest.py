@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 
@@ -16,6 +17,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # process that a test starts sees it, too.
 if os.environ.get("XPU_LORA_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+# Where IPEX is, everything is tested beside it: importing it exchanges some of PyTorch's own kernels.
+if find_spec("intel_extension_for_pytorch") is not None:
+    import intel_extension_for_pytorch  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import xpu_lora_compile as xlc
 from xpu_lora_compile import doctor
 from xpu_lora_compile.doctor import Diagnosis, Finding
 from xpu_lora_compile.errors import DeviceError
+from xpu_lora_compile.kernels import ipex
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,8 @@ def test_it_says_what_is_installed_and_what_is_not(diagnosis: Diagnosis) -> None
     found = {one.what: one.text for one in diagnosis.findings["installed"]}
     assert found["torch"] == torch.__version__
     assert found["vllm-xpu-kernels"] == "not installed"
+    # A distribution may spell its name with underscores.
+    assert (found["intel-extension-for-pytorch"] == "not installed") is (find_spec(ipex.PACKAGE) is None)
     assert found["_xpu_C.lora_shrink (lora)"] == "it has no lora_shrink"
 
 

@@ -16,6 +16,7 @@ from xpu_lora_compile.adapters.bank import AdapterBank, Routing
 from xpu_lora_compile.adapters.checkpoint import Site
 from xpu_lora_compile.adapters.config import ALL_LINEAR, Rule, is_targeted, pattern_problem
 from xpu_lora_compile.errors import AttachError
+from xpu_lora_compile.kernels.choose import forced_kernel
 from xpu_lora_compile.ops import bgmv_expand, bgmv_shrink, lora_linear
 from xpu_lora_compile.ops.lora_linear import add_lora_eagerly
 
@@ -167,9 +168,9 @@ def _empty_stacks(
 ) -> dict[str, Tensor]:
     """Zeros for A and B of every slot, beside the module's weight."""
     a = (rank, site.in_features) if site.kind == "linear" else (site.in_features, rank)
-    # The columns of one rank side by side, since that is how the kernels read B fastest; on an Intel GPU the ranks of
-    # one column, since its vendor's kernels read nothing else.
-    by_rank = module.weight.device.type != "xpu"
+    # The columns of one rank side by side, since that is how the kernels read B fastest; on an Intel GPU and for IPEX
+    # the ranks of one column, since those kernels read nothing else.
+    by_rank = module.weight.device.type != "xpu" and forced_kernel() != "ipex"
     b = (rank, site.out_features) if by_rank else (site.out_features, rank)
     shapes = {"lora_a": (slots, *a), "lora_b": (slots, *b)}
     # A buffer made in inference mode could not be written outside of it.

@@ -18,10 +18,12 @@ from support.cases import DEVICE, KERNELS_HERE
 from support.cross import Traced, for_intel
 from support.snapshot import calls_in
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import linear
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.kernels.choose import force_kernel
+from xpu_lora_compile.ops import VALID_SLOTS
 from xpu_lora_compile.ops.budget import budget_of
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="it needs no device")
@@ -550,3 +552,50 @@ def test_rewriting_twice_changes_nothing() -> None:
 
     traced = for_intel(one_slice, lambda device: operands(device, H), NEW, after_aot=False, passes=twice)
     assert [traced.text] == texts
+
+
+# Any number of rows.
+
+
+@SETS
+@pytest.mark.parametrize("function", [one_slice, packed])
+def test_one_graph_for_any_number_of_rows_calls_the_same_ops(
+    groups: tuple[dict[str, str], ...], function: Callable[..., Any]
+) -> None:
+    """T is a symbol, with a guard that keeps the 32 bits of the vendor's index arithmetic; and a different T runs."""
+
+    def make(device: str) -> list[Tensor]:
+        return operands(device, H) if function is one_slice else qkv_operands(device, BF16, BF16, is_packed=True)
+
+    def make_symbolic(device: str) -> list[Tensor]:
+        given = make(device)
+        for one in (given[0], given[-1]):
+            torch._dynamo.mark_dynamic(one, 0)
+        return given
+
+    fixed = for_intel(function, make, groups)
+    traced = for_intel(function, make_symbolic, groups)
+    assert f"bf16[T, {D}] = input" in traced.text
+    assert traced.kernels == fixed.kernels
+    assert calls_in(traced.text, "vendor_add_lora") == calls_in(traced.text, "valid_slots") == 1
+    torch.manual_seed(0)
+    x, w, *stacks, i = make("cpu")
+    x, i = x[:4], i[:4]
+    (got,) = traced.run_on(groups, named(function, [x, w, *stacks, i]) | {"size().0": len(x)})
+    a, b = stacks[: len(stacks) // 2], stacks[len(stacks) // 2 :]
+    offsets, scaling = ([0], 1.0) if function is one_slice else ([0, 8, 12], 0.5)
+    check(linear(x, w), x, a, b, i, offsets, scaling, got)
+
+
+def test_inductor_makes_one_kernel_of_the_index_conversion() -> None:
+    """For a CPU: Inductor generates no code for a device that torch was built without; its scheduler is the same."""
+
+    def convert(i: Tensor) -> Tensor:
+        return VALID_SLOTS(i, K, True)
+
+    torch._dynamo.reset()
+    converted, (code,) = run_and_get_code(torch.compile(convert, fullgraph=True), torch.tensor(INDICES))
+    assert converted.tolist() == [index if 0 <= index < K else -1 for index in INDICES]
+    assert converted.dtype == torch.int32
+    assert len(re.findall(r"^ +cpp_fused\w+\(", code, re.MULTILINE)) == 1
+    assert "xpu_lora" not in code

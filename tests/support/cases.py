@@ -193,12 +193,14 @@ CASES = (
 
 # What `lower` makes of a `lora_linear` on the device of the tests, and how often it computes a routing for all of them.
 ADD_HERE, ROUTINGS_HERE = ("native_add_lora", 0) if DEVICE.type == "cpu" else ("add_lora", 1)
-# The kernels that can run there; on a CPU Triton's interpreter runs those that are its, if it is installed.
+# The kernels of ours that can run there; on a CPU Triton's interpreter runs those that are its, if it is installed.
 _GPU_KERNELS = ("triton", "gather", "dense")
 KERNELS_HERE = [
     kernel
     for kernel in KERNELS
-    if (DEVICE.type == "cpu" or kernel in _GPU_KERNELS) and (kernel != "triton" or not triton_problem(DEVICE.type))
+    if kernel != "ipex"
+    and (DEVICE.type == "cpu" or kernel in _GPU_KERNELS)
+    and (kernel != "triton" or not triton_problem(DEVICE.type))
 ]
 # Both compute in float32, and refuse float64.
 FLOAT32_KERNELS = ("native", "triton")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,9 @@ from xpu_lora_compile.passes.text import as_text
 from xpu_lora_compile.torch_internals import compiled_after_aot, source_of, without_memory
 
 # What is no work for a device.
-VIEWS = ("aten.t", "aten.view", "aten.slice.Tensor", "aten.select.int", "aten.as_strided", "aten.reshape", "getitem")
+NO_WORK = ("aten.t", "aten.view", "aten.slice.Tensor", "aten.select.int", "aten.as_strided", "aten.reshape", "getitem")
+# Questions that the host answers.
+NO_WORK += ("aten.sym_size.int", "aten.sym_storage_offset")
 # Of the conversion of indices, which is one kernel after Inductor has fused it.
 CONVERSION = ("aten.lt.", "aten.ge.", "aten.bitwise_or.", "aten.masked_fill.", "aten._to_copy")
 
@@ -49,7 +51,7 @@ class Traced:
         lines = [
             line for line in self.after_aot.split("\n") if not re.search(r"= input$|^return|aten\.(mm|addmm)\(", line)
         ]
-        return [line for line in lines if not re.search(rf"(?:^|= )({'|'.join(map(re.escape, VIEWS))})\(", line)]
+        return [line for line in lines if not re.search(rf"(?:^|= )({'|'.join(map(re.escape, NO_WORK))})\(", line)]
 
     @property
     def kernels(self) -> list[str]:
@@ -67,8 +69,8 @@ class Traced:
             if not name.startswith("aten.new_empty")
         ]
 
-    def run_on(self, groups: Sequence[dict[str, str]], named: dict[str, Tensor]) -> Any:
-        """Run the rewritten graph with the double on a CPU, on tensors by the names of Dynamo's sources."""
+    def run_on(self, groups: Sequence[dict[str, str]], named: Mapping[str, Tensor | int]) -> Any:
+        """Run the rewritten graph with the double on a CPU, on tensors and sizes by the names of Dynamo's sources."""
         inputs = [named[source_of(node)] for node in self.module.graph.nodes if node.op == "placeholder"]
         self.module.recompile()
         with torch.no_grad(), xpu_c.installed(*groups):

@@ -15,13 +15,14 @@ collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
 _CACHE = tempfile.TemporaryDirectory(prefix="xpu-lora-vllm-", ignore_cleanup_errors=True)
 # Before vLLM is imported, and for the processes that it starts. One thread an engine: threads that wait for each other
 # by spinning take a hundred times as long as soon as anything else runs on the machine's cores.
-os.environ |= {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CACHE_ROOT": _CACHE.name,
-    "OMP_NUM_THREADS": "1",
-}
+if find_spec("vllm"):
+    os.environ |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CACHE_ROOT": _CACHE.name,
+        "OMP_NUM_THREADS": "1",
+    }
 
 NEW_TOKENS = 20
 

@@ -159,7 +159,8 @@ def tune(device: str, on_done: Callable[[str], None]) -> None:
         point = Point(dtype, rows, features, (width,), rank, slots)
         operands = _Operands(point, device)
         contenders = {}
-        for kernel in KERNELS:
+        # What has to be forced is not chosen among.
+        for kernel in (one for one in KERNELS if one != "ipex"):
             is_cpu_only = kernel in ("native", "grouped")
             # Half a gigabyte of copied weights says enough of gather.
             is_huge = kernel == "gather" and rows * rank * max(features, width) > 1 << 27

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from xpu_lora_compile.errors import KernelError
 
-KERNELS = ("native", "triton", "gather", "grouped", "dense")
+KERNELS = ("native", "triton", "gather", "grouped", "dense", "ipex")
 TABLE = Path(__file__).with_name("measured.json")
 
 
@@ -51,7 +51,13 @@ class Choice:
 
 
 @lru_cache(maxsize=4096)
-def choose(call: Call, native_problem: str = "", forced: str | None = None, triton_problem: str = "") -> Choice:
+def choose(
+    call: Call,
+    native_problem: str = "",
+    forced: str | None = None,
+    triton_problem: str = "",
+    ipex_problem: str = "",
+) -> Choice:
     """The kernel for a call: of those that can run it, the fastest at the nearest point of the table.
 
     Args:
@@ -59,15 +65,18 @@ def choose(call: Call, native_problem: str = "", forced: str | None = None, trit
         native_problem: why the native kernel cannot run on this machine, if it cannot.
         forced: a kernel that is to be taken, whatever the table says.
         triton_problem: why Triton kernels cannot run on this device, if they cannot.
+        ipex_problem: why IPEX's kernels cannot run this call, if they cannot.
 
     Raises:
         KernelError: there is no kernel of the forced name, or it cannot run this call.
     """
-    refused = {kernel: why for kernel in KERNELS if (why := _refusal(kernel, call, native_problem, triton_problem))}
+    problems = {"native": native_problem, "triton": triton_problem, "ipex": ipex_problem}
+    refused = {kernel: why for kernel in KERNELS if (why := _refusal(kernel, call, problems))}
     if forced is not None:
         _check_forced(forced, refused)
         rest = {kernel: refused.get(kernel, "another was forced") for kernel in KERNELS if kernel != forced}
         return Choice(forced, "it was forced", rest)
+    refused.setdefault("ipex", "it rounds oftener than the contract allows: it has to be forced")
     able = [kernel for kernel in KERNELS if kernel not in refused]
     point = _nearest_point(call)
     if point is None:
@@ -106,7 +115,7 @@ def force_kernel(kernel: str) -> Iterator[None]:
     """Have every call in the block run on one kernel; the environment variable XPU_LORA_KERNEL does it for a process.
 
     Args:
-        kernel: "native", "triton", "gather", "grouped" or "dense".
+        kernel: "native", "triton", "gather", "grouped", "dense" or "ipex".
 
     Raises:
         KernelError: there is no such kernel. A call that it cannot run raises it, too.
@@ -119,12 +128,12 @@ def force_kernel(kernel: str) -> Iterator[None]:
         _FORCED.reset(token)
 
 
-def _refusal(kernel: str, call: Call, native_problem: str, triton_problem: str) -> str:
-    if kernel in ("native", "grouped") and call.device != "cpu":
+def _refusal(kernel: str, call: Call, problems: Mapping[str, str]) -> str:
+    if kernel in ("native", "grouped", "ipex") and call.device != "cpu":
         return f"it is for a CPU, not for {call.device}"
     if kernel in ("native", "triton") and call.dtype == "float64":
         return "it computes in float32"
-    return {"native": native_problem, "triton": triton_problem}.get(kernel, "")
+    return problems.get(kernel, "")
 
 
 def _check_forced(forced: str, refused: Mapping[str, str]) -> None:

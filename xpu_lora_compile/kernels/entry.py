@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile.errors import KernelError
-from xpu_lora_compile.kernels import native, triton_launch
+from xpu_lora_compile.kernels import ipex, native, triton_launch
 from xpu_lora_compile.kernels.choose import Call, Choice, choose, forced_kernel, wins_everywhere
 from xpu_lora_compile.kernels.dense import dense
 from xpu_lora_compile.kernels.gather import gather
@@ -40,6 +40,9 @@ def shrink(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, sc
     if kernel == "triton":
         triton_launch.shrink(output, inputs, weights, routing, scaling)
         return
+    if kernel == "ipex":
+        ipex.shrink(output, inputs, weights, routing.indices, scaling)
+        return
     hidden = slot_products(inputs.to(accumulator(output, inputs, weights)), weights, routing)
     output[:, : weights.shape[1]].copy_(torch.where(routing.has_adapter, hidden * scaling, 0.0))
 
@@ -52,6 +55,9 @@ def expand(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, ad
         return
     if kernel == "triton":
         triton_launch.expand(output, inputs, weights, routing, add)
+        return
+    if kernel == "ipex":
+        ipex.expand(output, inputs, weights, routing.indices, add)
         return
     value = slot_products(inputs.to(accumulator(output, inputs, weights)), weights, routing)
     if add:
@@ -99,6 +105,9 @@ def add_lora(
         return
     if kernel == "triton":
         triton_launch.add_lora(outputs, inputs, lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling)
+        return
+    if kernel == "ipex":
+        ipex.add_lora(outputs, inputs, lora_a, lora_b, routing.indices, slice_outputs, slice_offsets, scaling)
         return
     inputs = inputs.to(accumulator(*outputs, inputs, *lora_a, *lora_b))
     for a, b, position, offset in zip(lora_a, lora_b, slice_outputs, slice_offsets, strict=True):
@@ -198,7 +207,8 @@ def choice_for(outputs: Sequence[Tensor], inputs: Tensor, lora_a: Sequence[Tenso
         len(lora_a) or 1,
     )
     native_problem = _native_problem() if device == "cpu" else ""
-    return choose(call, native_problem, forced_kernel(), triton_launch.problem(device))
+    ipex_problem = ipex.refusal(outputs, inputs, (*lora_a, *lora_b))
+    return choose(call, native_problem, forced_kernel(), triton_launch.problem(device), ipex_problem)
 
 
 def computes_base(device: str) -> bool:

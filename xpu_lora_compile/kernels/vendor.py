@@ -81,7 +81,7 @@ def refusal(
         return "A must be contiguous, [K, R, D]"
     if not all(b.is_contiguous() or rows_stored(b) for b in lora_b):
         return "B must be contiguous, [K, W, R] (attach to the model on its device, where it is stored so)"
-    if len({a.shape[1] for a in lora_a}) > 1:
+    if not all(is_guarded(a.shape[1] == lora_a[0].shape[1]) for a in lora_a):
         return "the slices of a call must have the same rank"
     # A launch for all slices reads them as one type, and nobody says of which slice.
     if kind == "lora" and any(len({one.dtype for one in stacks}) > 1 for stacks in (lora_a, lora_b)):

@@ -1,0 +1,116 @@
+"""The kernels of intel-extension-for-pytorch for CPUs, `torch.ops.torch_ipex.punica_bgmv_*`: for who asks for them.
+
+They take bfloat16 or float16 throughout, and round the rank vector and each product before it is added: the contract
+rounds once. So `choose` takes them only by force (`force_kernel("ipex")`, `XPU_LORA_KERNEL=ipex`). Measured beside the
+native kernel they are slower, too: `xpu-lora bench ops --dtype bfloat16`.
+
+Of release 2.8.0, found by running it: the schemas do not say what is written to; shrink replaces; an index that is no
+slot reads outside the weights; float32 does nothing; a slice must be as wide as its weights. The package is never
+imported here, since that exchanges some of PyTorch's own kernels: that is its user's decision.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from xpu_lora_compile.torch_internals import schema_of
+
+PACKAGE = "intel_extension_for_pytorch"
+# What each op of theirs takes, and returns.
+OPS = {
+    "punica_bgmv_shrink": "(Tensor _0, Tensor _1, Tensor _2, Tensor _3, float _4) -> Tensor _0",
+    "punica_bgmv_expand": "(Tensor _0, Tensor _1, Tensor _2, Tensor _3, bool _4) -> Tensor _0",
+}
+
+
+def problem() -> str:
+    """Why the ops cannot be called; empty if they can."""
+    if PACKAGE not in sys.modules:
+        return f"{PACKAGE} is not imported" if _is_installed() else f"{PACKAGE} is not installed"
+    return "; ".join(why for name in OPS if (why := problem_of(name)))
+
+
+def problem_of(name: str) -> str:
+    """Why one op cannot be called: it is missing, or its schema is another; empty if it can."""
+    schema = schema_of(f"torch_ipex::{name}")
+    if schema is None:
+        return f"it has no {name}"
+    return "" if str(schema).endswith(OPS[name]) else f"its {name} has another schema: {schema}"
+
+
+def refusal(outputs: Sequence[Tensor], inputs: Tensor, weights: Sequence[Tensor]) -> str:
+    """Which of their rules these operands break; empty if none.
+
+    Args:
+        outputs: `[T, columns]` each.
+        inputs: `[T, columns]`.
+        weights: `[K, rows, columns]` each.
+    """
+    if why := problem():
+        return why
+    dtypes = {one.dtype for one in (*outputs, inputs, *weights)}
+    if dtypes not in ({torch.bfloat16}, {torch.float16}):
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        return f"all operands must be bfloat16, or all float16, not {names}"
+    if not all(one.is_contiguous() for one in weights):
+        return "weights must be contiguous"
+    return ""
+
+
+def shrink(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, scaling: float) -> None:
+    """As `entry.shrink`."""
+    hidden = output.narrow(1, 0, weights.shape[1])
+    rows, slots = _with_adapter(indices, len(weights))
+    if len(rows) < len(indices):
+        hidden.zero_()
+    if len(rows):
+        found = inputs.new_empty(len(rows), weights.shape[1])
+        torch.ops.torch_ipex.punica_bgmv_shrink(found, inputs[rows], weights, slots, scaling)
+        hidden.index_copy_(0, rows, found)
+
+
+def expand(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, add: bool) -> None:
+    """As `entry.expand`, but the product is rounded before it is added."""
+    rows, slots = _with_adapter(indices, len(weights))
+    if len(rows) == 0:
+        return
+    if len(rows) == len(indices) and output.is_contiguous():
+        torch.ops.torch_ipex.punica_bgmv_expand(output, inputs.contiguous(), weights, slots, add)
+        return
+    values = output[rows]
+    torch.ops.torch_ipex.punica_bgmv_expand(values, inputs[rows], weights, slots, add)
+    output.index_copy_(0, rows, values)
+
+
+def add_lora(
+    outputs: Sequence[Tensor],
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    indices: Tensor,
+    slice_outputs: Sequence[int],
+    slice_offsets: Sequence[int],
+    scaling: float,
+) -> None:
+    """As `entry.add_lora`, but the rank vector and each product are rounded to the dtype of the operands."""
+    for a, b, position, offset in zip(lora_a, lora_b, slice_outputs, slice_offsets, strict=True):
+        hidden = inputs.new_empty(inputs.shape[0], a.shape[1])
+        shrink(hidden, inputs, a, indices, scaling)
+        expand(outputs[position].narrow(1, offset, b.shape[1]), hidden, b, indices, add=True)
+
+
+def _with_adapter(indices: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """The rows that have an adapter, and their slots, int64: the ops may be shown no others."""
+    rows = ((indices >= 0) & (indices < slots)).nonzero().flatten()
+    return rows, indices[rows].long()
+
+
+@cache
+def _is_installed() -> bool:
+    return find_spec(PACKAGE) is not None
