@@ -56,7 +56,9 @@ def peft_tokens(prompts: list[list[int]]) -> dict[tuple[str | None, int], list[i
     model: Any = PeftModel.from_pretrained(smollm2.load_model(), folders[0], adapter_name=folders[0].name)
     for folder in folders[1:]:
         model.load_adapter(folder, adapter_name=folder.name)
-    length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    # Past the end of an answer, too: a least number of tokens would keep the end from being chosen.
+    model.generation_config.eos_token_id = model.base_model.model.generation_config.eos_token_id = None
+    length = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     tokens = {}
     for number, prompt in enumerate(prompts):
         ids = torch.tensor([prompt])
@@ -109,6 +111,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def engine(padded_model: Path) -> Engine:
     """Two slots, three adapters in memory; prompts in pieces, prefixes cached; compiled, as by default."""
+    from torch._dynamo.utils import counters
+
     import xpu_lora_compile as xlc
 
     with xlc.record_decisions() as decisions:
@@ -121,14 +125,16 @@ def engine(padded_model: Path) -> Engine:
             max_num_batched_tokens=64,
             block_size=32,
         )
-    made.decisions = decisions
+    made.decisions, made.graphs = decisions, counters["stats"]["unique_graphs"]
     return made
 
 
 class Engine:
     """An engine of vLLM in this process, greedy, in float32."""
 
+    # Of its compilation, and how many graphs that were.
     decisions: list[Any]
+    graphs: int
 
     def __init__(self, model: Path, **options: Any) -> None:
         from serve_many_adapters import ADAPTERS

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-VOICES = ["haiku", "pirate", "telegram"]
-
 
 def test_the_plugin_is_in_charge(engine: Any) -> None:
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
@@ -58,7 +56,7 @@ Path(sys.argv[4]).write_text(json.dumps(engine.tokens(rows)))
     command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, env=os.environ | {"XPU_LORA_VLLM": "0"}, capture_output=True, text=True, timeout=300)  # noqa: S603
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "off, as XPU_LORA_VLLM=0 asks" in done.stdout + done.stderr
+    assert "Using PunicaWrapperCPU" in done.stdout + done.stderr
     haiku, base, pirate, other = json.loads(file.read_text())
     assert (haiku, pirate) == (peft_tokens["haiku", 1], peft_tokens["pirate", 1])
     assert base != peft_tokens[None, 1]
@@ -70,11 +68,9 @@ def test_logits_are_wider_than_the_lm_head_of_the_adapters(engine: Any, prompts:
     processor = engine.runner.model.logits_processor
     assert processor.lora_b_stacked.shape[2] == 49153
     assert engine.runner.model.lm_head.weight.shape[0] == 49216
-    targets = [
-        json.loads((Path(engine.requests[name].lora_path) / "adapter_config.json").read_text()) for name in VOICES
-    ]
-    assert all("lm_head" in one["target_modules"] for one in targets)
-    rows = [("telegram", 1), (None, 2)]
+    config = Path(engine.requests["haiku"].lora_path) / "adapter_config.json"
+    assert "lm_head" in json.loads(config.read_text())["target_modules"]
+    rows = [("haiku", 1), (None, 2), ("haiku", 2)]
     assert engine.tokens([(name, prompts[number]) for name, number in rows]) == [peft_tokens[row] for row in rows]
 
 
@@ -114,12 +110,13 @@ def test_probabilities_of_a_prompt_are_its_adapters(engine: Any, prompts: Any) -
 
 def test_one_graph_serves_every_batch_that_came_before(engine: Any) -> None:
     from torch._dynamo.utils import counters
+    from vllm.compilation.counter import compilation_counter
     from vllm.config import CompilationMode
 
     compilation = engine.llm.llm_engine.vllm_config.compilation_config
     assert compilation.mode == CompilationMode.DYNAMO_TRACE_ONCE
     assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] == 1
+    assert engine.graphs == compilation_counter.num_aot_compiles == 1
     # Of each layer qkv, o, gate and up, down; and the embedding.
     assert len(engine.decisions) == 30 * 4 + 1
 

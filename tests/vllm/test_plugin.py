@@ -52,7 +52,7 @@ def test_vllm_finds_it() -> None:
     assert found["xpu_lora"] is plugin.register
 
 
-def test_it_takes_over_and_says_so(platform: Any, log: Log) -> None:
+def test_it_takes_over_once(platform: Any, log: Log) -> None:
     from vllm.platforms.cpu import CpuPlatform
 
     plugin.register()
@@ -62,9 +62,7 @@ def test_it_takes_over_and_says_so(platform: Any, log: Log) -> None:
     assert platform.get_punica_wrapper() == WRAPPER
     assert platform.own_punica_wrapper() == CpuPlatform().get_punica_wrapper() != WRAPPER
     assert not platform.can_update_inplace()
-    (level, text), *_ = log.lines
-    assert level == "info"
-    assert "runs on its ops on cpu" in text
+    assert not log.lines
 
 
 def test_the_switch_keeps_it_out(platform: Any, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +93,7 @@ def test_cuda_has_to_be_asked_for(
     monkeypatch.setenv(plugin.SWITCH, switch)
     plugin.register()
     assert isinstance(platform, LoraPlatform) == taken
-    assert ("off on cuda unless XPU_LORA_VLLM=1" in log.lines[0][1]) != taken
+    assert any("off on cuda unless XPU_LORA_VLLM=1" in text for _, text in log.lines) != taken
 
 
 def test_a_value_that_it_does_not_know_is_an_error(platform: Any, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ DEVICES = ("cpu", "xpu")
 
 
 def register() -> None:
-    """Take over vLLM's LoRA in this process, or say in vLLM's log why not. A second call changes nothing.
+    """Take over vLLM's LoRA in this process, or say why not. A second call changes nothing.
 
     Raises:
         OptionError: the environment variable has a value that it does not know.
@@ -34,7 +34,7 @@ def register() -> None:
     if switch not in ("", "0", "1"):
         raise OptionError(SWITCH, "0 or 1", repr(switch), "Leave it unset for CPU and XPU.")
     vllm: Any = importlib.import_module("vllm")
-    # vLLM prints what its own loggers say.
+    # vLLM prints what its own loggers say; before it has read its own configuration, warnings alone.
     logger = importlib.import_module("vllm.logger").init_logger("vllm.plugins.xpu_lora_compile")
     platform: Any = importlib.import_module("vllm.platforms").current_platform
     version = vllm.__version__.split("+")[0]
@@ -46,10 +46,4 @@ def register() -> None:
     elif platform.device_type not in DEVICES and switch != "1":
         logger.info("xpu_lora_compile: off on %s unless %s=1; LoRA is vLLM's own.", platform.device_type, SWITCH)
     else:
-        take_over = importlib.import_module("xpu_lora_compile.integrations.vllm_platform").take_over
-        take_over(platform)
-        logger.info(
-            "xpu_lora_compile: LoRA of linear layers, embeddings, logits and classifiers runs on its ops on %s, one "
-            "call a layer; that of mixtures of experts is vLLM's own.",
-            platform.device_type,
-        )
+        importlib.import_module("xpu_lora_compile.integrations.vllm_platform").take_over(platform)

@@ -174,11 +174,14 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
         """The adapter of each row of the hidden states that become logits.
 
         vLLM 0.32 takes the rows to be those that are sampled, which it has gathered (`gpu_model_runner.py`, line 4241).
-        Where a prompt's probabilities are asked for they are some of the batch's tokens instead (line 5374): a view.
+        Where a prompt's probabilities are asked for they are some of the batch's tokens instead (line 5374), rows of a
+        larger tensor, and of the indices of sampled rows those past their number are stale.
         """
-        if not x._is_view() or x._base is None:
-            sampled: Tensor = self._sampler_indices
-            return sampled[: x.shape[0]]
         tokens: Tensor = self._token_lora_indices
-        first = (x.storage_offset() - x._base.storage_offset()) // x.stride(0)
+        sampled: Tensor = self.sampler_indices
+        if is_compiling() or (
+            x.untyped_storage().nbytes() == x.numel() * x.element_size() and sampled.shape[0] == x.shape[0]
+        ):
+            return sampled[: x.shape[0]]
+        first = x.storage_offset() // x.stride(0)
         return tokens[first : first + x.shape[0]]
