@@ -60,7 +60,7 @@ Path(sys.argv[4]).write_text(json.dumps(engine.tokens(rows)))
     haiku, base, pirate, other = json.loads(file.read_text())
     assert (haiku, pirate) == (peft_tokens["haiku", 1], peft_tokens["pirate", 1])
     assert base != peft_tokens[None, 1]
-    assert base == pirate
+    assert base in (haiku, pirate)
     assert other != peft_tokens[None, 2]
 
 

