@@ -17,7 +17,7 @@ from xpu_lora_compile.errors import OptionError
 
 SWITCH = "XPU_LORA_VLLM"
 
-# The releases that tests/vllm was run with. On others vLLM's own code runs, and a warning says so.
+# The releases that tests/integrations was run with. On others vLLM's own code runs, and a warning says so.
 TESTED = ("0.32.0",)
 
 # Where it is on without being asked for.
