@@ -22,8 +22,8 @@ if find_spec("vllm"):
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CACHE_ROOT": _CACHE.name,
         "OMP_NUM_THREADS": "1",
-    # Otherwise two processes that share a model each ask for a NUMA node.
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # Otherwise two processes that share a model each ask for a NUMA node.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
 
 NEW_TOKENS = 20
