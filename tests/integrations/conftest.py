@@ -112,7 +112,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def engine(padded_model: Path) -> Engine:
-    """Two slots, three adapters in memory; prompts in pieces, prefixes cached; compiled, as by default."""
+    """Two slots, two adapters in memory; prompts in pieces, prefixes cached; compiled, as by default."""
     from torch._dynamo.utils import counters
 
     import xpu_lora_compile as xlc
@@ -121,7 +121,7 @@ def engine(padded_model: Path) -> Engine:
         made = Engine(
             padded_model,
             max_loras=2,
-            max_cpu_loras=3,
+            max_cpu_loras=2,
             max_lora_rank=8,
             max_num_seqs=8,
             max_num_batched_tokens=64,

@@ -75,7 +75,7 @@ def test_logits_are_wider_than_the_lm_head_of_the_adapters(engine: Any, prompts:
 
 
 def test_adapters_are_loaded_and_evicted_while_requests_run(engine: Any, prompts: Any, peft_tokens: Any) -> None:
-    # Three adapters want two slots, so that some wait; beyond three, one leaves memory and is read again.
+    # Three adapters want two slots, and memory, so that some wait, and are read again.
     rows = [(name, number) for number in (2, 1, 2) for name in ("telegram", None, "pirate", "haiku")]
     for _ in range(2):
         tokens = engine.tokens([(name, prompts[number]) for name, number in rows])
