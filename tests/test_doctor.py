@@ -111,3 +111,16 @@ def test_a_report_that_cannot_be_written_is_said_before_anything_runs(tmp_path: 
     ran = run("--device", "cpu", "--report", str(tmp_path / "nowhere" / "report.txt"))
     assert ran.returncode == 2
     assert "a folder that exists" in ran.stderr
+
+
+@pytest.mark.parametrize("end", [RuntimeError("no device"), SystemExit(127)], ids=["raises", "exits"])
+def test_an_ipex_that_cannot_be_imported_does_not_end_the_examination(
+    end: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_name: str) -> None:
+        raise end
+
+    monkeypatch.setattr(doctor, "_version", lambda _package: torch.__version__)
+    monkeypatch.setattr(doctor.importlib, "import_module", broken)
+    found = {one.what for one in doctor.installed("cpu")}
+    assert "_xpu_C.lora_expand (lora)" in found

@@ -145,7 +145,8 @@ def _version(package: str) -> str:
 def _import_ipex() -> None:
     """If it is there, and was made for this PyTorch: with another it ends the process."""
     if _version("intel-extension-for-pytorch").split(".")[:2] == torch.__version__.split(".")[:2]:
-        with suppress(ImportError, OSError):
+        # Without the instructions that it needs it ends the process.
+        with suppress(Exception, SystemExit):
             importlib.import_module(ipex.PACKAGE)
 
 

@@ -195,3 +195,32 @@ def test_a_bank_made_while_it_is_forced_stores_b_as_it_reads_it() -> None:
         base = torch.nn.functional.linear(x, layer[0].weight)
         got = xlc.lora_linear(base, x, [layer[0].lora_a], [layer[0].lora_b], indices, [0])
     assert same_bits(got, theirs(base, x, a, b, indices))
+
+
+@needs_ipex
+@torch.no_grad()
+def test_an_output_may_be_the_memory_of_the_inputs() -> None:
+    """As in every other kernel: all is read before anything is written."""
+    random = torch.Generator().manual_seed(0)
+    square = torch.randn(3, 8, 8, generator=random).to(BF16)
+    for indices in (torch.tensor([2, -1, 0, 1]), torch.tensor([2, 0, 0, 1])):
+        x = torch.randn(4, 8, generator=random).to(BF16)
+        apart, together = torch.zeros(4, 8, dtype=BF16), x.clone()
+        with force_kernel("ipex"):
+            xlc.bgmv_shrink(apart, x, square, indices)
+            xlc.bgmv_shrink(together, together, square, indices)
+            assert same_bits(apart, together)
+            apart, together = x.clone(), x.clone()
+            xlc.bgmv_expand(apart, x, square, indices)
+            xlc.bgmv_expand(together, together, square, indices)
+            assert same_bits(apart, together)
+
+
+@needs_ipex
+def test_a_backward_pass_is_an_error_that_says_so() -> None:
+    base, x, a, b, indices = operands()
+    x.requires_grad_()
+    with force_kernel("ipex"):
+        result = xlc.lora_linear(base, x, [a], [b], indices, [0])
+        with pytest.raises(KernelError, match="wanted one that computes gradients; got 'ipex'"):
+            result.sum().backward()

@@ -6,6 +6,7 @@ nothing is decided by the indices.
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,14 +20,19 @@ from support.cross import Traced, for_intel
 from support.snapshot import calls_in
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
+from torch.fx import GraphModule
 from torch.nn.functional import linear
 
 import xpu_lora_compile as xlc
+from xpu_lora_compile.kernels import vendor
 from xpu_lora_compile.kernels.choose import force_kernel
 from xpu_lora_compile.ops import VALID_SLOTS
 from xpu_lora_compile.ops.budget import budget_of
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="it needs no device")
+
+# The module, whose name its function has in the package.
+lower: Any = importlib.import_module("xpu_lora_compile.passes.lower")
 
 NEW, OLD, NONE = (xpu_c.LORA, xpu_c.BGMV), (xpu_c.BGMV,), ()
 T, D, R, K, H = 7, 16, 4, 3, 10
@@ -599,3 +605,90 @@ def test_inductor_makes_one_kernel_of_the_index_conversion() -> None:
     assert converted.dtype == torch.int32
     assert len(re.findall(r"^ +cpp_fused\w+\(", code, re.MULTILINE)) == 1
     assert "xpu_lora" not in code
+
+
+# Views of B that come in from outside.
+
+
+def lowered_on(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Callable[..., Tensor]]:
+    """A call compiled here as for `xpu`, for the vendor's ops alone: views cannot be made on a device torch lacks."""
+    monkeypatch.setattr(lower, "_vendor_kind", as_if_on_xpu(lower._vendor_kind))
+    notes: list[str] = []
+
+    def backend(module: GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
+        notes.extend(note for decision in xlc.rewrite(module) for note in decision.notes)
+        return module.forward
+
+    torch._dynamo.reset()
+    return notes, torch.compile(with_b, backend=backend, fullgraph=True)
+
+
+def as_if_on_xpu(kind_of: Callable[..., str]) -> Callable[..., str]:
+    class OnXpu:
+        type = "xpu"
+
+    def asked(call: Any, outputs: Any, inputs: Any, *rest: Any) -> str:
+        real = lower.value_of
+
+        def value_of(node: Any) -> Any:
+            value = real(node)
+            return Seen(value) if node is inputs else value
+
+        class Seen:
+            device = OnXpu()
+
+            def __init__(self, value: Tensor) -> None:
+                self.value = value
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.value, name)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lower, "value_of", value_of)
+            return kind_of(call, outputs, inputs, *rest)
+
+    return asked
+
+
+def with_b(x: Tensor, w: Tensor, a: Tensor, b: Tensor, i: Tensor) -> Tensor:
+    return xlc.lora_linear(linear(x, w), x, [a], [b], i, [0])
+
+
+@SETS
+def test_a_view_from_outside_is_left_to_other_kernels_whatever_follows_it_in_memory(
+    groups: tuple[dict[str, str], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two shards of one stack, with the same sizes and strides: of the second, the rows end where the memory does."""
+    torch.manual_seed(0)
+    x, w, a, whole, i = operands("cpu", 2 * H)
+    notes, compiled = lowered_on(monkeypatch)
+    with torch.no_grad(), xpu_c.installed(*groups):
+        for shard in (whole[:, :H], whole[:, H:]):
+            check(linear(x, w), x, [a], [shard], i, [0], 1.0, compiled(x, w, a, shard, i))
+    assert notes[-1].startswith("lower: vllm-xpu-kernels is not used: B must be contiguous, or the leading rows of a")
+
+
+@SETS
+def test_a_stack_from_outside_that_is_contiguous_is_the_vendors(
+    groups: tuple[dict[str, str], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x, w, a, b, i = operands("cpu", H)
+    notes, compiled = lowered_on(monkeypatch)
+    with torch.no_grad(), xpu_c.installed(*groups):
+        check(linear(x, w), x, [a], [b], i, [0], 1.0, compiled(x, w, a, b, i))
+    assert notes[-1].endswith("of vllm-xpu-kernels")
+
+
+def test_a_wheel_that_fails_as_it_is_loaded_counts_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_name: str) -> None:
+        raise RuntimeError("level_zero: no device")
+
+    monkeypatch.setattr(vendor, "find_spec", lambda _name: object())
+    monkeypatch.setattr(vendor.importlib, "import_module", broken)
+    vendor._load.cache_clear()
+    assert vendor.family() == (
+        "",
+        "it has no lora_shrink; it has no lora_expand; it has no bgmv_shrink; it has no bgmv_expand_slice",
+    )
+    vendor._load.cache_clear()

@@ -166,6 +166,8 @@ def slot_products(inputs: Tensor, weights: Tensor, routing: Routing) -> Tensor:
         return result
     if kernel == "triton":
         return triton_launch.slot_products(inputs, weights, routing)
+    if kernel == "ipex":
+        raise KernelError("forced kernel", "one that computes gradients", "'ipex'", "Force none for a backward pass.")
     with _without_autocast(inputs.device.type):
         return _PRODUCTS[kernel](inputs.to(dtype), weights, routing)
 

@@ -67,12 +67,13 @@ def shrink(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, sca
     """As `entry.shrink`."""
     hidden = output.narrow(1, 0, weights.shape[1])
     rows, slots = _with_adapter(indices, len(weights))
+    found = inputs.new_empty(len(rows), weights.shape[1])
+    # Before anything is written: the output may be the inputs' own memory.
+    if len(rows):
+        torch.ops.torch_ipex.punica_bgmv_shrink(found, inputs[rows], weights, slots, scaling)
     if len(rows) < len(indices):
         hidden.zero_()
-    if len(rows):
-        found = inputs.new_empty(len(rows), weights.shape[1])
-        torch.ops.torch_ipex.punica_bgmv_shrink(found, inputs[rows], weights, slots, scaling)
-        hidden.index_copy_(0, rows, found)
+    hidden.index_copy_(0, rows, found)
 
 
 def expand(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, add: bool) -> None:
@@ -80,7 +81,8 @@ def expand(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, add
     rows, slots = _with_adapter(indices, len(weights))
     if len(rows) == 0:
         return
-    if len(rows) == len(indices) and output.is_contiguous():
+    is_apart = output.untyped_storage().data_ptr() != inputs.untyped_storage().data_ptr()
+    if len(rows) == len(indices) and output.is_contiguous() and is_apart:
         torch.ops.torch_ipex.punica_bgmv_expand(output, inputs.contiguous(), weights, slots, add)
         return
     values = output[rows]

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from xpu_lora_compile.errors import KernelError
 from xpu_lora_compile.torch_internals import has_fake, is_guarded, schema_of
 
 # What each op takes; `!` is what it writes to.
@@ -141,6 +142,8 @@ def add_lora(
             scratch = inputs.new_zeros((inputs.shape[0], stored), dtype=torch.float32)
             _expand(kind, scratch, hidden.narrow(0, start, end - start), [whole], slots, 0)
             outputs[at].narrow(1, offset, width).add_(scratch.narrow(1, 0, width))
+        elif not all(one.is_contiguous() for one in b[start:end]):
+            raise KernelError("vllm-xpu-kernels", "B contiguous, as its shapes said", "a view", "Report it.")
         else:
             _expand(kind, outputs[at], hidden.narrow(0, start, end - start), b[start:end], slots, offset)
         start = end
@@ -190,7 +193,7 @@ def _load() -> None:
     if find_spec("vllm_xpu_kernels") is not None:
         try:
             importlib.import_module("vllm_xpu_kernels._xpu_C")
-        except (ImportError, OSError):
+        except Exception:  # Whatever a driver that is missing or broken makes it raise.
             return
 
 

@@ -182,7 +182,7 @@ def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
     # A program to be saved may run where there are other kernels.
     here = is_compiling_for_this_process()
     op, routing, kinds = ADD_LORA, cast("Any", [indices]), []
-    kind = _vendor_kind(call, outputs, inputs, stacks_a, stacks_b, indices, slice_bases, offsets) if here else ""
+    kind = _vendor_kind(call, outputs, inputs, stacks_a, stacks_b, b, indices, slice_bases, offsets) if here else ""
     if kind:
         op, kinds = VENDOR_ADD_LORA, [kind]
         (routing,) = _shared(VALID_SLOTS, indices, a[0], call, nodes, kind == "lora")
@@ -211,6 +211,7 @@ def _vendor_kind(
     inputs: Node,
     stacks_a: list[Tensor],
     stacks_b: list[Tensor],
+    lora_b: list[Node],
     indices: Node,
     slice_outputs: list[int],
     offsets: list[Any],
@@ -222,6 +223,8 @@ def _vendor_kind(
     if kind:
         written = [value_of(outputs[at]) for at in slice_outputs]
         why = vendor.refusal(kind, written, value_of(inputs), stacks_a, stacks_b, value_of(indices))
+        if not why and not all(map(_is_stored, lora_b, stacks_b)):
+            why = "B must be contiguous, or the leading rows of a stack that is contiguous in the graph"
         if not all(isinstance(offset, int) for offset in offsets):
             why = "offsets must be known while compiling"
         elif outputs_with_shared_columns(stacks_b, slice_outputs, offsets):
@@ -229,6 +232,26 @@ def _vendor_kind(
     used = " and ".join(vendor.FAMILIES[kind]) if kind else ""
     note(call, f"lower: vllm-xpu-kernels is not used: {why}" if why else f"lower: {used} of vllm-xpu-kernels")
     return "" if why else kind
+
+
+def _is_stored(node: Node, stack: Tensor) -> bool:
+    """Whether the rows of B's slots lie in memory for certain: contiguous, or all inside a contiguous stack.
+
+    That stack has to be in the graph. Of a view that comes in from outside only its own sizes and strides are guarded:
+    another one with the same may lie where its memory ends.
+    """
+    if stack.is_contiguous():
+        return True
+    storage = storage_of(value_of(node))
+    whole = node
+    while above := [one for one in whole.all_input_nodes if storage in storages_of(one)]:
+        whole = above[0]
+        owner = value_of(whole)
+        start, end = stack.storage_offset(), stack.storage_offset() + stack.shape[0] * stack.stride(0)
+        inside = owner.storage_offset() <= start and end <= owner.storage_offset() + owner.numel()
+        if owner.is_contiguous() and inside:
+            return True
+    return False
 
 
 def _fits_native(stacks_b: list[Tensor], slice_bases: list[int], offsets: list[Any]) -> bool:
