@@ -112,7 +112,10 @@ forced_kernel = _FORCED.get
 
 @contextmanager
 def force_kernel(kernel: str) -> Iterator[None]:
-    """Have every call in the block run on one kernel; the environment variable XPU_LORA_KERNEL does it for a process.
+    """Have calls in the block run on one kernel; the environment variable XPU_LORA_KERNEL does it for a process.
+
+    Those that run eagerly, or that are compiled in the block. Code that was compiled before may keep its kernel, as
+    nothing guards this: compile in the block, or set the variable.
 
     Args:
         kernel: "native", "triton", "gather", "grouped", "dense" or "ipex".
