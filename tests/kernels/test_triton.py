@@ -246,8 +246,11 @@ class Operands:
         offsets, x = [self.offsets[s] for s in mine], edit(self.x.cpu().double())
         return reference.lora_linear(base, x, a, b, self.indices.cpu(), offsets, self.scaling)
 
-    def budget(self, product: int, base: Tensor | None, roundings: int) -> Budget:
-        """Of one output: of LoRA on a base, or where that is None, on the product, too; apart is a rounding more."""
+    def budget(self, product: int, base: Tensor | None, rounded: str) -> Budget:
+        """Of one output: of LoRA on a base, or where that is None, on the product, too.
+
+        Rounded is the sum alone (""), or before it the "base", or the "delta".
+        """
         x, weight, bias = self.x.cpu().double(), self.weights[product].cpu().double(), self.biases[product]
         columns = self.x.shape[1]
         n = columns + 2 + max(a.shape[1] for a in self.a) + len(self.a)
@@ -261,12 +264,13 @@ class Operands:
         exact, magnitude = self._exact(product, base, lambda one: one), self._exact(product, magnitude, torch.abs)
         accumulated, dtype = _gamma(n, F32) * magnitude, self.weights[product].dtype
         allowed = accumulated + _half_ulp(exact.abs() + accumulated, dtype)
-        return Budget(exact, allowed + (roundings - 1) * _half_ulp(base.abs() + accumulated, dtype))
+        first = {"": torch.zeros_like(base), "base": base, "delta": exact - base}[rounded]
+        return Budget(exact, allowed + (_half_ulp(first.abs() + accumulated, dtype) if rounded else 0))
 
 
-def check(results: Sequence[Tensor], operands: Operands, bases: Sequence[Tensor] | None, roundings: int = 1) -> None:
+def check(results: Sequence[Tensor], operands: Operands, bases: Sequence[Tensor] | None, rounded: str = "") -> None:
     for p, result in enumerate(results):
-        budget = operands.budget(p, None if bases is None else bases[p], roundings)
+        budget = operands.budget(p, None if bases is None else bases[p], rounded)
         budget.check(result, torch.ones(result.shape, dtype=torch.bool))
 
 
@@ -302,7 +306,37 @@ def test_linear_lora_is_a_linear_with_lora(layer: Layer, fused: list[bool]) -> N
     operands = Operands.of(layer)
     results = operands.linear_lora()
     assert fused == [layer in TOGETHER]
-    check(results, operands, None, 1 if layer in TOGETHER else 2)
+    check(results, operands, None, "" if layer in TOGETHER else "base")
+
+
+# LoRA first: all columns are written before the product is added to them.
+FIRST = (
+    Layer(T=40),
+    Layer(T=20, dtype=F16, **QKV),
+    Layer(T=40, widths=(70, 33), slices=((0, 30, 40, 3), (1, 0, 33, 5), (0, 0, 30, 3)), biases=(False, False)),
+    Layer(T=40, slices=((0, 0, 70, 3),), ranks=(1, 0, 3, 2)),
+    Layer(T=1, dtype=F32),
+)
+NOT_FIRST = (
+    Layer(T=40, biases=(True,)),
+    Layer(T=40, **PACKED),
+    Layer(T=40, slices=((0, 0, 70, 17),)),
+    Layer(T=0),
+)
+
+
+@pytest.mark.parametrize("layer", [*FIRST, *NOT_FIRST], ids=str)
+def test_a_product_is_added_to_lora_of_all_columns(
+    layer: Layer, fused: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(SIZES._replace(linear_rows=0, linear_rows_if_small=0, delta_first_rows=1), monkeypatch)
+    operands = Operands.of(layer)
+    added: list[bool] = []
+    real = triton_launch.expand_all
+    monkeypatch.setattr(triton_launch, "expand_all", lambda *a, **k: (added.append(k.get("add", True)), real(*a, **k)))
+    results = operands.linear_lora()
+    assert added == ([] if layer.T == 0 else [layer not in FIRST])
+    check(results, operands, None, "delta" if layer in FIRST else "base")
 
 
 RANKED = (
@@ -322,7 +356,7 @@ def test_nothing_beyond_the_rank_of_a_slot_is_read_beside_a_product(layer: Layer
     results = operands.linear_lora()
     # A rank above 64 is not for the one kernel.
     assert fused == [layer.T <= 16 and max(layer.ranks or ()) <= 64]
-    check(results, operands, None, 1 if fused[0] else 2)
+    check(results, operands, None, "" if fused[0] else "base")
 
 
 @ranked
@@ -435,7 +469,7 @@ def test_operands_that_are_not_stored_alike_are_read_rightly(
 ) -> None:
     operands = Operands.of(Layer(T=rows, **QKV))
     edit(operands)
-    check(operands.linear_lora(), operands, None, 2)
+    check(operands.linear_lora(), operands, None, "base")
     assert fused == [False]
     bases = operands.bases()
     check(operands.add_lora([base.clone() for base in bases]), operands, bases)
@@ -450,7 +484,7 @@ TUNED = {
     "biases": (False, False),
 }
 SETTINGS: dict[str, list[Any]] = {
-    "pieces_each": [1, 2],
+    "shrink_programs": [1, 1 << 30],
     "shrink_slices": [1, 2, 3],
     "shrink_columns": [64, 128, 256],
     "expand_columns": [32, 64, 128],
@@ -466,8 +500,8 @@ def _settings() -> Iterator[Sizes]:
         yield SIZES._replace(**{name: values[at % len(values)] for name, values in SETTINGS.items()})
     if DEVICE.type != "cpu":
         yield from (SIZES._replace(**{name: value}) for name, values in SETTINGS.items() for value in values)
-        for pieces, slices in itertools.product(SETTINGS["pieces_each"], SETTINGS["shrink_slices"]):
-            yield SIZES._replace(pieces_each=pieces, shrink_slices=slices)
+        for programs, slices in itertools.product(SETTINGS["shrink_programs"], SETTINGS["shrink_slices"]):
+            yield SIZES._replace(shrink_programs=programs, shrink_slices=slices)
 
 
 @pytest.mark.parametrize("rank", [16, 40])
@@ -484,7 +518,7 @@ def test_no_size_of_a_tile_changes_a_bit(
     for sizes in _settings():
         use(sizes, monkeypatch)
         results = operands.linear_lora() + operands.add_lora([base.clone() for base in bases])
-        check(results[:2], operands, None, 2)
+        check(results[:2], operands, None, "base")
         check(results[2:], operands, bases)
         first = first or results
         if DEVICE.type != "cpu":

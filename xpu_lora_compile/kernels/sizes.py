@@ -1,6 +1,6 @@
 """How large the tiles of the Triton kernels are, by T; none of it changes a bit of the results.
 
-Found on an H200 (torch 2.11, Triton 3.6, bfloat16, D = 4096, K = 8 and 32, R = 16) with `xpu-lora bench gpu`, settings
+Found on an H200 and an H100 (torch 2.11, Triton 3.6, bfloat16, D = 4096) at points of `xpu-lora bench gpu`, settings
 against each other in one run.
 """
 
@@ -17,16 +17,18 @@ class Sizes(NamedTuple):
     # With two warps a program instead of four, the shrink of 32 and 128 rows takes 0.8 of the time.
     shrink_warps: int = 2
     shrink_stages: int = 4
-    # How many slices one program takes, 1 to 3: together they read the rows once.
+    # How many slices of ranks up to 16 one program takes, 1 to 3: together they read the rows once.
     shrink_slices: int = 1
-    # How many pieces of D one program takes: 1, or 2, which the expand then reads as one.
-    pieces_each: int = 1
+    # From how many programs on each takes two pieces of D, which the expand then reads as one: it reads half as much.
+    shrink_programs: int = 256
     # Columns of a block, and how many blocks one program takes.
-    expand_columns: int = 128
+    expand_columns: int = 256
     expand_blocks: int = 1
     expand_warps: int = 4
-    # At most so many registers a thread, on CUDA; 0 is as many as the compiler likes.
-    expand_registers: int = 0
+    # From how many rows on, and up to which rank, LoRA comes first, and the base product is added to it: LoRA that is
+    # only written, and read by a product that has time for it, takes less time than what is read, added to and written.
+    delta_first_rows: int = 512
+    delta_first_rank: int = 16
     # Up to how many rows, columns of all base products, and ranks LoRA is in the epilogue of the product. Beyond, the
     # product's own kernel, with the shrink beside it, is as fast or faster.
     linear_rows: int = 8
@@ -45,19 +47,21 @@ class Sizes(NamedTuple):
 
 def sizes_for(rows: int, rank: int, width: int) -> Sizes:
     """The sizes for T rows, the highest R, and W of all slices together; those of the shrink do not depend on W."""
+    is_low, is_wide = rank <= 16, width > 8192
     if rows <= 64:
         # A program takes 16 rows of a linear, and these columns: narrow ones while there are too few programs.
-        is_wide = width * -(-rows // 16) > 4096
-        return Sizes(expand_columns=256 if width > 8192 else 128, linear_columns=32 if is_wide else 16)
+        sizes = Sizes(linear_columns=32 if width * -(-rows // 16) > 4096 else 16)
+        if is_wide and not is_low:
+            return sizes._replace(expand_columns=128, expand_blocks=4 if rows <= 16 else 8)
+        return sizes._replace(expand_columns=256 if width > 4096 or not is_low else 128)
     if rows < 512:
-        return Sizes(expand_columns=64, expand_blocks=4, expand_warps=2)
-    return Sizes(
-        shrink_columns=64,
-        shrink_warps=4,
-        shrink_slices=3,
-        pieces_each=2 if rows >= 2048 else 1,
-        expand_blocks=8 if rows * width >= 1 << 24 else 2,
-        expand_warps=8,
-        # More programs at a time, until the ranks need the registers.
-        expand_registers=64 if rank <= 16 else 0,
-    )
+        if is_low:
+            return Sizes()
+        return Sizes(expand_columns=128, expand_blocks=8) if is_wide else Sizes(expand_blocks=2, expand_warps=8)
+    is_small = rows * width <= 1 << 22
+    if not is_low:
+        return Sizes(shrink_columns=64, shrink_warps=4, expand_columns=128, expand_blocks=4 if is_small else 8)
+    sizes = Sizes(shrink_warps=4, shrink_stages=5, shrink_slices=3, expand_warps=8)
+    if is_small:
+        return sizes._replace(expand_blocks=2)
+    return sizes._replace(expand_columns=128, expand_blocks=4 if rows * width <= 1 << 24 else 8)

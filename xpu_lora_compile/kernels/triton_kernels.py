@@ -287,10 +287,12 @@ def expand_kernel(
     outputs, out_row, out_column, hidden, h_row, h_column, count, b, b_slot, b_width, b_rank,
     tiles, tile_count, block_count, ranks, rank, width, scaling,
     HAS_RANKS: tl.constexpr, SUMS: tl.constexpr, PAIRS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, PDL: tl.constexpr, PER: tl.constexpr,
+    FILL: tl.constexpr, ONE_BLOCK: tl.constexpr, PDL: tl.constexpr, PER: tl.constexpr,
     TILE: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Program (PER blocks of columns of one slice, BM rows of a tile of TILE): through one slot's B.
+
+    With ADD the products are added to what is there; with FILL rows without an adapter become zero.
 
     Args:
         outputs: for each slice, the columns that it adds to, `[T, W]`, with their strides.
@@ -303,7 +305,7 @@ def expand_kernel(
     part = tl.program_id(0) // block_count
     slot = tl.load(tiles + part // parts)
     rows = tl.load(tiles + tile_count + part * BM + tl.arange(0, BM))
-    if slot < 0:
+    if slot < (-1 if FILL else 0):
         return
     # Which slice, and where in it.
     block = tl.program_id(0) % block_count
@@ -314,10 +316,12 @@ def expand_kernel(
         passed += tl.cdiv(width[one], BN * PER)
         s = tl.where(block >= passed, one + 1, s)
         first = tl.where(block >= passed, block - passed, first)
-    used = _rank_of(ranks, slot, _pick(rank, s), HAS_RANKS)
+    # A row without an adapter reads no weights.
+    known = tl.maximum(slot, 0)
+    used = tl.where(slot < 0, 0, _rank_of(ranks, known, _pick(rank, s), HAS_RANKS))
     limit = _pick(width, s)
     row_of_b = _pick(b_rank, s)
-    mine = _pick(b, s) + slot.to(tl.int64) * _pick(b_slot, s)
+    mine = _pick(b, s) + known.to(tl.int64) * _pick(b_slot, s)
     r = tl.arange(0, BR)
     n = first * (BN * PER) + tl.arange(0, BN)
     is_row = rows >= 0
@@ -378,7 +382,8 @@ def linear_kernel(
     outputs, x, x_row, weights, w_row, biases, features, count, widths,
     hidden, h_row, indices, index_stride, slots, ranks, scaling,
     b, b_slot, b_width, b_rank, rank, start, width, product,
-    HAS_BIAS: tl.constexpr, HAS_RANKS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, SUMS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RANKS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    SUMS: tl.constexpr, PAIRS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (block of columns of all base products, block of rows): a base product, and LoRA in its epilogue.
@@ -388,7 +393,7 @@ def linear_kernel(
 
     Args:
         outputs: contiguous, of each base product, like weights, biases and widths.
-        hidden: fp32 `[SUMS, slices, T, R]`, unscaled.
+        hidden: fp32 `[SUMS, slices, T, R]`, unscaled; pieces, or with PAIRS pairs of them.
         b, start, width, product: of each slice; start and width are columns of the product that it adds to.
     """
     slices: tl.constexpr = len(b)
@@ -450,7 +455,7 @@ def linear_kernel(
     h_slice = count.to(tl.int64) * h_row
     mask = every[None, :] < used[:, None]
     source = hidden + s * h_slice
-    hiddens = _hidden_tile(source, slices * h_slice, h_row, 1, at, every, mask, scaling, SUMS, False, True)
+    hiddens = _hidden_tile(source, slices * h_slice, h_row, 1, at, every, mask, scaling, SUMS, PAIRS, True)
     added = tl.zeros([BM, BN], tl.float32)
     # In order of the rank, 0 to R.
     for r in tl.static_range(16):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,15 @@ from torch.nn.functional import linear
 
 from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.kernels.sizes import Sizes, sizes_for
+
+
+class Hidden(NamedTuple):
+    """The rank vectors of all slices, unscaled; unset are rows without an adapter, and what is beyond a slot's rank."""
+
+    # fp32, `[sums, slices * T, R]`, to be summed.
+    sums: Tensor
+    # Whether each is of two pieces of D.
+    is_paired: bool
 
 
 @cache
@@ -63,12 +72,12 @@ def table_length(rows: Any, slots: Any) -> Any:
 
 def shrink(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, scaling: float) -> None:
     """As `entry.shrink`."""
-    _shrink(output[None], inputs, [weights], routing, scaling=scaling)
+    _shrink(Hidden(output[None], False), inputs, [weights], routing, scaling=scaling)
 
 
 def expand(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, add: bool) -> None:
     """As `entry.expand`."""
-    _expand([output], inputs[None], [weights], routing, None, add=add, pdl=False)
+    _expand([output], Hidden(inputs[None], False), [weights], routing, None, add=add, pdl=False)
 
 
 def slot_products(inputs: Tensor, weights: Tensor, routing: Routing) -> Tensor:
@@ -109,7 +118,7 @@ def linear_lora(
     slice_offsets: Sequence[int],
     scaling: float,
 ) -> list[Tensor]:
-    """As `entry.linear_lora`: few rows in one kernel with the base product; more with the shrink beside it."""
+    """As `entry.linear_lora`: few rows in one kernel, more with the shrink beside the product, many with LoRA first."""
     rows = len(inputs)
     sizes = _sizes(rows, lora_b)
     if _fits_linears(inputs, weights, biases, lora_a, lora_b, slice_offsets, sizes):
@@ -119,9 +128,16 @@ def linear_lora(
         outputs = [linear(inputs, *product) for product in products]
         add_lora(outputs, inputs, lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling)
         return outputs
+    if _comes_first(rows, weights, biases, lora_b, sizes):
+        outputs = [inputs.new_empty(rows, len(weight)) for weight in weights]
+        columns = _columns(outputs, lora_b, slice_outputs, slice_offsets)
+        expand_all(columns, shrink_all(inputs, lora_a, routing), lora_b, routing, scaling, add=False)
+        for output, weight in zip(outputs, weights, strict=True):
+            torch.addmm(output, inputs, weight.t(), out=output)
+        return outputs
     # Made before the streams part.
     routing.tiles  # noqa: B018
-    hidden = _empty_hidden(inputs, lora_a)
+    hidden = _empty_hidden(inputs, lora_a, routing)
     # In a captured graph a second stream costs no time of the host's.
     aside = _side_stream(inputs.device) if _is_captured(inputs.device) else None
     if aside is not None:
@@ -137,34 +153,34 @@ def linear_lora(
     return outputs
 
 
-def shrink_all(inputs: Tensor, lora_a: Sequence[Tensor], routing: Routing) -> Tensor:
-    """`A[i] @ inputs[t]` of every slice, unscaled, fp32: `[pieces, slices * T, R]`, to be summed over the pieces.
-
-    Rows without an adapter, and what is beyond the rank of a slot, are not written.
+def shrink_all(inputs: Tensor, lora_a: Sequence[Tensor], routing: Routing) -> Hidden:
+    """`A[i] @ inputs[t]` of every slice.
 
     Args:
         inputs: `[T, D]`.
         lora_a: of each slice, `[K, R, D]`, all alike.
         routing: of the T rows among K slots.
     """
-    hidden = _empty_hidden(inputs, lora_a)
+    hidden = _empty_hidden(inputs, lora_a, routing)
     _shrink(hidden, inputs, lora_a, routing, pdl=_has_pdl(inputs.device))
     return hidden
 
 
 def expand_all(
     columns: Sequence[Tensor],
-    hidden: Tensor,
+    hidden: Hidden,
     lora_b: Sequence[Tensor],
     routing: Routing,
     scaling: float,
     follows: bool = True,
+    add: bool = True,
 ) -> None:
     """Add `B[i] @ (scaling * hidden[t])` to each slice's columns, `[T, W]`; `hidden` is what `shrink_all` has made.
 
-    With `follows` the shrink is the kernel before this one on its stream, and need not have ended.
+    With `follows` the shrink is the kernel before this one on its stream, and need not have ended. Without `add` the
+    columns are written: zero in rows without an adapter.
     """
-    _expand(columns, hidden, lora_b, routing, scaling, add=True, pdl=follows and _has_pdl(hidden.device))
+    _expand(columns, hidden, lora_b, routing, scaling, add, pdl=follows and _has_pdl(hidden.sums.device))
 
 
 def piece_of(features: int) -> int:
@@ -178,14 +194,14 @@ def piece_count(features: int) -> int:
 
 
 def _shrink(
-    hidden: Tensor,
+    hidden: Hidden,
     inputs: Tensor,
     lora_a: Sequence[Tensor],
     routing: Routing,
     scaling: float | None = None,
     pdl: bool = False,
 ) -> None:
-    """Into `hidden`, `[pieces or 1, slices * T, R]`; with a scaling it is the output of the public op."""
+    """Into `hidden`; with a scaling that is the output of the public op."""
     rows, features = inputs.shape
     if rows == 0:
         return
@@ -195,14 +211,14 @@ def _shrink(
     group = 1 if scaling is not None or block > 16 else sizes.shrink_slices
     pieces, piece = piece_count(features), piece_of(features)
     blocks = -(-max(ranks) // block)
-    programs = hidden.shape[0]
+    programs = len(hidden.sums)
     height, count = tile_rows(rows, routing.slots), tile_count(rows, routing.slots)
     columns = sizes.shrink_columns
     while piece % columns:
         columns //= 2
     _kernels().shrink_kernel[(count, programs, -(-len(lora_a) // group) * blocks)](
-        hidden,
-        *hidden.stride()[1:],
+        hidden.sums,
+        *hidden.sums.stride()[1:],
         inputs,
         *inputs.stride(),
         rows,
@@ -235,7 +251,7 @@ def _shrink(
 
 def _expand(
     columns: Sequence[Tensor],
-    hidden: Tensor,
+    hidden: Hidden,
     lora_b: Sequence[Tensor],
     routing: Routing,
     scaling: float | None,
@@ -251,6 +267,7 @@ def _expand(
     block = _rank_block(max(ranks), lora_b[0].dtype)
     height, count = tile_rows(rows, routing.slots), tile_count(rows, routing.slots)
     width = sizes.expand_columns
+    # With more Hopper has other products of tiles, which sum in another order.
     part = min(height, 32)
     each = sizes.expand_blocks
     blocks = sum(-(-one // (width * each)) for one in widths)
@@ -258,8 +275,8 @@ def _expand(
         tuple(columns),
         tuple(one.stride(0) for one in columns),
         columns[0].stride(1),
-        hidden,
-        *hidden.stride()[1:],
+        hidden.sums,
+        *hidden.sums.stride()[1:],
         rows,
         *_with_strides(lora_b, common=1),
         routing.tiles,
@@ -270,10 +287,12 @@ def _expand(
         tuple(widths),
         1.0 if scaling is None else scaling,
         routing.ranks is not None,
-        hidden.shape[0],
-        scaling is not None and sizes.pieces_each > 1,
+        len(hidden.sums),
+        hidden.is_paired,
         scaling is not None,
         add,
+        # The public op leaves rows without an adapter as they are.
+        scaling is not None and not add,
         max(ranks) <= block,
         pdl,
         each,
@@ -282,7 +301,7 @@ def _expand(
         block,
         width,
         num_warps=sizes.expand_warps,
-        **_launch(pdl, sizes.expand_registers if hidden.device.type == "cuda" else 0),
+        **_launch(pdl),
     )
 
 
@@ -311,6 +330,19 @@ def _fits_linears(
         and all(offset % sizes.linear_columns == 0 for offset in slice_offsets)
         and _are_alike(lora_a, 2)
         and _are_alike(lora_b, 1)
+    )
+
+
+def _comes_first(
+    rows: int, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_b: Sequence[Tensor], sizes: Sizes
+) -> bool:
+    """Whether LoRA of all columns can be written, and the base products be added to it, and that is faster."""
+    return (
+        rows >= sizes.delta_first_rows
+        and max(b.shape[2] for b in lora_b) <= sizes.delta_first_rank
+        and sum(b.shape[1] for b in lora_b) == sum(map(len, weights))
+        # A product adds what is there or a bias.
+        and all(one is None for one in biases)
     )
 
 
@@ -345,8 +377,8 @@ def _linears(
         features,
         rows,
         tuple(len(weight) for weight in weights),
-        hidden,
-        hidden.stride(1),
+        hidden.sums,
+        hidden.sums.stride(1),
         routing.indices,
         routing.indices.stride(0),
         routing.slots,
@@ -361,11 +393,12 @@ def _linears(
         routing.ranks is not None,
         features % columns == 0,
         pdl,
-        hidden.shape[0],
+        len(hidden.sums),
+        hidden.is_paired,
         16,
         width,
         columns,
-        max(16, 1 << (hidden.shape[2] - 1).bit_length()),
+        max(16, 1 << (hidden.sums.shape[2] - 1).bit_length()),
         sizes.linear_stages,
         num_warps=sizes.linear_warps,
         **_launch(pdl),
@@ -387,12 +420,16 @@ def _sizes(rows: int, lora_b: Sequence[Tensor]) -> Sizes:
     return sizes_for(rows, max(b.shape[2] for b in lora_b), sum(b.shape[1] for b in lora_b))
 
 
-def _empty_hidden(inputs: Tensor, lora_a: Sequence[Tensor]) -> Tensor:
-    each = sizes_for(len(inputs), max(a.shape[1] for a in lora_a), 0).pieces_each
-    pieces = -(-piece_count(inputs.shape[1]) // each)
+def _empty_hidden(inputs: Tensor, lora_a: Sequence[Tensor], routing: Routing) -> Hidden:
+    rows, features = inputs.shape
+    highest = max(a.shape[1] for a in lora_a)
+    sizes = sizes_for(rows, highest, 0)
+    pieces = piece_count(features)
+    programs = tile_count(rows, routing.slots) * pieces * -(-len(lora_a) // sizes.shrink_slices)
+    is_paired = programs >= sizes.shrink_programs
     # The rank rounded up, so that each row starts where it is read fastest.
-    shape = (pieces, len(lora_a) * len(inputs), -(-max(a.shape[1] for a in lora_a) // 16) * 16)
-    return torch.empty(shape, dtype=torch.float32, device=inputs.device)
+    shape = (-(-pieces // 2) if is_paired else pieces, len(lora_a) * rows, -(-highest // 16) * 16)
+    return Hidden(torch.empty(shape, dtype=torch.float32, device=inputs.device), is_paired)
 
 
 def _are_alike(operands: Sequence[Tensor], dim: int) -> bool:
@@ -432,8 +469,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _launch(pdl: bool, registers: int = 0) -> dict[str, Any]:
-    return ({"launch_pdl": True} if pdl else {}) | ({"maxnreg": registers} if registers else {})
+def _launch(pdl: bool) -> dict[str, Any]:
+    return {"launch_pdl": True} if pdl else {}
 
 
 @cache
