@@ -112,7 +112,7 @@ def test_every_row_is_in_one_tile_of_its_slot(rows: int, slots: int) -> None:
 
 def test_every_height_of_tiles_is_seen() -> None:
     sizes = [(rows, slots) for rows in (1, 65, 300) for slots in (1, 3, 10, 64)]
-    assert {triton_launch.tile_rows(*one) for one in sizes} == {16, 32, 64}
+    assert {triton_launch.tile_rows(*one) for one in sizes} == {16, 32}
 
 
 @pytest.mark.parametrize("index", [-1, 0, 6, 7, 2**31 - 1, -(2**31)])
@@ -320,7 +320,6 @@ FIRST = (
 NOT_FIRST = (
     Layer(T=40, biases=(True,)),
     Layer(T=40, **PACKED),
-    Layer(T=40, slices=((0, 0, 70, 17),)),
     Layer(T=0),
 )
 
@@ -329,7 +328,7 @@ NOT_FIRST = (
 def test_a_product_is_added_to_lora_of_all_columns(
     layer: Layer, fused: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(SIZES._replace(linear_rows=0, linear_rows_if_small=0, delta_first_rows=1), monkeypatch)
+    use(SIZES._replace(linear_rows=0, linear_rows_if_small=0, delta_first=True), monkeypatch)
     operands = Operands.of(layer)
     added: list[bool] = []
     real = triton_launch.expand_all

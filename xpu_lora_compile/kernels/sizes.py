@@ -25,10 +25,9 @@ class Sizes(NamedTuple):
     expand_columns: int = 256
     expand_blocks: int = 1
     expand_warps: int = 4
-    # From how many rows on, and up to which rank, LoRA comes first, and the base product is added to it: LoRA that is
-    # only written, and read by a product that has time for it, takes less time than what is read, added to and written.
-    delta_first_rows: int = 512
-    delta_first_rank: int = 16
+    # Whether LoRA comes first, and the base product is added to it: what is only written, and read by a product that
+    # has time for it, takes less time than what is read, added to and written.
+    delta_first: bool = False
     # Up to how many rows, columns of all base products, and ranks LoRA is in the epilogue of the product. Beyond, the
     # product's own kernel, with the shrink beside it, is as fast or faster.
     linear_rows: int = 8
@@ -60,8 +59,11 @@ def sizes_for(rows: int, rank: int, width: int) -> Sizes:
         return Sizes(expand_columns=128, expand_blocks=8) if is_wide else Sizes(expand_blocks=2, expand_warps=8)
     is_small = rows * width <= 1 << 22
     if not is_low:
-        return Sizes(shrink_columns=64, shrink_warps=4, expand_columns=128, expand_blocks=4 if is_small else 8)
-    sizes = Sizes(shrink_warps=4, shrink_stages=5, shrink_slices=3, expand_warps=8)
+        sizes = Sizes(shrink_columns=64, shrink_warps=4, expand_columns=128, delta_first=rows >= 2048)
+        return sizes._replace(expand_blocks=4 if is_small else 8)
+    slices = 3 if rows >= 2048 else 1
+    sizes = Sizes(shrink_warps=4, shrink_stages=5, shrink_slices=slices, expand_warps=8)
     if is_small:
         return sizes._replace(expand_blocks=2)
-    return sizes._replace(expand_columns=128, expand_blocks=4 if rows * width <= 1 << 24 else 8)
+    blocks = 4 if rows * width <= 1 << 24 else 8
+    return sizes._replace(expand_columns=128, expand_blocks=blocks, delta_first=True)

@@ -288,9 +288,9 @@ def expand_kernel(
     tiles, tile_count, block_count, ranks, rank, width, scaling,
     HAS_RANKS: tl.constexpr, SUMS: tl.constexpr, PAIRS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr,
     FILL: tl.constexpr, ONE_BLOCK: tl.constexpr, PDL: tl.constexpr, PER: tl.constexpr,
-    TILE: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Program (PER blocks of columns of one slice, BM rows of a tile of TILE): through one slot's B.
+    """Program (PER blocks of columns of one slice, a tile): its rows through one slot's B.
 
     With ADD the products are added to what is there; with FILL rows without an adapter become zero.
 
@@ -299,12 +299,11 @@ def expand_kernel(
         hidden: `[SUMS, slices, T, R]`, of which the pieces, or with PAIRS the pairs of pieces, are summed here.
         b: one stack a slice, with its strides, its rank and its width beside it.
     """
-    parts: tl.constexpr = TILE // BM
     slices: tl.constexpr = len(b)
     # Neighbours work on the same rows; all along one axis, since the others of CUDA's grids end at 65535.
-    part = tl.program_id(0) // block_count
-    slot = tl.load(tiles + part // parts)
-    rows = tl.load(tiles + tile_count + part * BM + tl.arange(0, BM))
+    tile = tl.program_id(0) // block_count
+    slot = tl.load(tiles + tile)
+    rows = tl.load(tiles + tile_count + tile * BM + tl.arange(0, BM))
     if slot < (-1 if FILL else 0):
         return
     # Which slice, and where in it.

@@ -37,9 +37,11 @@ def problem(device: str) -> str:
 
 
 def tile_rows(rows: int, slots: int) -> int:
-    """How many rows share a tile: few where groups are small, so that little is computed for no row."""
-    of_each = rows // slots
-    return 16 if rows <= 64 or of_each <= 16 else 32 if of_each <= 32 else 64
+    """How many rows share a tile: few where groups are small, so that little is computed for no row.
+
+    With more than 32 Hopper has other products of tiles, which sum in another order (and 64 were slower).
+    """
+    return 16 if rows <= 64 or rows // slots <= 16 else 32
 
 
 def tile_count(rows: int, slots: int) -> int:
@@ -67,7 +69,7 @@ def route(indices: Tensor, slots: int) -> Tensor:
 
 def table_length(rows: Any, slots: Any) -> Any:
     """Enough for every height of tiles: `count * (1 + height)`."""
-    return 2 * rows + 65 * (slots + 1)
+    return 2 * rows + 33 * (slots + 1)
 
 
 def shrink(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, scaling: float) -> None:
@@ -128,7 +130,9 @@ def linear_lora(
         outputs = [linear(inputs, *product) for product in products]
         add_lora(outputs, inputs, lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling)
         return outputs
-    if _comes_first(rows, weights, biases, lora_b, sizes):
+    covers = sum(b.shape[1] for b in lora_b) == sum(map(len, weights))
+    # A product adds either what is there or a bias.
+    if sizes.delta_first and covers and all(bias is None for bias in biases):
         outputs = [inputs.new_empty(rows, len(weight)) for weight in weights]
         columns = _columns(outputs, lora_b, slice_outputs, slice_offsets)
         expand_all(columns, shrink_all(inputs, lora_a, routing), lora_b, routing, scaling, add=False)
@@ -267,11 +271,9 @@ def _expand(
     block = _rank_block(max(ranks), lora_b[0].dtype)
     height, count = tile_rows(rows, routing.slots), tile_count(rows, routing.slots)
     width = sizes.expand_columns
-    # With more Hopper has other products of tiles, which sum in another order.
-    part = min(height, 32)
     each = sizes.expand_blocks
     blocks = sum(-(-one // (width * each)) for one in widths)
-    _kernels().expand_kernel[(blocks * count * (height // part),)](
+    _kernels().expand_kernel[(blocks * count,)](
         tuple(columns),
         tuple(one.stride(0) for one in columns),
         columns[0].stride(1),
@@ -297,7 +299,6 @@ def _expand(
         pdl,
         each,
         height,
-        part,
         block,
         width,
         num_warps=sizes.expand_warps,
@@ -330,19 +331,6 @@ def _fits_linears(
         and all(offset % sizes.linear_columns == 0 for offset in slice_offsets)
         and _are_alike(lora_a, 2)
         and _are_alike(lora_b, 1)
-    )
-
-
-def _comes_first(
-    rows: int, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lora_b: Sequence[Tensor], sizes: Sizes
-) -> bool:
-    """Whether LoRA of all columns can be written, and the base products be added to it, and that is faster."""
-    return (
-        rows >= sizes.delta_first_rows
-        and max(b.shape[2] for b in lora_b) <= sizes.delta_first_rank
-        and sum(b.shape[1] for b in lora_b) == sum(map(len, weights))
-        # A product adds what is there or a bias.
-        and all(one is None for one in biases)
     )
 
 
