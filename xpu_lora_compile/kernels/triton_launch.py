@@ -218,7 +218,8 @@ def _shrink(
     programs = len(hidden.sums)
     height, count = tile_rows(rows, routing.slots), tile_count(rows, routing.slots)
     columns = sizes.shrink_columns
-    while piece % columns:
+    # A step of a whole piece would be summed with the next by Triton (3.6), which joins a product and a sum.
+    while piece % columns or columns == piece:
         columns //= 2
     _kernels().shrink_kernel[(count, programs, -(-len(lora_a) // group) * blocks)](
         hidden.sums,
