@@ -127,7 +127,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"outputs": [meta(T, 2 * H)[:, :H]]}, "inputs, outputs and indices must be contiguous"),
     ({"indices": torch.empty(2 * T, dtype=torch.int64)[::2]}, "inputs, outputs and indices must be contiguous"),
     ({"lora_a": [meta(K, D, R).mT]}, "A must be contiguous, [K, R, D]"),
-    ({"lora_b": [meta(K, R, W).mT]}, "B must be contiguous, [K, W, R] (attach to the model on its device"),
+    ({"lora_b": [meta(K, R, W).mT]}, "B must be contiguous, [K, W, R], or the leading rows of such"),
     ({"lora_a": [meta(K, R, D), meta(K, R + 1, D)]}, "the slices of a call must have the same rank"),
     ({"inputs": meta(MOST // 64, 64)}, "tensors must have less than 2**31 elements"),
     ({"outputs": [meta(1, MOST)]}, "tensors must have less than 2**31 elements"),
@@ -151,15 +151,16 @@ def test_one_element_less_is_not_too_many() -> None:
 
 def test_rows_stored_are_those_of_the_stack_that_is_looked_into() -> None:
     stack = torch.empty(K, 9, R)
-    assert vendor.rows_stored(stack[:, :W]) == 9
-    assert vendor.rows_stored(torch.empty(K, 1, 9, R).flatten(0, 1)[:, :W]) == 9
+    for leading in (stack[:, :W], torch.empty(K, 1, 9, R).flatten(0, 1)[:, :W]):
+        assert vendor.leads_a_stack(leading)
+        assert vendor.rows_stored(leading) == 9
     # Contiguous as it is: of all rows, or of one slot alone.
     assert vendor.rows_stored(stack) == vendor.rows_stored(stack[:1, :W]) == 0
     # Not the leading rows, other strides, or memory that ends too soon.
-    assert vendor.rows_stored(stack[:, 2 : 2 + W]) == 0
-    assert vendor.rows_stored(torch.empty(K, R, 9).mT[:, :W]) == 0
-    assert vendor.rows_stored(torch.empty(K, 9, R + 1)[:, :W, :R]) == 0
-    assert vendor.rows_stored(torch.empty(K, 18, R)[:, ::2]) == 0
+    assert not vendor.leads_a_stack(stack[:, 2 : 2 + W])
+    assert not vendor.leads_a_stack(torch.empty(K, R, 9).mT[:, :W])
+    assert not vendor.leads_a_stack(torch.empty(K, 9, R + 1)[:, :W, :R])
+    assert not vendor.leads_a_stack(torch.empty(K, 18, R)[:, ::2])
 
 
 # The double. Each op with a call that keeps all rules, and each rule broken alone.

@@ -39,7 +39,7 @@ from xpu_lora_compile.passes.editing import (
     value_of,
 )
 from xpu_lora_compile.passes.memory import input_storages, knows_its_views, overlap, storage_of, storages_of, written_by
-from xpu_lora_compile.torch_internals import is_compiling_for_this_process, is_guarded
+from xpu_lora_compile.torch_internals import is_compiling_for_this_process, is_guarded, is_known
 
 
 def lower(graph: Graph) -> None:
@@ -249,8 +249,8 @@ def _is_stored(node: Node, stack: Tensor) -> bool:
         whole = above[0]
         owner = value_of(whole)
         start, end = stack.storage_offset(), stack.storage_offset() + stack.shape[0] * stack.stride(0)
-        inside = owner.storage_offset() <= start and end <= owner.storage_offset() + owner.numel()
-        if owner.is_contiguous() and inside:
+        inside = owner.storage_offset() <= start, end <= owner.storage_offset() + owner.numel()
+        if owner.is_contiguous() and all(map(is_known, inside)):
             return True
     return False
 
