@@ -129,11 +129,21 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"lora_a": [meta(K, D, R).mT]}, "A must be contiguous, [K, R, D]"),
     ({"lora_b": [meta(K, R, W).mT]}, "B must be contiguous, [K, W, R], or the leading rows of such"),
     ({"lora_a": [meta(K, R, D), meta(K, R + 1, D)]}, "the slices of a call must have the same rank"),
+    ({"inputs": meta(0, D)}, "no operand may be empty"),
+    ({"inputs": meta(T, 0), "lora_a": [meta(K, R, 0)]}, "no operand may be empty"),
+    ({"lora_a": [meta(K, 0, D)], "lora_b": [meta(K, W, 0)]}, "no operand may be empty"),
+    ({"lora_b": [meta(K, 0, R)]}, "no operand may be empty"),
     ({"inputs": meta(MOST // 64, 64)}, "tensors must have less than 2**31 elements"),
     ({"outputs": [meta(1, MOST)]}, "tensors must have less than 2**31 elements"),
     ({"lora_a": [meta(2, MOST // 8, 4)]}, "tensors must have less than 2**31 elements"),
     ({"lora_b": [meta(2, MOST // 8, 4)]}, "tensors must have less than 2**31 elements"),
     ({"lora_b": [meta(2, MOST // 8, 4)[:, :W]]}, "tensors must have less than 2**31 elements"),
+    # The rank vectors of both slices, and what a wider stack is expanded into before it is trimmed.
+    (
+        {"inputs": meta(MOST // 64, 1), "lora_a": [meta(K, 32, 1)] * 2, "lora_b": [meta(K, W, 32)] * 2},
+        "tensors must have less than 2**31 elements",
+    ),
+    ({"inputs": meta(MOST // 64, 1), "lora_b": [meta(K, 64, R)[:, :W]]}, "tensors must have less than 2**31 elements"),
 ]
 
 
@@ -145,8 +155,17 @@ def test_each_rule_refuses_alone(kind: str, changes: dict[str, Any], rule: str) 
     assert vendor.refusal(kind, **call_with(**changes)).startswith(rule)
 
 
-def test_one_element_less_is_not_too_many() -> None:
-    assert vendor.refusal("lora", **call_with(outputs=[meta(1, MOST - 1)])) == ""
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"outputs": [meta(1, MOST - 1)]},
+        {"inputs": meta(MOST // 64 - 1, 1), "lora_a": [meta(K, 32, 1)] * 2, "lora_b": [meta(K, W, 32)] * 2},
+        {"inputs": meta(MOST // 64 - 1, 1), "lora_b": [meta(K, 64, R)[:, :W]]},
+    ],
+    ids=["output", "rank-vectors", "scratch"],
+)
+def test_a_little_less_is_not_too_many(changes: dict[str, Any]) -> None:
+    assert vendor.refusal("lora", **call_with(**changes)) == ""
 
 
 def test_rows_stored_are_those_of_the_stack_that_is_looked_into() -> None:

@@ -641,6 +641,16 @@ def test_a_width_that_is_a_symbol_is_not_frozen_into_the_old_ops(width: int) -> 
     assert f"lower: vllm-xpu-kernels is not used: {why}" in traced.decisions[0].notes
 
 
+def test_without_rows_another_kernel_runs() -> None:
+    def make(device: str) -> list[Tensor]:
+        _, *weights, _ = operands(device, H)
+        return [random(device, 0, D), *weights, torch.zeros(0, dtype=torch.int64, device=device)]
+
+    traced = for_intel(one_slice, make, NEW, after_aot=False)
+    assert calls_in(traced.text, "vendor_add_lora") == 0
+    assert "lower: vllm-xpu-kernels is not used: no operand may be empty" in traced.decisions[0].notes
+
+
 def test_inductor_makes_one_kernel_of_the_index_conversion() -> None:
     """For a CPU: Inductor generates no code for a device that torch was built without; its scheduler is the same."""
 

@@ -92,10 +92,16 @@ def refusal(
         return "the slices of a call must have the same dtype"
     if kind == "lora" and len(lora_a) > MOST_SLICES:
         return f"at most {MOST_SLICES} slices"
+    # Nothing is published about what they make of one.
+    if not all(is_guarded(size > 0) for one in (inputs, *outputs, *weights) for size in one.shape):
+        return "no operand may be empty"
     widths = [rows_stored(b) or b.shape[1] for b in lora_b]
     if kind == "bgmv" and not all(is_known(width == hint_of(width)) for width in widths):
         return "W must be known while compiling, since bgmv_expand_slice takes it as an int"
-    sizes = [one.shape[0] * one.shape[1] for one in (inputs, *outputs)]
+    rows = inputs.shape[0]
+    sizes: list[int | torch.SymInt] = [one.shape[0] * one.shape[1] for one in (inputs, *outputs)]
+    # The rank vectors of all slices, and what a wider stack is expanded into before it is trimmed.
+    sizes += [len(lora_a) * rows * lora_a[0].shape[1], *(rows * rows_stored(b) for b in lora_b)]
     sizes += [one.shape[0] * (rows_stored(one) or one.shape[1]) * one.shape[2] for one in weights]
     if not all(is_guarded(size < MOST_ELEMENTS) for size in sizes):
         return "tensors must have less than 2**31 elements"
