@@ -68,6 +68,16 @@ def test_its_schemas_are_looked_up_only_where_a_kernel_is_forced(monkeypatch: py
     assert looked_up == [f"torch_ipex::{name}" for name in ipex.OPS]
 
 
+def test_whose_float32_it_is_that_nobody_passed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ipex, "problem", lambda: "")
+    x, weights = torch.zeros(2, 4, dtype=BF16), torch.zeros(3, 2, 4, dtype=BF16)
+    wanted = "all operands must be bfloat16, or all float16, not"
+    mixed = ipex.refusal([torch.zeros(2, 2)], x, [weights])
+    assert mixed.startswith(f"{wanted} bfloat16, float32 (the rank vector of an attached layer is float32 ")
+    assert mixed.endswith('compile with backend="xpu_lora")')
+    assert ipex.refusal([torch.zeros(2, 2)], x.float(), [weights.float()]) == f"{wanted} float32"
+
+
 @pytest.mark.skipif(find_spec(ipex.PACKAGE) is not None, reason="it is installed")
 def test_forced_where_it_is_not_installed_it_is_an_error() -> None:
     call = build(LORA_LINEAR, Case(H=10, inputs=BF16, weights=BF16, output=BF16))
