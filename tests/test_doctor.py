@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from support.cases import DEVICE
 import xpu_lora_compile as xlc
 from xpu_lora_compile import doctor
 from xpu_lora_compile.doctor import Diagnosis, Finding
-from xpu_lora_compile.errors import DeviceError
-from xpu_lora_compile.kernels import ipex
+from xpu_lora_compile.errors import DeviceError, KernelError, OptionError
+from xpu_lora_compile.kernels import entry, ipex
+from xpu_lora_compile.kernels.choose import force_kernel
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +109,50 @@ def test_the_command_writes_its_report(tmp_path: Path, monkeypatch: pytest.Monke
         assert found.verdict in result.stdout
 
 
-def test_a_report_that_cannot_be_written_is_said_before_anything_runs(tmp_path: Path) -> None:
-    ran = run("--device", "cpu", "--report", str(tmp_path / "nowhere" / "report.txt"))
+def test_a_forced_kernel_that_cannot_run_is_said_in_a_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise KernelError("forced kernel", "one that can run this call", "'ipex', which cannot", "Force none.")
+
+    # Bare, inside an error of opcheck's, and inside one of Dynamo's.
+    monkeypatch.setattr(entry, "choose", refuse)
+    parts = (doctor.sweep, doctor.opchecks, doctor.speed)
+    with force_kernel("dense"):
+        found = [one for look in parts for one in doctor._guarded("part", look, DEVICE.type)]
+    wanted = "forced kernel: wanted one that can run this call; got 'ipex', which cannot. Force none."
+    assert [one.what for one in found] == ["float32", "bfloat16", "float16", "part", "part"]
+    assert {one.text for one in found} == {wanted}
+    assert not any(one.is_right for one in found)
+
+
+def test_the_compiler_is_the_one_that_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiler() -> str:
+        return next(one.text for one in doctor.installed("cpu") if one.what == "C++ compiler")
+
+    monkeypatch.setenv("CXX", "clang++ -O1")
+    assert compiler() == "'clang++ -O1', from CXX"
+    monkeypatch.delenv("CXX")
+    assert "CXX" not in compiler()
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("nowhere/report.txt", "in a folder that does not exist. Make"), ("", "which is a folder. Name a file in it.")],
+    ids=["no-folder", "a-folder"],
+)
+def test_a_report_that_cannot_be_written_is_said_before_anything_runs(name: str, problem: str, tmp_path: Path) -> None:
+    ran = run("--device", "cpu", "--report", str(tmp_path / name))
     assert ran.returncode == 2
-    assert "a folder that exists" in ran.stderr
+    assert ran.stdout == ""
+    said = " ".join(ran.stderr.split())
+    assert said.startswith("doctor: --report: wanted a file that can be written; got ")
+    assert problem in said
+
+
+def test_a_report_that_may_not_be_written_is_said_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    doctor.check_report(tmp_path / "report.txt")
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    with pytest.raises(OptionError, match=r"which may not be written\. Name another"):
+        doctor.check_report(tmp_path / "report.txt")
 
 
 @pytest.mark.parametrize("end", [RuntimeError("no device"), SystemExit(127)], ids=["raises", "exits"])

@@ -11,7 +11,8 @@ from torch.fx import Graph, GraphModule
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile import passes, replay
-from xpu_lora_compile.errors import VerificationError
+from xpu_lora_compile.errors import KernelError, VerificationError
+from xpu_lora_compile.kernels.choose import force_kernel
 from xpu_lora_compile.ops import NATIVE_ADD_LORA
 from xpu_lora_compile.passes.editing import calls_to
 
@@ -54,6 +55,13 @@ def test_the_bank_is_afterwards_as_it_was() -> None:
         xlc.verify(model, generate_code=False)(TOKENS, use_cache=False)
         model(TOKENS)
     assert bank.names == ()
+
+
+def test_ipex_by_force_is_refused_before_anything_runs() -> None:
+    """It rounds oftener than the budget has room for, and the graph as it was has operands that it does not take."""
+    model, _ = attached(torch.bfloat16)
+    with force_kernel("ipex"), pytest.raises(KernelError, match="wanted a kernel that rounds once, as the contract"):
+        xlc.verify(model, generate_code=False)(TOKENS, use_cache=False)
 
 
 def test_a_model_that_fails_leaves_the_bank_as_it_was() -> None:

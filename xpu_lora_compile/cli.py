@@ -120,7 +120,8 @@ def doctor(
     with _reported():
         import torch
 
-        show.check("cpu", [], [], report)
+        show.check("cpu", [], [])
+        examination.check_report(report)
         found = next((one for one in ("xpu", "cuda") if torch.get_device_module(one).is_available()), "cpu")
         with show.progress() as advance:
             diagnosis = examination.examine(device or found, advance)

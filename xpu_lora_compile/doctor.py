@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 import platform
 import shutil
 import statistics
@@ -13,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.adapters.folders import write_adapter
-from xpu_lora_compile.errors import DeviceError
+from xpu_lora_compile.errors import DeviceError, LoraError, OptionError
 from xpu_lora_compile.kernels import ipex, native, triton_launch, vendor
 from xpu_lora_compile.kernels.choose import KERNELS, Call, choose, forced_kernel
 from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, LORA_LINEAR
@@ -70,6 +72,23 @@ class Diagnosis:
         return "\n\n".join([*parts, f"verdict\n    {self.verdict}"])
 
 
+def check_report(file: Path) -> None:
+    """Check that a report could be written to a file; nothing is written.
+
+    Raises:
+        OptionError: it could not.
+    """
+    if not file.parent.is_dir():
+        problem, remedy = f"{file}, in a folder that does not exist", "Make the folder first."
+    elif file.is_dir():
+        problem, remedy = f"{file}, which is a folder", "Name a file in it."
+    elif not os.access(file if file.exists() else file.parent, os.W_OK):
+        problem, remedy = f"{file}, which may not be written", "Name another with --report."
+    else:
+        return
+    raise OptionError("doctor: --report", "a file that can be written", problem, remedy)
+
+
 def examine(device: str, on_done: Callable[[str], None] = lambda _: None) -> Diagnosis:
     """Look at everything, on one device; takes a minute or two, most of it compilation.
 
@@ -108,8 +127,16 @@ def _guarded(title: str, look: Callable[[str], Iterator[Finding]], device: str) 
     """What a part finds; what it raises is a finding, too."""
     try:
         yield from look(device)
-    except Exception:
-        yield Finding(title, traceback.format_exc().strip(), is_right=False)
+    except Exception as error:
+        # What we raise on purpose says all that there is to say.
+        yield Finding(title, str(_own(error) or traceback.format_exc().strip()), is_right=False)
+
+
+def _own(error: BaseException | None) -> LoraError | None:
+    """Our own error, that one of torch's may have been raised for."""
+    while error is not None and not isinstance(error, LoraError):
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return error
 
 
 def installed(device: str) -> Iterator[Finding]:
@@ -125,7 +152,7 @@ def installed(device: str) -> Iterator[Finding]:
         properties = torch.get_device_module(device).get_device_properties(0)
         driver = getattr(properties, "driver_version", None) or f"runtime {torch.version.cuda or torch.version.xpu}"
         yield Finding("device", f"{properties.name}, {properties.total_memory >> 20} MiB, {driver}")
-    yield Finding("C++ compiler", next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), "none"))
+    yield Finding("C++ compiler", _compiler())
     if device == "cpu":
         _import_ipex()
         for name in ipex.OPS:
@@ -133,6 +160,14 @@ def installed(device: str) -> Iterator[Finding]:
     for family, members in vendor.FAMILIES.items():
         for name in members:
             yield Finding(f"_xpu_C.{name} ({family})", vendor.problem_of(name) or "there, with the known schema")
+
+
+def _compiler() -> str:
+    """As `native` finds it."""
+    named = os.environ.get("CXX")
+    if named is not None:
+        return f"{named!r}, from CXX"
+    return next(filter(None, map(shutil.which, native.COMPILERS)), "none")
 
 
 def _version(package: str) -> str:
@@ -169,17 +204,19 @@ def choices(device: str) -> Iterator[Finding]:
 def sweep(device: str) -> Iterator[Finding]:
     """Every op, with rows that have no adapter, unused slots of NaN, and every relation of widths."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        worst, cases = 0.0, 0
-        for rows, slots, rank, features, width in itertools.product((1, 5, 40), (1, 4), (3, 16), (7, 96), (8, 33)):
-            operands = _Operands(rows, slots, rank, features, width, dtype, device)
-            for columns in {width, width + 5, max(1, width - 3)}:
-                for op, call in operands.calls(columns):
-                    worst, cases = max(worst, _excess(op, call)), cases + 1
-        yield Finding(
-            str(dtype).removeprefix("torch."),
-            f"{cases} calls, the worst error is {worst:.2f} of what rounding allows",
-            worst <= 1,
-        )
+        # A forced kernel may take one of them alone.
+        yield from _guarded(str(dtype).removeprefix("torch."), partial(_sweep, dtype), device)
+
+
+def _sweep(dtype: torch.dtype, device: str) -> Iterator[Finding]:
+    worst, cases = 0.0, 0
+    for rows, slots, rank, features, width in itertools.product((1, 5, 40), (1, 4), (3, 16), (7, 96), (8, 33)):
+        operands = _Operands(rows, slots, rank, features, width, dtype, device)
+        for columns in {width, width + 5, max(1, width - 3)}:
+            for op, call in operands.calls(columns):
+                worst, cases = max(worst, _excess(op, call)), cases + 1
+    text = f"{cases} calls, the worst error is {worst:.2f} of what rounding allows"
+    yield Finding(str(dtype).removeprefix("torch."), text, worst <= 1)
 
 
 class _Operands:

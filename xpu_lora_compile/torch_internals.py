@@ -120,13 +120,15 @@ def is_known(condition: bool | torch.SymBool) -> bool:
 
 
 def is_guarded(condition: bool | torch.SymBool) -> bool:
-    """Whether the condition is true of the example inputs and, from now on, of all inputs, thanks to a guard.
+    """Whether the condition is true for all sizes that the graph is for, if need be thanks to a guard.
 
-    Only while Dynamo compiles: elsewhere (an exported program, a graph edited by hand) nobody would check the guard.
-    Never of sizes that depend on data.
+    A guard only while Dynamo compiles: elsewhere (an exported program, a graph edited by hand) nobody would check it.
+    Never on sizes that depend on data.
     """
+    if is_known(condition):
+        return True
     if isinstance(condition, bool):
-        return condition
+        return False
     from torch._guards import TracingContext
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from xpu_lora_compile.adapters.bank import NO_ADAPTER
-from xpu_lora_compile.errors import OptionError, VerificationError
+from xpu_lora_compile.errors import KernelError, OptionError, VerificationError
+from xpu_lora_compile.kernels.choose import forced_kernel
 from xpu_lora_compile.layers import LoraEmbedding, LoraLinear
 from xpu_lora_compile.passes import check_environment, rewrite
 from xpu_lora_compile.passes.decisions import Decision, decisions_on
@@ -105,6 +106,7 @@ def verify(model: Callable[..., Any], *, seed: int = 0, generate_code: bool = Tr
     Raises:
         VerificationError: by that function: a call is wrong, and is named; or there is no call to compare. Its
             attribute `verification` has the result. Whether a call has any influence is for `explain` to say.
+        KernelError: by that function: the kernel "ipex" is forced, which rounds oftener than is allowed here.
         OptionError: something that cannot be called.
 
     Example:
@@ -120,6 +122,13 @@ def verify(model: Callable[..., Any], *, seed: int = 0, generate_code: bool = Tr
         raise OptionError("verify", "a model", type(model).__name__, "Write `verify(model)(inputs)`.")
 
     def run(*args: Any, **kwargs: Any) -> Verification:
+        if forced_kernel() == "ipex":
+            raise KernelError(
+                "verify",
+                "a kernel that rounds once, as the contract says",
+                "'ipex', which is forced and rounds oftener",
+                "Verify without XPU_LORA_KERNEL=ipex, outside of `force_kernel`.",
+            )
         checks: list[_Check] = []
 
         def backend(module: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:

@@ -17,6 +17,7 @@ import xpu_lora_compile as xlc
 from xpu_lora_compile.errors import KernelError
 from xpu_lora_compile.kernels import ipex
 from xpu_lora_compile.kernels.choose import Call, choose, force_kernel
+from xpu_lora_compile.kernels.entry import choice_for
 from xpu_lora_compile.ops import reference
 from xpu_lora_compile.ops.budget import budget_of
 
@@ -53,6 +54,28 @@ def test_it_is_chosen_by_force_alone() -> None:
     assert choice.others["ipex"] == "it rounds oftener than the contract allows: it has to be forced"
     assert choose(call, forced="ipex", ipex_problem="").kernel == "ipex"
     assert choose(call._replace(device="cuda")).others["ipex"] == "it is for a CPU, not for cuda"
+
+
+def test_its_schemas_are_looked_up_only_where_a_kernel_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up: list[str] = []
+    monkeypatch.setitem(ipex.sys.modules, ipex.PACKAGE, ipex)
+    monkeypatch.setattr(ipex, "schema_of", looked_up.append)
+    x, weights = torch.zeros(2, 4, dtype=BF16), torch.zeros(3, 2, 4, dtype=BF16)
+    choice_for((), x, (weights,), ())
+    assert looked_up == []
+    with force_kernel("ipex"), pytest.raises(KernelError, match="it has no punica_bgmv_shrink"):
+        choice_for((), x, (weights,), ())
+    assert looked_up == [f"torch_ipex::{name}" for name in ipex.OPS]
+
+
+def test_whose_float32_it_is_that_nobody_passed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ipex, "problem", lambda: "")
+    x, weights = torch.zeros(2, 4, dtype=BF16), torch.zeros(3, 2, 4, dtype=BF16)
+    wanted = "all operands must be bfloat16, or all float16, not"
+    mixed = ipex.refusal([torch.zeros(2, 2)], x, [weights])
+    assert mixed.startswith(f"{wanted} bfloat16, float32 (the rank vector of an attached layer is float32 ")
+    assert mixed.endswith('compile with backend="xpu_lora")')
+    assert ipex.refusal([torch.zeros(2, 2)], x.float(), [weights.float()]) == f"{wanted} float32"
 
 
 @pytest.mark.skipif(find_spec(ipex.PACKAGE) is not None, reason="it is installed")

@@ -127,13 +127,23 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"outputs": [meta(T, 2 * H)[:, :H]]}, "inputs, outputs and indices must be contiguous"),
     ({"indices": torch.empty(2 * T, dtype=torch.int64)[::2]}, "inputs, outputs and indices must be contiguous"),
     ({"lora_a": [meta(K, D, R).mT]}, "A must be contiguous, [K, R, D]"),
-    ({"lora_b": [meta(K, R, W).mT]}, "B must be contiguous, [K, W, R] (attach to the model on its device"),
+    ({"lora_b": [meta(K, R, W).mT]}, "B must be contiguous, [K, W, R], or the leading rows of such"),
     ({"lora_a": [meta(K, R, D), meta(K, R + 1, D)]}, "the slices of a call must have the same rank"),
+    ({"inputs": meta(0, D)}, "no operand may be empty"),
+    ({"inputs": meta(T, 0), "lora_a": [meta(K, R, 0)]}, "no operand may be empty"),
+    ({"lora_a": [meta(K, 0, D)], "lora_b": [meta(K, W, 0)]}, "no operand may be empty"),
+    ({"lora_b": [meta(K, 0, R)]}, "no operand may be empty"),
     ({"inputs": meta(MOST // 64, 64)}, "tensors must have less than 2**31 elements"),
     ({"outputs": [meta(1, MOST)]}, "tensors must have less than 2**31 elements"),
     ({"lora_a": [meta(2, MOST // 8, 4)]}, "tensors must have less than 2**31 elements"),
     ({"lora_b": [meta(2, MOST // 8, 4)]}, "tensors must have less than 2**31 elements"),
     ({"lora_b": [meta(2, MOST // 8, 4)[:, :W]]}, "tensors must have less than 2**31 elements"),
+    # The rank vectors of both slices, and what a wider stack is expanded into before it is trimmed.
+    (
+        {"inputs": meta(MOST // 64, 1), "lora_a": [meta(K, 32, 1)] * 2, "lora_b": [meta(K, W, 32)] * 2},
+        "tensors must have less than 2**31 elements",
+    ),
+    ({"inputs": meta(MOST // 64, 1), "lora_b": [meta(K, 64, R)[:, :W]]}, "tensors must have less than 2**31 elements"),
 ]
 
 
@@ -145,21 +155,31 @@ def test_each_rule_refuses_alone(kind: str, changes: dict[str, Any], rule: str) 
     assert vendor.refusal(kind, **call_with(**changes)).startswith(rule)
 
 
-def test_one_element_less_is_not_too_many() -> None:
-    assert vendor.refusal("lora", **call_with(outputs=[meta(1, MOST - 1)])) == ""
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"outputs": [meta(1, MOST - 1)]},
+        {"inputs": meta(MOST // 64 - 1, 1), "lora_a": [meta(K, 32, 1)] * 2, "lora_b": [meta(K, W, 32)] * 2},
+        {"inputs": meta(MOST // 64 - 1, 1), "lora_b": [meta(K, 64, R)[:, :W]]},
+    ],
+    ids=["output", "rank-vectors", "scratch"],
+)
+def test_a_little_less_is_not_too_many(changes: dict[str, Any]) -> None:
+    assert vendor.refusal("lora", **call_with(**changes)) == ""
 
 
 def test_rows_stored_are_those_of_the_stack_that_is_looked_into() -> None:
     stack = torch.empty(K, 9, R)
-    assert vendor.rows_stored(stack[:, :W]) == 9
-    assert vendor.rows_stored(torch.empty(K, 1, 9, R).flatten(0, 1)[:, :W]) == 9
+    for leading in (stack[:, :W], torch.empty(K, 1, 9, R).flatten(0, 1)[:, :W]):
+        assert vendor.leads_a_stack(leading)
+        assert vendor.rows_stored(leading) == 9
     # Contiguous as it is: of all rows, or of one slot alone.
     assert vendor.rows_stored(stack) == vendor.rows_stored(stack[:1, :W]) == 0
     # Not the leading rows, other strides, or memory that ends too soon.
-    assert vendor.rows_stored(stack[:, 2 : 2 + W]) == 0
-    assert vendor.rows_stored(torch.empty(K, R, 9).mT[:, :W]) == 0
-    assert vendor.rows_stored(torch.empty(K, 9, R + 1)[:, :W, :R]) == 0
-    assert vendor.rows_stored(torch.empty(K, 18, R)[:, ::2]) == 0
+    assert not vendor.leads_a_stack(stack[:, 2 : 2 + W])
+    assert not vendor.leads_a_stack(torch.empty(K, R, 9).mT[:, :W])
+    assert not vendor.leads_a_stack(torch.empty(K, 9, R + 1)[:, :W, :R])
+    assert not vendor.leads_a_stack(torch.empty(K, 18, R)[:, ::2])
 
 
 # The double. Each op with a call that keeps all rules, and each rule broken alone.

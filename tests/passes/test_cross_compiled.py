@@ -476,7 +476,7 @@ BROKEN: dict[str, tuple[Callable[[str], list[Tensor]], str]] = {
     "A-transposed": (changed(2, lambda a: a.new_empty(K, D, R).mT), "A must be contiguous, [K, R, D]"),
     "B-transposed": (
         changed(3, lambda b: b.new_empty(K, R, H).mT),
-        "B must be contiguous, [K, W, R] (attach to the model",
+        "B must be contiguous, [K, W, R], or the leading rows of such a stack",
     ),
 }
 
@@ -591,6 +591,64 @@ def test_one_graph_for_any_number_of_rows_calls_the_same_ops(
     a, b = stacks[: len(stacks) // 2], stacks[len(stacks) // 2 :]
     offsets, scaling = ([0], 1.0) if function is one_slice else ([0, 8, 12], 0.5)
     check(linear(x, w), x, a, b, i, offsets, scaling, got)
+
+
+def with_symbols(width: int, **dims: int) -> Callable[[str], list[Tensor]]:
+    """Operands of `one_slice`, some of w, a and b with a dimension that is a symbol."""
+
+    def make(device: str) -> list[Tensor]:
+        x, w, a, b, i = operands(device, width)
+        for name, dim in dims.items():
+            torch._dynamo.mark_dynamic({"w": w, "a": a, "b": b}[name], dim)
+        return [x, w, a, b, i]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("groups", "dims"),
+    [
+        *[(groups, dims) for groups in (NEW, OLD) for dims in ({"w": 0}, {"a": 0, "b": 0}, {"a": 1, "b": 2})],
+        (NEW, {"b": 1}),
+        (NEW, {"w": 0, "b": 1}),
+    ],
+    ids=["H-new", "K-new", "R-new", "H-old", "K-old", "R-old", "W-new", "H-W-new"],
+)
+def test_a_wider_stack_is_the_vendors_also_where_sizes_are_symbols(
+    groups: tuple[dict[str, str], ...], dims: dict[str, int]
+) -> None:
+    """And the graph computes what it should where those sizes are other ones."""
+    traced = for_intel(one_slice, with_symbols(H + 2, **dims), groups)
+    assert calls_in(traced.text, "vendor_add_lora") == 1
+    copies_no_weight(traced, (K, H + 2, R), (K, H, R), (K, R, D))
+    torch.manual_seed(0)
+    sizes = {"w": [H, D], "a": [K, R, D], "b": [K, H + 2, R]}
+    for name, dim in dims.items():
+        sizes[name][dim] -= 1
+    x, *_, i = operands("cpu", H)
+    w, a, b = (random("cpu", *size) for size in sizes.values())
+    i = torch.where(i < len(a), i, -1)
+    given = {f"size().{dim}": sizes[name][dim] for name, dim in dims.items()}
+    (got,) = traced.run_on(groups, named(one_slice, [x, w, a, b, i]) | given)
+    check(linear(x, w), x, [a], [b[:, : len(w)]], i, [0], 1.0, got)
+
+
+@pytest.mark.parametrize("width", [H - 1, H + 2], ids=["narrower", "wider"])
+def test_a_width_that_is_a_symbol_is_not_frozen_into_the_old_ops(width: int) -> None:
+    traced = for_intel(one_slice, with_symbols(width, b=1), OLD, after_aot=False)
+    assert calls_in(traced.text, "vendor_add_lora") == 0
+    why = "W must be known while compiling, since bgmv_expand_slice takes it as an int"
+    assert f"lower: vllm-xpu-kernels is not used: {why}" in traced.decisions[0].notes
+
+
+def test_without_rows_another_kernel_runs() -> None:
+    def make(device: str) -> list[Tensor]:
+        _, *weights, _ = operands(device, H)
+        return [random(device, 0, D), *weights, torch.zeros(0, dtype=torch.int64, device=device)]
+
+    traced = for_intel(one_slice, make, NEW, after_aot=False)
+    assert calls_in(traced.text, "vendor_add_lora") == 0
+    assert "lower: vllm-xpu-kernels is not used: no operand may be empty" in traced.decisions[0].notes
 
 
 def test_inductor_makes_one_kernel_of_the_index_conversion() -> None:

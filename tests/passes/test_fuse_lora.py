@@ -270,6 +270,42 @@ def test_a_dynamic_batch_is_fused_and_compiled_once() -> None:
     assert graphs == 1
 
 
+def recompiled_with(**sizes: Any) -> list[str]:
+    """Of the seed's two ops the graphs for slots a = b = 4 and rank 3, and then for these, whose numbers agree."""
+
+    def run(y: Tensor, x: Tensor, a: Tensor, b: Tensor, indices: Tensor) -> Tensor:
+        # As wide as B says, so that nothing but a guard knows that A is, too.
+        y, buffer = y * 2, x.new_zeros(x.shape[0], b.shape[2])
+        xlc.bgmv_shrink(buffer, x, a, indices)
+        xlc.bgmv_expand(y, buffer, b, indices)
+        return y
+
+    texts: list[str] = []
+
+    def passes(module: GraphModule) -> None:
+        fused(module)
+        texts.append(as_text(module))
+
+    w, compiled = Operands(), compiled_with(passes, run)
+    for size in ({}, sizes):
+        a, b, rank = (size.get(name, default) for name, default in (("a", K), ("b", K), ("rank", R)))
+        weights = torch.ones(a, rank, D, device=DEVICE), torch.ones(b, W, rank, device=DEVICE)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(w.y, w.x, *weights, w.indices), run(w.y, w.x, *weights, w.indices))
+    return texts
+
+
+@pytest.mark.parametrize("sizes", [{"a": 6, "b": 6}, {"rank": 2}, {"a": 6, "b": 6, "rank": 2}], ids=["K", "R", "both"])
+def test_sizes_that_have_become_symbols_are_fused_too(sizes: dict[str, int]) -> None:
+    assert [calls_in(text, "lora_linear") for text in recompiled_with(**sizes)] == [1, 1]
+
+
+def test_numbers_of_slots_that_come_to_differ_are_told_apart() -> None:
+    with xlc.record_decisions() as decisions:
+        assert [calls_in(text, "lora_linear") for text in recompiled_with(a=6, b=7)] == [1, 0]
+    assert "A and B must have the same number of slots, and have s" in decisions[-1].notes[-1]
+
+
 def test_a_call_inside_cond_is_fused() -> None:
     w = Operands(2)
 
@@ -424,7 +460,7 @@ UNFUSED: dict[str, tuple[Spelling, str]] = {
     "indices-differ": (indices_are_different, "shrink and expand have different indices"),
     "replaces": (columns_are_replaced, "it replaces its columns instead of adding"),
     "part-of-the-rank": (part_of_what_was_shrunk, "not, whole and unchanged, what a bgmv_shrink"),
-    "slots-differ": (numbers_of_slots_differ, "A and B have different numbers of slots"),
+    "slots-differ": (numbers_of_slots_differ, "A and B must have the same number of slots, and have 2 and 4"),
     "reader-refused": (a_reader_of_the_buffer_is_refused, "read by a call that cannot be fused: it replaces"),
     "autocast-ends-between": (autocast_ends_between, "not, whole and unchanged, what a bgmv_shrink"),
     "other-dtype": (bits_are_read_as_another_dtype, "not, whole and unchanged, what a bgmv_shrink"),

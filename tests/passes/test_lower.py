@@ -215,7 +215,31 @@ def test_slices_with_different_numbers_of_slots_stay_functional() -> None:
 
     with torch.no_grad(), xlc.record_decisions() as decisions:
         torch.testing.assert_close(compiled_with(lowered, two)(*operands()), two(*operands()))
-    assert decisions[0].notes == ["lower: left functional, since its slices have different numbers of slots"]
+    assert decisions[0].notes == [
+        "lower: left functional, since its slices must have the same number of slots, and have 2, 1"
+    ]
+
+
+def test_banks_whose_size_has_become_a_symbol_share_one_routing_in_place() -> None:
+    """Each stack brings a symbol of its own; that they are equal is a guard."""
+    texts: list[str] = []
+
+    def passes(module: torch.fx.GraphModule) -> None:
+        lowered(module)
+        texts.append(as_text(module))
+
+    def three(output: Tensor, inputs: Tensor, a: Tensor, b: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
+        first = xlc.lora_linear(output + 1, inputs, [a, a2], [b, b2], INDICES, [0, 3])
+        return xlc.lora_linear(first * 2, inputs, [a2], [b2], INDICES, [3])
+
+    output, inputs, a, b = operands()
+    compiled = compiled_with(passes, three)
+    with force_kernel("dense"), torch.no_grad():
+        for slots in (2, 3):
+            stacks = [one.repeat(2, 1, 1)[:slots] for one in (a, b)]
+            arguments = (output, inputs, *stacks, *(2 * one for one in stacks))
+            torch.testing.assert_close(compiled(*arguments), three(*arguments))
+    assert [(calls_in(text, "add_lora"), calls_in(text, "route")) for text in texts] == [(2, 1), (2, 1)]
 
 
 def test_a_dynamic_batch_is_lowered_once() -> None:

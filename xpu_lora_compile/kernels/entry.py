@@ -209,8 +209,10 @@ def choice_for(outputs: Sequence[Tensor], inputs: Tensor, lora_a: Sequence[Tenso
         len(lora_a) or 1,
     )
     native_problem = _native_problem() if device == "cpu" else ""
-    ipex_problem = ipex.refusal(outputs, inputs, (*lora_a, *lora_b))
-    return choose(call, native_problem, forced_kernel(), triton_launch.problem(device), ipex_problem)
+    forced = forced_kernel()
+    # Nothing but force makes it run, and looking up its schemas takes longer than all else here.
+    ipex_problem = ipex.refusal(outputs, inputs, (*lora_a, *lora_b)) if forced is not None else ""
+    return choose(call, native_problem, forced, triton_launch.problem(device), ipex_problem)
 
 
 def computes_base(device: str) -> bool:

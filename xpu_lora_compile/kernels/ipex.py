@@ -29,6 +29,12 @@ OPS = {
 }
 
 
+_WHOSE_FLOAT32 = (
+    "the rank vector of an attached layer is float32 wherever our passes do not fuse its two ops: compile with "
+    'backend="xpu_lora"'
+)
+
+
 def problem() -> str:
     """Why the ops cannot be called; empty if they can."""
     if PACKAGE not in sys.modules:
@@ -57,7 +63,10 @@ def refusal(outputs: Sequence[Tensor], inputs: Tensor, weights: Sequence[Tensor]
     dtypes = {one.dtype for one in (*outputs, inputs, *weights)}
     if dtypes not in ({torch.bfloat16}, {torch.float16}):
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        return f"all operands must be bfloat16, or all float16, not {names}"
+        why = f"all operands must be bfloat16, or all float16, not {names}"
+        # Nobody passed the float32 that an attached layer computes in.
+        is_mixed = torch.float32 in dtypes and len(dtypes) > 1
+        return f"{why} ({_WHOSE_FLOAT32})" if is_mixed else why
     if not all(one.is_contiguous() for one in weights):
         return "weights must be contiguous"
     return ""

@@ -29,6 +29,8 @@ from xpu_lora_compile.errors import KernelError
 
 _HERE, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
 _SOURCES = (_HERE / "native.cpp", _HERE / "native_kernels.h")
+# The first of these that is there, where CXX names no other.
+COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = (
     # -O3 unrolls the loops over registers: with -O2 the sums are spilled, and it takes twice the time (GCC 12, AVX2).
     *("-O3", "-march=native", "-ffp-contract=off", "-std=c++20", "-fopenmp", "-shared", "-fPIC"),
@@ -100,7 +102,7 @@ def _hash(content: bytes) -> str:
 
 
 def _found_compiler() -> list[str]:
-    found = next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    found = next(filter(shutil.which, COMPILERS), None)
     return [found] if found else []
 
 

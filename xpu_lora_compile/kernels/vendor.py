@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile.errors import KernelError
-from xpu_lora_compile.torch_internals import has_fake, is_guarded, schema_of
+from xpu_lora_compile.torch_internals import has_fake, hint_of, is_guarded, is_known, schema_of
 
 # What each op takes; `!` is what it writes to.
 _KNOWN = {
@@ -80,8 +80,11 @@ def refusal(
         return "inputs, outputs and indices must be contiguous"
     if not all(a.is_contiguous() for a in lora_a):
         return "A must be contiguous, [K, R, D]"
-    if not all(b.is_contiguous() or rows_stored(b) for b in lora_b):
-        return "B must be contiguous, [K, W, R] (attach to the model on its device, where it is stored so)"
+    if not all(b.is_contiguous() or leads_a_stack(b) for b in lora_b):
+        return (
+            "B must be contiguous, [K, W, R], or the leading rows of such a stack, for all sizes of the graph "
+            "(`attach` stores it so if the model is on its device)"
+        )
     if not all(is_guarded(a.shape[1] == lora_a[0].shape[1]) for a in lora_a):
         return "the slices of a call must have the same rank"
     # A launch for all slices reads them as one type, and nobody says of which slice.
@@ -89,7 +92,16 @@ def refusal(
         return "the slices of a call must have the same dtype"
     if kind == "lora" and len(lora_a) > MOST_SLICES:
         return f"at most {MOST_SLICES} slices"
-    sizes = [one.shape[0] * one.shape[1] for one in (inputs, *outputs)]
+    # Nothing is published about what they make of one.
+    if not all(is_guarded(size > 0) for one in (inputs, *outputs, *weights) for size in one.shape):
+        return "no operand may be empty"
+    widths = [rows_stored(b) or b.shape[1] for b in lora_b]
+    if kind == "bgmv" and not all(is_known(width == hint_of(width)) for width in widths):
+        return "W must be known while compiling, since bgmv_expand_slice takes it as an int"
+    rows = inputs.shape[0]
+    sizes: list[int | torch.SymInt] = [one.shape[0] * one.shape[1] for one in (inputs, *outputs)]
+    # The rank vectors of all slices, and what a wider stack is expanded into before it is trimmed.
+    sizes += [len(lora_a) * rows * lora_a[0].shape[1], *(rows * rows_stored(b) for b in lora_b)]
     sizes += [one.shape[0] * (rows_stored(one) or one.shape[1]) * one.shape[2] for one in weights]
     if not all(is_guarded(size < MOST_ELEMENTS) for size in sizes):
         return "tensors must have less than 2**31 elements"
@@ -137,13 +149,16 @@ def add_lora(
             end += 1
         if stored:
             # All rows that are in memory into a scratch, and those that are wanted from there: once a call, T rows.
-            slot_count, width, rank = _stack(b[start]).shape
-            whole = _stack(b[start]).as_strided((slot_count, stored, rank), (stored * rank, rank, 1))
+            stack = _stack(b[start])
+            slot_count, width, rank = stack.shape
+            if stack.stride()[1:] != (rank, 1):
+                raise KernelError(
+                    "vllm-xpu-kernels", "rows of B side by side, as the graph said", "others", "Report it."
+                )
+            whole = stack.as_strided((slot_count, stored, rank), (stored * rank, rank, 1))
             scratch = inputs.new_zeros((inputs.shape[0], stored), dtype=torch.float32)
             _expand(kind, scratch, hidden.narrow(0, start, end - start), [whole], slots, 0)
             outputs[at].narrow(1, offset, width).add_(scratch.narrow(1, 0, width))
-        elif not all(one.is_contiguous() for one in b[start:end]):
-            raise KernelError("vllm-xpu-kernels", "B contiguous, as its shapes said", "a view", "Report it.")
         else:
             _expand(kind, outputs[at], hidden.narrow(0, start, end - start), b[start:end], slots, offset)
         start = end
@@ -175,16 +190,22 @@ def _stack(weights: Tensor) -> Tensor:
     return weights.flatten(0, -3) if weights.dim() > 3 else weights
 
 
-def rows_stored(b: Tensor) -> int:
-    """The rows of each slot in memory where B is the leading rows of a wider contiguous stack; else 0."""
-    sizes = [*b.shape, *b.stride(), b.storage_offset()]
-    if not all(isinstance(size, int) for size in sizes) or b.is_contiguous():
-        return 0
+def rows_stored(b: Tensor) -> int | torch.SymInt:
+    """The rows of each slot in memory, of a B that leads a wider stack; 0 of one that is contiguous."""
+    return 0 if b.is_contiguous() else b.stride(0) // b.shape[2]
+
+
+def leads_a_stack(b: Tensor) -> bool:
+    """Whether B is the leading rows of the slots of a wider stack that is contiguous."""
     slots, width, rank = b.shape
-    rows, rest = divmod(b.stride(0), max(1, rank))
-    is_inside = b.untyped_storage().nbytes() >= (b.storage_offset() + slots * b.stride(0)) * b.element_size()
-    fits = b.stride()[1:] == (rank, 1) and rest == 0 and rows > width and is_inside
-    return rows if fits else 0
+    rules = (
+        b.stride(0) == rows_stored(b) * rank,
+        b.stride(1) == rank,
+        b.stride(2) == 1,
+        rows_stored(b) > width,
+        b.untyped_storage().nbytes() >= (b.storage_offset() + slots * b.stride(0)) * b.element_size(),
+    )
+    return all(map(is_known, rules))
 
 
 @cache

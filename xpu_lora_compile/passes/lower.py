@@ -39,7 +39,7 @@ from xpu_lora_compile.passes.editing import (
     value_of,
 )
 from xpu_lora_compile.passes.memory import input_storages, knows_its_views, overlap, storage_of, storages_of, written_by
-from xpu_lora_compile.torch_internals import is_compiling_for_this_process
+from xpu_lora_compile.torch_internals import is_compiling_for_this_process, is_guarded, is_known
 
 
 def lower(graph: Graph) -> None:
@@ -98,8 +98,9 @@ def _refusal(arguments: tuple[Any, ...]) -> str:
     bases, inputs, a, b, *_ = arguments
     if any(value_of(one).requires_grad for one in (*bases, inputs, *a, *b)):
         return "it carries gradients"
-    if len({str(value_of(one).shape[0]) for one in a}) > 1:
-        return "its slices have different numbers of slots"
+    slots = [value_of(one).shape[0] for one in a]
+    if not all(is_guarded(one == slots[0]) for one in slots):
+        return f"its slices must have the same number of slots, and have {', '.join(map(str, slots))}"
     return ""
 
 
@@ -248,8 +249,8 @@ def _is_stored(node: Node, stack: Tensor) -> bool:
         whole = above[0]
         owner = value_of(whole)
         start, end = stack.storage_offset(), stack.storage_offset() + stack.shape[0] * stack.stride(0)
-        inside = owner.storage_offset() <= start and end <= owner.storage_offset() + owner.numel()
-        if owner.is_contiguous() and inside:
+        inside = owner.storage_offset() <= start, end <= owner.storage_offset() + owner.numel()
+        if owner.is_contiguous() and all(map(is_known, inside)):
             return True
     return False
 
@@ -278,7 +279,7 @@ def _shared(
     """What the one call of `op` for these indices and this number of slots returns, made if there is none."""
     slots = value_of(weights).shape[0]
     for user in indices.users:
-        same = user.target is op and str(slots) == str(_size(user.args[1])) and user.args[2:] == more
+        same = user.target is op and user.args[2:] == more and is_guarded(slots == _size(user.args[1]))
         if same and nodes.is_unchanged(indices, user, before):
             return _results(user)
     value = op(value_of(indices), slots, *more)
@@ -296,5 +297,5 @@ def _results(made: Node) -> list[Node]:
     return sorted(made.users, key=lambda one: cast("int", one.args[1]))
 
 
-def _size(size: object) -> object:
-    return value_of(size) if isinstance(size, Node) else size
+def _size(size: Any) -> int | torch.SymInt:
+    return cast("int | torch.SymInt", value_of(size) if isinstance(size, Node) else size)

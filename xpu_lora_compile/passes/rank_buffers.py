@@ -22,6 +22,7 @@ from xpu_lora_compile.passes.memory import (
     storages_of,
     written_by,
 )
+from xpu_lora_compile.torch_internals import is_guarded
 
 OpOverload: TypeAlias = torch._ops.OpOverload
 
@@ -127,14 +128,16 @@ def find_expands(graph: Graph, buffers: RankBuffers) -> dict[Node, Expand]:
             expands[call] = Expand(call, output, hidden, b, indices, rest[0] if len(rest) == 3 else 0, rest[-1])
             if op is BGMV_EXPAND:
                 expands[call].refusal = "its width is decided when it runs"
+    # Before regions are compared: the guard on a rank may give the same size another name.
+    targets = {call: _hidden_of(call, op) for call, op in buffers.shrinks.items()}
     # What each region of the buffers holds, and the tensor that it was written as.
     content: dict[Region, tuple[Tensor, Shrink]] = {}
     for node in graph.nodes:
         written: set[int] = set()
         target: Tensor | None = None
         if node in buffers.shrinks:
-            output, inputs, a, indices, _ = arguments_of(node, buffers.shrinks[node])
-            target = value_of(output).narrow(1, 0, value_of(a).shape[-2])
+            _, inputs, a, indices, _ = arguments_of(node, buffers.shrinks[node])
+            target = targets[node]
             operands = storages_of(inputs) | storages_of(a) | storages_of(indices)
             source = Shrink(node, buffers.shrinks[node], {storage_of(target)}, operands)
             buffers.used_by(node, source.operands)
@@ -165,6 +168,14 @@ def find_expands(graph: Graph, buffers: RankBuffers) -> dict[Node, Expand]:
     return expands
 
 
+def _hidden_of(call: Node, op: OpOverload) -> Tensor:
+    """What a shrink writes to: the first R columns of its output, which has no more in most graphs."""
+    output, _, a, *_ = arguments_of(call, op)
+    whole: Tensor = value_of(output)
+    rank = value_of(a).shape[-2]
+    return whole if is_guarded(whole.shape[1] == rank) else whole.narrow(1, 0, rank)
+
+
 def _copied(node: Node, content: dict[Region, tuple[Tensor, Shrink]]) -> tuple[Tensor, Shrink] | None:
     """The tensor that a `copy_` fills with what a shrink computed, and that shrink."""
     is_copy = node.target == "copy_" if node.op == "call_method" else node.target is torch.ops.aten.copy_.default
@@ -187,8 +198,9 @@ def _refusal(expand: Expand) -> str:
         return "it replaces its columns instead of adding to them"
     if not same_elements(shrink.indices, expand.indices):
         return "shrink and expand have different indices"
-    if str(value_of(shrink.a).shape[0]) != str(value_of(expand.b).shape[0]):
-        return "A and B have different numbers of slots"
+    of_a, of_b = value_of(shrink.a).shape[0], value_of(expand.b).shape[0]
+    if not is_guarded(of_a == of_b):
+        return f"A and B must have the same number of slots, and have {of_a} and {of_b}"
     return ""
 
 
