@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from support import xpu_c
 from torch import Tensor
 
+from xpu_lora_compile.errors import KernelError
 from xpu_lora_compile.kernels import vendor
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -180,6 +182,20 @@ def test_rows_stored_are_those_of_the_stack_that_is_looked_into() -> None:
     assert not vendor.leads_a_stack(torch.empty(K, R, 9).mT[:, :W])
     assert not vendor.leads_a_stack(torch.empty(K, 9, R + 1)[:, :W, :R])
     assert not vendor.leads_a_stack(torch.empty(K, 18, R)[:, ::2])
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda b: b[:, ::2], lambda b: b[:1].expand(K, -1, -1), lambda b: b.mT.contiguous().mT],
+    ids=["every-second-row", "one-slot-for-all", "by-rank"],
+)
+def test_what_is_stored_otherwise_than_the_graph_said_is_not_handed_over(view: Callable[[Tensor], Tensor]) -> None:
+    a, b = torch.randn(K, R, D, dtype=BF16), view(torch.randn(K, 2 * W, R, dtype=BF16))
+    output = torch.zeros(T, b.shape[1], dtype=BF16)
+    slots = torch.zeros(T, dtype=torch.int32)
+    with xpu_c.installed(xpu_c.LORA), pytest.raises(KernelError, match="stored as the graph said"):
+        vendor.add_lora("lora", [output], torch.randn(T, D, dtype=BF16), [a], [b], slots, [0], [0], 1.0)
+    assert not output.any()
 
 
 # The double. Each op with a call that keeps all rules, and each rule broken alone.

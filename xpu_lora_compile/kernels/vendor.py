@@ -147,14 +147,13 @@ def add_lora(
                 break
             column += b[end].shape[-2]
             end += 1
+        is_right = leads_a_stack(_stack(b[start])) if stored else all(one.is_contiguous() for one in b[start:end])
+        if not is_right:
+            raise KernelError("vllm-xpu-kernels", "B stored as the graph said", "another view", "Report it.")
         if stored:
             # All rows that are in memory into a scratch, and those that are wanted from there: once a call, T rows.
             stack = _stack(b[start])
             slot_count, width, rank = stack.shape
-            if stack.stride()[1:] != (rank, 1):
-                raise KernelError(
-                    "vllm-xpu-kernels", "rows of B side by side, as the graph said", "others", "Report it."
-                )
             whole = stack.as_strided((slot_count, stored, rank), (stored * rank, rank, 1))
             scratch = inputs.new_zeros((inputs.shape[0], stored), dtype=torch.float32)
             _expand(kind, scratch, hidden.narrow(0, start, end - start), [whole], slots, 0)

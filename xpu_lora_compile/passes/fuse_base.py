@@ -47,7 +47,7 @@ def fuse_base(graph: Graph) -> None:
         use(q, k)
 
     For few rows that is one kernel, with LoRA in the epilogue of the product; for more, the shrink runs on a second
-    stream beside the product.
+    stream beside the product; for many, LoRA is written first, and the product added to it.
 
     Left alone: an output that is no `linear` of the same input, that is looked at before LoRA is added, or whose
     operands are written to in between; a change of autocast or grad mode in between; products in another dtype than
