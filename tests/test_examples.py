@@ -61,6 +61,26 @@ def test_the_graph_for_an_intel_gpu_is_printed_where_there_is_none(capsys: pytes
         assert copying not in printed
 
 
+def test_a_forced_kernel_keeps_the_vendors_ops_out_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with xlc.force_kernel("dense"):
+        assert cross_compile_xpu.main() == 0
+    printed = capsys.readouterr().out
+    assert "_xpu_C" not in printed
+    assert printed.count("lower: vllm-xpu-kernels is not used: dense was forced") == 4
+
+
+def test_explain_says_what_an_intel_gpu_would_run_and_why() -> None:
+    block, arguments = cross_compile_xpu.block, cross_compile_xpu.operands
+    with cross_compile_xpu.without_memory():
+        with cross_compile_xpu.wheel():
+            report = xlc.explain(block, bandwidth=500)(*arguments())
+        assert {site.kernel for site in report.sites} == {"vllm-xpu-kernels"}
+        assert "Runs on kernel vllm-xpu-kernels: it is there, and its rules hold" in str(report)
+        report = xlc.explain(block, bandwidth=500)(*arguments())
+    assert "vllm-xpu-kernels" not in {site.kernel for site in report.sites}
+    assert "vllm-xpu-kernels is not used: it is not installed" in str(report)
+
+
 @pytest.fixture(scope="module")
 def served() -> tuple[int, str, list[str]]:
     """The main example: its exit status, what it printed, and the code that Inductor generated for it."""

@@ -12,6 +12,7 @@ from typing import Any
 from xpu_lora_compile.adapters.bank import AdapterBank
 from xpu_lora_compile.errors import LoraError
 from xpu_lora_compile.explain import explain
+from xpu_lora_compile.kernels.choose import force_kernel
 from xpu_lora_compile.layers import attach
 from xpu_lora_compile.ops import bgmv_expand, bgmv_expand_slice, bgmv_shrink, lora_linear
 from xpu_lora_compile.passes import Decision, record_decisions, rewrite
@@ -46,6 +47,7 @@ __all__ = [
     "bgmv_expand_slice",
     "bgmv_shrink",
     "explain",
+    "force_kernel",
     "inductor_options",
     "lora_linear",
     "record_decisions",

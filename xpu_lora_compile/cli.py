@@ -17,7 +17,14 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from xpu_lora_compile.errors import BenchError, DeadAdapterError, FactoryError, LoraError, VerificationError
+from xpu_lora_compile.errors import (
+    BenchError,
+    DeadAdapterError,
+    FactoryError,
+    LoraError,
+    VerificationError,
+    own_error,
+)
 from xpu_lora_compile.report import Report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -333,8 +340,11 @@ def _reported() -> Iterator[None]:
     except (LoraError, OSError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(1 if isinstance(error, VerificationError | DeadAdapterError) else 2) from None
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if own := own_error(error):
+            Console(stderr=True).print(str(own), style="red", markup=False, highlight=False)
+        else:
+            traceback.print_exc()
         raise typer.Exit(2) from None
 
 

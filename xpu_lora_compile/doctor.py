@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import itertools
 import os
 import platform
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 import traceback
@@ -24,13 +26,13 @@ from torch import Tensor, nn
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.adapters.folders import write_adapter
-from xpu_lora_compile.errors import DeviceError, LoraError, OptionError
+from xpu_lora_compile.errors import DeviceError, OptionError, own_error
 from xpu_lora_compile.kernels import ipex, native, triton_launch, vendor
 from xpu_lora_compile.kernels.choose import KERNELS, Call, choose, forced_kernel
 from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, LORA_LINEAR
 from xpu_lora_compile.ops.budget import budget_of
 
-_PACKAGES = ("triton", "pytorch-triton-xpu", "vllm-xpu-kernels", "intel-extension-for-pytorch", "transformers")
+_PACKAGES = ("vllm-xpu-kernels", "intel-extension-for-pytorch", "transformers")
 
 
 @dataclass
@@ -92,22 +94,17 @@ def check_report(file: Path) -> None:
 def examine(device: str, on_done: Callable[[str], None] = lambda _: None) -> Diagnosis:
     """Look at everything, on one device; takes a minute or two, most of it compilation.
 
+    Where there is no such device, at what is installed alone.
+
     Args:
         device: "cpu", "cuda" or "xpu".
         on_done: told of each part.
 
     Raises:
-        DeviceError: there is no such device; `installed` needs none.
+        DeviceError: another type of device.
     """
     if device not in ("cpu", "cuda", "xpu"):
         raise DeviceError("doctor: device", "cpu, cuda or xpu", repr(device), "Correct it.")
-    if device != "cpu" and not torch.get_device_module(device).is_available():
-        raise DeviceError(
-            f"doctor: {device}",
-            f"a device that PyTorch {torch.__version__} can use",
-            "none: no such device, no driver, or a PyTorch built without it",
-            f"Install PyTorch's {device} build and the driver; `--device cpu` examines the rest.",
-        )
     diagnosis = Diagnosis(device)
     parts: dict[str, Callable[[str], Iterator[Finding]]] = {
         "installed": installed,
@@ -120,7 +117,13 @@ def examine(device: str, on_done: Callable[[str], None] = lambda _: None) -> Dia
     for title, look in parts.items():
         diagnosis.findings[title] = list(_guarded(title, look, device))
         on_done(title)
+        if not _is_there(device):
+            break
     return diagnosis
+
+
+def _is_there(device: str) -> bool:
+    return device == "cpu" or bool(torch.get_device_module(device).is_available())
 
 
 def _guarded(title: str, look: Callable[[str], Iterator[Finding]], device: str) -> Iterator[Finding]:
@@ -129,14 +132,7 @@ def _guarded(title: str, look: Callable[[str], Iterator[Finding]], device: str) 
         yield from look(device)
     except Exception as error:
         # What we raise on purpose says all that there is to say.
-        yield Finding(title, str(_own(error) or traceback.format_exc().strip()), is_right=False)
-
-
-def _own(error: BaseException | None) -> LoraError | None:
-    """Our own error, that one of torch's may have been raised for."""
-    while error is not None and not isinstance(error, LoraError):
-        error = getattr(error, "inner_exception", None) or error.__cause__
-    return error
+        yield Finding(title, str(own_error(error) or traceback.format_exc().strip()), is_right=False)
 
 
 def installed(device: str) -> Iterator[Finding]:
@@ -144,17 +140,24 @@ def installed(device: str) -> Iterator[Finding]:
     yield Finding("xpu-lora-compile", version("xpu-lora-compile"))
     yield Finding("torch", torch.__version__)
     yield Finding("Python", f"{platform.python_version()} on {platform.platform()}")
-    for package in _PACKAGES:
+    # Its distribution has had several names.
+    made_by = importlib.metadata.packages_distributions().get("triton", ["triton"])
+    for package in dict.fromkeys((*made_by, *_PACKAGES)):
         yield Finding(package, _version(package))
     if device == "cpu":
         yield Finding("device", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    elif not _is_there(device):
+        problem = f"none that PyTorch {torch.__version__} can use: no device, no driver, or a PyTorch built without it"
+        remedy = f"Install PyTorch's {device} build and the driver; `--device cpu` examines the rest."
+        yield Finding("device", f"{problem}. {remedy}", is_right=False)
     else:
         properties = torch.get_device_module(device).get_device_properties(0)
         driver = getattr(properties, "driver_version", None) or f"runtime {torch.version.cuda or torch.version.xpu}"
         yield Finding("device", f"{properties.name}, {properties.total_memory >> 20} MiB, {driver}")
     yield Finding("C++ compiler", _compiler())
     if device == "cpu":
-        _import_ipex()
+        if _has_imported_ipex():
+            yield Finding(ipex.PACKAGE, "imported: what follows has PyTorch's own kernels as it exchanges them")
         for name in ipex.OPS:
             yield Finding(f"torch_ipex.{name}", ipex.problem_of(name) or "there, with the known schema")
     for family, members in vendor.FAMILIES.items():
@@ -177,12 +180,13 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _import_ipex() -> None:
-    """If it is there, and was made for this PyTorch: with another it ends the process."""
+def _has_imported_ipex() -> bool:
+    """Whether IPEX is there, was made for this PyTorch (with another it ends the process), and could be imported."""
     if _version("intel-extension-for-pytorch").split(".")[:2] == torch.__version__.split(".")[:2]:
         # Without the instructions that it needs it ends the process.
         with suppress(Exception, SystemExit):
             importlib.import_module(ipex.PACKAGE)
+    return ipex.PACKAGE in sys.modules
 
 
 def choices(device: str) -> Iterator[Finding]:

@@ -141,3 +141,10 @@ class NoFreeSlotError(AdapterError):
 
 class BankInUseError(AdapterError):
     """The bank is inside a `use` block that this call would disturb."""
+
+
+def own_error(error: BaseException | None) -> LoraError | None:
+    """Our own error that one of torch's was raised for: what is raised as Dynamo traces arrives inside one of its."""
+    while error is not None and not isinstance(error, LoraError):
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return error

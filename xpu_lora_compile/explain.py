@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from xpu_lora_compile.errors import DeadAdapterError, OptionError
+from xpu_lora_compile.kernels.choose import Choice
 from xpu_lora_compile.kernels.entry import choice_for
 from xpu_lora_compile.layers import LoraEmbedding, LoraLinear
 from xpu_lora_compile.ops import (
@@ -103,6 +104,8 @@ def explain(
             sites += graph.sites(calls)
             calls += len(graph.calls)
         device = captured[0].device if captured else torch.device("cpu")
+        if not bandwidth and device.type == "meta":
+            raise OptionError("explain", "a device with memory", "meta", "Give a bandwidth, or move the model.")
         speed, source = (bandwidth, "as told") if bandwidth else _measured_bandwidth(device)
         for site in sites:
             site.floor_us = site.bytes / speed / 1e3
@@ -249,6 +252,8 @@ def _site(
     size += 2 * rows * columns * output.element_size()
     size += rows * hint_of(inputs.shape[1]) * inputs.element_size() * len(b) // total
     choice = choice_for([output], inputs, *([without_slice_dim(one) for one in stacks] for stacks in (a, b)))
+    if op is VENDOR_ADD_LORA:
+        choice = Choice("vllm-xpu-kernels", "it is there, and its rules hold for all sizes of the graph", {})
     ranks = [one.shape[-1] for one in b]
     return SiteReport(
         module=decision.module,

@@ -68,7 +68,7 @@ def refusal(outputs: Sequence[Tensor], inputs: Tensor, weights: Sequence[Tensor]
         is_mixed = torch.float32 in dtypes and len(dtypes) > 1
         return f"{why} ({_WHOSE_FLOAT32})" if is_mixed else why
     if not all(one.is_contiguous() for one in weights):
-        return "weights must be contiguous"
+        return "weights must be contiguous, as B is where it was forced before `attach`"
     return ""
 
 

@@ -218,9 +218,11 @@ def _vendor_kind(
     offsets: list[Any],
 ) -> str:
     """Which ops of vllm-xpu-kernels are to be called, on an Intel GPU; none where they are missing or a rule fails."""
-    if value_of(inputs).device.type != "xpu" or forced_kernel() is not None:
+    if value_of(inputs).device.type != "xpu":
         return ""
     kind, why = vendor.family()
+    if (forced := forced_kernel()) is not None:
+        kind, why = "", f"{forced} was forced"
     if kind:
         written = [value_of(outputs[at]) for at in slice_outputs]
         why = vendor.refusal(kind, written, value_of(inputs), stacks_a, stacks_b, value_of(indices))
