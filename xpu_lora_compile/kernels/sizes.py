@@ -1,5 +1,5 @@
-"""How large the tiles of the Triton kernels are, by T, which changes no bit of the results; and whether LoRA is added in
-the kernel of the base product (`linear_*`), after it, or before it (`delta_first`), which may.
+"""How large the tiles of the Triton kernels are, by T, which changes no bit of the results; and whether LoRA is added
+in the kernel of the base product (`linear_*`), after it, or before it (`delta_first`), which may.
 
 Found on an H200 and an H100 (torch 2.11, Triton 3.6, bfloat16, D = 4096) at points of `xpu-lora bench gpu`, settings
 against each other in one run.
