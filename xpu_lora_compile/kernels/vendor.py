@@ -147,7 +147,7 @@ def add_lora(
                 break
             column += b[end].shape[-2]
             end += 1
-        is_right = leads_a_stack(_stack(b[start])) if stored else all(one.is_contiguous() for one in b[start:end])
+        is_right = _lies_in_a_stack(_stack(b[start])) if stored else all(one.is_contiguous() for one in b[start:end])
         if not is_right:
             raise KernelError("vllm-xpu-kernels", "B stored as the graph said", "another view", "Report it.")
         if stored:
@@ -196,12 +196,17 @@ def rows_stored(b: Tensor) -> int | torch.SymInt:
 
 def leads_a_stack(b: Tensor) -> bool:
     """Whether B is the leading rows of the slots of a wider stack that is contiguous."""
-    slots, width, rank = b.shape
+    # torch 2.8 does not know what the slice has guarded.
+    return _lies_in_a_stack(b) and is_guarded(rows_stored(b) > b.shape[1])
+
+
+def _lies_in_a_stack(b: Tensor) -> bool:
+    """Whether B has the strides of such a stack, and memory for all of it."""
+    slots, _, rank = b.shape
     rules = (
         b.stride(0) == rows_stored(b) * rank,
         b.stride(1) == rank,
         b.stride(2) == 1,
-        rows_stored(b) > width,
         b.untyped_storage().nbytes() >= (b.storage_offset() + slots * b.stride(0)) * b.element_size(),
     )
     return all(map(is_known, rules))
