@@ -21,7 +21,6 @@ from xpu_lora_compile.errors import (
     BenchError,
     DeadAdapterError,
     FactoryError,
-    LoraError,
     VerificationError,
     own_error,
 )
@@ -337,15 +336,12 @@ def _reported() -> Iterator[None]:
         yield
     except (typer.Exit, typer.BadParameter):
         raise
-    except (LoraError, OSError) as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
-        raise typer.Exit(1 if isinstance(error, VerificationError | DeadAdapterError) else 2) from None
     except Exception as error:
-        if own := own_error(error):
-            Console(stderr=True).print(str(own), style="red", markup=False, highlight=False)
+        if said := error if isinstance(error, OSError) else own_error(error):
+            Console(stderr=True).print(str(said), style="red", markup=False, highlight=False)
         else:
             traceback.print_exc()
-        raise typer.Exit(2) from None
+        raise typer.Exit(1 if isinstance(error, VerificationError | DeadAdapterError) else 2) from None
 
 
 @contextmanager

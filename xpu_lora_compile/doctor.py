@@ -170,7 +170,7 @@ def _compiler() -> str:
     named = os.environ.get("CXX")
     if named is not None:
         return f"{named!r}, from CXX"
-    return next(filter(None, map(shutil.which, native.COMPILERS)), "none")
+    return next(filter(None, map(shutil.which, native.found_compiler())), "none")
 
 
 def _version(package: str) -> str:

@@ -251,9 +251,10 @@ def _site(
     columns = sum(min(hint_of(one.shape[-2]), hint_of(output.shape[1])) for one in b)
     size += 2 * rows * columns * output.element_size()
     size += rows * hint_of(inputs.shape[1]) * inputs.element_size() * len(b) // total
-    choice = choice_for([output], inputs, *([without_slice_dim(one) for one in stacks] for stacks in (a, b)))
     if op is VENDOR_ADD_LORA:
         choice = Choice("vllm-xpu-kernels", "it is there, and its rules hold for all sizes of the graph", {})
+    else:
+        choice = choice_for([output], inputs, *([without_slice_dim(one) for one in stacks] for stacks in (a, b)))
     ranks = [one.shape[-1] for one in b]
     return SiteReport(
         module=decision.module,

@@ -29,8 +29,6 @@ from xpu_lora_compile.errors import KernelError
 
 _HERE, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
 _SOURCES = (_HERE / "native.cpp", _HERE / "native_kernels.h")
-# The first of these that is there, where CXX names no other.
-COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = (
     # -O3 unrolls the loops over registers: with -O2 the sums are spilled, and it takes twice the time (GCC 12, AVX2).
     *("-O3", "-march=native", "-ffp-contract=off", "-std=c++20", "-fopenmp", "-shared", "-fPIC"),
@@ -73,7 +71,7 @@ def _load_with(named: str | None) -> str:
     """Load the library, compiled if it is not there yet; why that failed."""
     compiler: list[str] = []
     try:
-        compiler = _found_compiler() if named is None else shlex.split(named)
+        compiler = found_compiler() if named is None else shlex.split(named)
         if not compiler:
             return "there is no C++ compiler: install g++ or clang++, or set CXX"
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout  # noqa: S603
@@ -101,8 +99,9 @@ def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:24]
 
 
-def _found_compiler() -> list[str]:
-    found = next(filter(shutil.which, COMPILERS), None)
+def found_compiler() -> list[str]:
+    """The compiler that is taken where CXX names none, or nothing."""
+    found = next(filter(shutil.which, ("g++", "clang++", "c++")), None)
     return [found] if found else []
 
 

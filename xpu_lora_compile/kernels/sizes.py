@@ -7,6 +7,7 @@ against each other in one run.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -45,6 +46,8 @@ class Sizes(NamedTuple):
     linear_stages: int = 7
 
 
+# Each call asks four times.
+@lru_cache(maxsize=4096)
 def sizes_for(rows: int, rank: int, width: int) -> Sizes:
     """The sizes for T rows, the highest R, and W of all slices together; those of the shrink do not depend on W."""
     is_low, is_wide = rank <= 16, width > 8192

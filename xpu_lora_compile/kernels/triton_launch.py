@@ -130,9 +130,9 @@ def linear_lora(
         outputs = [linear(inputs, *product) for product in products]
         add_lora(outputs, inputs, lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling)
         return outputs
-    covers = sum(b.shape[1] for b in lora_b) == sum(map(len, weights))
     # A product adds either what is there or a bias.
-    if sizes.delta_first and covers and all(bias is None for bias in biases):
+    can_come_last = sizes.delta_first and all(bias is None for bias in biases)
+    if can_come_last and sum(b.shape[1] for b in lora_b) == sum(map(len, weights)):
         outputs = [inputs.new_empty(rows, len(weight)) for weight in weights]
         columns = _columns(outputs, lora_b, slice_outputs, slice_offsets)
         expand_all(columns, shrink_all(inputs, lora_a, routing), lora_b, routing, scaling, add=False)

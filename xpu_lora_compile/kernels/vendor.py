@@ -140,19 +140,18 @@ def add_lora(
     start = 0
     while start < len(b):
         at, offset = places[start]
-        stored = rows_stored(_stack(b[start]))
+        stack = _stack(b[start])
+        stored = rows_stored(stack)
         end, column = start + 1, offset + b[start].shape[-2]
         while kind == "lora" and not stored and end < len(b) and places[end] == (at, column):
             if rows_stored(_stack(b[end])):
                 break
             column += b[end].shape[-2]
             end += 1
-        is_right = _lies_in_a_stack(_stack(b[start])) if stored else all(one.is_contiguous() for one in b[start:end])
-        if not is_right:
+        if not (_lies_in_a_stack(stack) if stored else all(one.is_contiguous() for one in b[start:end])):
             raise KernelError("vllm-xpu-kernels", "B stored as the graph said", "another view", "Report it.")
         if stored:
             # All rows that are in memory into a scratch, and those that are wanted from there: once a call, T rows.
-            stack = _stack(b[start])
             slot_count, width, rank = stack.shape
             whole = stack.as_strided((slot_count, stored, rank), (stored * rank, rank, 1))
             scratch = inputs.new_zeros((inputs.shape[0], stored), dtype=torch.float32)

@@ -220,9 +220,8 @@ def _vendor_kind(
     """Which ops of vllm-xpu-kernels are to be called, on an Intel GPU; none where they are missing or a rule fails."""
     if value_of(inputs).device.type != "xpu":
         return ""
-    kind, why = vendor.family()
-    if (forced := forced_kernel()) is not None:
-        kind, why = "", f"{forced} was forced"
+    forced = forced_kernel()
+    kind, why = vendor.family() if forced is None else ("", f"{forced} was forced")
     if kind:
         written = [value_of(outputs[at]) for at in slice_outputs]
         why = vendor.refusal(kind, written, value_of(inputs), stacks_a, stacks_b, value_of(indices))
