@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import xpu_lora_compile as xlc
 from xpu_lora_compile.cli import app
 
 MODELS = """
@@ -116,6 +117,14 @@ def test_a_file_that_cannot_be_written_is_an_error_without_a_traceback() -> None
     assert "the folder of missing/report.json does not exist" in err
     # Found out before the work is done.
     assert not out
+
+
+def test_an_error_of_ours_that_dynamo_wraps_is_said_without_a_traceback() -> None:
+    with xlc.force_kernel("ipex"):
+        code, _, err = call("explain", "served_models:served", "--bandwidth", "20")
+    assert code == 2
+    assert err.startswith("forced kernel: wanted")
+    assert "Traceback" not in err
 
 
 def test_help_lists_the_commands() -> None:

@@ -177,7 +177,8 @@ def test_rows_stored_are_those_of_the_stack_that_is_looked_into() -> None:
         assert vendor.rows_stored(leading) == 9
     # Contiguous as it is: of all rows, or of one slot alone.
     assert vendor.rows_stored(stack) == vendor.rows_stored(stack[:1, :W]) == 0
-    # Not the leading rows, other strides, or memory that ends too soon.
+    # Slots that share rows, not the leading rows, other strides, or memory that ends too soon.
+    assert not vendor.leads_a_stack(torch.empty(K * W * R).as_strided((K, W, R), ((W - 1) * R, R, 1)))
     assert not vendor.leads_a_stack(stack[:, 2 : 2 + W])
     assert not vendor.leads_a_stack(torch.empty(K, R, 9).mT[:, :W])
     assert not vendor.leads_a_stack(torch.empty(K, 9, R + 1)[:, :W, :R])
