@@ -1,12 +1,15 @@
 """vLLM's punica wrapper, with our ops in its methods. Imported by vLLM, where it is installed, and by nothing else.
 
-vLLM's stacks are taken as they are: A `[K, 1, R, D]`, B `[K, 1, W, R]`, scaling folded into B. Its index buffers, too:
-as long as the largest batch, with stale numbers past the rows of this one, and -1 for a row without an adapter. Each
-method changes `y` in place where it runs eagerly, and returns the result, which is what vLLM's layers go on with.
+vLLM's stacks are A `[K, 1, R, D]` and B `[K, 1, W, R]`, scaling folded into B, and stay so for vLLM; on a CPU B lies in
+memory by rank, as our kernel reads it. Its index buffers are taken as they are: as long as the largest batch, with stale
+numbers past the rows of this one, and -1 for a row without an adapter. Each method changes `y` in place where it runs
+eagerly, and returns the result, which is what vLLM's layers go on with.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -27,6 +30,11 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
 
     # Whether any row of the batch has an adapter; read by eager code alone, never traced into a graph.
     _any_adapter = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's own, and have each layer that is given this wrapper store B by rank."""
+        super().__init__(*args, **kwargs)
+        _have_layers_store_b_by_rank()
 
     def update_metadata(self, mapping: Any, *args: Any, **kwargs: Any) -> None:
         """Note which row has which adapter."""
@@ -185,3 +193,33 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
             return sampled[: x.shape[0]]
         first = x.storage_offset() // x.stride(0)
         return tokens[first : first + x.shape[0]]
+
+
+def _have_layers_store_b_by_rank() -> None:
+    """Add that to what vLLM's LoRA layers do as they are given a wrapper of ours. A second call changes nothing.
+
+    vLLM makes a layer's stacks first, and `set_mapping` is all that it asks of every layer after that, and before it
+    traces or runs one. `set_lora` and `reset_lora` write to the stacks as to any other: shapes stay what they were.
+    """
+    layers: Any = importlib.import_module("vllm.lora.layers.base").BaseLayerWithLoRA
+    own = layers.set_mapping
+    if hasattr(own, "__wrapped__"):
+        return
+
+    @functools.wraps(own)
+    def set_mapping(layer: Any, punica_wrapper: Any) -> None:
+        own(layer, punica_wrapper)
+        if isinstance(punica_wrapper, XpuLoraPunicaWrapper):
+            stacks = vars(layer).get("lora_b_stacked")
+            # Those of mixtures of experts are a list, and not for our kernels.
+            if isinstance(stacks, tuple):
+                layer.lora_b_stacked = tuple(map(_by_rank, stacks))
+            elif isinstance(stacks, Tensor):
+                layer.lora_b_stacked = _by_rank(stacks)
+
+    layers.set_mapping = set_mapping
+
+
+def _by_rank(stack: Tensor) -> Tensor:
+    """The same `[K, 1, W, R]`, with neighbours along W side by side where that is what our kernel reads: on a CPU."""
+    return stack.transpose(-1, -2).contiguous().transpose(-1, -2) if stack.device.type == "cpu" else stack

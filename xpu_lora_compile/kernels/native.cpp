@@ -151,13 +151,30 @@ bool are_all_negative(const at::Tensor& indices) {
     return true;
 }
 
-void add_lora(at::TensorList outputs, const at::Tensor& inputs, at::TensorList lora_a, at::TensorList lora_b,
-              const at::Tensor& indices, at::IntArrayRef slice_outputs, at::IntArrayRef slice_offsets,
-              double scaling) {
+// One to three slices, each to an output of its own or to the first, handed over one by one: to unpack a list takes
+// longer than to unpack what is in it.
+void add_slices_in_place(const at::Tensor& output, const std::optional<at::Tensor>& output_1,
+                         const std::optional<at::Tensor>& output_2, const at::Tensor& inputs, const at::Tensor& a,
+                         const at::Tensor& b, const std::optional<at::Tensor>& a_1,
+                         const std::optional<at::Tensor>& b_1, const std::optional<at::Tensor>& a_2,
+                         const std::optional<at::Tensor>& b_2, const at::Tensor& indices, int64_t offset,
+                         int64_t offset_1, int64_t offset_2, double scaling) {
     // Looking at the operands takes longer than all else, as nothing of them is in the caches.
     if (are_indices(indices) && are_all_negative(indices)) return;
+    c10::SmallVector<at::Tensor, 3> outputs{output}, lora_a{a}, lora_b{b};
+    c10::SmallVector<int64_t, 3> slice_outputs{0}, slice_offsets{offset};
+    auto add = [&](const auto& its_output, const auto& its_a, const auto& its_b, int64_t its_offset) {
+        if (!its_a || !its_b) return;
+        slice_outputs.push_back(its_output ? int64_t(outputs.size()) : 0);
+        if (its_output) outputs.push_back(*its_output);
+        lora_a.push_back(*its_a);
+        lora_b.push_back(*its_b);
+        slice_offsets.push_back(its_offset);
+    };
+    add(output_1, a_1, b_1, offset_1);
+    add(output_2, a_2, b_2, offset_2);
     TORCH_CHECK(try_add_lora(outputs, inputs, lora_a, lora_b, indices, slice_outputs, slice_offsets, scaling),
-                "xpu_lora::native_add_lora: operands that do not fit together");
+                "xpu_lora::native_add_slices: operands that do not fit together");
 }
 
 bool try_shrink(const at::Tensor& output, const at::Tensor& inputs, const at::Tensor& weights,
@@ -190,7 +207,7 @@ bool try_expand(const at::Tensor& output, const at::Tensor& inputs, const at::Te
 }  // namespace
 
 TORCH_LIBRARY_IMPL(xpu_lora, CPU, library) {
-    library.impl("native_add_lora", add_lora);
+    library.impl("native_add_slices", add_slices_in_place);
     library.impl("native_try_add_lora", try_add_lora);
     library.impl("native_try_shrink", try_shrink);
     library.impl("native_try_expand", try_expand);
