@@ -44,6 +44,11 @@ def check_before_autograd(library: torch.library.Library, op: Any, check: Any) -
         library.impl(op._schema.name.split("::")[1], call, f"Autograd{device}", with_keyset=True)
 
 
+def writes_to(tensor: torch.Tensor) -> int:
+    """How often the tensor, or a view of the same memory, has been written to in place; no inference tensor."""
+    return tensor._version
+
+
 def runs_plainly(*operands: Any) -> bool:
     """Whether nothing looks at calls of ops on these tensors: no compiler, no mode, no subclass, no gradient.
 

@@ -147,6 +147,67 @@ def test_logits_of_another_width_than_the_vocabulary(columns: int) -> None:
 
 
 @torch.no_grad()
+def test_logits_are_left_alone_while_no_adapter_has_any_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xpu_lora_compile.integrations import vllm_punica
+
+    calls: list[Any] = []
+    real = vllm_punica.add_slices_eagerly
+    monkeypatch.setattr(vllm_punica, "add_slices_eagerly", lambda *args: calls.append(args) or real(*args))
+    wrapper, (a, b) = wrapper_for(MIXED, 3, sampled=[3, 0]), stacks([64])
+    weights, b = b[0].clone(), [torch.zeros_like(b[0])]
+    x, zeros = torch.randn(2, 24), torch.zeros(2, 64)
+
+    def logits() -> Tensor:
+        return wrapper.add_lora_logits(zeros.clone(), x, a[0], b[0], 1.0)
+
+    assert torch.equal(logits(), zeros)
+    assert not calls
+    # As vLLM loads an adapter, and evicts it.
+    with torch.inference_mode():
+        b[0][2, 0, :64].copy_(weights[2, 0])
+    torch.testing.assert_close(logits()[0], weights[2, 0] @ (a[0][2, 0] @ x[0]), rtol=1e-4, atol=1e-3)
+    assert len(calls) == 1
+    b[0][2] = 0
+    assert torch.equal(logits(), zeros)
+    assert len(calls) == 1
+    # Who counts no writes is always taken for one that has some.
+    with torch.inference_mode():
+        b = [b[0].clone()]
+        logits()
+    assert len(calls) == 2
+
+
+def test_layers_store_b_by_rank_and_set_and_reset_it_as_before() -> None:
+    from vllm.lora.layers.base import BaseLayerWithLoRA
+
+    wrapper = wrapper_for(MIXED, 3)
+
+    class Layer(BaseLayerWithLoRA):
+        """As vLLM's own linear and logits layers hold theirs."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_b_stacked: Any = (torch.zeros(3, 1, 16, 4), torch.zeros(3, 1, 8, 4))
+
+    layer, plain, single = Layer(), Layer(), Layer()
+    single.lora_b_stacked = torch.zeros(3, 1, 16, 4)
+    for one in (layer, single):
+        one.set_mapping(wrapper)
+        assert one.punica_wrapper is wrapper
+    plain.set_mapping(None)
+    for stack in (*layer.lora_b_stacked, single.lora_b_stacked):
+        assert stack.shape[0] == 3
+        assert stack.shape[-1] == 4
+        assert stack.stride()[-2:] == (1, stack.shape[-2])
+    assert plain.lora_b_stacked[0].is_contiguous()
+    # A wrapper of each kind more makes no second change.
+    wrapper_for(MIXED, 3)
+    again = BaseLayerWithLoRA.set_mapping
+    wrapper_for(MIXED, 3)
+    assert BaseLayerWithLoRA.set_mapping is again
+
+
+@torch.no_grad()
 def test_expanding_replaces_or_adds_and_takes_strided_tensors() -> None:
     wrapper, (_, b) = wrapper_for(MIXED, 3), stacks([8, 8])
     hidden = torch.randn(8, 7, 2).permute(2, 1, 0)
