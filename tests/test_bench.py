@@ -213,3 +213,27 @@ def test_the_overhead_of_an_eager_call_is_told() -> None:
 
 def test_geometric_mean() -> None:
     assert geometric_mean([2, 8]) == pytest.approx(4)
+
+
+def test_engines_whose_numbers_differ_are_not_timed() -> None:
+    from xpu_lora_compile.bench import vllm
+
+    generator = torch.Generator().manual_seed(0)
+    base, with_adapter, foreign = (torch.randn(3, vllm.CHECKED, generator=generator) for _ in range(3))
+    mixed = [None, "one", None]
+    right = torch.where(torch.tensor([False, True, False])[:, None], with_adapter, base)
+    # vLLM's own may give a row without an adapter another's LoRA.
+    stock = torch.where(torch.tensor([True, True, False])[:, None], with_adapter, base)
+    found = {vllm.BASE: base, vllm.ALONE: base + 0.05, vllm.MIXED: right - 0.05, vllm.STOCK: stock}
+    vllm._check(found, mixed, "bfloat16")
+    for name, wrong in (
+        (vllm.ALONE, base + 0.2),
+        (vllm.ALONE, torch.full_like(base, float("nan"))),
+        (vllm.MIXED, base),
+        (vllm.MIXED, stock),
+        (vllm.MIXED, foreign),
+    ):
+        with pytest.raises(BenchError, match=f"bench vllm: {name}: wanted numbers within 0.1"):
+            vllm._check(found | {name: wrong}, mixed, "bfloat16")
+    with pytest.raises(BenchError, match="within 0.0001"):
+        vllm._check(found, mixed, "float32")

@@ -1,6 +1,7 @@
 """`xpu-lora bench vllm`: vLLM's engine on a CPU; the base model, mixed adapters with our plugin, and without it.
 
-Each contender is an engine in a process of its own, since a process's plugins are loaded once. They run by turns.
+Each contender is an engine in a process of its own, since a process's plugins are loaded once. They run by turns, after
+their log-probabilities of what follows a prompt have been compared.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from xpu_lora_compile.bench.layer import peft_adapters
 from xpu_lora_compile.bench.measure import Timing, machine, timing_of
@@ -29,6 +31,12 @@ STOCK, ALONE = "mixed adapters, vLLM's own", "no adapter in the batch"
 
 # Of each request: tokens of the prompt, and new ones.
 WORKLOADS = {"decoding": (16, 32), "prefill-heavy": (256, 4)}
+
+# How many tokens of the vocabulary are compared first, as what may follow each request's prompt.
+CHECKED = 64
+
+# How far log-probabilities may differ from a peer's. In bfloat16 0.025 was seen, where an adapter moves them by 1.4.
+ALLOWED = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 # What every engine is started with; the first is where vLLM would take half the memory.
 ENVIRONMENT = {
@@ -77,7 +85,7 @@ def run(
         on_done: told of each step.
 
     Raises:
-        BenchError: vLLM is missing, or an engine ended.
+        BenchError: vLLM is missing, an engine ended, or one computes something else than its peer.
     """
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -88,12 +96,12 @@ def run(
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as engines:
         config = LlamaConfig(**(SMOLLM2 | {"num_hidden_layers": layers}))
-        names, _ = peft_adapters(LlamaForCausalLM(config), Path(folder), TARGETS, rank, slots)
-        config.architectures = ["LlamaForCausalLM"]
-        config.save_pretrained(folder)
+        model = LlamaForCausalLM(config)
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
+        names, _ = peft_adapters(model, Path(folder), TARGETS, rank, slots)
+        del model
         options: dict[str, Any] = {
             "model": folder,
-            "load_format": "dummy",
             "skip_tokenizer_init": True,
             "dtype": dtype,
             "max_model_len": 512,
@@ -118,13 +126,14 @@ def run(
             ALONE: (asks[MIXED], [None] * batch),
             STOCK: (asks[STOCK], mixed),
         }
+        _check({name: ask.log_probabilities(adapters) for name, (ask, adapters) in contenders.items()}, mixed, dtype)
         order = random.Random(0)  # noqa: S311
         taken: dict[str, dict[str, list[float]]] = {work: {name: [] for name in contenders} for work in WORKLOADS}
         for number in range(runs + 1):
             for work, (prompt, new) in WORKLOADS.items():
                 for name in order.sample(list(contenders), len(contenders)):
                     ask, adapters = contenders[name]
-                    one = ask(prompt, new, adapters, number)
+                    one = ask.seconds(prompt, new, adapters, number)
                     # What an engine does for the first time does not count.
                     if number:
                         taken[work][name].append(one)
@@ -140,8 +149,45 @@ def run(
     return EngineRun(machine("cpu"), what, timings, seconds, summary)
 
 
-# Tokens of a prompt, new ones, an adapter or none for each request, a seed -> seconds.
-_Engine = Callable[[int, int, "list[str | None]", int], float]
+def _check(found: dict[str, Tensor], mixed: list[str | None], dtype: str) -> None:
+    """Compare ours with the base model where a row has no adapter, and with vLLM's own where it has one.
+
+    With all slots taken, vLLM 0.32's own gives rows without an adapter the LoRA of one.
+    """
+    has_adapter = torch.tensor([adapter is not None for adapter in mixed])[:, None]
+    for name, wanted in ((ALONE, found[BASE]), (MIXED, torch.where(has_adapter, found[STOCK], found[BASE]))):
+        worst = (found[name] - wanted).abs().max().item()
+        if not worst <= ALLOWED[dtype]:
+            raise BenchError(f"bench vllm: {name}", f"numbers within {ALLOWED[dtype]}", f"{worst:.3g} off", "Report it.")
+
+
+class _Engine:
+    """An engine in another process."""
+
+    def __init__(self, name: str, pipe: Connection) -> None:
+        self.name = name
+        self.pipe = pipe
+
+    def seconds(self, prompt: int, new: int, adapters: list[str | None], seed: int) -> float:
+        """How long a batch takes, of so many tokens a prompt and so many new ones, with an adapter or none each."""
+        return float(self._ask(prompt, new, adapters, seed)[0])
+
+    def log_probabilities(self, adapters: list[str | None]) -> Tensor:
+        """Of the first CHECKED tokens of the vocabulary, each as the next one of a prompt: `[requests, CHECKED]`."""
+        return torch.tensor(self._ask(WORKLOADS["decoding"][0], 1, adapters, 0)[1])
+
+    def answer(self) -> Any:
+        """Wait for what the process says next."""
+        try:
+            return self.pipe.recv()
+        except EOFError as ended:
+            raise BenchError(
+                f"bench vllm: {self.name}", "an engine that runs", "one that ended", "See above."
+            ) from ended
+
+    def _ask(self, *what: Any) -> Any:
+        self.pipe.send(what)
+        return self.answer()
 
 
 @contextmanager
@@ -160,19 +206,10 @@ def _engine(name: str, options: dict[str, Any], environment: dict[str, str]) -> 
         os.environ.update(before)
     there.close()
 
-    def answer() -> Any:
-        try:
-            return here.recv()
-        except EOFError as ended:
-            raise BenchError(f"bench vllm: {name}", "an engine that runs", "one that ended", "See above.") from ended
-
-    def ask(prompt: int, new: int, adapters: list[str | None], seed: int) -> float:
-        here.send((prompt, new, adapters, seed))
-        return float(answer())
-
+    engine = _Engine(name, here)
     try:
-        answer()
-        yield ask
+        engine.answer()
+        yield engine
     finally:
         here.close()
         process.join(timeout=20)
@@ -194,10 +231,19 @@ def _serve(pipe: Connection, options: dict[str, Any]) -> None:
         prompts = [{"prompt_token_ids": row} for row in tokens.tolist()]
         names = list(dict.fromkeys(filter(None, adapters)))
         requests = {one: request(one, names.index(one) + 1, str(Path(options["model"]) / one)) for one in names}
-        length = vllm.SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False)
+        length = vllm.SamplingParams(
+            temperature=0,
+            max_tokens=new,
+            min_tokens=new,
+            ignore_eos=True,
+            detokenize=False,
+            logprob_token_ids=None if new > 1 else list(range(CHECKED)),
+        )
         chosen = [requests.get(one) for one in adapters] if options.get("enable_lora") else None
         start = time.perf_counter()
-        made = engine.generate(prompts, length, lora_request=chosen, use_tqdm=False)
-        pipe.send(time.perf_counter() - start)
-        if any(len(one.outputs[0].token_ids) != new for one in made):
+        made = [one.outputs[0] for one in engine.generate(prompts, length, lora_request=chosen, use_tqdm=False)]
+        seconds = time.perf_counter() - start
+        numbers = [[one.logprobs[0][token].logprob for token in range(CHECKED)] for one in made if new == 1]
+        pipe.send((seconds, numbers))
+        if any(len(one.token_ids) != new for one in made):
             raise BenchError("bench vllm", f"{new} tokens of each request", "others", "Report it.")
