@@ -233,7 +233,7 @@ def test_engines_whose_numbers_differ_are_not_timed() -> None:
         (vllm.MIXED, stock),
         (vllm.MIXED, foreign),
     ):
-        with pytest.raises(BenchError, match=f"bench vllm: {name}: wanted numbers within 0.1"):
+        with pytest.raises(BenchError, match=rf"bench vllm: {name}: wanted numbers within 0\.1"):
             vllm._check(found | {name: wrong}, mixed, "bfloat16")
-    with pytest.raises(BenchError, match="within 0.0001"):
+    with pytest.raises(BenchError, match=r"within 0\.0001"):
         vllm._check(found, mixed, "float32")

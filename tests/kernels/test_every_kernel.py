@@ -21,6 +21,7 @@ from torch import Tensor
 
 from xpu_lora_compile.errors import KernelError
 from xpu_lora_compile.kernels.choose import force_kernel
+from xpu_lora_compile.ops import bgmv_shrink
 from xpu_lora_compile.ops.budget import budget_of
 
 every_kernel = pytest.mark.parametrize("kernel", KERNELS_HERE)
@@ -47,6 +48,19 @@ def test_values_are_within_the_budget_and_nothing_else_is_written(kernel: str, o
         result = call.run()
     budget.check(result, call.written)
     assert same_bits(call.buffer[outside], before[outside])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@every_kernel
+@pytest.mark.parametrize("scaling", [float("nan"), float("inf"), -1.0])
+def test_a_rank_vector_without_an_adapter_is_0_however_it_is_scaled(kernel: str, scaling: float) -> None:
+    output = torch.ones(3, 2, device=DEVICE)
+    operands = torch.ones(3, 5, device=DEVICE), torch.ones(1, 2, 5, device=DEVICE)
+    with force_kernel(kernel), torch.no_grad():
+        bgmv_shrink(output, *operands, torch.tensor([-1, 0, 1], device=DEVICE), scaling)
+    zeros = torch.zeros(2, device=DEVICE)
+    assert same_bits(output[0], zeros)
+    assert same_bits(output[2], zeros)
 
 
 @every_kernel

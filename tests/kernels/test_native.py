@@ -17,7 +17,7 @@ from torch import Tensor
 import xpu_lora_compile as xlc
 from xpu_lora_compile.errors import ContractError, DtypeError, LoraError, SliceError
 from xpu_lora_compile.kernels import entry, native
-from xpu_lora_compile.ops import ADD_LORA
+from xpu_lora_compile.ops import ADD_LORA, NATIVE_ADD_LORA, reference
 
 ONE_CALL = """
 import torch
@@ -142,6 +142,28 @@ def peak_memory() -> int:
     """Bytes, since the count was last cleared."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) << 10
+
+
+@pytest.mark.parametrize("slices", [1, 2, 3, 4, 7])
+def test_any_number_of_slices_goes_to_any_outputs(slices: int) -> None:
+    generator = torch.Generator().manual_seed(slices)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x, indices = normal(5, 6), torch.tensor([0, -1, 1, 2, 1])
+    a, b = [normal(2, 3, 6) for _ in range(slices)], [normal(2, 4, 3) for _ in range(slices)]
+    to, offsets = [(2, 0, 0, 1, 2, 2, 0)[s] for s in range(slices)], [4 * s for s in range(slices)]
+    # Columns that are not side by side are copied, and copied back.
+    outputs = [normal(4 * slices, 5).t() for _ in range(3)]
+    wanted = [output.clone() for output in outputs]
+    for s in range(slices):
+        columns = wanted[to[s]][:, offsets[s] : offsets[s] + 4]
+        columns += reference.lora_linear(columns * 0, x, [a[s]], [b[s]], indices, [0], 0.5)
+    with torch.no_grad():
+        NATIVE_ADD_LORA(outputs, x, a, b, indices, to, offsets, 0.5)
+    for output, right in zip(outputs, wanted, strict=True):
+        torch.testing.assert_close(output, right)
 
 
 def test_a_write_past_the_dispatcher_is_seen_by_autograd() -> None:

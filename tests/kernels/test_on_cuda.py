@@ -208,6 +208,28 @@ def needs(gigabytes: float) -> None:
         pytest.skip(f"it needs {gigabytes} GiB of free memory, not {free / 2**30:.0f}")
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="it needs two CUDA devices")
+@pytest.mark.parametrize("rows", [3, 40, 600])
+def test_operands_need_not_be_on_the_current_device(rows: int) -> None:
+    x, weight = normal(rows, D, seed=1) / 4, normal(256, D, seed=2) / 4
+    a, b = normal(K, R, D, seed=3) / 4, normal(K, R, 256, seed=4).transpose(1, 2) / 4
+    indices = torch.arange(rows, device=DEVICE) % (K + 1) - 1
+
+    def results(device: torch.device) -> list[Tensor]:
+        there = [one.to(device) for one in (x, weight, a, b, indices)]
+        routing = [there[4], ROUTE_TILES(there[4], K)]
+        (added,) = LINEAR_LORA(there[0], [there[1]], [None], [there[2]], [there[3]], routing, [0], [0], 0.5)
+        hidden, base = torch.zeros(rows, R, device=device), added.clone()
+        xlc.bgmv_shrink(hidden, there[0], there[2], there[4], 0.5)
+        xlc.bgmv_expand(base, hidden, there[3], there[4], add_inputs=True)
+        linear = xlc.lora_linear(added, there[0], [there[2]], [there[3]], there[4], [0], 0.5)
+        return [one.cpu() for one in (added, hidden, base, linear)]
+
+    with torch.cuda.device(0), torch.no_grad():
+        for here, there in zip(results(torch.device("cuda", 0)), results(torch.device("cuda", 1)), strict=True):
+            assert same_bits(here, there)
+
+
 def test_an_output_of_more_than_2_to_the_31_elements() -> None:
     needs(14)
     rows, width = 2**16 + 1, 2**15 + 64

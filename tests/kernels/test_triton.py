@@ -312,7 +312,7 @@ def test_linear_lora_is_a_linear_with_lora(layer: Layer, fused: list[bool]) -> N
 # LoRA first: all columns are written before the product is added to them.
 FIRST = (
     Layer(T=40),
-    Layer(T=20, dtype=F16, **QKV),
+    Layer(T=20, **QKV),
     Layer(T=40, widths=(70, 33), slices=((0, 30, 40, 3), (1, 0, 33, 5), (0, 0, 30, 3)), biases=(False, False)),
     Layer(T=40, slices=((0, 0, 70, 3),), ranks=(1, 0, 3, 2)),
     Layer(T=1, dtype=F32),
@@ -321,6 +321,8 @@ NOT_FIRST = (
     Layer(T=40, biases=(True,)),
     Layer(T=40, **PACKED),
     Layer(T=0),
+    # LoRA alone may overflow where its sum with the product does not.
+    Layer(T=20, dtype=F16, **QKV),
 )
 
 
@@ -550,7 +552,7 @@ class Driver:
     launcher_cls = utils = None
 
     def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", int(sys.argv[1]), 32)
 
     def get_current_device(self):
         return 0
@@ -586,7 +588,7 @@ class Compiled:
     def __getitem__(self, grid):
         def compile(*args, **kwargs):
             kernel = getattr(triton_kernels, self.name).warmup(*args, grid=grid, **kwargs)
-            made.setdefault(self.name, []).append(kernel.asm["ptx"])
+            made.setdefault(self.name, []).append((kernel.asm["ptx"], kernel.metadata.shared))
 
         return compile
 
@@ -598,36 +600,59 @@ class Kernels:
 for name in ("route_kernel", "shrink_kernel", "expand_kernel", "linear_kernel"):
     setattr(Kernels, name, Compiled(name))
 triton_launch._kernels = lambda: Kernels
-triton_launch._has_pdl = lambda device: triton_kernels.CAN_OVERLAP
+triton_launch._has_pdl = lambda device: int(sys.argv[1]) >= 90 and triton_kernels.CAN_OVERLAP
 
-bf16, K, D, R, widths = torch.bfloat16, 8, 1024, 16, (1024, 256, 256)
-for rows in (8, 2048):
-    x, indices = torch.empty(rows, D, dtype=bf16), torch.zeros(rows, dtype=torch.int64)
-    a = [torch.empty(K, R, D, dtype=bf16) for _ in widths]
-    b = [torch.empty(K, R, w, dtype=bf16).transpose(1, 2) for w in widths]
+def compile_all(rows, dtype, R, widths, has_base):
+    K, D, slices = 8, 1024, list(range(len(widths)))
+    x, indices = torch.empty(rows, D, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+    a = [torch.empty(K, R, D, dtype=dtype) for _ in widths]
+    b = [torch.empty(K, R, w, dtype=dtype).transpose(1, 2) for w in widths]
     routing = Routing(indices, K, torch.full((K,), R, dtype=torch.int32))
-    outputs = [torch.empty(rows, w, dtype=bf16) for w in widths]
-    triton_launch.add_lora(outputs, x, a, b, routing, [0, 1, 2], [0, 0, 0], 0.5)
+    outputs = [torch.empty(rows, w, dtype=dtype) for w in widths]
+    triton_launch.add_lora(outputs, x, a, b, routing, slices, [0] * len(widths), 0.5)
     triton_launch.shrink(torch.empty(rows, R), x, a[0], routing, 1.0)
     triton_launch.expand(outputs[0], torch.empty(rows, R), b[0], routing, True)
-    if rows == 8:
-        weights = [torch.empty(w, D, dtype=bf16) for w in widths]
-        triton_launch.linear_lora(x, weights, [None] * 3, a, b, routing, [0, 1, 2], [0, 0, 0], 0.5)
+    if has_base:
+        weights = [torch.empty(w, D, dtype=dtype) for w in widths]
+        nothing = [None] * len(widths)
+        triton_launch.linear_lora(x, weights, nothing, a, b, routing, slices, [0] * len(widths), 0.5)
+
+
+for rows, dtype, *rest in json.loads(sys.argv[2]):
+    compile_all(rows, getattr(torch, dtype), *rest)
 json.dump(made, sys.stdout)
 '''
 
 
+def cross_compiled(capability: int, calls: list[tuple[Any, ...]], cache: Path) -> dict[str, list[tuple[str, int]]]:
+    """The code of each kernel, made without a GPU, and its shared memory in bytes; in a process that compiles."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, "-c", CROSS_COMPILE, str(capability), json.dumps(calls)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+    assert ran.returncode == 0, ran.stderr
+    made: dict[str, list[tuple[str, int]]] = json.loads(ran.stdout)
+    return made
+
+
 @pytest.fixture(scope="module")
 def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """The code of each kernel for an H100, made without one; in a process that does not interpret."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    ran = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", CROSS_COMPILE], env=environment, capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    made: dict[str, list[str]] = json.loads(ran.stdout)
-    return made
+    """For an H100."""
+    packed = (1024, 256, 256)
+    calls = [(8, "bfloat16", 16, packed, True), (2048, "bfloat16", 16, packed, False)]
+    made = cross_compiled(90, calls, tmp_path_factory.mktemp("triton"))
+    return {name: [code for code, _ in codes] for name, codes in made.items()}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [(300, "float32", 64, (1024,)), (2048, "float32", 64, (16384,)), (2048, "float32", 16, (1024, 256, 256))],
+    ids=["R64", "R64, wide", "three slices"],
+)
+def test_float32_fits_the_shared_memory_of_smaller_gpus(call: tuple[Any, ...], tmp_path: Path) -> None:
+    """Compute capabilities 8.6, 8.9 and 12.0 have 99 KB: CUDA C++ Programming Guide."""
+    for name, codes in cross_compiled(89, [(*call, False)], tmp_path).items():
+        assert max(shared for _, shared in codes) <= 99 * 1024, name
 
 
 def test_all_kernels_compile_for_a_gpu(ptx: dict[str, list[str]]) -> None:

@@ -158,7 +158,9 @@ def _check(found: dict[str, Tensor], mixed: list[str | None], dtype: str) -> Non
     for name, wanted in ((ALONE, found[BASE]), (MIXED, torch.where(has_adapter, found[STOCK], found[BASE]))):
         worst = (found[name] - wanted).abs().max().item()
         if not worst <= ALLOWED[dtype]:
-            raise BenchError(f"bench vllm: {name}", f"numbers within {ALLOWED[dtype]}", f"{worst:.3g} off", "Report it.")
+            raise BenchError(
+                f"bench vllm: {name}", f"numbers within {ALLOWED[dtype]}", f"{worst:.3g} off", "Report it."
+            )
 
 
 class _Engine:

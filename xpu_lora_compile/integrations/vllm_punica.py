@@ -1,9 +1,9 @@
 """vLLM's punica wrapper, with our ops in its methods. Imported by vLLM, where it is installed, and by nothing else.
 
 vLLM's stacks are A `[K, 1, R, D]` and B `[K, 1, W, R]`, scaling folded into B, and stay so for vLLM; on a CPU B lies in
-memory by rank, as our kernel reads it. Its index buffers are taken as they are: as long as the largest batch, with stale
-numbers past the rows of this one, and -1 for a row without an adapter. Each method changes `y` in place where it runs
-eagerly, and returns the result, which is what vLLM's layers go on with.
+memory by rank, as our kernel reads it. Its index buffers are taken as they are: as long as the largest batch, with
+stale numbers past the rows of this one, and -1 for a row without an adapter. Each method changes `y` in place where it
+runs eagerly, and returns the result, which is what vLLM's layers go on with.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
     ) -> Tensor:
         """Add LoRA to the logits, of which there may be more than B has rows: the padding keeps its value.
 
-        Nothing is done while no adapter has any for the logits: a vocabulary makes B the largest of all, and reading its
-        zeros takes 1 % of a step of SmolLM2.
+        Nothing is done while no adapter has any for the logits: a vocabulary makes B the largest of all, and reading
+        its zeros takes 1 % of a step of SmolLM2.
 
         Args:
             y: `[S, H]`, one row for each token that is sampled; or for tokens of a prompt whose probabilities are

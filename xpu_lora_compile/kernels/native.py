@@ -162,12 +162,13 @@ def _define(schema: str) -> Any:
 
 
 # For up to three slices, its output[t, its columns] += B[i] @ (scaling * A[i] @ inputs[t]), no two of which share
-# columns; its output is the first where it is None. That nothing is in a list spares a quarter of what a call takes
-# besides its products (7.5 of 10 us between products that fill the caches; torch 2.13, one core of an AMD EPYC).
+# columns; its output is the first where it is None, and no other is given twice. That nothing is in a list spares a
+# quarter of what a call takes besides its products (7.5 of 10 us between products that fill the caches; torch 2.13, one
+# core of an AMD EPYC).
 _ADD_SLICES = _define(
-    "native_add_slices(Tensor(a!) output, Tensor(b!)? output_1, Tensor(c!)? output_2, Tensor inputs, Tensor a, Tensor b, "
-    "Tensor? a_1, Tensor? b_1, Tensor? a_2, Tensor? b_2, Tensor indices, int offset, int offset_1, int offset_2, "
-    "float scaling) -> ()"
+    "native_add_slices(Tensor(a!) output, Tensor(b!)? output_1, Tensor(c!)? output_2, Tensor inputs, Tensor a, "
+    "Tensor b, Tensor? a_1, Tensor? b_1, Tensor? a_2, Tensor? b_2, Tensor indices, int offset, int offset_1, "
+    "int offset_2, float scaling) -> ()"
 )
 
 
@@ -181,14 +182,19 @@ def _add_lora(
     slice_offsets: Sequence[int],
     scaling: float,
 ) -> None:
-    for first in range(0, len(lora_a), 3):
-        here = slice(first, first + 3)
-        missing = [None] * (3 - len(lora_a[here]))
-        (a, a_1, a_2), (b, b_1, b_2) = [*lora_a[here], *missing], [*lora_b[here], *missing]
-        to = slice_outputs[here]
-        output, output_1, output_2 = [outputs[to[0]], *(None if at == to[0] else outputs[at] for at in to[1:]), *missing]
-        offsets = [*slice_offsets[here], *(0 for _ in missing)]
-        _ADD_SLICES(output, output_1, output_2, inputs, a, b, a_1, b_1, a_2, b_2, indices, *offsets, scaling)
+    calls: list[list[int]] = [[0]]
+    for s, to in enumerate(slice_outputs[1:], start=1):
+        first, *others = [slice_outputs[one] for one in calls[-1]]
+        if len(others) == 2 or (to != first and to in others):
+            calls.append([])
+        calls[-1].append(s)
+    for call in calls:
+        missing: list[Any] = [None] * (3 - len(call))
+        (a, a_1, a_2), (b, b_1, b_2) = ((*(stacks[s] for s in call), *missing) for stacks in (lora_a, lora_b))
+        first, *others = [slice_outputs[s] for s in call]
+        outputs_after = (*(None if to == first else outputs[to] for to in others), *missing)
+        offsets = (*(slice_offsets[s] for s in call), *(0 for _ in missing))
+        _ADD_SLICES(outputs[first], *outputs_after, inputs, a, b, a_1, b_1, a_2, b_2, indices, *offsets, scaling)
 
 
 # Any number of slices. Composite: one call in the graph that our passes see, and the op above in the one that Inductor

@@ -159,9 +159,10 @@ def _close(part, pair, total, ends, closes, EACH: tl.constexpr):
 
 
 @triton.jit
-def _store_hidden(output, out_row, out_column, total, rows, r, limit, scaling, SCALE: tl.constexpr):
+def _store_hidden(output, out_row, out_column, total, slot, rows, r, limit, scaling, SCALE: tl.constexpr):
     if SCALE:
-        total *= scaling
+        # Without an adapter it is 0, whatever that is scaled by.
+        total = tl.where(slot < 0, 0.0, total * scaling)
     at = tl.where(rows >= 0, rows, 0).to(tl.int64)
     place = output + at[None, :] * out_row + r.to(tl.int64)[:, None] * out_column
     tl.store(place, _rounded(total, output.dtype.element_ty), mask=(rows >= 0)[None, :] & (r < limit)[:, None])
@@ -245,13 +246,13 @@ def shrink_kernel(
             part_2, pair_2, total_2 = _close(part_2, pair_2, total_2, ends, closes, EACH)
     place = hidden + (piece * SLICES + s).to(tl.int64) * count * h_row
     # The public op writes zeros, too; the expand reads none.
-    _store_hidden(place, h_row, h_column, total, rows, r, _pick(rank, s) if PUBLIC else used, scaling, PUBLIC)
+    _store_hidden(place, h_row, h_column, total, slot, rows, r, _pick(rank, s) if PUBLIC else used, scaling, PUBLIC)
     if GROUP > 1:
         place = hidden + (piece * SLICES + s_1).to(tl.int64) * count * h_row
-        _store_hidden(place, h_row, h_column, total_1, rows, r, used_1, scaling, PUBLIC)
+        _store_hidden(place, h_row, h_column, total_1, slot, rows, r, used_1, scaling, PUBLIC)
     if GROUP > 2:
         place = hidden + (piece * SLICES + s_2).to(tl.int64) * count * h_row
-        _store_hidden(place, h_row, h_column, total_2, rows, r, used_2, scaling, PUBLIC)
+        _store_hidden(place, h_row, h_column, total_2, slot, rows, r, used_2, scaling, PUBLIC)
 
 
 @triton.jit
@@ -305,6 +306,9 @@ def expand_kernel(
     slot = tl.load(tiles + tile)
     rows = tl.load(tiles + tile_count + tile * BM + tl.arange(0, BM))
     if slot < (-1 if FILL else 0):
+        # Not before the shrink has ended: whatever comes after this kernel waits for it alone.
+        if PDL:
+            cuda.gdc_wait()
         return
     # Which slice, and where in it.
     block = tl.program_id(0) % block_count

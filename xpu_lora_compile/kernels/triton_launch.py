@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import cache
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, wraps
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch.nn.functional import linear
 
 from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.kernels.sizes import Sizes, sizes_for
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Hidden(NamedTuple):
@@ -49,6 +52,27 @@ def tile_count(rows: int, slots: int) -> int:
     return min(rows, rows // tile_rows(rows, slots) + slots + 1)
 
 
+def _on_its_device(work: Callable[P, R]) -> Callable[P, R]:
+    """Have the first operand's device be the current one meanwhile: Triton launches there, whatever it is given."""
+
+    @wraps(work)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first: Any = args[0]
+        with _as_current((first if isinstance(first, Tensor) else first[0]).device):
+            return work(*args, **kwargs)
+
+    return run
+
+
+def _as_current(device: torch.device) -> AbstractContextManager[Any]:
+    if device.type == "cpu":
+        return nullcontext()
+    module = getattr(torch, device.type)
+    # Entering takes longer than asking.
+    return nullcontext() if module.current_device() == device.index else module.device(device)
+
+
+@_on_its_device
 def route(indices: Tensor, slots: int) -> Tensor:
     """The table of tiles for these indices, int32; its length is a simple function of T and K, so that it can be faked.
 
@@ -72,11 +96,13 @@ def table_length(rows: Any, slots: Any) -> Any:
     return 2 * rows + 33 * (slots + 1)
 
 
+@_on_its_device
 def shrink(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, scaling: float) -> None:
     """As `entry.shrink`."""
     _shrink(Hidden(output[None], False), inputs, [weights], routing, scaling=scaling)
 
 
+@_on_its_device
 def expand(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, add: bool) -> None:
     """As `entry.expand`."""
     _expand([output], Hidden(inputs[None], False), [weights], routing, None, add=add, pdl=False)
@@ -89,6 +115,7 @@ def slot_products(inputs: Tensor, weights: Tensor, routing: Routing) -> Tensor:
     return result
 
 
+@_on_its_device
 def add_lora(
     outputs: Sequence[Tensor],
     inputs: Tensor,
@@ -109,6 +136,7 @@ def add_lora(
         expand_all(columns[slices], hidden, lora_b[slices], routing, scaling)
 
 
+@_on_its_device
 def linear_lora(
     inputs: Tensor,
     weights: Sequence[Tensor],
@@ -130,8 +158,8 @@ def linear_lora(
         outputs = [linear(inputs, *product) for product in products]
         add_lora(outputs, inputs, lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling)
         return outputs
-    # A product adds either what is there or a bias.
-    can_come_last = sizes.delta_first and all(bias is None for bias in biases)
+    # A product adds either what is there or a bias. And of float16, LoRA alone may overflow where the sum does not.
+    can_come_last = sizes.delta_first and all(bias is None for bias in biases) and inputs.dtype != torch.float16
     if can_come_last and sum(b.shape[1] for b in lora_b) == sum(map(len, weights)):
         outputs = [inputs.new_empty(rows, len(weight)) for weight in weights]
         columns = _columns(outputs, lora_b, slice_outputs, slice_offsets)
@@ -212,7 +240,9 @@ def _shrink(
     ranks = [a.shape[1] for a in lora_a]
     sizes = sizes_for(rows, max(ranks), 0)
     block = _rank_block(max(ranks), inputs.dtype if inputs.dtype == lora_a[0].dtype else torch.float32)
-    group = 1 if scaling is not None or block > 16 else sizes.shrink_slices
+    # Of float32, which takes twice the memory, no GPU with 99 KB of it shared would hold more.
+    is_single = scaling is not None or block > 16 or lora_a[0].dtype == torch.float32
+    group = 1 if is_single else sizes.shrink_slices
     pieces, piece = piece_count(features), piece_of(features)
     blocks = -(-max(ranks) // block)
     programs = len(hidden.sums)
@@ -234,7 +264,7 @@ def _shrink(
         tuple(ranks),
         features,
         blocks,
-        scaling or 0.0,
+        float(scaling or 0.0),
         routing.ranks is not None,
         piece,
         pieces,
@@ -288,7 +318,7 @@ def _expand(
         routing.ranks,
         tuple(ranks),
         tuple(widths),
-        1.0 if scaling is None else scaling,
+        1.0 if scaling is None else float(scaling),
         routing.ranks is not None,
         len(hidden.sums),
         hidden.is_paired,
@@ -303,6 +333,8 @@ def _expand(
         block,
         width,
         num_warps=sizes.expand_warps,
+        # As in `_shrink`.
+        **({"num_stages": 2} if lora_b[0].dtype == torch.float32 else {}),
         **_launch(pdl),
     )
 
