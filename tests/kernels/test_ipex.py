@@ -78,7 +78,7 @@ def test_whose_float32_it_is_that_nobody_passed_is_said(monkeypatch: pytest.Monk
     assert ipex.refusal([torch.zeros(2, 2)], x.float(), [weights.float()]) == f"{wanted} float32"
 
 
-@pytest.mark.skipif(find_spec(ipex.PACKAGE) is not None, reason="it is installed")
+@pytest.mark.skipif(DEVICE.type != "cpu" or find_spec(ipex.PACKAGE) is not None, reason="it is installed, or no CPU's")
 def test_forced_where_it_is_not_installed_it_is_an_error() -> None:
     call = build(LORA_LINEAR, Case(H=10, inputs=BF16, weights=BF16, output=BF16))
     with (

@@ -216,7 +216,8 @@ def test_operands_need_not_be_on_the_current_device(rows: int) -> None:
     indices = torch.arange(rows, device=DEVICE) % (K + 1) - 1
 
     def results(device: torch.device) -> list[Tensor]:
-        there = [one.to(device) for one in (x, weight, a, b, indices)]
+        # By way of the host: a copy from device to device would let each read the other's memory.
+        there = [one.cpu().to(device) for one in (x, weight, a, b, indices)]
         routing = [there[4], ROUTE_TILES(there[4], K)]
         (added,) = LINEAR_LORA(there[0], [there[1]], [None], [there[2]], [there[3]], routing, [0], [0], 0.5)
         hidden, base = torch.zeros(rows, R, device=device), added.clone()
