@@ -15,6 +15,7 @@ from xpu_lora_compile.errors import KernelError, VerificationError
 from xpu_lora_compile.kernels.choose import force_kernel
 from xpu_lora_compile.ops import NATIVE_ADD_LORA
 from xpu_lora_compile.passes.editing import calls_to
+from xpu_lora_compile.verify import _random_adapters
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head", "embed_tokens"]
 TOKENS = torch.arange(10).reshape(2, 5)
@@ -55,6 +56,17 @@ def test_the_bank_is_afterwards_as_it_was() -> None:
         xlc.verify(model, generate_code=False)(TOKENS, use_cache=False)
         model(TOKENS)
     assert bank.names == ()
+
+
+def test_slots_that_are_filled_count_with_all_their_ranks_meanwhile() -> None:
+    """As on an accelerator, whose kernels read no further than the rank of a slot: 0 of an empty one."""
+    model, bank = attached()
+    ranks = torch.tensor([0, 2, 0], dtype=torch.int32)
+    bank._routing.ranks = ranks
+    with _random_adapters(model, TOKENS, 0):
+        assert bank._routing.ranks is ranks
+        assert ranks.tolist() == [4, 4, 4]
+    assert ranks.tolist() == [0, 2, 0]
 
 
 def test_ipex_by_force_is_refused_before_anything_runs() -> None:

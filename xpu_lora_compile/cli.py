@@ -104,7 +104,12 @@ Dtypes = Annotated[
     list[str] | None,
     typer.Option(help="float32, bfloat16, float16; several times for several. By default the first two."),
 ]
-Rows = Annotated[list[int] | None, typer.Option(help="T; several times for several. By default 1, 8, 32 and 256.")]
+Rows = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="T; several times for several. By default 1, 8, 32 and 256; of gpu 1, 8, 32, 128, 1024 and 4096."
+    ),
+]
 Rank = Annotated[int, typer.Option(help="R of every adapter.")]
 Slots = Annotated[int, typer.Option(help="K, and as many adapters.")]
 
@@ -208,7 +213,8 @@ def bench_gpu(
         with show.progress(len(points)) as advance:
             run = gpu.run(points, peers, peer or [], plain, rounds, advance)
         places = {str(one.point): one.timings for one in run.results}
-        title = f"a layer of {gpu.LAYERS} in a CUDA graph; {run.machine}; launch floors {run.launch_floors}"
+        floors = " and ".join(f"{floor:.1f}" for floor in run.launch_floors)
+        title = f"a layer of {gpu.LAYERS} in a CUDA graph; {run.machine}; one and two launches of nothing: {floors} us"
         _print(show.timings_table(title, "point", gpu.BASE, places), show.summary_table(run.summary))
         _print(show.noise(places.values()))
         show.save(run, json)

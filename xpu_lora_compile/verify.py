@@ -167,7 +167,7 @@ def verify(model: Callable[..., Any], *, seed: int = 0, generate_code: bool = Tr
             error = VerificationError(
                 "verify",
                 "every call that adds LoRA within what rounding allows, and nothing else changed",
-                f"{beyond or 'something else changed'}\n{result}\n",
+                f"{beyond or 'something else changed'}\n{result}",
                 "Set XPU_LORA_FUEL to find the rewrite, and XPU_LORA_DUMP to see it.",
             )
             error.verification = result
@@ -281,8 +281,13 @@ def _random_adapters(model: object, inputs: Any, seed: int) -> Iterator[None]:
     slots, stacks = routing.slots, [(layer.lora_a.clone(), layer.lora_b.clone()) for layer in layers]
     batch = len(slots) if slots is not None else next((len(one) for one in tensors_in(inputs) if one.dim()), 1)
     random = torch.Generator().manual_seed(seed)
+    # On accelerators kernels read no further than the rank of a slot.
+    ranks = routing.ranks
+    kept = None if ranks is None else ranks.clone()
     try:
         with torch.no_grad():
+            if ranks is not None:
+                ranks.fill_(max(layer.lora_b.shape[-1] for layer in layers))
             for layer in layers:
                 for stack in (layer.lora_a, layer.lora_b):
                     # The product of both then adds about as much as a linear layer gives.
@@ -298,6 +303,8 @@ def _random_adapters(model: object, inputs: Any, seed: int) -> Iterator[None]:
     finally:
         routing.slots = slots
         with torch.no_grad():
+            if ranks is not None and kept is not None:
+                ranks.copy_(kept)
             for layer, (a, b) in zip(layers, stacks, strict=True):
                 layer.lora_a.copy_(a)
                 layer.lora_b.copy_(b)
