@@ -90,6 +90,7 @@ _INDICES = (
     ("floats", lambda i: i.float(), DtypeError, "int32 or int64; got float32"),
     ("int16", lambda i: i.short(), DtypeError, "int32 or int64; got int16"),
     ("bool", lambda i: i.bool(), DtypeError, "int32 or int64; got bool"),
+    ("another device", lambda i: i.to("meta"), DeviceError, f"all tensors on one device, here {DEVICE}"),
 )
 
 

@@ -175,6 +175,15 @@ def _check_rows(op: str, indices: Tensor, **matrices: Tensor) -> None:
         raise ContractError(
             f"{op}: lora_indices_tensor", "a dense tensor", str(indices.layout), "Call `.to_dense()` on it."
         )
+    devices = {matrix.device for matrix in matrices.values()}
+    if len(devices) == 1 and indices.device not in devices:
+        (device,) = devices
+        raise DeviceError(
+            f"{op}: lora_indices_tensor",
+            f"all tensors on one device, here {device}",
+            str(indices.device),
+            f'Move it with `.to("{device}")`.',
+        )
     for argument, matrix in matrices.items():
         if matrix.dim() != 2:
             raise ShapeError(f"{op}: {argument}", "[T, columns]", f"shape {_shape(matrix)}", _FLATTEN)
