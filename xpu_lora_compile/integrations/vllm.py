@@ -1,8 +1,8 @@
 """A plugin of vLLM: after `pip install`, `vllm serve MODEL --enable-lora` adds LoRA with our ops.
 
 vLLM calls `register` in each of its processes, before it makes a configuration. What it changes is one object, vLLM's
-`current_platform`, whose class becomes a subclass of the one it had: see `vllm_platform.py`. No file of vLLM's is
-touched.
+`current_platform`, whose class becomes a subclass of the one it had: see `vllm_platform.py`. Where the plugin is on,
+the layers' `set_mapping` does one thing more, too: see `vllm_punica.py`. No file of vLLM's is touched.
 
 XPU_LORA_VLLM=0 keeps the plugin out; 1 has it run on CUDA, too, where it has not been measured.
 """

@@ -1,10 +1,12 @@
-"""The one place where vLLM is changed: its platform object gets a class that answers three questions differently.
+"""Where vLLM is changed: its platform object gets a class that answers three questions differently.
 
 | question | answer |
 |---|---|
 | `get_punica_wrapper` | ours, a subclass of the platform's own: `vllm_punica.py` |
 | `can_update_inplace` | no: vLLM's layers go on with what the wrapper returns, so that a graph holds functional calls |
 | `check_and_update_config` | what it was, but a CPU's platform does not switch compilation off because of LoRA |
+
+One thing more is done by the wrapper once it is made: vLLM's LoRA layers store B by rank on a CPU.
 """
 
 from __future__ import annotations
