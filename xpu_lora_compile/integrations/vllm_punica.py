@@ -135,8 +135,7 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
     ) -> Tensor:
         """Add LoRA to the logits, of which there may be more than B has rows: the padding keeps its value.
 
-        Nothing is done while no adapter has any for the logits: a vocabulary makes B the largest of all, and reading
-        its zeros takes 1 % of a step of SmolLM2.
+        Nothing is done while no adapter has any for the logits: a vocabulary makes B the largest of all to read.
 
         Args:
             y: `[S, H]`, one row for each token that is sampled; or for tokens of a prompt whose probabilities are

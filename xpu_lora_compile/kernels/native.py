@@ -162,9 +162,8 @@ def _define(schema: str) -> Any:
 
 
 # For up to three slices, its output[t, its columns] += B[i] @ (scaling * A[i] @ inputs[t]), no two of which share
-# columns; its output is the first where it is None, and no other is given twice. That nothing is in a list spares a
-# quarter of what a call takes besides its products (7.5 of 10 us between products that fill the caches; torch 2.13, one
-# core of an AMD EPYC).
+# columns; its output is the first where it is None, and no other is given twice. Nothing is in a list, since to unpack
+# lists is a good part of what a call takes besides its products.
 _ADD_SLICES = _define(
     "native_add_slices(Tensor(a!) output, Tensor(b!)? output_1, Tensor(c!)? output_2, Tensor inputs, Tensor a, "
     "Tensor b, Tensor? a_1, Tensor? b_1, Tensor? a_2, Tensor? b_2, Tensor indices, int offset, int offset_1, "
