@@ -255,6 +255,17 @@ def test_a_batch_of_another_size_is_refused(execution: str, model: nn.Module, un
         run(TOKENS)
 
 
+@pytest.mark.parametrize("execution", ["eager", "compiled"])
+def test_a_model_that_was_moved_inside_a_block_is_refused(
+    execution: str, model: nn.Module, bank: xlc.AdapterBank
+) -> None:
+    run = model if execution == "eager" else torch.compile(model, backend="eager")
+    with bank.use([None] * 4):
+        model.to("meta")
+        with pytest.raises(errors.BatchError, match=r"Move the model before the block"):
+            run(TOKENS.to("meta"))
+
+
 def test_a_dropped_slot_keeps_nothing_of_its_adapter(
     model: nn.Module, bank: xlc.AdapterBank, folders: dict[str, Path], expected: dict[str | None, Tensor]
 ) -> None:

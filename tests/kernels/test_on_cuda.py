@@ -150,6 +150,37 @@ def test_a_model_with_cuda_graphs_follows_its_bank(mode: str, folders: dict[str,
     assert counter["stats"]["unique_graphs"] == seen, "a change of adapters compiled again"
 
 
+def test_a_block_does_not_wait_for_the_device_and_verify_leaves_its_bank_as_it_was(folders: dict[str, Path]) -> None:
+    from support.peft_folders import tiny_llama
+
+    torch._dynamo.reset()
+    model = tiny_llama().requires_grad_(False).to(DEVICE)
+    bank = xlc.attach(model, slots=3, max_rank=4)
+    bank.load("pirate", folders["pirate"])
+    bank.load("haiku", folders["haiku"])
+    tokens = torch.randint(70, (3, 6), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    layer, hidden = model.model.layers[0].self_attn.q_proj, normal(3, 6, 32, dtype=torch.float32)
+    results = []
+    with torch.no_grad():
+        for names in (["pirate", None, "haiku"], ["haiku", "haiku", None]):
+            with bank.use(names):
+                results.append(layer(hidden))
+        # The device has a second or two of work; whoever waits for it finds it done.
+        torch.cuda._sleep(3_000_000_000)
+        done = torch.cuda.Event()
+        done.record()
+        with bank.use(["pirate", None, "haiku"]):
+            again = layer(hidden)
+        bank.drop("haiku")
+        assert not done.query()
+    assert torch.equal(again, results[0])
+    assert not torch.equal(results[0], results[1])
+    # Their slots' ranks have been written by now, and every slot is filled meanwhile.
+    assert xlc.verify(model)(tokens, use_cache=False).sites
+    with torch.no_grad(), bank.use(["pirate", None, None]):
+        assert torch.equal(layer(hidden)[0], results[0][0])
+
+
 @pytest.mark.parametrize("rank", [16, 33, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(dtype: torch.dtype, rank: int) -> None:

@@ -45,7 +45,7 @@ class Routing:
         """The slot of each row of a layer's inputs, `[batch, ..., *features]` flattened but for the features.
 
         Raises:
-            BatchError: the batch has another size than `bank.use` was told.
+            BatchError: the batch has another size than `bank.use` was told, or the model has been moved since.
         """
         if self.slots is None:
             return None
@@ -55,6 +55,13 @@ class Routing:
                 "one name a sequence of the batch",
                 f"{self.slots.shape[0]} names for a batch of {inputs.shape[0]}",
                 "Name an adapter, or None, for every sequence; with beams or several samples repeat the name.",
+            )
+        if inputs.device != self.slots.device:
+            raise BatchError(
+                "bank.use",
+                f"a batch on {self.slots.device}, where the model was when the block was entered",
+                f"one on {inputs.device}",
+                "Move the model before the block.",
             )
         repeats = math.prod(inputs.shape[1 : inputs.dim() - features])
         return self.slots.unsqueeze(1).expand(-1, repeats).reshape(-1)
@@ -194,7 +201,8 @@ class AdapterBank:
         Raises:
             UnknownAdapterError: the bank has no adapter of a name.
             BankInUseError: another thread or task is inside a `use` block.
-            BatchError: no list, or an empty one. The model raises it too, where the batch has another size.
+            BatchError: no list, or an empty one. The model raises it too, where the batch has another size, or is on
+                another device than the model was.
         """
         block = self._open(names)
         token = self._mine.set(block)
@@ -255,8 +263,13 @@ class AdapterBank:
         # A tensor made in inference mode could not be changed outside of it.
         with torch.inference_mode(False), torch.no_grad():
             slots = torch.tensor(wanted, device="cpu")
+            # CUDA has read it by the time that it returns, and does not wait for what it was given before.
+            ahead = device.type == "cuda"
             batch = self._batches.get((len(names), device))
-            batch = slots.to(device, copy=True) if batch is None else batch.copy_(slots)
+            if batch is None:
+                batch = slots.to(device, copy=True, non_blocking=ahead)
+            else:
+                batch.copy_(slots, non_blocking=ahead)
         if type(batch) is not Tensor:
             raise AdapterError(
                 "use", "real tensors", type(batch).__name__, "Enter the block outside of torch.export and fake modes."
@@ -273,7 +286,7 @@ class AdapterBank:
         if self._routing.ranks is not None:
             # In place, where captured graphs read it.
             with torch.no_grad():
-                self._routing.ranks[slot] = rank
+                self._routing.ranks[slot].fill_(rank)
 
     def _clear(self, slot: int) -> None:
         with torch.no_grad():
