@@ -177,29 +177,37 @@ def test_logits_are_left_alone_while_no_adapter_has_any_for_them(monkeypatch: py
     assert len(calls) == 2
 
 
-def test_layers_store_b_by_rank_and_set_and_reset_it_as_before() -> None:
+def layer_of(wrapper: Any, a: Any, b: Any) -> Any:
+    """A layer that holds its stacks as vLLM's own do, given to a wrapper."""
     from vllm.lora.layers.base import BaseLayerWithLoRA
 
-    wrapper = wrapper_for(MIXED, 3)
+    layer: Any = BaseLayerWithLoRA()
+    layer.lora_a_stacked, layer.lora_b_stacked = a, b
+    layer.set_mapping(wrapper)
+    return layer
 
-    class Layer(BaseLayerWithLoRA):
-        """As vLLM's own linear and logits layers hold theirs."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.lora_b_stacked: Any = (torch.zeros(3, 1, 16, 4), torch.zeros(3, 1, 8, 4))
+def test_layers_store_their_stacks_by_rank_in_one_tensor() -> None:
+    from vllm.lora.layers.base import BaseLayerWithLoRA
 
-    layer, plain, single = Layer(), Layer(), Layer()
-    single.lora_b_stacked = torch.zeros(3, 1, 16, 4)
-    for one in (layer, single):
-        one.set_mapping(wrapper)
-        assert one.punica_wrapper is wrapper
-    plain.set_mapping(None)
-    for stack in (*layer.lora_b_stacked, single.lora_b_stacked):
-        assert stack.shape[0] == 3
-        assert stack.shape[-1] == 4
-        assert stack.stride()[-2:] == (1, stack.shape[-2])
-    assert plain.lora_b_stacked[0].is_contiguous()
+    wrapper, (a, b) = wrapper_for(MIXED, 3), stacks([16, 8])
+    linear, logits = layer_of(wrapper, tuple(a), tuple(b)), layer_of(wrapper, a[0], b[0])
+    sharded, plain = layer_of(wrapper, (a[0][:, :, :4],), (b[0],)), layer_of(None, tuple(a), tuple(b))
+    assert linear.punica_wrapper is wrapper
+    packed = linear.lora_a_stacked[0].packed
+    assert packed.shape == (3, 1, 8, 24 + 24 + 16 + 8)
+    for stack, was in zip((*linear.lora_a_stacked, *linear.lora_b_stacked), (*a, *b), strict=True):
+        assert torch.equal(stack, was)
+        assert stack.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr()
+    for stack in (*linear.lora_b_stacked, logits.lora_b_stacked, *sharded.lora_b_stacked):
+        assert stack.stride(-2) == 1
+    assert torch.equal(logits.lora_b_stacked, b[0])
+    assert torch.equal(sharded.lora_b_stacked[0], b[0])
+    assert plain.lora_b_stacked[0] is b[0]
+    # Given to a wrapper again, and written to as `set_lora` does.
+    linear.set_mapping(wrapper)
+    linear.lora_b_stacked[1][2, 0, :8, :4].copy_(torch.ones(8, 4))
+    assert linear.lora_a_stacked[0].packed[2, 0, :4, -8:].eq(1).all()
     # A wrapper of each kind more makes no second change.
     wrapper_for(MIXED, 3)
     again = BaseLayerWithLoRA.set_mapping
@@ -248,26 +256,39 @@ def test_a_batch_without_adapters_reads_no_weight() -> None:
 
 
 @torch.no_grad()
-def test_a_traced_call_is_one_op_and_takes_other_batches() -> None:
+@pytest.mark.parametrize("storage", ["packed", "apart"])
+def test_a_traced_call_is_one_op_and_takes_other_batches_and_adapters(storage: str) -> None:
+    from torch._inductor.utils import run_and_get_code
+
     import xpu_lora_compile as xlc
 
     wrapper, (a, b) = wrapper_for(MIXED, 3), stacks([16, 8, 8])
+    held = layer_of(wrapper if storage == "packed" else None, tuple(a), tuple(b))
     weight = torch.randn(32, 24)
 
     def layer(x: Tensor) -> Tensor:
-        return wrapper.add_lora_linear(torch.nn.functional.linear(x, weight), x, a, b, 1.0, (16, 8, 8))
+        y = torch.nn.functional.linear(x, weight)
+        return wrapper.add_lora_linear(y, x, held.lora_a_stacked, held.lora_b_stacked, 1.0, (16, 8, 8))
 
-    compiled = torch.compile(
-        layer, fullgraph=True, dynamic=True, backend="xpu_lora", options={"xpu_lora.execute": "eager"}
-    )
-    with xlc.record_decisions() as decisions:
+    compiled = torch.compile(layer, fullgraph=True, backend="xpu_lora")
+
+    def serve() -> None:
         for adapters in (MIXED, [0, 0, 1], [0, 0, 0, 0]):
             fresh = wrapper_for(adapters, 3)
             wrapper._token_lora_indices.copy_(fresh._token_lora_indices)
             wrapper._any_adapter = fresh._any_adapter
+            held.lora_a_stacked[1][1] = torch.randn(8, 24)
             x = torch.randn(len(adapters), 24)
+            torch._dynamo.mark_dynamic(x, 0)
             torch.testing.assert_close(compiled(x), layer(x))
+
+    with xlc.record_decisions() as decisions:
+        _, codes = run_and_get_code(serve)
     assert len(decisions) == 1
+    (call,) = (line for code in codes for line in code.split("\n") if line.strip().startswith("torch.ops.xpu_lora."))
+    assert f"native_add_{'packed' if storage == 'packed' else 'slices'}.default(" in call
+    # The indices as vLLM has them: a view of some would be made anew for each call.
+    assert "reinterpret_tensor" not in call
 
 
 def test_lora_of_mixtures_of_experts_is_vllms_own() -> None:

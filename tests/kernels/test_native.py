@@ -166,6 +166,58 @@ def test_any_number_of_slices_goes_to_any_outputs(slices: int) -> None:
         torch.testing.assert_close(output, right)
 
 
+ADD_SLICES, ADD_PACKED = torch.ops.xpu_lora.native_add_slices, torch.ops.xpu_lora.native_add_packed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("widths", [(5,), (5, 2), (3, 4, 1)], ids=str)
+@pytest.mark.parametrize("layout", ["plain", "vllm's", "strided"])
+def test_packed_weights_are_those_of_their_slices(layout: str, widths: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of more indices than rows the first count: those behind them would be slots, too."""
+    generator = torch.Generator().manual_seed(0)
+    slices, columns = len(widths), 6 * len(widths) + sum(widths)
+    packed = torch.randn(3, 4, columns, generator=generator).to(dtype)
+    if layout == "strided":
+        packed = packed.transpose(1, 2).contiguous().transpose(1, 2)
+    a, b = (
+        list(packed[..., : 6 * slices].split(6, -1)),
+        list(packed[..., 6 * slices :].transpose(1, 2).split(widths, 1)),
+    )
+    packed = packed.unsqueeze(1) if layout == "vllm's" else packed
+    x, indices = torch.randn(5, 6, generator=generator).to(dtype), torch.tensor([0, -1, 2, 3, 1, 1, 0])
+    output = torch.randn(5, sum(widths) + 2, generator=generator).to(dtype)
+    offsets = [sum(widths[:s]) for s in range(slices)]
+    wanted = reference.lora_linear(output, x, a, b, indices[:5], offsets, 0.5)
+    one, other = output.clone(), output.clone()
+    ADD_PACKED(one, x, packed, indices, *widths, *[0] * (3 - slices), 0.5)
+    torch.testing.assert_close(one, wanted)
+    operands = [operand for pair in zip(a, b, strict=True) for operand in pair] + [None] * (6 - 2 * slices)
+    ADD_SLICES(other, None, None, x, *operands, indices, *offsets, *[0] * (3 - slices), 0.5)
+    assert torch.equal(one, other)
+    assert torch.equal(one[:, sum(widths) :], output[:, sum(widths) :])
+    for call, weights in ((ADD_PACKED, (packed,)), (ADD_SLICES, operands)):
+        several = (None, None) if call is ADD_SLICES else ()
+        numbers = (*(offsets if call is ADD_SLICES else widths), *[0] * (3 - slices), 0.5)
+        call(one, *several, x, *weights, torch.full((7,), -1), *numbers)
+        with pytest.raises(RuntimeError, match="an index for each row"):
+            call(one, *several, x, *weights, indices[:4], *numbers)
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("columns", "widths"),
+    [(6 + 5 + 1, (5, 0, 0)), (6, (0, 0, 0)), (21, (9, 0, 0)), (16, (5, -1, 0)), (18, (5, 0, 1)), (24, (9, 3, 0))],
+    ids=["left-over", "none", "another-slice", "negative", "a-gap", "too-wide"],
+)  # fmt: skip
+def test_packed_weights_of_other_sizes_are_refused(columns: int, widths: tuple[int, ...]) -> None:
+    output, x, indices = torch.zeros(2, 9), torch.ones(2, 6), torch.tensor([0, 1])
+    with pytest.raises(RuntimeError, match="operands that do not fit together"):
+        ADD_PACKED(output, x, torch.ones(2, 4, columns), indices, *widths, 1.0)
+    with pytest.raises(RuntimeError, match="operands that do not fit together"):
+        ADD_PACKED(output.double(), x, torch.ones(2, 4, 6 + 9), indices, 9, 0, 0, 1.0)
+    assert not output.any()
+
+
 def test_a_write_past_the_dispatcher_is_seen_by_autograd() -> None:
     output = torch.zeros(1, 2)
     product = torch.ones(1, 2, requires_grad=True) * output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,71 @@ def test_the_native_kernel_gets_the_indices_alone() -> None:
 xpu_lora.native_add_lora((%5), %1, (%2), (%3), %4, (0), (3), 1.0)
 xpu_lora.native_add_lora((%7), %1, (%2), (%3), %4, (0), (0), 1.0)""",
     )
+
+
+def with_packed_weights(case: str) -> Callable[..., Tensor]:
+    """Two slices of `[K, 1, R, D + D + W_1 + W_2]`, as vLLM's layers have them; or nearly so."""
+
+    def function(output: Tensor, inputs: Tensor, packed: Tensor, indices: Tensor) -> Tensor:
+        rows, widths = inputs.shape[0], [5, 2] if case != "other order" else [2, 5]
+        packed = packed[:1] if case == "a part" else packed
+        a = [packed[..., :6], packed[..., 6:12]] if case != "a twice" else [packed[..., :6], packed[..., :6]]
+        b = [packed[..., 12:17].transpose(-1, -2), packed[..., 17:].transpose(-1, -2)]
+        if case == "other order":
+            b.reverse()
+        if case == "copied":
+            b[1] = b[1].contiguous()
+        mine = indices[:rows] if case != "later indices" else indices[1 : rows + 1]
+        mine = indices[::2][:rows] if case == "every second index" else mine
+        offsets = [0, widths[0]] if case != "apart" else [0, widths[0] + 1]
+        return xlc.lora_linear(output * 2, inputs, a, b, mine, offsets, 0.5)
+
+    return function
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the native kernel is for a CPU")
+def test_the_native_kernel_gets_the_tensor_that_its_operands_are_views_of() -> None:
+    """For vLLM's graphs: of its weights, and of the indices for its largest batch."""
+    tensors = torch.randn(3, 8), torch.randn(3, 6), torch.randn(2, 1, 4, 19), torch.tensor([0, -1, 1, 0, 1, 1, 0])
+    (text,) = graphs_of_compiling(with_packed_weights("packed"), *tensors, passes=lowered)
+    assert_expected_inline(
+        "\n".join(line for line in text.split("\n") if "input" in line or "xpu_lora" in line),
+        """\
+%0: f32[2, 1, 4, 19] = input
+%1: i64[7] = input
+%2: f32[3, 8] = input
+%3: f32[3, 6] = input
+xpu_lora.native_add_lora((%11), %3, (%4, %5), (%7, %9), %1, (0, 0), (0, 5), 0.5, %0)""",
+    )
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the native kernel is for a CPU")
+@pytest.mark.parametrize(
+    ("case", "weights", "all_indices"),
+    [
+        ("packed", True, True),
+        ("a part", False, True),
+        ("a twice", False, True),
+        ("other order", False, True),
+        ("copied", False, True),
+        ("apart", False, True),
+        ("later indices", True, False),
+        ("every second index", True, False),
+    ],
+)
+def test_views_of_anything_else_stay_views(case: str, weights: bool, all_indices: bool) -> None:
+    tensors = torch.randn(3, 8), torch.randn(3, 6), torch.randn(2, 1, 4, 19), torch.tensor([0, -1, 1, 0, 1, 1, 0])
+    function = with_packed_weights(case)
+    (text,) = graphs_of_compiling(function, *tensors, passes=lowered)
+    (call,) = (line for line in text.split("\n") if "native_add_lora" in line)
+    packed, indices = (re.search(rf"(%\d+): {size} = input", text) for size in (r"f32\[2, 1, 4, 19\]", r"i64\[7\]"))
+    assert packed is not None
+    assert indices is not None
+    assert call.endswith(f"0.5, {packed[1]})") == weights
+    assert (f"{indices[1]}, (" in call) == all_indices
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(function, backend="xpu_lora")(*tensors), function(*tensors))
 
 
 def two_layers_with_ranks(output: Tensor, inputs: Tensor, a: Tensor, b: Tensor, ranks: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """vLLM's punica wrapper, with our ops in its methods. Imported by vLLM, where it is installed, and by nothing else.
 
-vLLM's stacks are A `[K, 1, R, D]` and B `[K, 1, W, R]`, scaling folded into B, and stay so for vLLM; on a CPU B lies in
-memory by rank, as our kernel reads it. Its index buffers are taken as they are: as long as the largest batch, with
-stale numbers past the rows of this one, and -1 for a row without an adapter. Each method changes `y` in place where it
-runs eagerly, and returns the result, which is what vLLM's layers go on with.
+vLLM's stacks are A `[K, 1, R, D]` and B `[K, 1, W, R]`, scaling folded into B, and stay so for vLLM; on a CPU those of
+a linear layer are views of one tensor, by rank, as our kernel reads them. Its index buffers are taken as they are: as
+long as the largest batch, with stale numbers past the rows of this one, and -1 for a row without an adapter. Each
+method changes `y` in place where it runs eagerly, and returns the result, which is what vLLM's layers go on with.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
     _any_adapter = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's own, and have each layer that is given this wrapper store B by rank."""
+        """As vLLM's own, and have each layer that is given this wrapper store its weights as our kernel reads them."""
         super().__init__(*args, **kwargs)
         # Of each stack, by address: how often it had been written to when it was looked through, and whether it was 0.
         self._looked_through: dict[int, tuple[int, bool]] = {}
-        _have_layers_store_b_by_rank()
+        _have_layers_store_by_rank()
 
     def update_metadata(self, mapping: Any, *args: Any, **kwargs: Any) -> None:
         """Note which row has which adapter."""
@@ -128,6 +128,10 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
             add_inputs: if false, `y` holds zeros, as vLLM's second stream hands it over: adding replaces them.
         """
         offsets = list(accumulate(output_slices, initial=0))[:-1]
+        if is_compiling() and hasattr(lora_a_stacked[0], "packed"):
+            # The same stacks, made where the compiler sees that they are one tensor.
+            widths = [b.shape[-2] for b in lora_b_stacked]
+            lora_a_stacked, lora_b_stacked = _unpacked(lora_a_stacked[0].packed, x.shape[-1], widths)
         return self._added(y, x, lora_a_stacked, lora_b_stacked, scale, offsets, self._token_lora_indices)
 
     def add_lora_logits(
@@ -212,7 +216,7 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
         return tokens[first : first + x.shape[0]]
 
 
-def _have_layers_store_b_by_rank() -> None:
+def _have_layers_store_by_rank() -> None:
     """Add that to what vLLM's LoRA layers do as they are given a wrapper of ours. A second call changes nothing.
 
     vLLM makes a layer's stacks first, and `set_mapping` is all that it asks of every layer after that, and before it
@@ -226,17 +230,39 @@ def _have_layers_store_b_by_rank() -> None:
     @functools.wraps(own)
     def set_mapping(layer: Any, punica_wrapper: Any) -> None:
         own(layer, punica_wrapper)
-        if isinstance(punica_wrapper, XpuLoraPunicaWrapper):
-            stacks = vars(layer).get("lora_b_stacked")
-            # Those of mixtures of experts are a list, and not for our kernels.
-            if isinstance(stacks, tuple):
-                layer.lora_b_stacked = tuple(map(_by_rank, stacks))
-            elif isinstance(stacks, Tensor):
-                layer.lora_b_stacked = _by_rank(stacks)
+        b = vars(layer).get("lora_b_stacked")
+        # Those of mixtures of experts are a list, and not for our kernels.
+        if not isinstance(punica_wrapper, XpuLoraPunicaWrapper) or not isinstance(b, tuple | Tensor):
+            return
+        if b[0].device.type != "cpu":
+            return
+        if isinstance(b, Tensor):
+            layer.lora_b_stacked = _stored_by_rank(b)
+        elif layer.lora_a_stacked[0].shape[-2] == b[0].shape[-1]:
+            layer.lora_a_stacked, layer.lora_b_stacked = _packed(layer.lora_a_stacked, b)
+        else:  # Fully sharded: A has a part of the ranks.
+            layer.lora_b_stacked = tuple(map(_stored_by_rank, b))
 
     layers.set_mapping = set_mapping
 
 
-def _by_rank(stack: Tensor) -> Tensor:
-    """The same `[K, 1, W, R]`, with neighbours along W side by side where that is what our kernel reads: on a CPU."""
-    return stack.transpose(-1, -2).contiguous().transpose(-1, -2) if stack.device.type == "cpu" else stack
+def _stored_by_rank(b: Tensor) -> Tensor:
+    """The same `[K, 1, W, R]`, with neighbours along W side by side in memory."""
+    return b.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def _packed(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The same stacks as views of one tensor, which the first one names `packed`.
+
+    It is `[K, 1, R, S D + W_1 + ... + W_S]`: of the S slices A, and then B with neighbours along W side by side.
+    """
+    packed = torch.cat([*lora_a, *(b.transpose(-1, -2) for b in lora_b)], -1)
+    a, b = _unpacked(packed, lora_a[0].shape[-1], [one.shape[-2] for one in lora_b])
+    a[0].packed = packed  # type: ignore[attr-defined]
+    return tuple(a), tuple(b)
+
+
+def _unpacked(packed: Tensor, features: int, widths: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    a = [packed[..., s * features : (s + 1) * features] for s in range(len(widths))]
+    starts = accumulate(widths, initial=len(widths) * features)
+    return a, [packed[..., at : at + width].transpose(-1, -2) for at, width in zip(starts, widths, strict=False)]

@@ -140,15 +140,26 @@ bool try_add_lora(at::TensorList outputs, const at::Tensor& inputs, at::TensorLi
     return true;
 }
 
-bool are_all_negative(const at::Tensor& indices) {
+bool are_all_negative(const at::Tensor& indices, int64_t count) {
     const char* place = static_cast<const char*>(indices.const_data_ptr());
     int64_t step = indices.stride(0) * int64_t(indices.element_size());
     bool is_long = indices.scalar_type() == at::kLong;
-    for (int64_t t = 0; t < indices.size(0); t++, place += step) {
+    for (int64_t t = 0; t < count; t++, place += step) {
         int64_t index = is_long ? *reinterpret_cast<const int64_t*>(place) : *reinterpret_cast<const int32_t*>(place);
         if (index >= 0) return false;
     }
     return true;
+}
+
+// T. There may be more indices, of which the first T count: a view of them would be one more thing to make for each call.
+int64_t rows_with(const at::Tensor& indices, const at::Tensor& inputs) {
+    bool fits = inputs.dim() == 2 && are_indices(indices) && indices.size(0) >= inputs.size(0);
+    TORCH_CHECK(fits, "xpu_lora: an index for each row of the inputs is wanted");
+    return inputs.size(0);
+}
+
+at::Tensor first(const at::Tensor& indices, int64_t rows) {
+    return indices.size(0) == rows ? indices : indices.narrow(0, 0, rows);
 }
 
 // One to three slices, each to an output of its own or to the first, handed over one by one: to unpack a list takes
@@ -159,8 +170,9 @@ void add_slices_in_place(const at::Tensor& output, const std::optional<at::Tenso
                          const std::optional<at::Tensor>& b_1, const std::optional<at::Tensor>& a_2,
                          const std::optional<at::Tensor>& b_2, const at::Tensor& indices, int64_t offset,
                          int64_t offset_1, int64_t offset_2, double scaling) {
+    int64_t rows = rows_with(indices, inputs);
     // Looking at the operands takes longer than all else, as nothing of them is in the caches.
-    if (are_indices(indices) && are_all_negative(indices)) return;
+    if (are_all_negative(indices, rows)) return;
     c10::SmallVector<at::Tensor, 3> outputs{output}, lora_a{a}, lora_b{b};
     c10::SmallVector<int64_t, 3> slice_outputs{0}, slice_offsets{offset};
     auto add = [&](const auto& its_output, const auto& its_a, const auto& its_b, int64_t its_offset) {
@@ -173,8 +185,39 @@ void add_slices_in_place(const at::Tensor& output, const std::optional<at::Tenso
     };
     add(output_1, a_1, b_1, offset_1);
     add(output_2, a_2, b_2, offset_2);
-    TORCH_CHECK(try_add_lora(outputs, inputs, lora_a, lora_b, indices, slice_outputs, slice_offsets, scaling),
-                "xpu_lora::native_add_slices: operands that do not fit together");
+    TORCH_CHECK(
+        try_add_lora(outputs, inputs, lora_a, lora_b, first(indices, rows), slice_outputs, slice_offsets, scaling),
+        "xpu_lora::native_add_slices: operands that do not fit together");
+}
+
+// One to three slices of one output, side by side from its first column on, whose A and B are the columns of one tensor.
+void add_packed_in_place(const at::Tensor& output, const at::Tensor& inputs, const at::Tensor& packed,
+                         const at::Tensor& indices, int64_t width, int64_t width_1, int64_t width_2, double scaling) {
+    int64_t rows = rows_with(indices, inputs);
+    if (are_all_negative(indices, rows)) return;
+    at::Tensor its_indices = first(indices, rows);
+    int64_t widths[] = {width, width_1, width_2}, features = inputs.size(1);
+    int64_t count = 1 + (width_1 > 0) + (width_2 > 0), total = width + width_1 + width_2;
+    TORCH_CHECK(are_rows(inputs, its_indices) && are_writable_rows(output, its_indices) && total <= output.size(1) &&
+                    std::min({width - 1, width_1, width_2}) >= 0 && (width_1 > 0 || width_2 == 0) &&
+                    are_weights(packed, count * features + total),
+                "xpu_lora::native_add_packed: operands that do not fit together");
+    Weights all = weights_of(packed);
+    auto from = [&](int64_t column) {
+        Weights part = all;
+        part.data = static_cast<const char*>(all.data) + column * all.column_stride * packed.element_size();
+        return part;
+    };
+    Target target(output);
+    Slice slices[3];
+    for (int64_t s = 0, offset = 0; s < count; offset += widths[s++]) {
+        Weights b = from(count * features + offset);
+        std::swap(b.row_stride, b.column_stride);
+        slices[s] = {from(s * features), b, packed.size(-2), widths[s], nullptr, 0, 0};
+        target.give_to(slices[s], offset);
+    }
+    run(add_slices, inputs, its_indices, packed.size(0), slices, count, scaling, true);
+    target.finish();
 }
 
 bool try_shrink(const at::Tensor& output, const at::Tensor& inputs, const at::Tensor& weights,
@@ -208,6 +251,7 @@ bool try_expand(const at::Tensor& output, const at::Tensor& inputs, const at::Te
 
 TORCH_LIBRARY_IMPL(xpu_lora, CPU, library) {
     library.impl("native_add_slices", add_slices_in_place);
+    library.impl("native_add_packed", add_packed_in_place);
     library.impl("native_try_add_lora", try_add_lora);
     library.impl("native_try_shrink", try_shrink);
     library.impl("native_try_expand", try_expand);

@@ -170,6 +170,13 @@ _ADD_SLICES = _define(
     "int offset_2, float scaling) -> ()"
 )
 
+# The same for slices side by side from the first column of one output on, whose weights are the columns of one tensor
+# `[K, R, S D + W_1 + ... + W_S]`, perhaps with vLLM's 1: of the S slices A, and then B. Width 0 is that of no slice.
+_ADD_PACKED = _define(
+    "native_add_packed(Tensor(a!) output, Tensor inputs, Tensor packed, Tensor indices, int width, int width_1, "
+    "int width_2, float scaling) -> ()"
+)
+
 
 def _add_lora(
     outputs: Sequence[Tensor],
@@ -180,7 +187,12 @@ def _add_lora(
     slice_outputs: Sequence[int],
     slice_offsets: Sequence[int],
     scaling: float,
+    packed: Tensor | None = None,
 ) -> None:
+    if packed is not None:
+        widths = [b.shape[-2] for b in lora_b]
+        _ADD_PACKED(outputs[0], inputs, packed, indices, *widths, *(0 for _ in range(3 - len(widths))), scaling)
+        return
     calls: list[list[int]] = [[0]]
     for s, to in enumerate(slice_outputs[1:], start=1):
         first, *others = [slice_outputs[one] for one in calls[-1]]
@@ -196,9 +208,9 @@ def _add_lora(
         _ADD_SLICES(outputs[first], *outputs_after, inputs, a, b, a_1, b_1, a_2, b_2, indices, *offsets, scaling)
 
 
-# Any number of slices. Composite: one call in the graph that our passes see, and the op above in the one that Inductor
-# gets.
-_LIBRARY.define(f"native_add_lora({_LISTS}) -> ()", tags=_TAGS)
+# Any number of slices, and the tensor of which they are the columns, if they are. Composite: one call in the graph that
+# our passes see, and the ops above in the one that Inductor gets.
+_LIBRARY.define(f"native_add_lora({_LISTS}, Tensor? packed=None) -> ()", tags=_TAGS)
 _LIBRARY.impl("native_add_lora", _add_lora, "CompositeImplicitAutograd")
 NATIVE_ADD_LORA = torch.ops.xpu_lora.native_add_lora.default
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -59,8 +61,12 @@ def lower(graph: Graph) -> None:
         expand_slice(output, inputs, b, indices, offset, size, add)
 
     On a CPU whose native kernel is the one to choose, `native_add_lora` stands for `add_lora`, and gets the indices
-    alone: it sorts rows in less time than an op takes to call. Where the Triton kernels are, `route_tiles` stands for
-    `route`, and the ranks of the slots, if given, go with its result.
+    alone: it sorts rows in less time than an op takes to call. Where they are the first of a longer tensor it gets that
+    one, since code that Inductor generates makes a view anew for each call. Where A and B are the columns of one tensor
+    it gets that one, too: the fewer operands, the less a call takes.
+
+    Where the Triton kernels are, `route_tiles` stands for `route`, and the ranks of the slots, if given, go with its
+    result.
 
     On an Intel GPU with vllm-xpu-kernels, whose rules hold, `vendor_add_lora` stands for `add_lora`, and gets
     `valid_slots(indices, K, narrow)`, once for all calls: the vendor's ops want their own type of integer.
@@ -182,13 +188,15 @@ def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
     kernel = choice_for([value_of(base) for base in bases], value_of(inputs), stacks_a, stacks_b).kernel
     # A program to be saved may run where there are other kernels.
     here = is_compiling_for_this_process()
-    op, routing, kinds = ADD_LORA, cast("Any", [indices]), []
+    op, routing = ADD_LORA, cast("Any", [indices])
+    kinds: list[Any] = []
     kind = _vendor_kind(call, outputs, inputs, stacks_a, stacks_b, b, indices, slice_bases, offsets) if here else ""
     if kind:
         op, kinds = VENDOR_ADD_LORA, [kind]
         (routing,) = _shared(VALID_SLOTS, indices, a[0], call, nodes, kind == "lora")
     elif kernel == "native" and here and _fits_native(stacks_b, slice_bases, offsets):
-        op, routing = NATIVE_ADD_LORA, indices
+        op, routing, packed = NATIVE_ADD_LORA, _whole(indices), _packed(a, stacks_a, stacks_b, slice_bases, offsets)
+        kinds = [packed] if packed is not None else []
     elif kernel == "triton" and here:
         routing += [*_shared(ROUTE_TILES, indices, a[0], call, nodes), *([ranks] if ranks is not None else [])]
     else:
@@ -244,16 +252,55 @@ def _is_stored(node: Node, stack: Tensor) -> bool:
     """
     if stack.is_contiguous():
         return True
-    storage = storage_of(value_of(node))
-    whole = node
-    while above := [one for one in whole.all_input_nodes if storage in storages_of(one)]:
-        whole = above[0]
+    for whole in _viewed(node):
         owner = value_of(whole)
         start, end = stack.storage_offset(), stack.storage_offset() + stack.shape[0] * stack.stride(0)
         inside = owner.storage_offset() <= start, end <= owner.storage_offset() + owner.numel()
         if owner.is_contiguous() and all(map(is_known, inside)):
             return True
     return False
+
+
+def _viewed(view: Node) -> Iterator[Node]:
+    """What a view was made of, further and further up in the graph."""
+    storage, node = storage_of(value_of(view)), view
+    while above := [one for one in node.all_input_nodes if storage in storages_of(one)]:
+        node = above[0]
+        yield node
+
+
+def _whole(indices: Node) -> Node:
+    """The tensor of which `[T]` indices are the first elements, as far up as the graph has it."""
+    value, found = value_of(indices), indices
+    for node in _viewed(indices):
+        whole = value_of(node)
+        if whole.dim() == 1 and whole.dtype == value.dtype:
+            rules = value.stride(0) == 1, whole.stride(0) == 1, whole.storage_offset() == value.storage_offset()
+            found = node if all(map(is_known, rules)) else found
+    return found
+
+
+def _packed(
+    lora_a: list[Node], stacks_a: list[Tensor], stacks_b: list[Tensor], slice_bases: list[int], offsets: list[int]
+) -> Node | None:
+    """The tensor whose columns are all A and then all B of a call to one output, as `native_add_packed` reads it."""
+    *_, node = [lora_a[0], *_viewed(lora_a[0])]
+    whole = value_of(node)
+    if any(slice_bases) or len(offsets) > 3 or whole.dim() not in (3, 4) or not whole.is_contiguous():
+        return None
+    widths = [b.shape[1] for b in stacks_b]
+    columns, slot = whole.shape[-1], whole.shape[-2] * whole.shape[-1]
+    by_rank = [*stacks_a, *(b.transpose(1, 2) for b in stacks_b)]
+    starts = list(accumulate((stack.shape[2] for stack in by_rank), initial=0))
+    rules = [starts[-1] == columns, whole.numel() == whole.shape[0] * slot, *(width > 0 for width in widths)]
+    rules += [offset == before for offset, before in zip(offsets, accumulate(widths, initial=0), strict=False)]
+    for stack, start in zip(by_rank, starts, strict=False):
+        if storage_of(stack) != storage_of(whole) or stack.dtype != whole.dtype:
+            return None
+        rules += [stack.shape[0] == whole.shape[0], stack.shape[1] == whole.shape[-2]]
+        rules += [stack.storage_offset() == whole.storage_offset() + start]
+        rules += [left == right for left, right in zip(stack.stride(), (slot, columns, 1), strict=True)]
+    return node if all(map(is_known, rules)) else None
 
 
 def _fits_native(stacks_b: list[Tensor], slice_bases: list[int], offsets: list[Any]) -> bool:
