@@ -193,6 +193,8 @@ def test_layers_store_their_stacks_by_rank_in_one_tensor() -> None:
     wrapper, (a, b) = wrapper_for(MIXED, 3), stacks([16, 8])
     linear, logits = layer_of(wrapper, tuple(a), tuple(b)), layer_of(wrapper, a[0], b[0])
     sharded, plain = layer_of(wrapper, (a[0][:, :, :4],), (b[0],)), layer_of(None, tuple(a), tuple(b))
+    several = layer_of(wrapper, (a[0].bfloat16(), a[1]), tuple(b))
+    assert [stack.dtype for stack in several.lora_a_stacked] == [torch.bfloat16, torch.float32]
     assert linear.punica_wrapper is wrapper
     packed = linear.lora_a_stacked[0].packed
     assert packed.shape == (3, 1, 8, 24 + 24 + 16 + 8)
@@ -206,6 +208,7 @@ def test_layers_store_their_stacks_by_rank_in_one_tensor() -> None:
     assert plain.lora_b_stacked[0] is b[0]
     # Given to a wrapper again, and written to as `set_lora` does.
     linear.set_mapping(wrapper)
+    assert linear.lora_a_stacked[0].packed is packed
     linear.lora_b_stacked[1][2, 0, :8, :4].copy_(torch.ones(8, 4))
     assert linear.lora_a_stacked[0].packed[2, 0, :4, -8:].eq(1).all()
     # A wrapper of each kind more makes no second change.
@@ -256,14 +259,16 @@ def test_a_batch_without_adapters_reads_no_weight() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("storage", ["packed", "apart"])
+@pytest.mark.parametrize("storage", ["packed", "apart", "one replaced"])
 def test_a_traced_call_is_one_op_and_takes_other_batches_and_adapters(storage: str) -> None:
     from torch._inductor.utils import run_and_get_code
 
     import xpu_lora_compile as xlc
 
     wrapper, (a, b) = wrapper_for(MIXED, 3), stacks([16, 8, 8])
-    held = layer_of(wrapper if storage == "packed" else None, tuple(a), tuple(b))
+    held = layer_of(None if storage == "apart" else wrapper, tuple(a), tuple(b))
+    if storage == "one replaced":
+        held.lora_b_stacked = (*held.lora_b_stacked[:2], torch.randn(3, 1, 8, 8))
     weight = torch.randn(32, 24)
 
     def layer(x: Tensor) -> Tensor:

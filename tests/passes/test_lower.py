@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,69 +111,121 @@ xpu_lora.native_add_lora((%7), %1, (%2), (%3), %4, (0), (0), 1.0)""",
     )
 
 
-def with_packed_weights(case: str) -> Callable[..., Tensor]:
-    """Two slices of `[K, 1, R, D + D + W_1 + W_2]`, as vLLM's layers have them; or nearly so."""
+Views = Callable[[Tensor, Tensor], tuple[list[Tensor], list[Tensor], Tensor]]
 
-    def function(output: Tensor, inputs: Tensor, packed: Tensor, indices: Tensor) -> Tensor:
-        rows, widths = inputs.shape[0], [5, 2] if case != "other order" else [2, 5]
-        packed = packed[:1] if case == "a part" else packed
-        a = [packed[..., :6], packed[..., 6:12]] if case != "a twice" else [packed[..., :6], packed[..., :6]]
-        b = [packed[..., 12:17].transpose(-1, -2), packed[..., 17:].transpose(-1, -2)]
-        if case == "other order":
-            b.reverse()
-        if case == "copied":
-            b[1] = b[1].contiguous()
-        mine = indices[:rows] if case != "later indices" else indices[1 : rows + 1]
-        mine = indices[::2][:rows] if case == "every second index" else mine
-        offsets = [0, widths[0]] if case != "apart" else [0, widths[0] + 1]
+
+def views(packed: Tensor, indices: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Two slices of `[K, 1, R, D + D + W_1 + W_2]`, as vLLM's layers have them, and the indices of three rows."""
+    one, two, three, four = packed.split([6, 6, 5, 2], -1)
+    return [one, two], [three.transpose(-1, -2), four.transpose(-1, -2)], indices[:3]
+
+
+def and_then(change: Callable[[list[Tensor], list[Tensor], Tensor], Any]) -> Views:
+    def changed(packed: Tensor, indices: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        a, b, mine = views(packed, indices)
+        return change(a, b, mine) or (a, b, mine)
+
+    return changed
+
+
+def adds_with(made: Views, *, apart: int = 0) -> Callable[..., Any]:
+    def function(output: Tensor, inputs: Tensor, packed: Tensor, indices: Tensor) -> Any:
+        a, b, mine = made(packed, indices)
+        offsets = [sum(one.shape[-2] for one in b[:s]) + apart * s for s in range(len(b))]
         return xlc.lora_linear(output * 2, inputs, a, b, mine, offsets, 0.5)
 
     return function
 
 
+def to_two_outputs(output: Tensor, inputs: Tensor, packed: Tensor, indices: Tensor) -> Any:
+    a, b, mine = views(packed, indices)
+    return torch.ops.xpu_lora.lora_linears([output * 2, output * 3], inputs, a, b, mine, [0, 1], [0, 0], 0.5)
+
+
+def packed_operands() -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, 1, 4, 19, generator=generator)
+    rows = torch.randn(3, 8, generator=generator), torch.randn(3, 6, generator=generator)
+    return *rows, weights, torch.tensor([0, -1, 1, 0, 1, 1, 0, 0, 1])
+
+
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the native kernel is for a CPU")
 def test_the_native_kernel_gets_the_tensor_that_its_operands_are_views_of() -> None:
     """For vLLM's graphs: of its weights, and of the indices for its largest batch."""
-    tensors = torch.randn(3, 8), torch.randn(3, 6), torch.randn(2, 1, 4, 19), torch.tensor([0, -1, 1, 0, 1, 1, 0])
-    (text,) = graphs_of_compiling(with_packed_weights("packed"), *tensors, passes=lowered)
+    (text,) = graphs_of_compiling(adds_with(views), *packed_operands(), passes=lowered)
     assert_expected_inline(
         "\n".join(line for line in text.split("\n") if "input" in line or "xpu_lora" in line),
         """\
 %0: f32[2, 1, 4, 19] = input
-%1: i64[7] = input
+%1: i64[9] = input
 %2: f32[3, 8] = input
 %3: f32[3, 6] = input
-xpu_lora.native_add_lora((%11), %3, (%4, %5), (%7, %9), %1, (0, 0), (0, 5), 0.5, %0)""",
+xpu_lora.native_add_lora((%12), %3, (%5, %6), (%9, %10), %1, (0, 0), (0, 5), 0.5, %0)""",
     )
 
 
+# Where the weights are not the columns of one tensor, in order and all of them; and whether that tensor is an input.
+OTHER_WEIGHTS: dict[str, Callable[..., Any]] = {
+    "fewer slots": adds_with(lambda p, i: views(p[:1], i)),
+    "fewer ranks": adds_with(
+        and_then(lambda a, b, i: ([one[..., :2, :] for one in a], [one[..., :2] for one in b], i))
+    ),
+    "fewer columns": adds_with(and_then(lambda a, b, i: (a[:1], b[:1], i))),
+    "one twice": adds_with(and_then(lambda a, b, i: ([a[0], a[0]], b, i))),
+    "another order": adds_with(and_then(lambda a, b, i: (a, b[::-1], i))),
+    "one copied": adds_with(and_then(lambda a, b, i: (a, [b[0], b[1].contiguous()], i))),
+    "no columns": adds_with(
+        lambda p, i: ([p[..., :6], p[..., 6:12]], [p[..., 12:12].transpose(2, 3), p[..., 12:].transpose(2, 3)], i[:3])
+    ),
+    "columns between outputs": adds_with(views, apart=1),
+    "two outputs": to_two_outputs,
+    "four slices": adds_with(
+        lambda p, i: ([p[..., :6]] * 4, [one.transpose(2, 3) for one in p[..., 6:14].split(2, -1)], i[:3])
+    ),
+    "turned": adds_with(lambda p, i: ([p[..., :4, :6]], [p[..., 6:10].transpose(2, 3)], i[:3])),
+    "a square, turned": adds_with(
+        lambda p, i: ([(q := p.flatten()[:96].view(2, 4, 12))[..., :6]], [q[..., 6:10]], i[:3])
+    ),
+    "other bits": adds_with(lambda p, i: views(torch._neg_view(p), i)),
+}
+# Where the indices are not the first elements of a longer tensor.
+OTHER_INDICES: dict[str, Callable[..., Any]] = {
+    "later ones": adds_with(lambda p, i: (*views(p, i)[:2], i[1:4])),
+    "every second": adds_with(lambda p, i: (*views(p, i)[:2], i[::2][:3])),
+    "of another type": adds_with(lambda p, i: (*views(p, i)[:2], i.view(torch.int32)[:3])),
+    "of a matrix": adds_with(lambda p, i: (*views(p, i)[:2], i.view(3, 3).t().contiguous().view(-1)[:3])),
+    "a column": adds_with(lambda p, i: (*views(p, i)[:2], i.view(3, 3)[:, 0])),
+    "with other bits": adds_with(lambda p, i: (*views(p, i)[:2], torch._neg_view(i)[:3])),
+}
+
+
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the native kernel is for a CPU")
-@pytest.mark.parametrize(
-    ("case", "weights", "all_indices"),
-    [
-        ("packed", True, True),
-        ("a part", False, True),
-        ("a twice", False, True),
-        ("other order", False, True),
-        ("copied", False, True),
-        ("apart", False, True),
-        ("later indices", True, False),
-        ("every second index", True, False),
-    ],
-)
-def test_views_of_anything_else_stay_views(case: str, weights: bool, all_indices: bool) -> None:
-    tensors = torch.randn(3, 8), torch.randn(3, 6), torch.randn(2, 1, 4, 19), torch.tensor([0, -1, 1, 0, 1, 1, 0])
-    function = with_packed_weights(case)
+@pytest.mark.parametrize("case", [*OTHER_WEIGHTS, *OTHER_INDICES])
+def test_views_of_anything_else_stay_views(case: str) -> None:
+    function, tensors = (OTHER_WEIGHTS | OTHER_INDICES)[case], packed_operands()
+    torch._dynamo.reset()
     (text,) = graphs_of_compiling(function, *tensors, passes=lowered)
     (call,) = (line for line in text.split("\n") if "native_add_lora" in line)
-    packed, indices = (re.search(rf"(%\d+): {size} = input", text) for size in (r"f32\[2, 1, 4, 19\]", r"i64\[7\]"))
+    packed, indices = (re.search(rf"(%\d+): {size} = input", text) for size in (r"f32\[2, 1, 4, 19\]", r"i64\[9\]"))
     assert packed is not None
     assert indices is not None
-    assert call.endswith(f"0.5, {packed[1]})") == weights
-    assert (f"{indices[1]}, (" in call) == all_indices
-    torch._dynamo.reset()
+    assert call.endswith(f"0.5, {packed[1]})") == (case in OTHER_INDICES)
+    assert (f"{indices[1]}, (" in call) == (case in OTHER_WEIGHTS)
+    compiled = compiled_with(xlc.rewrite, function)
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(function, backend="xpu_lora")(*tensors), function(*tensors))
+        for got, expected in zip(compiled(*tensors), function(*tensors), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the native kernel is for a CPU")
+def test_a_tensor_that_has_fewer_indices_than_rows_is_not_taken_for_them() -> None:
+    output, inputs, packed, indices = packed_operands()
+    function = adds_with(lambda p, i: (*views(p, i)[:2], i.as_strided((3,), (1,))))
+    for view in (indices[:2], indices[::2]):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            got = compiled_with(xlc.rewrite, function)(output, inputs, packed, view)
+            torch.testing.assert_close(got, function(output, inputs, packed, view))
 
 
 def two_layers_with_ranks(output: Tensor, inputs: Tensor, a: Tensor, b: Tensor, ranks: Tensor) -> Tensor:

@@ -128,10 +128,8 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
             add_inputs: if false, `y` holds zeros, as vLLM's second stream hands it over: adding replaces them.
         """
         offsets = list(accumulate(output_slices, initial=0))[:-1]
-        if is_compiling() and hasattr(lora_a_stacked[0], "packed"):
-            # The same stacks, made where the compiler sees that they are one tensor.
-            widths = [b.shape[-2] for b in lora_b_stacked]
-            lora_a_stacked, lora_b_stacked = _unpacked(lora_a_stacked[0].packed, x.shape[-1], widths)
+        if is_compiling():
+            lora_a_stacked, lora_b_stacked = _as_the_compiler_sees_them(lora_a_stacked, lora_b_stacked)
         return self._added(y, x, lora_a_stacked, lora_b_stacked, scale, offsets, self._token_lora_indices)
 
     def add_lora_logits(
@@ -230,39 +228,58 @@ def _have_layers_store_by_rank() -> None:
     @functools.wraps(own)
     def set_mapping(layer: Any, punica_wrapper: Any) -> None:
         own(layer, punica_wrapper)
-        b = vars(layer).get("lora_b_stacked")
+        stacks = vars(layer).get("lora_b_stacked")
         # Those of mixtures of experts are a list, and not for our kernels.
-        if not isinstance(punica_wrapper, XpuLoraPunicaWrapper) or not isinstance(b, tuple | Tensor):
-            return
-        if b[0].device.type != "cpu":
-            return
-        if isinstance(b, Tensor):
-            layer.lora_b_stacked = _stored_by_rank(b)
-        elif layer.lora_a_stacked[0].shape[-2] == b[0].shape[-1]:
-            layer.lora_a_stacked, layer.lora_b_stacked = _packed(layer.lora_a_stacked, b)
-        else:  # Fully sharded: A has a part of the ranks.
-            layer.lora_b_stacked = tuple(map(_stored_by_rank, b))
+        if isinstance(punica_wrapper, XpuLoraPunicaWrapper) and torch.device(punica_wrapper.device).type == "cpu":
+            if isinstance(stacks, tuple):
+                layer.lora_a_stacked, layer.lora_b_stacked = _stored_by_rank(layer.lora_a_stacked, stacks)
+            elif isinstance(stacks, Tensor):
+                layer.lora_b_stacked = _turned(_turned(stacks).contiguous())
 
     layers.set_mapping = set_mapping
 
 
-def _stored_by_rank(b: Tensor) -> Tensor:
-    """The same `[K, 1, W, R]`, with neighbours along W side by side in memory."""
-    return b.transpose(-1, -2).contiguous().transpose(-1, -2)
+def _turned(b: Tensor) -> Tensor:
+    return b.transpose(-1, -2)
 
 
-def _packed(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The same stacks as views of one tensor, which the first one names `packed`.
+def _stored_by_rank(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The same stacks, with neighbours along W side by side, as views of one tensor that each of them names `packed`.
 
-    It is `[K, 1, R, S D + W_1 + ... + W_S]`: of the S slices A, and then B with neighbours along W side by side.
+    It is `[K, 1, R, S D + W_1 + ... + W_S]`: A of the S slices, and then B.
     """
-    packed = torch.cat([*lora_a, *(b.transpose(-1, -2) for b in lora_b)], -1)
-    a, b = _unpacked(packed, lora_a[0].shape[-1], [one.shape[-2] for one in lora_b])
-    a[0].packed = packed  # type: ignore[attr-defined]
+    by_rank = [*lora_a, *map(_turned, lora_b)]
+    # Fully sharded layers have a part of the ranks in A.
+    if len({(stack.dtype, stack.shape[:3]) for stack in by_rank}) > 1:
+        return lora_a, tuple(_turned(b.contiguous()) for b in by_rank[len(lora_a) :])
+    if _packed_as(lora_a, lora_b) is not None:
+        return lora_a, lora_b
+    packed = torch.cat(by_rank, -1)
+    a, b = _unpacked(packed, lora_a, lora_b)
+    for stack in (*a, *b):
+        stack.packed = packed  # type: ignore[attr-defined]
     return tuple(a), tuple(b)
 
 
-def _unpacked(packed: Tensor, features: int, widths: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    a = [packed[..., s * features : (s + 1) * features] for s in range(len(widths))]
-    starts = accumulate(widths, initial=len(widths) * features)
-    return a, [packed[..., at : at + width].transpose(-1, -2) for at, width in zip(starts, widths, strict=False)]
+def _packed_as(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> Any:
+    """The one tensor that these stacks, and no others, are views of; None where there is none."""
+    packed = getattr(lora_a[0], "packed", None)
+    columns = sum(a.shape[-1] for a in lora_a) + sum(b.shape[-2] for b in lora_b)
+    named = [getattr(stack, "packed", None) is packed for stack in (*lora_a, *lora_b)]
+    return packed if packed is not None and all(named) and packed.shape[-1] == columns else None
+
+
+def _as_the_compiler_sees_them(
+    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The same stacks; where they are one tensor, made from it in the graph."""
+    packed = _packed_as(lora_a, lora_b)
+    return (lora_a, lora_b) if packed is None else _unpacked(packed, lora_a, lora_b)
+
+
+def _unpacked(
+    packed: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Views of the tensor, of the sizes of these stacks."""
+    columns = packed.split([a.shape[-1] for a in lora_a] + [b.shape[-2] for b in lora_b], -1)
+    return columns[: len(lora_a)], [_turned(b) for b in columns[len(lora_a) :]]

@@ -196,11 +196,13 @@ void add_packed_in_place(const at::Tensor& output, const at::Tensor& inputs, con
     int64_t rows = rows_with(indices, inputs);
     if (are_all_negative(indices, rows)) return;
     at::Tensor its_indices = first(indices, rows);
-    int64_t widths[] = {width, width_1, width_2}, features = inputs.size(1);
-    int64_t count = 1 + (width_1 > 0) + (width_2 > 0), total = width + width_1 + width_2;
-    TORCH_CHECK(are_rows(inputs, its_indices) && are_writable_rows(output, its_indices) && total <= output.size(1) &&
-                    std::min({width - 1, width_1, width_2}) >= 0 && (width_1 > 0 || width_2 == 0) &&
-                    are_weights(packed, count * features + total),
+    int64_t widths[] = {width, width_1, width_2}, features = inputs.size(1), count = 1 + (width_1 > 0) + (width_2 > 0);
+    bool fits = are_rows(inputs, its_indices) && are_writable_rows(output, its_indices) && width > 0 &&
+                (width_1 > 0 || width_2 == 0);
+    // One by one, since the sum of large numbers would not be one.
+    int64_t total = 0;
+    for (int64_t s = 0; fits && s < 3; total += widths[s++]) fits = has_columns(output, total, widths[s]);
+    TORCH_CHECK(fits && are_weights(packed, count * features + total),
                 "xpu_lora::native_add_packed: operands that do not fit together");
     Weights all = weights_of(packed);
     auto from = [&](int64_t column) {

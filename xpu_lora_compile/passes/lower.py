@@ -262,11 +262,12 @@ def _is_stored(node: Node, stack: Tensor) -> bool:
 
 
 def _viewed(view: Node) -> Iterator[Node]:
-    """What a view was made of, further and further up in the graph."""
+    """The tensors that a view was made of, further and further up in the graph."""
     storage, node = storage_of(value_of(view)), view
     while above := [one for one in node.all_input_nodes if storage in storages_of(one)]:
         node = above[0]
-        yield node
+        if isinstance(value_of(node), Tensor):
+            yield node
 
 
 def _whole(indices: Node) -> Node:
@@ -274,9 +275,9 @@ def _whole(indices: Node) -> Node:
     value, found = value_of(indices), indices
     for node in _viewed(indices):
         whole = value_of(node)
-        if whole.dim() == 1 and whole.dtype == value.dtype:
+        if whole.dim() == 1 and whole.dtype == value.dtype and whole.is_neg() == value.is_neg():
             rules = value.stride(0) == 1, whole.stride(0) == 1, whole.storage_offset() == value.storage_offset()
-            found = node if all(map(is_known, rules)) else found
+            found = node if all(map(is_known, (*rules, value.shape[0] <= whole.shape[0]))) else found
     return found
 
 
@@ -284,23 +285,28 @@ def _packed(
     lora_a: list[Node], stacks_a: list[Tensor], stacks_b: list[Tensor], slice_bases: list[int], offsets: list[int]
 ) -> Node | None:
     """The tensor whose columns are all A and then all B of a call to one output, as `native_add_packed` reads it."""
-    *_, node = [lora_a[0], *_viewed(lora_a[0])]
-    whole = value_of(node)
-    if any(slice_bases) or len(offsets) > 3 or whole.dim() not in (3, 4) or not whole.is_contiguous():
-        return None
     widths = [b.shape[1] for b in stacks_b]
-    columns, slot = whole.shape[-1], whole.shape[-2] * whole.shape[-1]
+    side_by_side = [at == before for at, before in zip(offsets, accumulate(widths, initial=0), strict=False)]
+    if any(slice_bases) or len(offsets) > 3 or not all(map(is_known, (*side_by_side, *(one > 0 for one in widths)))):
+        return None
     by_rank = [*stacks_a, *(b.transpose(1, 2) for b in stacks_b)]
-    starts = list(accumulate((stack.shape[2] for stack in by_rank), initial=0))
-    rules = [starts[-1] == columns, whole.numel() == whole.shape[0] * slot, *(width > 0 for width in widths)]
-    rules += [offset == before for offset, before in zip(offsets, accumulate(widths, initial=0), strict=False)]
-    for stack, start in zip(by_rank, starts, strict=False):
-        if storage_of(stack) != storage_of(whole) or stack.dtype != whole.dtype:
-            return None
-        rules += [stack.shape[0] == whole.shape[0], stack.shape[1] == whole.shape[-2]]
+    return next((node for node in _viewed(lora_a[0]) if _are_columns(by_rank, value_of(node))), None)
+
+
+def _are_columns(stacks: list[Tensor], whole: Tensor) -> bool:
+    """Whether stacks `[K, R, columns]` are in turn all columns of `[K, R, columns]`, perhaps with vLLM's 1."""
+    if whole.dim() not in (3, 4) or not whole.is_contiguous():
+        return False
+    ranks, columns = whole.shape[-2:]
+    starts = list(accumulate((stack.shape[2] for stack in stacks), initial=0))
+    rules = [starts[-1] == columns, whole.numel() == whole.shape[0] * ranks * columns]
+    for stack, start in zip(stacks, starts, strict=False):
+        if storage_of(stack) != storage_of(whole) or stack.dtype != whole.dtype or stack.is_neg() != whole.is_neg():
+            return False
+        rules += [stack.shape[0] == whole.shape[0], stack.shape[1] == ranks]
         rules += [stack.storage_offset() == whole.storage_offset() + start]
-        rules += [left == right for left, right in zip(stack.stride(), (slot, columns, 1), strict=True)]
-    return node if all(map(is_known, rules)) else None
+        rules += [left == right for left, right in zip(stack.stride(), (ranks * columns, columns, 1), strict=True)]
+    return all(map(is_known, rules))
 
 
 def _fits_native(stacks_b: list[Tensor], slice_bases: list[int], offsets: list[Any]) -> bool:
