@@ -166,6 +166,7 @@ def test_any_number_of_slices_goes_to_any_outputs(slices: int) -> None:
         torch.testing.assert_close(output, right)
 
 
+BIG = 2**63 - 1
 ADD_SLICES, ADD_PACKED = torch.ops.xpu_lora.native_add_slices, torch.ops.xpu_lora.native_add_packed
 
 
@@ -206,8 +207,8 @@ def test_packed_weights_are_those_of_their_slices(layout: str, widths: tuple[int
 
 @pytest.mark.parametrize(
     ("columns", "widths"),
-    [(6 + 5 + 1, (5, 0, 0)), (6, (0, 0, 0)), (21, (9, 0, 0)), (16, (5, -1, 0)), (18, (5, 0, 1)), (24, (9, 3, 0))],
-    ids=["left-over", "none", "another-slice", "negative", "a-gap", "too-wide"],
+    [(6 + 5 + 1, (5, 0, 0)), (6, (0, 0, 0)), (21, (9, 0, 0)), (16, (5, -1, 0)), (18, (5, 0, 1)), (24, (9, 3, 0)), (23, (BIG, BIG, 7))],
+    ids=["left-over", "none", "another-slice", "negative", "a-gap", "too-wide", "no-sum"],
 )  # fmt: skip
 def test_packed_weights_of_other_sizes_are_refused(columns: int, widths: tuple[int, ...]) -> None:
     output, x, indices = torch.zeros(2, 9), torch.ones(2, 6), torch.tensor([0, 1])

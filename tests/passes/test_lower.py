@@ -139,7 +139,7 @@ def adds_with(made: Views, *, apart: int = 0) -> Callable[..., Any]:
 
 def to_two_outputs(output: Tensor, inputs: Tensor, packed: Tensor, indices: Tensor) -> Any:
     a, b, mine = views(packed, indices)
-    return torch.ops.xpu_lora.lora_linears([output * 2, output * 3], inputs, a, b, mine, [0, 1], [0, 0], 0.5)
+    return torch.ops.xpu_lora.lora_linears([output * 2, output * 3], inputs, a, b, mine, [0, 1], [0, 5], 0.5)
 
 
 def packed_operands() -> tuple[Tensor, ...]:
@@ -166,11 +166,11 @@ xpu_lora.native_add_lora((%12), %3, (%5, %6), (%9, %10), %1, (0, 0), (0, 5), 0.5
 
 # Where the weights are not the columns of one tensor, in order and all of them; and whether that tensor is an input.
 OTHER_WEIGHTS: dict[str, Callable[..., Any]] = {
-    "fewer slots": adds_with(lambda p, i: views(p[:1], i)),
+    "fewer slots": adds_with(and_then(lambda a, b, i: ([one[:1] for one in a], [one[:1] for one in b], i))),
     "fewer ranks": adds_with(
         and_then(lambda a, b, i: ([one[..., :2, :] for one in a], [one[..., :2] for one in b], i))
     ),
-    "fewer columns": adds_with(and_then(lambda a, b, i: (a[:1], b[:1], i))),
+    "fewer columns": adds_with(lambda p, i: ([p[..., :6]], [p[..., 6:11].transpose(2, 3)], i[:3])),
     "one twice": adds_with(and_then(lambda a, b, i: ([a[0], a[0]], b, i))),
     "another order": adds_with(and_then(lambda a, b, i: (a, b[::-1], i))),
     "one copied": adds_with(and_then(lambda a, b, i: (a, [b[0], b[1].contiguous()], i))),
@@ -180,20 +180,31 @@ OTHER_WEIGHTS: dict[str, Callable[..., Any]] = {
     "columns between outputs": adds_with(views, apart=1),
     "two outputs": to_two_outputs,
     "four slices": adds_with(
-        lambda p, i: ([p[..., :6]] * 4, [one.transpose(2, 3) for one in p[..., 6:14].split(2, -1)], i[:3])
+        lambda p, i: (
+            list((q := p.flatten()[:112].view(2, 2, 28))[..., :24].split(6, 2)),
+            [one.transpose(1, 2) for one in q[..., 24:].split(1, 2)],
+            i[:3],
+        )
     ),
-    "turned": adds_with(lambda p, i: ([p[..., :4, :6]], [p[..., 6:10].transpose(2, 3)], i[:3])),
     "a square, turned": adds_with(
-        lambda p, i: ([(q := p.flatten()[:96].view(2, 4, 12))[..., :6]], [q[..., 6:10]], i[:3])
+        lambda p, i: (
+            [(q := p.flatten()[:96].view(2, 6, 8))[..., :6].transpose(1, 2)],
+            [q[..., 6:].transpose(1, 2)],
+            i[:3],
+        )
     ),
+    "two tensors": adds_with(lambda p, i: (views(p, i)[0], views(p.clone(), i)[1], i[:3])),
     "other bits": adds_with(lambda p, i: views(torch._neg_view(p), i)),
+    "other bits in one": adds_with(
+        lambda p, i: ([torch._neg_view(p)[..., :6], p[..., 6:12]], *views(p, i)[1:]),
+    ),
 }
 # Where the indices are not the first elements of a longer tensor.
 OTHER_INDICES: dict[str, Callable[..., Any]] = {
     "later ones": adds_with(lambda p, i: (*views(p, i)[:2], i[1:4])),
     "every second": adds_with(lambda p, i: (*views(p, i)[:2], i[::2][:3])),
     "of another type": adds_with(lambda p, i: (*views(p, i)[:2], i.view(torch.int32)[:3])),
-    "of a matrix": adds_with(lambda p, i: (*views(p, i)[:2], i.view(3, 3).t().contiguous().view(-1)[:3])),
+    "of a matrix": adds_with(lambda p, i: (*views(p, i)[:2], torch.stack([i], 1).view(-1)[:3])),
     "a column": adds_with(lambda p, i: (*views(p, i)[:2], i.view(3, 3)[:, 0])),
     "with other bits": adds_with(lambda p, i: (*views(p, i)[:2], torch._neg_view(i)[:3])),
 }

@@ -295,17 +295,17 @@ def _packed(
 
 def _are_columns(stacks: list[Tensor], whole: Tensor) -> bool:
     """Whether stacks `[K, R, columns]` are in turn all columns of `[K, R, columns]`, perhaps with vLLM's 1."""
-    if whole.dim() not in (3, 4) or not whole.is_contiguous():
+    if whole.dim() != 3 and not (whole.dim() == 4 and is_known(whole.shape[1] == 1)):
         return False
-    ranks, columns = whole.shape[-2:]
+    if len({(storage_of(one), one.dtype, one.is_neg()) for one in (whole, *stacks)}) > 1:
+        return False
+    (slots, *_, ranks, columns), (of_slot, *_, of_rank, of_column) = whole.shape, whole.stride()
     starts = list(accumulate((stack.shape[2] for stack in stacks), initial=0))
-    rules = [starts[-1] == columns, whole.numel() == whole.shape[0] * ranks * columns]
+    rules = [starts[-1] == columns]
     for stack, start in zip(stacks, starts, strict=False):
-        if storage_of(stack) != storage_of(whole) or stack.dtype != whole.dtype or stack.is_neg() != whole.is_neg():
-            return False
-        rules += [stack.shape[0] == whole.shape[0], stack.shape[1] == ranks]
-        rules += [stack.storage_offset() == whole.storage_offset() + start]
-        rules += [left == right for left, right in zip(stack.stride(), (ranks * columns, columns, 1), strict=True)]
+        rules += [stack.shape[0] == slots, stack.shape[1] == ranks]
+        rules += [left == right for left, right in zip(stack.stride(), (of_slot, of_rank, of_column), strict=True)]
+        rules += [stack.storage_offset() == whole.storage_offset() + start * of_column]
     return all(map(is_known, rules))
 
 
