@@ -207,7 +207,10 @@ def test_packed_weights_are_those_of_their_slices(layout: str, widths: tuple[int
 
 @pytest.mark.parametrize(
     ("columns", "widths"),
-    [(6 + 5 + 1, (5, 0, 0)), (6, (0, 0, 0)), (21, (9, 0, 0)), (16, (5, -1, 0)), (18, (5, 0, 1)), (24, (9, 3, 0)), (23, (BIG, BIG, 7))],
+    [
+        (6 + 5 + 1, (5, 0, 0)), (6, (0, 0, 0)), (21, (9, 0, 0)), (16, (5, -1, 0)), (18, (5, 0, 1)), (24, (9, 3, 0)),
+        (23, (BIG, BIG, 7)),
+    ],
     ids=["left-over", "none", "another-slice", "negative", "a-gap", "too-wide", "no-sum"],
 )  # fmt: skip
 def test_packed_weights_of_other_sizes_are_refused(columns: int, widths: tuple[int, ...]) -> None:
