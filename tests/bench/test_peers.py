@@ -15,11 +15,13 @@ from xpu_lora_compile.errors import BenchError
 
 @pytest.mark.parametrize("name", ["nowhere", "."])
 def test_a_folder_without_peers_is_an_error_that_says_how_to_get_them(tmp_path: Path, name: str) -> None:
-    with pytest.raises(BenchError, match=r"a folder that holds vllm or sglang; got .*python -m zipfile -e WHEEL DIR"):
+    with pytest.raises(
+        BenchError, match=r"a folder that holds vllm, sglang or lmdeploy; got .*python -m zipfile -e WHEEL DIR"
+    ):
         peers.find(tmp_path / name)
 
 
-@pytest.mark.parametrize("package", ["vllm", "sglang"])
+@pytest.mark.parametrize("package", ["vllm", "sglang", "lmdeploy"])
 def test_sources_laid_out_otherwise_are_an_error_that_names_what_is_missing(tmp_path: Path, package: str) -> None:
     (tmp_path / package / "lora").mkdir(parents=True)
     before = list(sys.meta_path)

@@ -228,7 +228,8 @@ def _contenders(operands: Operands, found: Mapping[str, peers.Peer], plain: bool
     contenders: dict[str, tuple[Layer, bool]] = {BASE: (base, False), OURS: (ours, False), ALONE: (alone, True)}
     by_row = [[one.contiguous() for one in each] for each in b]
     given = peers.Operands(operands.inputs, operands.outputs, operands.a, by_row, operands.indices, operands.ranks)
-    for name, peer in found.items():
+    suited = {name: peer for name, peer in found.items() if len(operands.inputs) <= peer.most_rows}
+    for name, peer in suited.items():
         contenders[name] = peer.prepare_in_situ(given, base), False
         contenders[f"{name}, alone"] = peer.prepare(given), True
     if plain:

@@ -1,4 +1,4 @@
-"""Loads the few modules of vLLM and SGLang that `peers` calls, from folders as unpacked from their wheels or sdists.
+"""Loads the few modules of peers that `peers` calls, from folders as unpacked from their wheels or sdists.
 
 They are the files themselves, run as they are. All else of these packages is stood in for, so that nothing that they
 depend on need be installed, and is infrastructure: loggers, questions about the platform, the registration of custom
@@ -31,7 +31,7 @@ import torch
 
 from xpu_lora_compile.errors import BenchError
 
-OTHER_VERSION = "Give the sources of vLLM 0.32.0 or SGLang 0.5.23: others may be laid out differently."
+OTHER_VERSION = "Give the sources of vLLM 0.32.0, SGLang 0.5.23 or LMDeploy 0.18.0: others may be laid out differently."
 
 # Of a module, by its name.
 Load = Callable[[str], Any]
@@ -79,6 +79,16 @@ def sglang(folder: Path) -> Load:
         "sglang.kernels.jit.utils": {"is_arch_support_pdl": lambda: False},
     }
     return _loader("sglang", folder, real, known)
+
+
+@functools.cache
+def lmdeploy(folder: Path) -> Load:
+    """What loads a module of the LMDeploy whose package is in the folder."""
+    real = ("pytorch.kernels.cuda.fused_lora", "pytorch.backends.lora", "pytorch.backends.cuda.lora")
+    _checked("lmdeploy", folder, real)
+    # What a class derives from, with the kind of op in brackets.
+    spec = type("BuildSpec", (), {"__class_getitem__": classmethod(lambda cls, _: cls)})
+    return _loader("lmdeploy", folder, real, {"lmdeploy.pytorch.backends.base": {"BuildSpec": spec}})
 
 
 def _checked(package: str, folder: Path, real: Sequence[str]) -> ModuleType:

@@ -1,8 +1,8 @@
-"""The LoRA kernels of vLLM and SGLang, called in place: from source folders of the user's, none of which is ours.
+"""The LoRA kernels of vLLM, SGLang and LMDeploy, called in place, from source folders of the user's.
 
 What runs here is theirs: kernels, what launches them, what sizes them; `peer_sources` says what is not, and what of
 that could make a difference. What is left out is time that their Python takes on each call: time CUDA graphs, which
-have none of it. Read from vLLM 0.32.0 and SGLang 0.5.23; other versions may be laid out differently.
+have none of it. Read from vLLM 0.32.0, SGLang 0.5.23 and LMDeploy 0.18.0; others may be laid out differently.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpu_lora_compile.bench.peer_sources import sglang, vllm
+from xpu_lora_compile.bench.peer_sources import lmdeploy, sglang, vllm
 from xpu_lora_compile.errors import BenchError
 
 # Of a layer: its number, and where its result is.
@@ -58,7 +58,12 @@ class Peer(ABC):
 
     `prepare` and `prepare_in_situ` settle indices, layouts, compilation and scratch. What they return only launches
     kernels, and can be captured into a CUDA graph on any stream; the graph is valid while that function is referenced.
+
+    Attributes:
+        most_rows: T, up to which it is made for rows whose adapters are in any order.
     """
+
+    most_rows = 1 << 31
 
     def prepare(self, operands: Operands) -> Call:
         """A function that adds a layer's LoRA to its output, whatever scratch must be zeroed included."""
@@ -248,6 +253,54 @@ class SglangChunked(Peer):
         return call
 
 
+class Lmdeploy(Peer):
+    """LMDeploy's `fused_lora`: shrink and expand of a slice in one launch, for each request by its adapter.
+
+    Here each row is a request, as in decoding. In a prefill its requests are runs of rows of one adapter, which these
+    batches do not have.
+
+    Args:
+        folder: that holds `lmdeploy`.
+    """
+
+    most_rows = 256
+
+    def __init__(self, folder: Path) -> None:
+        load = lmdeploy(folder)
+        self._info: Any = load("lmdeploy.pytorch.backends.lora").AdapterInfo
+        self._lora: Any = load("lmdeploy.pytorch.backends.cuda.lora").TritonLoRAImpl
+
+    def _bind(self, operands: Operands, base: Call | None) -> Call:
+        device, (rows, features) = operands.inputs.device, operands.inputs.shape
+        context = SimpleNamespace(
+            q_start_loc=torch.arange(rows, device=device),
+            q_seqlens=torch.ones(rows, dtype=torch.int64, device=device),
+            # The first one is none, of rank 0.
+            local_adapter_ids=operands.indices + 1,
+            is_decoding=True,
+        )
+        manager = SimpleNamespace(current_context=lambda: context)
+        ranks = torch.tensor([0, *operands.ranks], device=device)
+        ends = [0, *itertools.accumulate(operands.widths)]
+        infos = [
+            self._info(features, end - start, ranks, torch.ones(len(ranks), device=device), slice(start, end))
+            for start, end in itertools.pairwise(ends)
+        ]
+        # Every slot's ranks below those of the one before.
+        used = list(enumerate(operands.ranks))
+        a = [[torch.cat([one[slot, :rank] for slot, rank in used]) for one in each] for each in operands.a]
+        b = [[torch.cat([one[slot, :, :rank].t() for slot, rank in used]) for one in each] for each in operands.b]
+        lora = self._lora()
+
+        def call(layer: int) -> Tensor:
+            result = (base or operands.output)(layer)
+            for info, its_a, its_b in zip(infos, a[layer], b[layer], strict=True):
+                lora.forward(operands.inputs, its_a, its_b, result, info, manager, colwise=True)
+            return result
+
+        return call
+
+
 def find(folder: Path) -> dict[str, Peer]:
     """The peers whose sources are in a folder, by name.
 
@@ -255,10 +308,10 @@ def find(folder: Path) -> dict[str, Peer]:
         BenchError: there are none, or they are not laid out as those that this was written for; or Triton is missing.
     """
     folder = folder.resolve()
-    there = [name for name in ("vllm", "sglang") if (folder / name).is_dir()]
+    there = [name for name in ("vllm", "sglang", "lmdeploy") if (folder / name).is_dir()]
     if not there:
-        remedy = "Unpack a wheel of vLLM or SGLang there: python -m zipfile -e WHEEL DIR."
-        raise BenchError("bench: --peers", "a folder that holds vllm or sglang", str(folder), remedy)
+        remedy = "Unpack a wheel of vLLM, SGLang or LMDeploy there: python -m zipfile -e WHEEL DIR."
+        raise BenchError("bench: --peers", "a folder that holds vllm, sglang or lmdeploy", str(folder), remedy)
     peers: dict[str, Peer] = {}
     if "vllm" in there:
         peers["vLLM"] = Vllm(folder)
@@ -268,6 +321,8 @@ def find(folder: Path) -> dict[str, Peer]:
         peers["SGLang triton_v2"] = SglangV2(folder)
         peers["SGLang csgmv"] = SglangChunked(folder)
         peers["SGLang csgmv, chunks of 128"] = SglangChunked(folder, chunk=128)
+    if "lmdeploy" in there:
+        peers["LMDeploy"] = Lmdeploy(folder)
     return peers
 
 
