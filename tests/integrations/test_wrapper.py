@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -195,7 +196,7 @@ def test_layers_store_their_stacks_by_rank_in_one_tensor() -> None:
     sharded, plain = layer_of(wrapper, (a[0][:, :, :4],), (b[0],)), layer_of(None, tuple(a), tuple(b))
     several = layer_of(wrapper, (a[0].bfloat16(), a[1]), tuple(b))
     assert [stack.dtype for stack in several.lora_a_stacked] == [torch.bfloat16, torch.float32]
-    assert linear.punica_wrapper is wrapper
+    assert linear.punica_wrapper is logits.punica_wrapper is wrapper
     packed = linear.lora_a_stacked[0].packed
     assert packed.shape == (3, 1, 8, 24 + 24 + 16 + 8)
     for stack, was in zip((*linear.lora_a_stacked, *linear.lora_b_stacked), (*a, *b), strict=True):
@@ -206,6 +207,7 @@ def test_layers_store_their_stacks_by_rank_in_one_tensor() -> None:
     assert torch.equal(logits.lora_b_stacked, b[0])
     assert torch.equal(sharded.lora_b_stacked[0], b[0])
     assert plain.lora_b_stacked[0] is b[0]
+    assert b[0].is_contiguous()
     # Given to a wrapper again, and written to as `set_lora` does.
     linear.set_mapping(wrapper)
     assert linear.lora_a_stacked[0].packed is packed
@@ -258,9 +260,37 @@ def test_a_batch_without_adapters_reads_no_weight() -> None:
     assert torch.equal(y, before)
 
 
+def batches_of(wrapper: Any) -> Iterator[Tensor]:
+    """The inputs of one batch after another, whose adapters the wrapper has been told."""
+    for adapters in (MIXED, [0, 0, 1], [0, 0, 0, 0]):
+        fresh = wrapper_for(adapters, 3)
+        wrapper._token_lora_indices.copy_(fresh._token_lora_indices)
+        wrapper._any_adapter = fresh._any_adapter
+        yield torch.randn(len(adapters), 24)
+
+
+@torch.no_grad()
+def test_a_traced_call_is_one_op_and_takes_other_batches() -> None:
+    import xpu_lora_compile as xlc
+
+    wrapper, (a, b) = wrapper_for(MIXED, 3), stacks([16, 8, 8])
+    weight = torch.randn(32, 24)
+
+    def layer(x: Tensor) -> Tensor:
+        return wrapper.add_lora_linear(torch.nn.functional.linear(x, weight), x, a, b, 1.0, (16, 8, 8))
+
+    compiled = torch.compile(
+        layer, fullgraph=True, dynamic=True, backend="xpu_lora", options={"xpu_lora.execute": "eager"}
+    )
+    with xlc.record_decisions() as decisions:
+        for x in batches_of(wrapper):
+            torch.testing.assert_close(compiled(x), layer(x))
+    assert len(decisions) == 1
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("storage", ["packed", "apart", "one replaced"])
-def test_a_traced_call_is_one_op_and_takes_other_batches_and_adapters(storage: str) -> None:
+def test_generated_code_gets_a_layers_weights_as_one_tensor_and_the_indices_as_they_are(storage: str) -> None:
     from torch._inductor.utils import run_and_get_code
 
     import xpu_lora_compile as xlc
@@ -278,12 +308,8 @@ def test_a_traced_call_is_one_op_and_takes_other_batches_and_adapters(storage: s
     compiled = torch.compile(layer, fullgraph=True, backend="xpu_lora")
 
     def serve() -> None:
-        for adapters in (MIXED, [0, 0, 1], [0, 0, 0, 0]):
-            fresh = wrapper_for(adapters, 3)
-            wrapper._token_lora_indices.copy_(fresh._token_lora_indices)
-            wrapper._any_adapter = fresh._any_adapter
+        for x in batches_of(wrapper):
             held.lora_a_stacked[1][1] = torch.randn(8, 24)
-            x = torch.randn(len(adapters), 24)
             torch._dynamo.mark_dynamic(x, 0)
             torch.testing.assert_close(compiled(x), layer(x))
 
@@ -292,7 +318,7 @@ def test_a_traced_call_is_one_op_and_takes_other_batches_and_adapters(storage: s
     assert len(decisions) == 1
     (call,) = (line for code in codes for line in code.split("\n") if line.strip().startswith("torch.ops.xpu_lora."))
     assert f"native_add_{'packed' if storage == 'packed' else 'slices'}.default(" in call
-    # The indices as vLLM has them: a view of some would be made anew for each call.
+    # A view of some indices would be made anew for each call.
     assert "reinterpret_tensor" not in call
 
 

@@ -120,12 +120,10 @@ def views(packed: Tensor, indices: Tensor) -> tuple[list[Tensor], list[Tensor], 
     return [one, two], [three.transpose(-1, -2), four.transpose(-1, -2)], indices[:3]
 
 
-def and_then(change: Callable[[list[Tensor], list[Tensor], Tensor], Any]) -> Views:
-    def changed(packed: Tensor, indices: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        a, b, mine = views(packed, indices)
-        return change(a, b, mine) or (a, b, mine)
-
-    return changed
+def and_then(
+    change: Callable[[list[Tensor], list[Tensor], Tensor], tuple[list[Tensor], list[Tensor], Tensor]],
+) -> Views:
+    return lambda packed, indices: change(*views(packed, indices))
 
 
 def adds_with(made: Views, *, apart: int = 0) -> Callable[..., Any]:
@@ -164,7 +162,7 @@ xpu_lora.native_add_lora((%12), %3, (%5, %6), (%9, %10), %1, (0, 0), (0, 5), 0.5
     )
 
 
-# Where the weights are not the columns of one tensor, in order and all of them; and whether that tensor is an input.
+# Where the weights are not the columns of the packed input, in order and all of them.
 OTHER_WEIGHTS: dict[str, Callable[..., Any]] = {
     "fewer slots": adds_with(and_then(lambda a, b, i: ([one[:1] for one in a], [one[:1] for one in b], i))),
     "fewer ranks": adds_with(

@@ -263,13 +263,11 @@ class AdapterBank:
         # A tensor made in inference mode could not be changed outside of it.
         with torch.inference_mode(False), torch.no_grad():
             slots = torch.tensor(wanted, device="cpu")
-            # CUDA has read it by the time that it returns, and does not wait for what it was given before.
-            ahead = device.type == "cuda"
             batch = self._batches.get((len(names), device))
             if batch is None:
-                batch = slots.to(device, copy=True, non_blocking=ahead)
-            else:
-                batch.copy_(slots, non_blocking=ahead)
+                batch = torch.empty_like(slots, device=device)
+            # CUDA has read them by the time that it returns, and does not wait for what it was given before.
+            batch.copy_(slots, non_blocking=device.type == "cuda")
         if type(batch) is not Tensor:
             raise AdapterError(
                 "use", "real tensors", type(batch).__name__, "Enter the block outside of torch.export and fake modes."

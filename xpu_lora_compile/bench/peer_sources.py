@@ -1,4 +1,4 @@
-"""Loads the few modules of peers that `peers` calls, from folders as unpacked from their wheels or sdists.
+"""Loads the few modules of vLLM, SGLang and LMDeploy that `peers` calls, from folders as their wheels or sdists unpack.
 
 They are the files themselves, run as they are. All else of these packages is stood in for, so that nothing that they
 depend on need be installed, and is infrastructure: loggers, questions about the platform, the registration of custom

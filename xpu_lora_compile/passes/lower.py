@@ -189,19 +189,19 @@ def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
     # A program to be saved may run where there are other kernels.
     here = is_compiling_for_this_process()
     op, routing = ADD_LORA, cast("Any", [indices])
-    kinds: list[Any] = []
+    more: list[Any] = []
     kind = _vendor_kind(call, outputs, inputs, stacks_a, stacks_b, b, indices, slice_bases, offsets) if here else ""
     if kind:
-        op, kinds = VENDOR_ADD_LORA, [kind]
+        op, more = VENDOR_ADD_LORA, [kind]
         (routing,) = _shared(VALID_SLOTS, indices, a[0], call, nodes, kind == "lora")
     elif kernel == "native" and here and _fits_native(stacks_b, slice_bases, offsets):
         op, routing, packed = NATIVE_ADD_LORA, _whole(indices), _packed(a, stacks_a, stacks_b, slice_bases, offsets)
-        kinds = [packed] if packed is not None else []
+        more = [packed] if packed is not None else []
     elif kernel == "triton" and here:
         routing += [*_shared(ROUTE_TILES, indices, a[0], call, nodes), *([ranks] if ranks is not None else [])]
     else:
         routing += _shared(ROUTE, indices, a[0], call, nodes)
-    lowered = insert_before(call, op, (outputs, inputs, a, b, routing, slice_bases, offsets, scaling, *kinds), None)
+    lowered = insert_before(call, op, (outputs, inputs, a, b, routing, slice_bases, offsets, scaling, *more), None)
     set_decisions(lowered, decisions_on(call))
     if written_back is not None:
         call.graph.erase_node(written_back)
