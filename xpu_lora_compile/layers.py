@@ -19,6 +19,7 @@ from xpu_lora_compile.adapters.checkpoint import Site
 from xpu_lora_compile.adapters.config import ALL_LINEAR, Rule, is_targeted, pattern_problem
 from xpu_lora_compile.errors import AttachError
 from xpu_lora_compile.kernels.choose import forced_kernel
+from xpu_lora_compile.integrations.generation import follow_generation
 from xpu_lora_compile.ops import bgmv_expand, bgmv_shrink, lora_linear
 from xpu_lora_compile.ops.lora_linear import add_lora_eagerly
 from xpu_lora_compile.rows.routing import Entry, Routing
@@ -89,7 +90,9 @@ def attach(
         if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and module is head)
     }
     undo = _hook_entries(model, layers, routing) + _have_parents_call(model, layers)
-    return AdapterBank(model, layers, embeddings, routing, slots, max_rank, undo)
+    bank = AdapterBank(model, layers, embeddings, routing, slots, max_rank, undo)
+    undo += follow_generation(model, bank)
+    return bank
 
 
 class LoraLinear(nn.Linear):

@@ -101,7 +101,7 @@ class AdapterBank:
         routing: Routing,
         slots: int,
         max_rank: int,
-        undo: Sequence[Callable[[], None]] = (),
+        undo: list[Callable[[], None]] | None = None,
     ) -> None:
         self._model = model
         self._layers = dict(layers)
@@ -109,7 +109,7 @@ class AdapterBank:
         self._embeddings = dict(embeddings)
         # Of the model, under the name "", and of the parts that a block has named.
         self._routings = {"": routing}
-        self._undo = list(undo)
+        self._undo = [] if undo is None else undo
         self._edges = _edges(model, self._layers)
         self._slots: list[str | None] = [None] * slots
         self._ranks = [0] * slots
@@ -305,6 +305,33 @@ class AdapterBank:
             if block is not None and block.times != times:
                 block.times = times
                 self._route(block)
+
+    def names_in_use(self) -> list[str | None] | None:
+        """The names of the open block, one for each sequence; None outside of all blocks."""
+        return list(self._blocks[-1].rows[""].names) if self._blocks else None
+
+    @contextmanager
+    def step(self, names: Sequence[str | None], lengths: Sequence[int]) -> Iterator[None]:
+        """Have this thread run a packed batch of sequences of the open block, which another thread may have opened.
+
+        Args:
+            names: for each sequence.
+            lengths: how many tokens each has.
+        """
+        with self._lock:
+            block = Block({"": Rows(tuple(names), tuple(lengths))})
+            block.resolve(self._slot_of)
+            outer = self._blocks[-1]
+            self._blocks.append(block)
+            self._route(block)
+        token = self._routing.mine.set(block)
+        try:
+            yield
+        finally:
+            self._routing.mine.reset(token)
+            with self._lock:
+                self._blocks.remove(block)
+                self._route(outer)
 
     def _share(self, parts: set[str]) -> None:
         """Give each layer the routing of the innermost of these parts that it lies in."""

@@ -129,6 +129,14 @@ class Routing:
             self._rows_of_call[layer.lora_name, shape] = rows
         return rows
 
+    def owners_of(self, layer: Any, inputs: Tensor, features: int) -> Tensor | None:
+        """The number of each row's sequence; None where all have the same adapter, so that nobody asked."""
+        layout = None if self.slots is None else self._layout(layer, inputs, features)
+        if layout is None or layout is UNIFORM:
+            return None
+        numbers = torch.arange(len(self.slots)) if self.lengths is None else self.owners(0, 1).long()
+        return layout.rows(numbers, inputs.shape[: inputs.dim() - features])
+
     def enter(self, module: nn.Module, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module that holds layers is called: find out, or remember, how the rows of its layers come about."""
         self._depth += 1
