@@ -13,7 +13,7 @@ from xpu_lora_compile.adapters.bank import AdapterBank
 from xpu_lora_compile.errors import LoraError
 from xpu_lora_compile.explain import explain
 from xpu_lora_compile.kernels.choose import force_kernel
-from xpu_lora_compile.layers import attach
+from xpu_lora_compile.layers import attach, detach
 from xpu_lora_compile.ops import bgmv_expand, bgmv_expand_slice, bgmv_shrink, lora_linear
 from xpu_lora_compile.passes import Decision, record_decisions, rewrite
 from xpu_lora_compile.report import Report
@@ -43,6 +43,7 @@ __all__ = [
     "LoraError",
     "Report",
     "attach",
+    "detach",
     "bgmv_expand",
     "bgmv_expand_slice",
     "bgmv_shrink",

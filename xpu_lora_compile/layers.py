@@ -19,10 +19,10 @@ from xpu_lora_compile.adapters.checkpoint import Site
 from xpu_lora_compile.adapters.config import ALL_LINEAR, Rule, is_targeted, pattern_problem
 from xpu_lora_compile.errors import AttachError
 from xpu_lora_compile.kernels.choose import forced_kernel
-from xpu_lora_compile.integrations.generation import follow_generation
+from xpu_lora_compile.integrations.generation import follow_generation, generating_methods
 from xpu_lora_compile.ops import bgmv_expand, bgmv_shrink, lora_linear
 from xpu_lora_compile.ops.lora_linear import add_lora_eagerly
-from xpu_lora_compile.rows.routing import Entry, Routing
+from xpu_lora_compile.rows.routing import Entry, LostRouting, Routing
 from xpu_lora_compile.rows.tracing import note_read
 from xpu_lora_compile.torch_internals import prepare_for_tracing
 
@@ -57,6 +57,8 @@ def attach(
     _check_arguments(
         model, target_modules, exclude_modules, dtype, slots=slots, max_rank=max_rank, vocab_size=vocab_size
     )
+    if any(map(_is_lost, model.modules())):
+        detach(model)
     head = _output_embedding(model)
     modules = _find_targets(model, head, target_modules, exclude_modules)
     if vocab_size is not None and head not in modules.values():
@@ -225,7 +227,18 @@ def _hook_entries(
                 break
             parent, path = parent.get_submodule(key), f"{path}.{key}" if path else key
             entries[path] = parent
+    embedding = _input_embedding(model)
+    routing.parts = [path for path, module in entries.items() if path and embedding not in list(module.modules())]
     return [handle.remove for path, module in entries.items() for handle in Entry(path, routing).hook(module)]
+
+
+def _input_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer that reads the tokens, where the model is a transformer that says so."""
+    try:
+        found = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def _have_parents_call(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Callable[[], None]]:
@@ -241,6 +254,31 @@ def _have_parents_call(model: nn.Module, layers: Mapping[str, nn.Module]) -> lis
             undo.append(partial(setattr, module, "use_nested_tensor", module.use_nested_tensor))
             module.use_nested_tensor = False
     return undo
+
+
+def detach(model: nn.Module) -> None:
+    """Take LoRA out of a copied or unpickled model, which belongs to no bank.
+
+    Raises:
+        AttachError: the model has no LoRA, or has a bank, whose `detach` does it.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear | LoraEmbedding)]
+    if not layers or not all(isinstance(layer.lora_routing, LostRouting) for layer in layers):
+        raise AttachError(
+            "detach", "a copy of a model that LoRA was attached to", "a model with a bank" if layers else "a plain model",
+            "Call `bank.detach()`." if layers else "Use it as it is.",
+        )  # fmt: skip
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), Entry):
+                    hooks.pop(key)
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+                    module._forward_hooks_always_called.pop(key, None)
+        for name in generating_methods(module):
+            vars(module).pop(name)
+    for layer in layers:
+        layer.restore()
 
 
 def _remove(module: nn.Module, former: type[nn.Module]) -> None:
@@ -268,8 +306,12 @@ def _check_arguments(
             raise AttachError(f"attach: {name}", "a regular expression", f"{rule!r}: {problem}", "Correct it.")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise AttachError("attach: dtype", "float32, bfloat16 or float16", str(dtype), "Leave it out for the model's.")
-    if any(isinstance(module, LoraLinear | LoraEmbedding) for module in model.modules()):
+    if any(isinstance(module, LoraLinear | LoraEmbedding) for module in model.modules() if not _is_lost(module)):
         raise AttachError("attach", "a model without LoRA", "one that has it", "Call `bank.detach()` first.")
+
+
+def _is_lost(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "lora_routing", None), LostRouting)
 
 
 def _output_embedding(model: nn.Module) -> nn.Linear | None:

@@ -213,6 +213,17 @@ def path_of(source: str) -> str:
     return re.sub(r"\.+", ".", re.sub(r"\['?([^'\]]+)'?\]", r".\1", text)).strip(".")
 
 
+def is_transformed() -> bool:
+    """Whether `torch.func` or `vmap` is at work, so that tensors have dimensions that they do not show."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured on the device's current stream."""
+    module = torch if device.type == "cpu" else torch.get_device_module(device)
+    return bool(getattr(module, "is_current_stream_capturing", bool)())
+
+
 def current_backward() -> int | None:
     """A number for the backward pass that this thread runs a part of; None outside of all."""
     task = torch._C._current_graph_task_id()

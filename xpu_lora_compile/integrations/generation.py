@@ -48,6 +48,11 @@ def follow_generation(model: nn.Module, bank: Bank) -> list[Callable[[], None]]:
     return undo
 
 
+def generating_methods(module: nn.Module) -> list[str]:
+    """The methods that a copied module has from the model that it is a copy of."""
+    return [name for name in _METHODS if name in vars(module)]
+
+
 def _take_off(module: nn.Module, name: str) -> None:
     vars(module).pop(name, None)
 

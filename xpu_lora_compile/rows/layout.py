@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xpu_lora_compile.rows.owners import GUESS, MIXED, UNKNOWN, compress, fold
+from xpu_lora_compile.rows.owners import GUESS, MIXED, SHARED, UNKNOWN, compress, fold
 
 
 class Layout(NamedTuple):
@@ -62,6 +62,8 @@ class Layout(NamedTuple):
 
 BATCH_FIRST = Layout(0, 1, 1)
 
+UNSAID = "nobody said whose rows these are"
+
 
 def fit(owners: Tensor, shape: Sequence[int], batch: int, lengths: Sequence[int] | None = None) -> Layout | str:
     """The layout of rows with these owners, or what is wrong with them.
@@ -74,10 +76,11 @@ def fit(owners: Tensor, shape: Sequence[int], batch: int, lengths: Sequence[int]
     """
     if bool((owners == MIXED).any()):
         return "several sequences are mixed in a row"
-    owners = torch.where(owners >= GUESS, owners - GUESS, owners)
+    unknown = bool((owners == UNKNOWN).any())
+    # A guess is good for what nobody else has a part in.
+    owners = torch.where(owners >= GUESS, SHARED if unknown else owners - GUESS, owners)
     if not bool((owners >= 0).any()):
-        unknown = bool((owners == UNKNOWN).any())
-        return "nobody said whose rows these are" if unknown else "these rows belong to no sequence: all share them"
+        return UNSAID if unknown else "these rows belong to no sequence: all share them"
     owners = torch.where(owners < 0, -1, owners)
     for dimension, size in enumerate(shape):
         line = compress(fold(owners, [at for at in range(owners.dim()) if at != dimension])).flatten()

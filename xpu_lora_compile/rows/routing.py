@@ -19,10 +19,10 @@ from xpu_lora_compile.errors import BatchError, CopiedModelError, OutsideBlockEr
 from xpu_lora_compile.rows import tracing
 from xpu_lora_compile.rows.bytecode import only_looks
 from xpu_lora_compile.rows.inputs import is_media, named_inputs
-from xpu_lora_compile.rows.layout import Layout
+from xpu_lora_compile.rows.layout import UNSAID, Layout
 from xpu_lora_compile.rows.owners import UNKNOWN, along, constant
 from xpu_lora_compile.rows.watch import Watch
-from xpu_lora_compile.torch_internals import current_backward
+from xpu_lora_compile.torch_internals import current_backward, is_capturing, is_transformed
 
 # What a layer's rows are while every sequence has the same adapter: any layout gives the same.
 UNIFORM = Layout(-1, 0, 0)
@@ -51,6 +51,8 @@ class Routing:
         self.lengths: tuple[int, ...] | None = None
         self.main_input = main_input
         self.part = part
+        # Modules that can be named as parts: none of them reads the text.
+        self.parts: list[str] = []
         self.mine: ContextVar[Any] = ContextVar("mine", default=None)
         # How deep in modules that `Entry` hooks the current call is, and what is known of its rows.
         self._depth = 0
@@ -114,11 +116,19 @@ class Routing:
         if self.block is not self.mine.get():
             self.check_caller()
         self._note_call(layer)
+        if not self.named and slots.device.type == "cpu":
+            # Elsewhere a graph that is captured now may be replayed for others.
+            self._check_device(inputs, slots)
+            return None
         shape = inputs.shape[: inputs.dim() - features]
         rows = self._rows_of_call.get((layer.lora_name, shape))
         if rows is not None and inputs.device == slots.device:
             return rows
         self._check_device(inputs, slots)
+        if is_transformed():
+            raise self.unproved(
+                layer.lora_name, inputs, "torch.func or vmap hides a dimension", "Call the model on the whole batch."
+            )
         layout = self._layout(layer, inputs, features)
         if layout is UNIFORM:
             rows = slots[:1].expand(shape.numel())
@@ -144,13 +154,13 @@ class Routing:
             return
         if self.block is not self.mine.get():
             self.check_caller()
-        if self.uniform and not self.named:
+        if not self.named and self.slots.device.type == "cpu":
             return
         inputs = named_inputs(module, args, kwargs)
         batched = self._batched(inputs)
         if not batched:
             self._raise_batch_size(inputs)
-        if self.uniform:
+        if self.uniform and not self._must_serve_others(self.slots.device):
             return
         kind = self._kind(module, prefix, inputs)
         self._entered = kind, module
@@ -212,30 +222,37 @@ class Routing:
     # Eager calls.
 
     def _layout(self, layer: Any, inputs: Tensor, features: int) -> Layout:
-        if self.uniform:
-            return UNIFORM
         key = layer.lora_name, inputs.dim()
         if self._watch is not None:
             found = self._watch.layout_of(inputs, features)
             if isinstance(found, str):
+                if self.uniform:
+                    return UNIFORM
                 raise self.unproved(layer.lora_name, inputs, found)
             if self._proof.setdefault(key, found) != found:
                 raise self.unproved(layer.lora_name, inputs, "one call of the model gives it rows in two orders")
             if self._anywhere.setdefault(key, found) != found:
                 self._anywhere[key] = None
             return found
+        if self.uniform and not self._must_serve_others(inputs.device):
+            return UNIFORM
         known = self._proof.get(key) or self._anywhere.get(key)
-        if known is None:
-            if self._entered is not None:
-                # It is followed when it comes again.
-                self._proofs.pop(self._entered[0], None)
-                why = "earlier calls with such inputs did not reach it, so that their rows were not followed to it"
-                raise self.unproved(layer.lora_name, inputs, why, "Call the model again: that call is followed.")
-            why = "it was not called by the model, or by a part of it that is followed"
-            raise self.unproved(
-                layer.lora_name, inputs, why, f"Call the model, or name it as a part: use(..., {_part(layer)})."
-            )
-        return known
+        if known is not None:
+            return known
+        if self.uniform and not is_capturing(inputs.device):
+            return UNIFORM
+        if self._entered is not None:
+            # It is followed when it comes again.
+            self._proofs.pop(self._entered[0], None)
+            why = "earlier calls with such inputs did not reach it, so that their rows were not followed to it"
+            raise self.unproved(layer.lora_name, inputs, why, "Call the model again: that call is followed.")
+        why = "it was not called by the model, or by a part of it that is followed"
+        part = f"use(..., parts={{{layer.lora_name!r}: names}})"
+        raise self.unproved(layer.lora_name, inputs, why, f"Call the model, or name it as a part: {part}.")
+
+    def _must_serve_others(self, device: torch.device) -> bool:
+        """Whether what runs now may be captured, and replayed when sequences have different adapters."""
+        return device.type != "cpu" and self.slots is not None and len(self.slots) > 1
 
     def _by(self, layout: Layout, slots: Tensor, shape: Sequence[int], layer: Any) -> Tensor:
         if not layout.takes(shape[layout.dimension], slots.shape[0]):
@@ -368,14 +385,17 @@ class Routing:
         """The error for a layer whose rows nobody can tell."""
         shape = list(inputs.shape if isinstance(inputs, Tensor) else inputs)
         number = "" if self.slots is None else f" of {len(self.lengths or self.slots)} sequences"
-        part = name.rsplit(".", 1)[0] if "." in name else name
+        inside = [part for part in self.parts if name == part or name.startswith(f"{part}.")]
+        part = min(inside, key=len, default=name)
+        if why.startswith(UNSAID):
+            say = f"Say whose rows that part of the model has: use(names, parts={{{part!r}: names_of_its_rows}})"
+        else:
+            say = "Leave the module out with exclude_modules"
         return UnprovedRowsError(
             f"bank.use: {name}",
             f"rows that are known to be those{number}",
             f"an input of shape {shape}: {why}",
-            remedy
-            or f"Say whose rows the part of the model has: use(names, parts={{{part!r}: names_of_its_rows}}); or leave "
-            "the module out with exclude_modules; or give all sequences the same adapter.",
+            remedy or f"{say}, or give all sequences the same adapter.",
         )
 
     # While Dynamo traces.
@@ -414,10 +434,6 @@ def _mismatch(routing: Routing, batch: Any) -> str:
     if routing.lengths is not None:
         return f"lengths of {routing.slots.shape[0]} tokens in all for inputs of other sizes"
     return f"{routing.slots.shape[0]} names for a batch of {batch}"
-
-
-def _part(layer: Any) -> str:
-    return f"parts={{{layer.lora_name!r}: names}}"
 
 
 def _outside_backward(layer: Any) -> OutsideBlockError:

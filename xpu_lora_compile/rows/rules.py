@@ -62,7 +62,7 @@ class Step:
     def owners(self, tensor: Tensor) -> Tensor:
         """The owners of an operand, compressed."""
         owned = self.known(tensor)
-        return constant(SHARED, tensor.dim()) if owned is None else owned.owners
+        return constant(SHARED, tensor.dim()) if owned is None or not tensor.numel() else owned.owners
 
     def varies(self, tensor: Tensor) -> bool:
         """Whether the values of an operand depend on the inputs."""
@@ -92,7 +92,9 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def rule_for(func: Any) -> Rule | None:
     """The rule of an op; None where there is none."""
-    if func.namespace not in ("aten", "prims", "xpu_lora"):
+    if func.namespace == "xpu_lora":
+        return lora
+    if func.namespace not in ("aten", "prims"):
         return None
     name = func._schema.name.split("::")[1]
     found = RULES.get(name) or RULES.get(name.removesuffix("_"))
@@ -181,6 +183,9 @@ def rearranged(step: Step) -> list[Tensor]:
         owners = fold(step.owners(source), [-1])[..., 0] if "as_complex" in name else step.owners(source).unsqueeze(-1)
         return [owners]
     owners = step.owners(source)
+    if name.endswith("_") and owners.dim() != source.dim():
+        # The operand has been changed by now.
+        return [getattr(aten, name.split("::")[1][:-1])(owners, *step.args[1:])]
     if len(step.tensors) > 1:
         # repeat_interleave by a tensor of counts.
         counts = step.tensors[1]
@@ -508,10 +513,11 @@ def written(step: Step) -> Tensor:
     name = step.func._schema.name.split("::")[1].removesuffix("_")
     owners = step.owners(target)
     last = {"index_put": "values", "_index_put_impl": "values", "_unsafe_index_put": "values", "masked_scatter": "source"}
-    source = step.argument(last.get(name, "src"))
-    source = rest[-1] if source is None and rest else source
-    if not isinstance(source, Tensor) or name in ("index_fill", "put"):
-        return owners
+    source = step.argument(last.get(name, "src"), step.argument("source"))
+    if not isinstance(source, Tensor):
+        # A number is written where an index says.
+        asked = [step.owners(index) for index in rest if index.dim() == target.dim()]
+        return merge([owners, *(fold(one, [step.argument("dim", 0)]) for one in asked)])
     given = step.owners(source)
     if int(given.max()) < 0 and not bool((given == MIXED).any()):
         unknown = bool((given == UNKNOWN).any())
@@ -539,7 +545,8 @@ def _plain_write(step: Step, name: str, args: Any) -> Tensor:
     if name in ("index_add", "index_copy", "index_reduce"):
         return target.index_copy(step.argument("dim"), args[2], args[3])
     if name in ("index_put", "_index_put_impl", "_unsafe_index_put"):
-        return target.index_put(args[1], args[2])
+        put: Tensor = aten.index_put.default(target, args[1], args[2])
+        return put
     if name == "masked_scatter":
         return target.masked_scatter(args[1], args[2])
     result: Tensor = step.func(*args, **_without_dtype(step.kwargs))
@@ -575,7 +582,6 @@ def distances(step: Step) -> Tensor:
     return attend(step, fold(step.owners(left), [-1]), fold(step.owners(right), [-1]).transpose(-1, -2))
 
 
-@rule("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice", "lora_linear", "lora_linears", "shrink", "expand", "expand_slice")
 def lora(step: Step) -> Tensor:
     """Our own ops: rows of the output stay whose they are."""
     tensors = step.tensors

@@ -109,7 +109,11 @@ class Watch(TorchDispatchMode):
             found: Any = constant(UNKNOWN, 0)
             cause = cause or f"after {func}, which is not followed"
         else:
-            found = rule(step)
+            try:
+                found = rule(step)
+            except Exception as error:  # noqa: BLE001 - what a rule did not think of is not followed, and runs on
+                found = constant(UNKNOWN, 0)
+                cause = cause or f"after {func}, which is not followed here: {error}"
         several = found if isinstance(found, list) else [found] * len(results)
         if len(several) != len(results):
             several = [several[0]] * len(results)
