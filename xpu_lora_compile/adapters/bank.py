@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 
 from xpu_lora_compile.adapters.checkpoint import Site, read_checkpoint
 from xpu_lora_compile.adapters.config import read_config
+from xpu_lora_compile.adapters.names import BaseModel, plain_name
+from xpu_lora_compile.adapters.needs import folder_path
 from xpu_lora_compile.errors import (
     AdapterError,
     BankInUseError,
@@ -99,18 +100,17 @@ class AdapterBank:
         self,
         model: nn.Module,
         layers: Mapping[str, Layer],
-        embeddings: Mapping[str, nn.Embedding | nn.Linear],
         routing: Routing,
         slots: int,
         max_rank: int,
     ) -> None:
         self._model = model
         self._layers = dict(layers)
-        # The model's input and output embeddings: PEFT saves copies of them beside an adapter.
-        self._embeddings = dict(embeddings)
         self._routing = routing
         self._slots: list[str | None] = [None] * slots
         self._ranks = [0] * slots
+        # How many modules the adapter of each slot has LoRA on; of no meaning where the slot is empty.
+        self._modules = [0] * slots
         self._max_rank = max_rank
         # One tensor for each size of batch, so that its address stays the same for captured graphs.
         self._batches: dict[tuple[int, torch.device], Tensor] = {}
@@ -121,10 +121,19 @@ class AdapterBank:
 
     def __repr__(self) -> str:
         held = ", ".join(self.names) or "empty"
-        return (
+        lines = [
             f"AdapterBank({held}; {len(self.names)} of {len(self._slots)} slots taken, "
-            f"max_rank={self._max_rank}, {len(self._layers)} modules)"
-        )
+            f"max_rank={self._max_rank}, {len(self._layers)} modules, {self._megabytes():.1f} MB)"
+        ]
+        width = max(map(len, self.names), default=0)
+        for name, rank, modules in zip(self._slots, self._ranks, self._modules, strict=True):
+            if name is not None:
+                lines.append(f"  {name:{width}}  rank {rank} on {modules} modules")
+        return "\n".join(lines)
+
+    def _megabytes(self) -> float:
+        """Memory of the stacks, which all slots have from the start."""
+        return sum(stack.nbytes for layer in self._layers.values() for stack in (layer.lora_a, layer.lora_b)) / 1e6
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -146,17 +155,16 @@ class AdapterBank:
         Raises:
             AdapterError: the name is taken or no slot is free, or the adapter does not fit; the subclass says which.
         """
-        if not isinstance(folder, str | os.PathLike):
-            raise AdapterError(f"load {name!r}", "the path of a PEFT folder", repr(folder), "Pass a string or a Path.")
+        path = folder_path(name, folder)
         with self._lock:
             self._free_slot(name)
         # Everything that can be wrong is found while reading, when nobody waits for the lock.
         dtypes = {layer.lora_a.dtype for layer in self._layers.values()}
         weights = read_checkpoint(
-            Path(folder),
-            read_config(Path(folder)),
+            path,
+            read_config(path),
             self.sites,
-            {path: embedding.weight for path, embedding in self._embeddings.items()},
+            BaseModel.of(self._model),
             self._max_rank,
             min(dtypes, key=lambda dtype: torch.finfo(dtype).max),
         )
@@ -169,6 +177,7 @@ class AdapterBank:
                 for site, pair in weights.items():
                     self._layers[site].store(slot, pair.a, pair.b)
             self._slots[slot] = name
+            self._modules[slot] = len(weights)
             self._set_rank(slot, max((pair.a.shape[0] for pair in weights.values()), default=0))
 
     def drop(self, name: str) -> None:
@@ -327,7 +336,7 @@ class AdapterBank:
 
     def _check_modules(self) -> None:
         self._check_attached()
-        present = dict(self._model.named_modules())
+        present = {plain_name(name): module for name, module in self._model.named_modules()}
         for name, layer in self._layers.items():
             if present.get(name) is not layer or "forward" in vars(layer):
                 raise AdapterError(
