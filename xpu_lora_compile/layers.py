@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from xpu_lora_compile.adapters.bank import AdapterBank, Routing
-from xpu_lora_compile.adapters.checkpoint import Site
+from xpu_lora_compile.adapters.checkpoint import REPLACE_CONV1D, Site
 from xpu_lora_compile.adapters.config import ALL_LINEAR, Rule, is_targeted, pattern_problem
 from xpu_lora_compile.adapters.files import few
 from xpu_lora_compile.adapters.names import BaseModel, output_embedding, plain_name
@@ -30,12 +30,6 @@ class _Unsaid(str):
     """The value of an argument that the caller left out."""
 
     __slots__ = ()
-
-
-_REPLACE_CONV1D = (
-    "Replace each Conv1D of transformers by an nn.Linear of the same name, with `weight` set to "
-    "nn.Parameter(conv.weight.t().contiguous()) and with the same bias, and attach then; adapters stay as they are."
-)
 
 
 def attach(
@@ -307,7 +301,7 @@ def _find_targets(
         conv1d = {name.rsplit(".", 1)[-1] for name, module in present.items() if _is_conv1d(module)}
         if conv1d and isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
             got = f"a model whose layers {few(sorted(conv1d))} are Conv1D"
-            raise AttachError("attach: target_modules", "layers that are nn.Linear", got, _REPLACE_CONV1D)
+            raise AttachError("attach: target_modules", "layers that are nn.Linear", got, REPLACE_CONV1D)
         raise AttachError(
             "attach: target_modules",
             f"names of modules such as {', '.join(names[:12]) or 'there are none in this model'}",
@@ -327,12 +321,13 @@ def _cannot_carry(strangers: Mapping[str, nn.Module], plain_ones: int) -> Attach
     if hooked:
         # It may compute something else, or move the weights in and out.
         remedy = (
-            "Accelerate's hooks do that, for device_map= and offloading: call "
-            "accelerate.hooks.remove_hook_from_module(model, recurse=True), attach and load, and dispatch the model "
-            f"then. Or leave the modules out: exclude_modules={list(strangers)!r}."
+            "Accelerate puts it there, for device_map= and for offloading: attach and load before "
+            "dispatch_model() or cpu_offload(). To take the hooks off: "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True), and then "
+            "`for module in model.modules(): vars(module).pop('forward', None)`."
         )
     elif any(_is_conv1d(module) for module in strangers.values()):
-        remedy = _REPLACE_CONV1D
+        remedy = REPLACE_CONV1D
     elif plain_ones:
         # A subclass may compute something else, or the parent may read the weight without a call.
         remedy = f"Leave them out: exclude_modules={list(strangers)!r}."

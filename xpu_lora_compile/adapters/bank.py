@@ -123,7 +123,7 @@ class AdapterBank:
         held = ", ".join(self.names) or "empty"
         lines = [
             f"AdapterBank({held}; {len(self.names)} of {len(self._slots)} slots taken, "
-            f"max_rank={self._max_rank}, {len(self._layers)} modules, {self._megabytes():.1f} MB)"
+            f"max_rank={self._max_rank}, {len(self._layers)} modules, {self._memory()})"
         ]
         width = max(map(len, self.names), default=0)
         for name, rank, modules in zip(self._slots, self._ranks, self._modules, strict=True):
@@ -131,9 +131,10 @@ class AdapterBank:
                 lines.append(f"  {name:{width}}  rank {rank} on {modules} modules")
         return "\n".join(lines)
 
-    def _megabytes(self) -> float:
-        """Memory of the stacks, which all slots have from the start."""
-        return sum(stack.nbytes for layer in self._layers.values() for stack in (layer.lora_a, layer.lora_b)) / 1e6
+    def _memory(self) -> str:
+        """Memory of the stacks, which all slots take from the start."""
+        size = sum(stack.nbytes for layer in self._layers.values() for stack in (layer.lora_a, layer.lora_b))
+        return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
     @property
     def names(self) -> tuple[str, ...]:

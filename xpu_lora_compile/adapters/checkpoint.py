@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,10 @@ _EXPERT = re.compile(r"(.*\.)?experts\.\d+\..*")
 _BASE_VALUES_AT_ONCE = 2**22
 
 _SAVE_AGAIN = "Save the adapter again with PEFT's save_pretrained()."
+REPLACE_CONV1D = (
+    "Replace each Conv1D of transformers by an nn.Linear of the same name, with `weight` set to "
+    "nn.Parameter(conv.weight.t().contiguous()) and with the same bias, and attach then; adapters stay as they are."
+)
 _DIVERGED = "The training diverged, or the file is damaged: use an earlier checkpoint."
 _GATHER = "Use the base model it was trained on; if it was trained in shards (ZeRO-3, FSDP), gather before saving."
 _NOT_USED = (
@@ -102,11 +106,15 @@ def read_checkpoint(
         AdapterShapeError: a tensor has another shape or dtype than its module takes.
         NonFiniteWeightError: a weight is NaN, infinite, or infinite once it is scaled and stored in `dtype`.
     """
-    targeted = _targeted(config, sites, base)
     path = folder / WEIGHTS_FILE
-    _check_ranks(path, config, targeted, max_rank)
+    _check_ranks(path, config, _targeted(config, sites, base), max_rank)
     with opened_safetensors(path) as file:
-        found, base_copies = _sorted_by_module(path, file.keys(), config, sites, targeted, base)
+        parsed = {key: parse_key(key) for key in file.keys()}  # noqa: SIM118 - no dictionary
+        if part := base.part_of(parsed.values()):
+            config = replace(config, part=part)
+        targeted = _targeted(config, sites, base)
+        _check_ranks(path, config, targeted, max_rank)
+        found, base_copies = _sorted_by_module(path, parsed, config, sites, targeted, base)
         keys = _complete(path, found, targeted)
         for name, site in targeted.items():
             _check_shapes(path, file, keys[name], site, config.rank(name))
@@ -133,7 +141,10 @@ def modules_in_checkpoint(
     path = folder / WEIGHTS_FILE
     rows: dict[str, int] = {}
     with opened_safetensors(path) as file:
-        found, _ = _sorted_by_module(path, file.keys(), config, sites, _targeted(config, sites, base), base)
+        parsed = {key: parse_key(key) for key in file.keys()}  # noqa: SIM118 - no dictionary
+        if part := base.part_of(parsed.values()):
+            config = replace(config, part=part)
+        found, _ = _sorted_by_module(path, parsed, config, sites, _targeted(config, sites, base), base)
         for (name, part), key in found.items():
             with reading(path):
                 shape = file.get_slice(key).get_shape()
@@ -170,7 +181,7 @@ def _check_ranks(path: Path, config: AdapterConfig, targeted: Iterable[str], max
 
 def _sorted_by_module(
     path: Path,
-    keys: Iterable[str],
+    keys: Mapping[str, Key],
     config: AdapterConfig,
     sites: Mapping[str, Site],
     targeted: Mapping[str, Site],
@@ -181,8 +192,7 @@ def _sorted_by_module(
     base_copies: dict[str, str] = {}
     adapters: dict[str, str] = {}
     strangers: dict[str, Key] = {}
-    for key in keys:
-        parsed = parse_key(key)
+    for key, parsed in keys.items():
         name = base.module_of(parsed)
         parameter = parsed.part if name == "" else f"{name}.{parsed.part}"
         if name in targeted and parsed.part in _PARTS[targeted[name].kind]:
@@ -245,17 +255,18 @@ def _unmatched(
     }:
         other = [f"{name} ({kind.__name__})" for name, kind in uncovered.items() if kind not in (nn.Linear, nn.Embedding)]
         if other:
+            remedy = REPLACE_CONV1D if any(kind.__name__ == "Conv1D" for kind in uncovered.values()) else MERGE
             got = f"LoRA on {few(other)}"
-            return UnsupportedAdapterError(str(path), "LoRA on nn.Linear and nn.Embedding modules", got, MERGE)
+            return UnsupportedAdapterError(str(path), "LoRA on nn.Linear and nn.Embedding modules", got, remedy)
         return UnmatchedTensorError(
             str(path),
             wanted,
             few(key for key in lora if names[key] in uncovered),
-            f"The adapter targets {few(uncovered)}, which this bank does not cover: detach it, and attach to them too "
-            'with xlc.attach(model, target_modules=...), or with xlc.attach(model, adapters={"name": folder}), which '
-            "covers what the adapters need.",
+            f"The adapter targets {few(uncovered)}, which this bank does not cover: attach to them too, after "
+            'bank.detach(), with xlc.attach(model, target_modules=...), or with '
+            'xlc.attach(model, adapters={"name": folder}), which covers what the adapters need.',
         )
-    if bare := [key for key, parsed in lora.items() if not parsed.has_prefix and not base.takes_bare_names]:
+    if bare := [key for key, parsed in lora.items() if not parsed.has_prefix and base.rename is None]:
         remedy = (
             f"PEFT does not use keys without {PREFIX!r} for this model. Put it in front of each: read the file with "
             f"safetensors.torch.load_file(), and write it with save_file()."
@@ -264,9 +275,7 @@ def _unmatched(
     if unknown := {parsed.module: base.nearest(parsed.module) for key, parsed in lora.items() if names[key] is None}:
         remedy = "Use the model that the adapter was trained on."
         if base.prefix and all(f"{base.prefix}.{name}" in base.modules for name in unknown):
-            remedy = (
-                f"The adapter was trained on the part model.{base.prefix}: detach this bank and attach one to that part."
-            )
+            remedy = f"It was trained on model.{base.prefix} alone: attach to that, with xlc.attach(model.{base.prefix})."
         got = f"LoRA on {few(unknown)}"
         return UnmatchedTensorError(str(path), "names of modules that the model has", got, remedy)
     return UnmatchedTensorError(str(path), wanted, few(strangers), _NOT_USED)

@@ -29,8 +29,7 @@ MERGE = (
     "adapter again without this."
 )
 _SERVE_WITH_PEFT = (
-    "PEFT cannot merge it into a model: serve it with PeftModel.from_pretrained(model, folder), or train the adapter "
-    "again without this."
+    "Serve it with PEFT: PeftModel.from_pretrained(model, folder); or train the adapter again without this."
 )
 
 _CONVERT = (
@@ -57,7 +56,7 @@ _WITHOUT_EFFECT |= {"megatron_core", "qalora_group_size"}
 _WITHOUT_EFFECT |= {"fan_in_fan_out"}
 # Of ms-swift, and of PEFT before 0.3: dtypes and learning rates of the training, merging while evaluating.
 _WITHOUT_EFFECT |= {"lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "merge_weights"}
-# What PEFT can turn into plain weights, and what it cannot.
+# What PEFT can merge into the weights of any model, and what it cannot, or not into all.
 _MERGEABLE = {"use_dora", "bias", "modules_to_save", "trainable_token_indices", "target_parameters"}
 _MERGEABLE |= {"use_bdlora", "kasa_config", "velora_config", "monteclora_config"}
 _NOT_MERGEABLE = {"alora_invocation_tokens", "arrow_config", "layer_replication", "lora_bias", "use_qalora"}
@@ -102,7 +101,10 @@ def pattern_problem(pattern: str) -> str | None:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter targets and how strongly; every field is checked, and named as in PEFT."""
+    """What an adapter targets and how strongly; every field is checked, and named as in PEFT.
+
+    `part` is of our own: the name that the model has inside of the one that the adapter was trained on, or "".
+    """
 
     target_modules: str | tuple[str, ...]
     exclude_modules: str | tuple[str, ...] = ()
@@ -114,9 +116,11 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     ensure_weight_tying: bool = False
+    part: str = ""
 
     def targets(self, name: str, *, plain_linear: bool = True) -> bool:
         """Whether the adapter targets the module; see `is_targeted` for `plain_linear`."""
+        name = self._full(name)
         if not is_targeted(name, self.target_modules, self.exclude_modules, plain_linear=plain_linear):
             return False
         # As in PEFT, a module that the list names in full is targeted in whatever layer it is.
@@ -124,13 +128,16 @@ class AdapterConfig:
 
     def rank(self, name: str) -> int:
         """Return the rank of the module's A and B."""
-        return self.rank_pattern.get(_first_match(self.rank_pattern, name), self.r)
+        return self.rank_pattern.get(_first_match(self.rank_pattern, self._full(name)), self.r)
 
     def scaling(self, name: str) -> float:
         """Return what multiplies B @ A: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
-        alpha = self.alpha_pattern.get(_first_match(self.alpha_pattern, name), self.lora_alpha)
+        alpha = self.alpha_pattern.get(_first_match(self.alpha_pattern, self._full(name)), self.lora_alpha)
         rank = self.rank(name)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def _full(self, name: str) -> str:
+        return f"{self.part}.{name}" if self.part else name
 
     def _in_chosen_layer(self, name: str) -> bool:
         for pattern in map(_layer_pattern, self.layers_pattern or (None,)):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -83,8 +83,9 @@ class BaseModel:
         output_embedding: the name of the layer that makes the logits, where the model says which it is.
         tied: names of modules that share their weight with an embedding, one set for each embedding.
         prefix: the name under which a larger model holds one like this: "model" for a LlamaModel.
-        rename: the name that a module has today, for a name of former times; None where the library has no such rules.
-        takes_bare_names: whether PEFT takes keys without `base_model.model.` for this model.
+        old_rules: patterns and replacements for names of former times; models of transformers 4.52 to 4.57 have them.
+        rename: the name of today for one of former times, by transformers 5; None where it has no rules for the model.
+            With rules PEFT also takes keys without `base_model.model.`.
     """
 
     modules: Mapping[str, type[nn.Module]]
@@ -92,8 +93,8 @@ class BaseModel:
     output_embedding: str | None = None
     tied: tuple[frozenset[str], ...] = ()
     prefix: str = ""
-    rename: Callable[[str], str] | None = field(default=None, compare=False)
-    takes_bare_names: bool = False
+    old_rules: Mapping[str, str] = field(default_factory=dict)
+    rename: Callable[[str], str] | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> BaseModel:
@@ -109,15 +110,24 @@ class BaseModel:
             parameters={plain_name(name): value for name, value in values},
             tied=tuple(_tied(modules)),
             prefix=prefix if isinstance(prefix, str) else "",
-            rename=rename or _rules_of_transformers_4(model),
-            takes_bare_names=rename is not None,
+            old_rules=_rules_of_transformers_4(model),
+            rename=rename,
         )
 
     def module_of(self, key: Key) -> str | None:
         """Return the name of the module that the key means, or None where the model has no such module."""
-        if not key.has_prefix and not self.takes_bare_names:
+        if not key.has_prefix and self.rename is None:
             return None
         return next((name for name in self._spellings(key) if name in self.modules), None)
+
+    def part_of(self, keys: Iterable[Key]) -> str:
+        """Return the name of this model inside of the one that the keys are of, or "" where they are of this one."""
+        whole = f"{self.prefix}."
+        for key in keys if self.prefix else ():
+            name = self.module_of(key)
+            if name is not None and not name.startswith(whole) and key.module.endswith(whole + name):
+                return self.prefix
+        return ""
 
     def nearest(self, name: str) -> str:
         """Return the longest name above this one that the model has a module for; "" is the model itself."""
@@ -127,21 +137,26 @@ class BaseModel:
 
     def _spellings(self, key: Key) -> Iterator[str]:
         name = key.module
-        yield name
         if len(name) > _LONGEST_NAME:
             return
-        bare = name
-        while bare.startswith(PREFIX) or bare.startswith(f"{_DDP}."):
-            bare = bare.removeprefix(PREFIX).removeprefix(f"{_DDP}.")
-        yield bare
-        yield ".".join(part for part in bare.split(".") if part != _DDP)
+        for pattern, replacement in self.old_rules.items():
+            renamed, times = re.subn(pattern, replacement, name)
+            if times:
+                # The first rule that matches, as in PEFT.
+                name = renamed
+                break
+        yield name
+        while name.startswith((PREFIX, f"{_DDP}.")):
+            name = name.removeprefix(PREFIX).removeprefix(f"{_DDP}.")
+        yield name
+        yield ".".join(part for part in name.split(".") if part != _DDP)
         if self.rename is not None:
-            yield self.rename(bare)
+            yield self.rename(name)
         if self.prefix:
             # An adapter of the whole model, where this is the part without the output embedding.
-            yield bare.removeprefix(f"{self.prefix}.")
+            yield name.removeprefix(f"{self.prefix}.")
             if not key.has_prefix:
-                yield f"{self.prefix}.{bare}"
+                yield f"{self.prefix}.{name}"
 
 
 def output_embedding(model: nn.Module) -> nn.Linear | None:
@@ -162,21 +177,9 @@ def _tied(modules: Mapping[str, nn.Module]) -> Iterator[frozenset[str]]:
             yield frozenset(names)
 
 
-def _rules_of_transformers_4(model: nn.Module) -> Callable[[str], str] | None:
-    """Renaming by `_checkpoint_conversion_mapping`, which models of transformers 4.52 to 4.57 have."""
+def _rules_of_transformers_4(model: nn.Module) -> Mapping[str, str]:
     rules = getattr(model, "_checkpoint_conversion_mapping", None)
-    if not isinstance(rules, Mapping) or not rules:
-        return None
-
-    def rename(name: str) -> str:
-        # The first rule that matches, as in PEFT.
-        for pattern, replacement in rules.items():
-            renamed, times = re.subn(pattern, replacement, name)
-            if times:
-                return renamed
-        return name
-
-    return rename
+    return rules if isinstance(rules, Mapping) else {}
 
 
 def _rules_of_transformers_5(model: nn.Module) -> Callable[[str], str] | None:
