@@ -74,7 +74,11 @@ def attach(
     )
     head = output_embedding(model)
     if adapters:
-        plain = {plain_name(name): module for name, module in model.named_modules() if _is_plain(module)}
+        plain = {
+            plain_name(name): module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | nn.Embedding) and _is_plain(module)
+        }
         needs = needs_of(adapters, {name: _site(module, head) for name, module in plain.items()}, BaseModel.of(model))
         max_rank = max_rank or needs.max_rank
         if isinstance(target_modules, _Unsaid):
@@ -217,10 +221,9 @@ def _remove(module: nn.Module, former: type[nn.Module]) -> None:
     module.__class__ = former
 
 
-def _site(module: nn.Module, head: nn.Linear | None, vocab_size: int | None = None) -> Site:
+def _site(module: nn.Linear | nn.Embedding, head: nn.Linear | None, vocab_size: int | None = None) -> Site:
     if isinstance(module, nn.Embedding):
         return Site("embedding", module.num_embeddings, module.embedding_dim, padded=True)
-    assert isinstance(module, nn.Linear)
     rows = vocab_size if module is head and vocab_size else module.out_features
     return Site("linear", module.in_features, rows, padded=module is head)
 
@@ -264,7 +267,9 @@ def _check_arguments(
         remedy = "Load the model without adapters, or take them off: model = peft_model.unload()."
         raise AttachError("attach: model", "the plain base model", "one that PEFT has wrapped", remedy)
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise AttachError("attach: model", "a model with its weights", "one that FSDP has cut up", "Load it without FSDP.")
+        raise AttachError(
+            "attach: model", "a model with its weights", "one that FSDP has cut up", "Load it without FSDP."
+        )
     for name, rule in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
         if not isinstance(rule, str | list | tuple | set | frozenset):
             remedy = 'Pass a list such as ["q_proj", "v_proj"].'

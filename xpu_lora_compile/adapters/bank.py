@@ -121,10 +121,9 @@ class AdapterBank:
 
     def __repr__(self) -> str:
         held = ", ".join(self.names) or "empty"
-        lines = [
-            f"AdapterBank({held}; {len(self.names)} of {len(self._slots)} slots taken, "
-            f"max_rank={self._max_rank}, {len(self._layers)} modules, {self._memory()})"
-        ]
+        slots = f"{len(self.names)} of {len(self._slots)} slots taken"
+        size = f"max_rank={self._max_rank}, {len(self._layers)} modules, {self._memory()}"
+        lines = [f"AdapterBank({held}; {slots}, {size})"]
         width = max(map(len, self.names), default=0)
         for name, rank, modules in zip(self._slots, self._ranks, self._modules, strict=True):
             if name is not None:

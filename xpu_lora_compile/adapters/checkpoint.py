@@ -195,7 +195,7 @@ def _sorted_by_module(
     for key, parsed in keys.items():
         name = base.module_of(parsed)
         parameter = parsed.part if name == "" else f"{name}.{parsed.part}"
-        if name in targeted and parsed.part in _PARTS[targeted[name].kind]:
+        if name is not None and name in targeted and parsed.part in _PARTS[targeted[name].kind]:
             if (twin := found.get((name, parsed.part))) is not None:
                 remedy = "Leave one of them out of the file, or save the adapter again with PEFT's save_pretrained()."
                 raise UnmatchedTensorError(str(path), f"one tensor for {name}", f"{few([twin, key])}", remedy)
@@ -251,9 +251,13 @@ def _unmatched(
     if uncovered := {
         name: base.modules[name]
         for key in lora
-        if (name := names[key]) is not None and name not in sites and _targets(config, name, name != base.output_embedding, base)
+        if (name := names[key]) is not None
+        and name not in sites
+        and _targets(config, name, name != base.output_embedding, base)
     }:
-        other = [f"{name} ({kind.__name__})" for name, kind in uncovered.items() if kind not in (nn.Linear, nn.Embedding)]
+        other = [
+            f"{name} ({kind.__name__})" for name, kind in uncovered.items() if kind not in (nn.Linear, nn.Embedding)
+        ]
         if other:
             remedy = REPLACE_CONV1D if any(kind.__name__ == "Conv1D" for kind in uncovered.values()) else MERGE
             got = f"LoRA on {few(other)}"
@@ -263,7 +267,7 @@ def _unmatched(
             wanted,
             few(key for key in lora if names[key] in uncovered),
             f"The adapter targets {few(uncovered)}, which this bank does not cover: attach to them too, after "
-            'bank.detach(), with xlc.attach(model, target_modules=...), or with '
+            "bank.detach(), with xlc.attach(model, target_modules=...), or with "
             'xlc.attach(model, adapters={"name": folder}), which covers what the adapters need.',
         )
     if bare := [key for key, parsed in lora.items() if not parsed.has_prefix and base.rename is None]:
@@ -272,12 +276,18 @@ def _unmatched(
             f"safetensors.torch.load_file(), and write it with save_file()."
         )
         return UnmatchedTensorError(str(path), f"keys that begin with {PREFIX!r}", few(bare), remedy)
-    if unknown := {parsed.module: base.nearest(parsed.module) for key, parsed in lora.items() if names[key] is None}:
+    if unknown := list(dict.fromkeys(parsed.module for key, parsed in lora.items() if names[key] is None)):
         remedy = "Use the model that the adapter was trained on."
         if base.prefix and all(f"{base.prefix}.{name}" in base.modules for name in unknown):
-            remedy = f"It was trained on model.{base.prefix} alone: attach to that, with xlc.attach(model.{base.prefix})."
-        got = f"LoRA on {few(unknown)}"
-        return UnmatchedTensorError(str(path), "names of modules that the model has", got, remedy)
+            remedy = (
+                f"It was trained on model.{base.prefix} alone: attach to that, with xlc.attach(model.{base.prefix})."
+            )
+        elif similar := base.similar(unknown[0]):
+            remedy += (
+                f" If it is {similar} that the file means by {unknown[0]}, rename the keys: read the file with "
+                "safetensors.torch.load_file(), and write it with save_file()."
+            )
+        return UnmatchedTensorError(str(path), "names of modules that the model has", f"LoRA on {few(unknown)}", remedy)
     return UnmatchedTensorError(str(path), wanted, few(strangers), _NOT_USED)
 
 

@@ -25,8 +25,8 @@ ALL_LINEAR = "all-linear"
 Rule: TypeAlias = str | Collection[str]
 
 MERGE = (
-    "Let PEFT make a model of its own from it: PeftModel.from_pretrained(model, folder).merge_and_unload(); or train the "
-    "adapter again without this."
+    "Let PEFT make a model of its own from it: PeftModel.from_pretrained(model, folder).merge_and_unload(); or train "
+    "the adapter again without this."
 )
 _SERVE_WITH_PEFT = (
     "Serve it with PEFT: PeftModel.from_pretrained(model, folder); or train the adapter again without this."
@@ -158,9 +158,7 @@ def read_config(folder: Path) -> AdapterConfig:
     path = folder / CONFIG_FILE
     values = _read_object(path)
     if unsupported := dict(_unsupported(values)):
-        got = ", ".join(
-            f"{name if len(name) < 100 else shown(name)}={shown(values.get(name))}" for name in unsupported
-        )
+        got = ", ".join(f"{name if len(name) < 100 else shown(name)}={shown(values.get(name))}" for name in unsupported)
         remedies = " ".join(
             f"{', '.join(name for name, its in unsupported.items() if its == remedy)}: {remedy}"
             if len(set(unsupported.values())) > 1

@@ -129,11 +129,14 @@ class BaseModel:
                 return self.prefix
         return ""
 
-    def nearest(self, name: str) -> str:
-        """Return the longest name above this one that the model has a module for; "" is the model itself."""
-        while name and name not in self.modules:
-            name = name.rpartition(".")[0]
-        return name
+    def similar(self, name: str) -> str | None:
+        """Return the one module whose name has most of its last parts in common with this name."""
+        ends = [name.split(".")[start:] for start in range(min(name.count("."), 20) + 1)]
+        for end in map(".".join, ends):
+            alike = [other for other in self.modules if other == end or other.endswith(f".{end}")]
+            if alike:
+                return alike[0] if len(alike) == 1 else None
+        return None
 
     def _spellings(self, key: Key) -> Iterator[str]:
         name = key.module
@@ -151,12 +154,13 @@ class BaseModel:
         yield name
         yield ".".join(part for part in name.split(".") if part != _DDP)
         if self.rename is not None:
-            yield self.rename(name)
-        if self.prefix:
+            renamed = self.rename(name)
+            # PEFT takes a new name that is the end of the whole key for one that nothing but its prefix was cut from.
+            if not (key.has_prefix and f"{PREFIX}{name}".endswith(renamed)):
+                yield renamed
+        if self.prefix and self.prefix not in self.modules:
             # An adapter of the whole model, where this is the part without the output embedding.
             yield name.removeprefix(f"{self.prefix}.")
-            if not key.has_prefix:
-                yield f"{self.prefix}.{name}"
 
 
 def output_embedding(model: nn.Module) -> nn.Linear | None:
