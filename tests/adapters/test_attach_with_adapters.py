@@ -200,6 +200,14 @@ def test_attach_sees_through_what_wraps_a_model(case: str, folders: dict[str, Pa
     torch.testing.assert_close(logits(wrapped), logits(tiny_llama()))
 
 
+@pytest.mark.usefixtures("process_group")
+def test_a_model_whose_weights_fsdp_has_cut_up_is_refused() -> None:
+    with quiet():
+        sharded = torch.distributed.fsdp.FullyShardedDataParallel(tiny_llama(), device_id=torch.device("cpu"))
+    with pytest.raises(AttachError, match="one that FSDP has cut up"):
+        xlc.attach(sharded)
+
+
 def test_wrapped_blocks_have_their_plain_names(folders: dict[str, Path]) -> None:
     model = tiny_llama()
     model.model.layers[0] = compiled(model.model.layers[0])

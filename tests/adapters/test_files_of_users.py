@@ -195,10 +195,42 @@ def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
 def test_keys_without_prefix_that_peft_drops_are_refused_until_they_have_it(tmp_path: Path) -> None:
     expected = logits_of_peft(tiny_llama(), save_adapter(tmp_path, target_modules=["q_proj"]))
     renamed(tmp_path, lambda key: key.removeprefix(PREFIX))
-    with pytest.raises(UnmatchedTensorError, match=r"PEFT does not use keys without 'base_model\.model\.'"):
+    with pytest.raises(UnmatchedTensorError, match=r"that begin with 'base_model\.model\.'.*Put it in front of each"):
         xlc.attach(tiny_llama(), adapters={"a": tmp_path})
     renamed(tmp_path, lambda key: PREFIX + key)
     torch.testing.assert_close(logits_here(tiny_llama(), tmp_path), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_keys_with_a_name_before_the_prefix_are_refused_until_it_is_cut_off(tmp_path: Path) -> None:
+    expected = logits_of_peft(tiny_llama(), save_adapter(tmp_path, target_modules=["q_proj"]))
+    renamed(tmp_path, lambda key: f"policy.{key}")
+    with pytest.raises(UnmatchedTensorError, match="Cut off what stands before it"):
+        xlc.attach(tiny_llama(), adapters={"a": tmp_path})
+    renamed(tmp_path, lambda key: key.removeprefix("policy."))
+    torch.testing.assert_close(logits_here(tiny_llama(), tmp_path), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_modules_that_the_config_does_not_target_can_be_named_in_it_as_the_refusal_says(tmp_path: Path) -> None:
+    save_adapter(tmp_path, target_modules=["q_proj", "v_proj"])
+    edit_config(tmp_path, target_modules=["q_proj"])
+    with pytest.raises(UnmatchedTensorError, match="Name their modules in its target_modules"):
+        xlc.attach(tiny_llama(), adapters={"a": tmp_path})
+    edit_config(tmp_path, target_modules=["q_proj", "v_proj"])
+    assert_as_peft(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize("part", ["lora_magnitude_vector", "lora_B.bias", "lora_C.weight"])
+def test_parts_that_peft_drops_are_refused_until_they_are_left_out(part: str, tmp_path: Path) -> None:
+    save_adapter(tmp_path, target_modules=["q_proj"])
+    key = f"{PREFIX}model.layers.0.self_attn.q_proj.{part}"
+    with edited_weights(tmp_path) as tensors:
+        tensors[key] = torch.ones(32)
+    with pytest.raises(UnmatchedTensorError, match=r"PEFT would not use them\. Leave them out") as caught:
+        xlc.attach(tiny_llama(), adapters={"a": tmp_path})
+    assert "target_modules" not in caught.value.args[3]
+    with edited_weights(tmp_path) as tensors:
+        del tensors[key]
+    assert_as_peft(tiny_llama(), tmp_path)
 
 
 def test_a_name_that_the_model_does_not_have_is_told_with_the_one_that_may_be_meant(tmp_path: Path) -> None:
@@ -240,6 +272,12 @@ def test_a_vocabulary_that_was_resized_is_told_with_its_size(tmp_path: Path) -> 
     save_adapter(tmp_path, model=tiny_llama(vocab_size=72), target_modules=["q_proj"], save_embedding_layers=True)
     with pytest.raises(UnsupportedAdapterError, match=r"resize_token_embeddings\(72\)"):
         xlc.attach(tiny_llama(), adapters={"a": tmp_path})
+    model = tiny_llama()
+    with quiet():
+        model.resize_token_embeddings(72)
+    with pytest.raises(UnsupportedAdapterError, match="merge_and_unload"):
+        xlc.attach(model, adapters={"a": tmp_path})
+    assert_merging_works(model, tmp_path)
 
 
 def assert_merging_works(model: nn.Module, folder: Path) -> None:

@@ -42,11 +42,8 @@ REPLACE_CONV1D = (
 )
 _DIVERGED = "The training diverged, or the file is damaged: use an earlier checkpoint."
 _GATHER = "Use the base model it was trained on; if it was trained in shards (ZeRO-3, FSDP), gather before saving."
-_NOT_USED = (
-    "adapter_config.json does not account for them, so PEFT would not use them. Name their modules in its "
-    "target_modules, or leave them out of the file: read it with safetensors.torch.load_file() and write the rest with "
-    "save_file()."
-)
+_NOT_USED = "adapter_config.json does not account for them, so PEFT would not use them."
+_REWRITE = "read the file with safetensors.torch.load_file(), and write it with save_file()."
 
 
 @dataclass(frozen=True)
@@ -271,10 +268,8 @@ def _unmatched(
             'xlc.attach(model, adapters={"name": folder}), which covers what the adapters need.',
         )
     if bare := [key for key, parsed in lora.items() if not parsed.has_prefix and base.rename is None]:
-        remedy = (
-            f"PEFT does not use keys without {PREFIX!r} for this model. Put it in front of each: read the file with "
-            f"safetensors.torch.load_file(), and write it with save_file()."
-        )
+        change = "Cut off what stands before it" if all(PREFIX in key for key in bare) else "Put it in front of each"
+        remedy = f"PEFT does not use keys that begin otherwise for this model. {change}: {_REWRITE}"
         return UnmatchedTensorError(str(path), f"keys that begin with {PREFIX!r}", few(bare), remedy)
     if unknown := list(dict.fromkeys(parsed.module for key, parsed in lora.items() if names[key] is None)):
         remedy = "Use the model that the adapter was trained on."
@@ -283,12 +278,12 @@ def _unmatched(
                 f"It was trained on model.{base.prefix} alone: attach to that, with xlc.attach(model.{base.prefix})."
             )
         elif similar := base.similar(unknown[0]):
-            remedy += (
-                f" If it is {similar} that the file means by {unknown[0]}, rename the keys: read the file with "
-                "safetensors.torch.load_file(), and write it with save_file()."
-            )
+            remedy += f" If it is {similar} that the file means by {unknown[0]}, rename the keys: {_REWRITE}"
         return UnmatchedTensorError(str(path), "names of modules that the model has", f"LoRA on {few(unknown)}", remedy)
-    return UnmatchedTensorError(str(path), wanted, few(strangers), _NOT_USED)
+    # What is left has a module without LoRA by the config, or is no part of plain LoRA.
+    nameable = any(not _targets(config, names[key] or "", True, base) for key in lora)
+    remedy = "Name their modules in its target_modules, or leave" if nameable else "Leave"
+    return UnmatchedTensorError(str(path), wanted, few(strangers), f"{_NOT_USED} {remedy} them out: {_REWRITE}")
 
 
 def _check_shapes(path: Path, file: Any, keys: tuple[str, ...], site: Site, rank: int) -> None:

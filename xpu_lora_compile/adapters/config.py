@@ -197,7 +197,8 @@ class _Fields:
 
     def refusal(self, name: str, wanted: str, got: object = None) -> AdapterFileError:
         got = self.values.get(name) if got is None else got
-        return AdapterFileError(f"{self.path}: {name}", wanted, shown(got), "Save the adapter again with PEFT.")
+        remedy = "Write such a value into the field, or save the adapter again where it was trained."
+        return AdapterFileError(f"{self.path}: {name}", wanted, shown(got), remedy)
 
     def rule(self, name: str) -> str | tuple[str, ...]:
         value = self.values.get(name)
