@@ -96,6 +96,24 @@ class BatchError(LoraError, ValueError):
     """The batch that ran has another number of rows than the adapters named by `bank.use`."""
 
 
+class UnprovedRowsError(BatchError, AssertionError):
+    """Nobody can tell which rows of a layer belong to which sequence of the batch, so that none gets an adapter."""
+
+    # An AssertionError, since Dynamo hands these on as they are.
+
+
+class OutsideBlockError(LoraError, RuntimeError):
+    """The model runs during a `use` block in a thread or task that has none, or a backward pass has left its block."""
+
+
+class UnreachedLayerError(LoraError, RuntimeError):
+    """A parent read the weight of a layer without calling it, so that its LoRA was left out."""
+
+
+class CopiedModelError(LoraError, RuntimeError):
+    """A copied or unpickled model has LoRA layers, but no bank."""
+
+
 class AdapterError(LoraError):
     """An adapter cannot be loaded, dropped or used; the bank is as it was before the call."""
 

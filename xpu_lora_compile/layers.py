@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from xpu_lora_compile.adapters.bank import AdapterBank, Routing
+from xpu_lora_compile.adapters.bank import AdapterBank
 from xpu_lora_compile.adapters.checkpoint import REPLACE_CONV1D, Site
 from xpu_lora_compile.adapters.config import ALL_LINEAR, Rule, is_targeted, pattern_problem
 from xpu_lora_compile.adapters.files import few
 from xpu_lora_compile.adapters.names import BaseModel, output_embedding, plain_name
 from xpu_lora_compile.adapters.needs import naming, needs_of
 from xpu_lora_compile.errors import AttachError
+from xpu_lora_compile.integrations.generation import follow_generation
 from xpu_lora_compile.kernels.choose import forced_kernel
 from xpu_lora_compile.ops import bgmv_expand, bgmv_shrink, lora_linear
 from xpu_lora_compile.ops.lora_linear import add_lora_eagerly
+from xpu_lora_compile.rows.routing import Entry, Routing
+from xpu_lora_compile.rows.tracing import note_read
+from xpu_lora_compile.torch_internals import prepare_for_tracing
 
 
 class _Unsaid(str):
@@ -96,18 +102,21 @@ def attach(
         )
     sites = {name: _site(module, head, vocab_size) for name, module in modules.items()}
     slots, max_rank = slots or max(8, len(adapters)), max_rank or 16
+    prepare_for_tracing()
     # All memory is taken before the first module changes.
     stacks = {name: _empty_stacks(module, sites[name], slots, max_rank, dtype) for name, module in modules.items()}
-    routing = Routing()
+    routing = Routing(getattr(model, "main_input_name", None))
     layers: dict[str, LoraLinear | LoraEmbedding] = {}
     for name, module in modules.items():
         kind = LoraEmbedding if isinstance(module, nn.Embedding) else LoraLinear
         module.__class__ = kind
         layers[name] = cast("LoraLinear | LoraEmbedding", module)
-        layers[name].lora_site, layers[name].lora_routing = sites[name], routing
+        layers[name].lora_site, layers[name].lora_name, layers[name].lora_routing = sites[name], name, routing
         for buffer, stack in stacks[name].items():
             module.register_buffer(buffer, stack, persistent=False)
-    bank = AdapterBank(model, layers, routing, slots, max_rank)
+    undo = _hook_entries(model, layers, routing) + _have_parents_call(model, layers)
+    bank = AdapterBank(model, layers, routing, slots, max_rank, undo)
+    undo += follow_generation(model, bank)
     try:
         for name, folder in adapters.items():
             with naming(name):
@@ -125,13 +134,14 @@ class LoraLinear(nn.Linear):
     """
 
     lora_site: Site
+    lora_name: str
     lora_routing: Routing
     lora_a: Tensor
     lora_b: Tensor
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, for calls by keyword
         """The base layer's output, with each row's adapter added while a `bank.use` block runs."""
-        indices = self.lora_routing.rows_of(input, features=1)
+        indices = self.lora_routing.rows_of(self, input, 1)
         if indices is None:
             return super().forward(input)
         # Rows first, so that the op changes the product itself and not a view of it: see `backend._SAFE`.
@@ -153,6 +163,11 @@ class LoraLinear(nn.Linear):
         bgmv_expand(output, hidden, self.lora_b, indices)
         return output.view(shape)
 
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The base weight; a parent that reads it without a call of the layer leaves LoRA out."""
+        return _weight_of(self)
+
     def restore(self) -> None:
         """Become a plain Linear again."""
         _remove(self, nn.Linear)
@@ -170,13 +185,14 @@ class LoraEmbedding(nn.Embedding):
     """
 
     lora_site: Site
+    lora_name: str
     lora_routing: Routing
     lora_a: Tensor
     lora_b: Tensor
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, for calls by keyword
         """The base layer's output, with each row's adapter added while a `bank.use` block runs."""
-        indices = self.lora_routing.rows_of(input, features=0)
+        indices = self.lora_routing.rows_of(self, input, 0)
         if indices is None:
             return super().forward(input)
         tokens = input.reshape(-1)
@@ -185,6 +201,11 @@ class LoraEmbedding(nn.Embedding):
         hidden = self.lora_a[indices.clamp(min=0), tokens]
         bgmv_expand(output, hidden, self.lora_b, indices)
         return output.view(*input.shape, output.shape[1])
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The base weight; a parent that reads it without a call of the layer leaves LoRA out."""
+        return _weight_of(self)
 
     def restore(self) -> None:
         """Become a plain Embedding again."""
@@ -215,8 +236,45 @@ def _empty_stacks(
         return stacks | {"lora_b": stacks["lora_b"].transpose(1, 2)} if by_rank else stacks
 
 
+def _weight_of(layer: LoraLinear | LoraEmbedding) -> Tensor:
+    weight = cast("Tensor", layer._parameters["weight"])
+    if not is_compiling():
+        layer.lora_routing.note_read(layer)
+    elif layer.lora_routing.slots is not None:
+        note_read(layer.lora_routing, layer, weight)
+    return weight
+
+
+def _hook_entries(model: nn.Module, layers: Mapping[str, nn.Module], routing: Routing) -> list[Callable[[], None]]:
+    """Hook the modules that people call and that hold layers: those that are not one of a list of blocks."""
+    entries: dict[str, nn.Module] = {"": model}
+    for name in layers:
+        parent, path = model, ""
+        for key in name.split(".")[:-1]:
+            if isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+                break
+            parent, path = parent.get_submodule(key), f"{path}.{key}" if path else key
+            entries[path] = parent
+    return [handle.remove for path, module in entries.items() for handle in Entry(path, routing).hook(module)]
+
+
+def _have_parents_call(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Callable[[], None]]:
+    """Keep PyTorch's transformer layers from reading the weights of layers instead of calling them, for speed."""
+    undo: list[Callable[[], None]] = []
+    for name, module in model.named_modules():
+        if not any(layer.startswith(f"{name}." if name else "") for layer in layers):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            undo.append(partial(setattr, module, "activation_relu_or_gelu", module.activation_relu_or_gelu))
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            undo.append(partial(setattr, module, "use_nested_tensor", module.use_nested_tensor))
+            module.use_nested_tensor = False
+    return undo
+
+
 def _remove(module: nn.Module, former: type[nn.Module]) -> None:
-    for name in ("lora_a", "lora_b", "lora_routing", "lora_site"):
+    for name in ("lora_a", "lora_b", "lora_routing", "lora_name", "lora_site"):
         delattr(module, name)
     module.__class__ = former
 
@@ -287,12 +345,12 @@ def _check_arguments(
 def _find_targets(
     model: nn.Module, head: nn.Module | None, target_modules: Rule, exclude_modules: Rule
 ) -> dict[str, nn.Linear | nn.Embedding]:
-    present = {plain_name(name): module for name, module in model.named_modules()}
+    present = dict(model.named_modules())
     matched = {
         name: module
         for name, module in present.items()
         if is_targeted(
-            name,
+            plain_name(name),
             target_modules,
             exclude_modules,
             plain_linear=isinstance(module, nn.Linear) and module is not head,

@@ -168,6 +168,19 @@ def compiled_after_aot(module: Any, compiler: Any) -> Any:
         return aot_module_simplified(module, inputs, fw_compiler=compiler)
 
 
+def is_composite(op: Any) -> bool:
+    """Whether an op is no more than calls of other ops, which autograd or a mode would rather see."""
+    # A tensor's device is asked for by an op that is not the dispatcher's.
+    return op.namespace != "prim" and torch._C._dispatch_has_kernel_for_dispatch_key(
+        op.name(), "CompositeImplicitAutograd"
+    )
+
+
+def decomposed(op: Any, args: Any, kwargs: Any) -> Any:
+    """What a composite op returns, by calls of others; NotImplemented where it is none."""
+    return op.decompose(*args, **kwargs)
+
+
 def schema_of(name: str) -> Any:
     """The schema of an op that may not be there, by its full name; None where it is not."""
     found = torch._C._jit_get_schemas_for_operator(name)
@@ -198,3 +211,118 @@ def path_of(source: str) -> str:
     """
     text = re.sub(r"^[LG]\['args'\]\[0\]|^[LG]\['\w+'\]|\b_(modules|parameters|buffers)\b", "", source)
     return re.sub(r"\.+", ".", re.sub(r"\['?([^'\]]+)'?\]", r".\1", text)).strip(".")
+
+
+def current_backward() -> int | None:
+    """A number for the backward pass that this thread runs a part of; None outside of all."""
+    task = torch._C._current_graph_task_id()
+    return None if task == -1 else task
+
+
+# Questions that traced code asks, each with the function that answers it.
+_QUESTIONS: list[tuple[Any, Any]] = []
+
+
+def answers_while_tracing(answer: Any) -> Any:
+    """Have a function be called by Dynamo while it traces a call of it, with nothing of it in the graph.
+
+    `answer(at, *args)` is given where the trace is, the node of each argument that is a tensor, and other arguments as they
+    are; it returns constants. Where no graph of Dynamo is made (in `torch.export`, say), `at` is None.
+    """
+
+    def ask(*args: Any) -> Any:
+        return answer(None, *args)
+
+    ask.__name__ = ask.__qualname__ = answer.__name__
+    _QUESTIONS.append((ask, answer))
+    return ask
+
+
+def prepare_for_tracing() -> None:
+    """Tell Dynamo of the questions; loads it. A second call changes nothing."""
+    import torch._dynamo as dynamo
+    from torch._dynamo.variables import ConstantVariable, TupleVariable
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+    def constant(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return TupleVariable([constant(one) for one in value])
+        return ConstantVariable.create(value)
+
+    def plain(variable: Any) -> Any:
+        variable = variable.realize()
+        if variable.is_python_constant():
+            return variable.as_python_constant()
+        if hasattr(variable, "value"):
+            return variable.value
+        return variable.as_proxy().node
+
+    def handler_of(answer: Any) -> Any:
+        return lambda _, at, *args: constant(answer(at, *map(plain, args)))
+
+    handlers = TorchInGraphFunctionVariable._get_handlers()
+    while _QUESTIONS:
+        ask, answer = _QUESTIONS.pop()
+        dynamo.allow_in_graph(ask)
+        handlers[ask] = handler_of(answer)
+
+
+def graphs_at(at: Any) -> list[torch.fx.Graph]:
+    """The graph that is made there, after those that it is a subgraph of."""
+    graphs, tracer = [], at.output.current_tracer
+    while tracer is not None:
+        graphs.append(tracer.graph)
+        tracer = tracer.parent
+    return graphs[::-1]
+
+
+def guard_on(at: Any, name: str, holds: Any) -> None:
+    """Have the graph that is made there be used only while `holds()` is true; once a graph for each name."""
+    from torch._dynamo.guards import install_guard
+    from torch._dynamo.source import GlobalStateSource
+
+    if name in vars(at.output).setdefault("_xpu_lora_guards", set()):
+        return
+    vars(at.output)["_xpu_lora_guards"].add(name)
+
+    def add(builder: Any, _: Any) -> None:
+        root = builder.guard_manager.root
+        try:
+            root.add_lambda_guard(lambda _: holds(), [name], None)
+        except TypeError:  # torch before 2.12
+            root.add_lambda_guard(lambda _: holds(), [name])
+
+    install_guard(GlobalStateSource().make_guard(add))
+
+
+def without_modes() -> Any:
+    """Have ops in the block be seen by no mode."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def fake_mode() -> Any:
+    """A mode in which tensors have sizes, all of them numbers, and no values."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def without_tracing() -> Iterator[None]:
+    """Have nothing that runs in the block be noted by a compiler at work."""
+    from torch._guards import tracing
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily(), tracing(None):
+        yield
+
+
+def is_state_change(target: Any) -> bool:
+    """Whether a call in a graph changes a mode of the thread, and computes nothing."""
+    module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", "")
+    return module.startswith(("torch._functorch", "torch.amp", "torch.autograd")) or name in (
+        *("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode", "_set_deterministic_algorithms"),
+        *("_saved_tensors_hooks_disable", "_saved_tensors_hooks_enable", "_enter_autocast", "_exit_autocast"),
+    )

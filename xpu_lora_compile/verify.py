@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,7 @@ from xpu_lora_compile.passes.find_sites import find_sites
 from xpu_lora_compile.passes.fuse_base import keep_bases
 from xpu_lora_compile.passes.memory import input_storages, storages_of, written_by
 from xpu_lora_compile.replay import Eager, Forced, Taps, copy_of, is_close, tensors_in
+from xpu_lora_compile.rows.routing import Routing
 from xpu_lora_compile.torch_internals import fresh_compilation
 
 
@@ -62,12 +63,15 @@ class Verification:
         unchecked: calls inside subgraphs (of `cond` and the like), which are compiled but not compared one by one.
         returns_the_same: whether the rewritten graphs return what the original ones do, and change their inputs alike,
             once every call has been given right values: nothing beside the calls was changed.
+        isolation: of each module that LoRA is attached to, how many rows of other sequences changed a bit when one
+            sequence was given another adapter: 0 is right. Empty for a batch of one.
     """
 
     sites: list[SiteError]
     output_error: float
     unchecked: int
     returns_the_same: bool = True
+    isolation: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         worst = sorted(self.sites, key=lambda site: max(site.rewritten, site.compiled or 0.0), reverse=True)[:5]
@@ -78,6 +82,11 @@ class Verification:
             lines.append(f"{self.unchecked} sites in subgraphs were not compared.")
         if not self.returns_the_same:
             lines.append("WRONG: the rewritten graph changes something beside these calls.")
+        if self.isolation:
+            changed = {name: rows for name, rows in self.isolation.items() if rows}
+            kept = f"{len(self.isolation) - len(changed)} of {len(self.isolation)} modules"
+            lines.append(f"Isolation: with another adapter for one sequence, other rows keep their bits in {kept}.")
+            lines += [f"  LEAK: {name}, {rows} rows" for name, rows in list(changed.items())[:5]]
         lines.append("Worst errors, as fractions of what rounding allows (rewritten graph, generated code):")
         for site in worst:
             compiled = "-" if site.compiled is None else f"{site.compiled:.3g}"
@@ -138,7 +147,7 @@ def verify(model: Callable[..., Any], *, seed: int = 0, generate_code: bool = Tr
         check_environment()
         with (
             fresh_compilation(model) as plain,
-            _random_adapters(plain, (args, kwargs), seed),
+            _random_adapters(plain, (args, kwargs), seed) as draw,
             torch.random.fork_rng(),
         ):
             torch.manual_seed(seed)
@@ -148,17 +157,34 @@ def verify(model: Callable[..., Any], *, seed: int = 0, generate_code: bool = Tr
             with _buffers_kept(plain):
                 compiled: Any = torch.compile(cast("Callable[..., Any]", plain), backend=backend)
                 got = compiled(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+
+            def again() -> Any:
+                torch.manual_seed(seed)
+                with _buffers_kept(plain):
+                    return plain(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+
+            isolation = _isolation(plain, draw, again)
         sites = [site for check in checks for site in check.errors]
         result = Verification(
             sites,
             _difference(got, wanted),
             sum(check.unchecked for check in checks),
             all(check.returns_the_same for check in checks),
+            isolation,
         )
         wrong = [site for site in sites if not site.is_right]
         if not (sites or result.unchecked):
             error = VerificationError(
                 "verify", "a call that adds LoRA", "none", "Attach LoRA to the model, or call the ops."
+            )
+            error.verification = result
+            raise error
+        if leaks := [name for name, rows in isolation.items() if rows]:
+            error = VerificationError(
+                "verify",
+                "rows that keep their bits when another sequence gets another adapter",
+                f"{len(leaks)} modules where they change, the first one {leaks[0]}\n{result}",
+                "Look at what the model does before that module: sequences are mixed there, or their rows change places.",
             )
             error.verification = result
             raise error
@@ -270,20 +296,22 @@ def _buffers_kept(model: object) -> Iterator[None]:
 
 
 @contextmanager
-def _random_adapters(model: object, inputs: Any, seed: int) -> Iterator[None]:
+def _random_adapters(model: object, inputs: Any, seed: int) -> Iterator[Draw | None]:
     """Random weights in every slot, and a random slot or none for each sequence, while the block is open."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     layers = [module for module in modules if isinstance(module, LoraLinear | LoraEmbedding)]
     if not layers:
-        yield
+        yield None
         return
-    routing = layers[0].lora_routing
-    slots, stacks = routing.slots, [(layer.lora_a.clone(), layer.lora_b.clone()) for layer in layers]
-    batch = len(slots) if slots is not None else next((len(one) for one in tensors_in(inputs) if one.dim()), 1)
+    routings = list(dict.fromkeys(layer.lora_routing for layer in layers))
+    before = [(routing, routing.slots, routing.block, routing.lengths) for routing in routings]
+    stacks = [(layer.lora_a.clone(), layer.lora_b.clone()) for layer in layers]
+    first_size = next((len(one) for one in tensors_in(inputs) if one.dim()), 1)
     random = torch.Generator().manual_seed(seed)
     # On accelerators kernels read no further than the rank of a slot.
-    ranks = routing.ranks
+    ranks = routings[0].ranks
     kept = None if ranks is None else ranks.clone()
+    token = routings[0].mine.set(draw := Draw())
     try:
         with torch.no_grad():
             if ranks is not None:
@@ -293,21 +321,122 @@ def _random_adapters(model: object, inputs: Any, seed: int) -> Iterator[None]:
                     # The product of both then adds about as much as a linear layer gives.
                     values = torch.randn(stack.shape, generator=random) / stack.shape[-1] ** 0.5
                     stack.copy_(values)
-        number = len(layers[0].lora_a)
+        number, device = len(layers[0].lora_a), layers[0].lora_a.device
         # An adapter first, then none, then the other adapters, in as many rounds as it takes; in any order.
         first, *rest = torch.randperm(number, generator=random).tolist()
         kinds = torch.tensor([first, NO_ADAPTER, *rest])
-        chosen = kinds[torch.arange(batch) % len(kinds)][torch.randperm(batch, generator=random)]
-        routing.slots = chosen.to(layers[0].lora_a.device)
-        yield
+        for routing, slots, block, lengths in before:
+            batch = len(lengths or block.slots_of(routing.part)) if slots is not None else first_size
+            chosen = kinds[torch.arange(batch) % len(kinds)][torch.randperm(batch, generator=random)]
+            draw.add(routing, chosen.tolist(), lengths, device, number)
+        yield draw
     finally:
-        routing.slots = slots
+        routings[0].mine.reset(token)
+        for routing, slots, block, lengths in before:
+            routing.point(slots, block, lengths)
         with torch.no_grad():
             if ranks is not None and kept is not None:
                 ranks.copy_(kept)
             for layer, (a, b) in zip(layers, stacks, strict=True):
                 layer.lora_a.copy_(a)
                 layer.lora_b.copy_(b)
+
+
+class Draw:
+    """The slots that were drawn for each sequence, in the place of a `use` block."""
+
+    def __init__(self) -> None:
+        self._slots: dict[str, list[int]] = {}
+        self._routings: dict[str, tuple[Routing, tuple[int, ...] | None, torch.device, int]] = {}
+
+    def add(
+        self, routing: Routing, slots: list[int], lengths: tuple[int, ...] | None, device: torch.device, number: int
+    ) -> None:
+        """Have a routing use these slots."""
+        self._slots[routing.part] = slots
+        self._routings[routing.part] = routing, lengths, device, number
+        self._point(routing.part)
+
+    def slots_of(self, part: str) -> list[int]:
+        """The slot of each sequence."""
+        return self._slots[part]
+
+    @property
+    def parts(self) -> list[str]:
+        """The model, "", and parts of it with rows of their own."""
+        return list(self._slots)
+
+    @contextmanager
+    def changed(self, part: str, sequence: int) -> Iterator[None]:
+        """Give one sequence the next adapter, or none, while the block is open."""
+        slots = self._slots[part]
+        number = self._routings[part][3]
+        self._slots[part] = [*slots[:sequence], (slots[sequence] + 2) % (number + 1) - 1, *slots[sequence + 1 :]]
+        self._point(part)
+        try:
+            yield
+        finally:
+            self._slots[part] = slots
+            self._point(part)
+
+    def _point(self, part: str) -> None:
+        routing, lengths, device, _ = self._routings[part]
+        slots = torch.tensor(self._slots[part])
+        tokens = slots if lengths is None else slots.repeat_interleave(torch.tensor(lengths))
+        routing.point(tokens.to(device), self, lengths)
+
+
+def _isolation(model: object, draw: Draw | None, run: Callable[[], Any]) -> dict[str, int]:
+    """Of each layer, how many rows of other sequences have other bits once one sequence has another adapter."""
+    if draw is None or not isinstance(model, nn.Module):
+        return {}
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear | LoraEmbedding)]
+    found: dict[str, int] = {}
+    wanted = _digests(layers, run)
+    for part in draw.parts:
+        sequences = range(len(draw.slots_of(part)))
+        for sequence in sequences[:_SEQUENCES] if len(sequences) > 1 else ():
+            with draw.changed(part, sequence):
+                got = _digests(layers, run)
+            for key, (owners, bits) in wanted.items():
+                name, others = key[0], torch.ones(bits.shape, dtype=torch.bool)
+                if key in got and owners is not None and key[2] == part:
+                    others = owners != sequence
+                elif key in got and key[2] != part:
+                    # Rows of other parts may well depend on this one.
+                    continue
+                changed = bits.numel() if key not in got else int((bits != got[key][1])[others].sum())
+                found[name] = found.get(name, 0) + changed
+    return found
+
+
+# So many sequences of a batch get another adapter, one after the other.
+_SEQUENCES = 4
+
+
+def _digests(layers: Sequence[Any], run: Callable[[], Any]) -> dict[tuple[str, int, str], tuple[Tensor | None, Tensor]]:
+    """Of each call of a layer: the owner of each row, and a number that other bits of the row would make another."""
+    found: dict[tuple[str, int, str], tuple[Tensor | None, Tensor]] = {}
+    calls: dict[str, int] = {}
+
+    def note(layer: Any, args: Any, kwargs: Any, output: Tensor) -> None:
+        inputs = args[0] if args else kwargs["input"]
+        features = 1 if isinstance(layer, LoraLinear) else 0
+        owners = layer.lora_routing.owners_of(layer, inputs, features)
+        calls[layer.lora_name] = number = calls.get(layer.lora_name, 0) + 1
+        bits = output.detach().reshape(-1, output.shape[-1]).contiguous()
+        whole = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()]).long()
+        # Odd numbers lose no bit where they wrap around.
+        odd = 2 * torch.arange(whole.shape[1], device=whole.device) * 0x9E3779B97F4A7C1 + 1
+        found[layer.lora_name, number, layer.lora_routing.part] = owners, (whole * odd).sum(1).cpu()
+
+    handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _decisions(graph: Graph) -> list[Decision]:

@@ -457,6 +457,12 @@ def test_hooks_of_accelerate_are_named_and_both_ways_around_them_work(tmp_path: 
     accelerate.cpu_offload(model, execution_device="cpu")
     with bank.use(["a", "a"]):
         torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+    bank.drop("a")
+    bank.load("again", tmp_path)
+    with bank.use(["again", "again"]):
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(AdapterError, match="forward was replaced"):
+        bank.detach()
 
 
 def test_a_module_that_the_file_lacks_can_be_excluded_as_the_refusal_says(tmp_path: Path) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,54 +23,19 @@ from xpu_lora_compile.errors import (
     DuplicateAdapterError,
     NoFreeSlotError,
     UnknownAdapterError,
+    UnreachedLayerError,
 )
+from xpu_lora_compile.rows.routing import Entry, Routing
 
 NO_ADAPTER = -1
-
-
-class Routing:
-    """The slot of each sequence in the batch; all layers of a model share one.
-
-    Attributes:
-        slots: `[batch]`, int64, `NO_ADAPTER` for the base model; None outside a `bank.use` block.
-        ranks: `[K]`, int32: the highest rank of each slot's adapter, 0 where it is empty; None on a CPU, whose kernel
-            asks for none.
-    """
-
-    def __init__(self) -> None:
-        self.slots: Tensor | None = None
-        self.ranks: Tensor | None = None
-
-    def rows_of(self, inputs: Tensor, features: int) -> Tensor | None:
-        """The slot of each row of a layer's inputs, `[batch, ..., *features]` flattened but for the features.
-
-        Raises:
-            BatchError: the batch has another size than `bank.use` was told, or the model has been moved since.
-        """
-        if self.slots is None:
-            return None
-        if inputs.shape[0] != self.slots.shape[0]:
-            raise BatchError(
-                "bank.use",
-                "one name a sequence of the batch",
-                f"{self.slots.shape[0]} names for a batch of {inputs.shape[0]}",
-                "Name an adapter, or None, for every sequence; with beams or several samples repeat the name.",
-            )
-        if inputs.device != self.slots.device:
-            raise BatchError(
-                "bank.use",
-                f"a batch on {self.slots.device}, where the model was when the block was entered",
-                f"one on {inputs.device}",
-                "Move the model before the block.",
-            )
-        repeats = math.prod(inputs.shape[1 : inputs.dim() - features])
-        return self.slots.unsqueeze(1).expand(-1, repeats).reshape(-1)
 
 
 class Layer(Protocol):
     """What a layer that carries LoRA offers to its bank."""
 
     lora_site: Site
+    lora_name: str
+    lora_routing: Any
     lora_a: Tensor
     lora_b: Tensor
 
@@ -82,11 +46,45 @@ class Layer(Protocol):
         """Become again the module it was before LoRA."""
 
 
-class Block:
-    """One `use` block that is open: the names for the batch."""
+@dataclass(frozen=True)
+class Rows:
+    """An adapter's name, or None, for each sequence, and how many tokens each has where they lie packed in one row."""
 
-    def __init__(self, names: list[str | None]) -> None:
-        self.names = names
+    names: tuple[str | None, ...]
+    lengths: tuple[int, ...] | None = None
+
+
+class Block:
+    """One `use` block that is open: the rows of the model, under the name "", and of its parts."""
+
+    def __init__(self, rows: dict[str, Rows]) -> None:
+        self.rows = rows
+        # As `slots_of`, where `generate` has more sequences than the block has names.
+        self.times = 1
+        self._slots: dict[str, list[int]] = {}
+
+    @property
+    def names(self) -> set[str | None]:
+        """All adapters that the block uses."""
+        return {name for rows in self.rows.values() for name in rows.names}
+
+    def resolve(self, slot_of: Callable[[str], int]) -> None:
+        """Find the slots of all names."""
+        self._slots = {
+            part: [NO_ADAPTER if name is None else slot_of(name) for name in rows.names]
+            for part, rows in self.rows.items()
+        }
+
+    def slots_of(self, part: str) -> list[int]:
+        """The slot of each sequence."""
+        slots = self._slots[part]
+        return [slot for slot in slots for _ in range(self.times)] if part == "" else slots
+
+    def slots_of_tokens(self, part: str) -> list[int]:
+        """The slot of each sequence; of a packed batch, of each token."""
+        lengths = self.rows[part].lengths
+        slots = self.slots_of(part)
+        return slots if lengths is None else [s for s, n in zip(slots, lengths, strict=True) for _ in range(n)]
 
 
 class AdapterBank:
@@ -103,20 +101,22 @@ class AdapterBank:
         routing: Routing,
         slots: int,
         max_rank: int,
+        undo: list[Callable[[], None]] | None = None,
     ) -> None:
         self._model = model
         self._layers = dict(layers)
-        self._routing = routing
+        # Of the model, under the name "", and of the parts that a block has named.
+        self._routings = {"": routing}
+        self._undo = [] if undo is None else undo
+        self._edges = _edges(model, self._layers)
         self._slots: list[str | None] = [None] * slots
         self._ranks = [0] * slots
         # How many modules the adapter of each slot has LoRA on; of no meaning where the slot is empty.
-        self._modules = [0] * slots
+        self._counts = [0] * slots
         self._max_rank = max_rank
         # One tensor for each size of batch, so that its address stays the same for captured graphs.
-        self._batches: dict[tuple[int, torch.device], Tensor] = {}
+        self._batches: dict[tuple[str, int, torch.device], Tensor] = {}
         self._blocks: list[Block] = []
-        # The innermost block of this thread or asyncio task; others start without one.
-        self._mine: ContextVar[Block | None] = ContextVar("mine", default=None)
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
@@ -125,7 +125,7 @@ class AdapterBank:
         size = f"max_rank={self._max_rank}, {len(self._layers)} modules, {self._memory()}"
         lines = [f"AdapterBank({held}; {slots}, {size})"]
         width = max(map(len, self.names), default=0)
-        for name, rank, modules in zip(self._slots, self._ranks, self._modules, strict=True):
+        for name, rank, modules in zip(self._slots, self._ranks, self._counts, strict=True):
             if name is not None:
                 lines.append(f"  {name:{width}}  rank {rank} on {modules} modules")
         return "\n".join(lines)
@@ -136,14 +136,18 @@ class AdapterBank:
         return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
     @property
+    def _routing(self) -> Routing:
+        return self._routings[""]
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The adapters in the bank, in the order of their slots."""
         return tuple(name for name in self._slots if name is not None)
 
     @property
     def sites(self) -> dict[str, Site]:
-        """The modules that carry LoRA, by name, with the sizes that an adapter must fit."""
-        return {name: layer.lora_site for name, layer in self._layers.items()}
+        """The modules that carry LoRA, by name without wrappers, with the sizes that an adapter must fit."""
+        return {plain_name(name): layer.lora_site for name, layer in self._layers.items()}
 
     def load(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Put the adapter of a PEFT folder into a free slot.
@@ -168,6 +172,7 @@ class AdapterBank:
             self._max_rank,
             min(dtypes, key=lambda dtype: torch.finfo(dtype).max),
         )
+        layers = {plain_name(name): layer for name, layer in self._layers.items()}
         with self._lock:
             # Another thread may have been faster.
             slot = self._free_slot(name)
@@ -175,9 +180,9 @@ class AdapterBank:
             self._clear(slot)
             with torch.no_grad():
                 for site, pair in weights.items():
-                    self._layers[site].store(slot, pair.a, pair.b)
+                    layers[site].store(slot, pair.a, pair.b)
             self._slots[slot] = name
-            self._modules[slot] = len(weights)
+            self._counts[slot] = len(weights)
             self._set_rank(slot, max((pair.a.shape[0] for pair in weights.values()), default=0))
 
     def drop(self, name: str) -> None:
@@ -197,33 +202,55 @@ class AdapterBank:
             self._slots[slot] = None
 
     @contextmanager
-    def use(self, names: Sequence[str | None]) -> Iterator[None]:
+    def use(
+        self,
+        names: Sequence[str | None],
+        *,
+        lengths: Sequence[int] | None = None,
+        parts: Mapping[str, Sequence[str | None] | tuple[Sequence[str | None], Sequence[int]]] | None = None,
+    ) -> Iterator[None]:
         """Have each sequence of the batch answered by its own adapter while the block is open.
 
         The model belongs to the block: run it from this thread or asyncio task alone, and run a backward pass before
-        the block ends. Blocks may be nested; the inner one counts.
+        the block ends. Blocks may be nested; the inner one counts. The first call with inputs of a new kind is followed
+        op by op, to know how the rows of each layer come from the sequences; `generate` may make of each sequence
+        several, as beams or samples.
 
         Args:
             names: for each sequence of the batch (the first dimension of the model's inputs) an adapter's name, or
                 None for the base model.
+            lengths: for a packed batch, whose sequences lie one after another in one row `[1, sum of the lengths]`: how
+                many tokens each has.
+            parts: names for parts of the model whose rows are not the sequences of the batch, by the part's name: those
+                of a vision tower are its images, `{"vision_tower": ["pirate", "pirate", None]}`. Where they are packed,
+                names and lengths: `{"visual": (names, lengths)}`.
 
         Raises:
             UnknownAdapterError: the bank has no adapter of a name.
             BankInUseError: another thread or task is inside a `use` block.
-            BatchError: no list, or an empty one. The model raises it too, where the batch has another size, or is on
-                another device than the model was.
+            BatchError: no list, or an empty one; lengths that do not fit the names; no such part. The model raises it
+                too, where the batch has another size, or is on another device than the model was.
+            UnprovedRowsError: by the model: a layer's rows come from the sequences in a way that cannot be told.
+            OutsideBlockError: by the model: another thread or task calls it, or a backward pass left its block.
+            UnreachedLayerError: when the block ends: a layer was left out, since its weight was read and it was not
+                called.
+            AdapterError: a module has been replaced, or its forward hooked, since `attach`.
         """
-        block = self._open(names)
-        token = self._mine.set(block)
+        block = self._open(names, lengths, parts or {})
+        token = self._routing.mine.set(block)
+        unreached: list[str] = []
         try:
             yield
+            unreached = [name for routing in self._routings.values() for name in routing.unreached()]
         finally:
             with self._lock:
                 self._blocks.remove(block)
-                self._route(self._blocks[-1].names if self._blocks else None)
+                self._route(self._blocks[-1] if self._blocks else None)
             # A generator may be closed in another context than the one it was started in.
             with suppress(ValueError):
-                self._mine.reset(token)
+                self._routing.mine.reset(token)
+        if unreached:
+            raise self._unreached(unreached)
 
     def detach(self) -> None:
         """Take LoRA out of the model, which is then as it was before `attach`; the bank is empty afterwards.
@@ -235,44 +262,107 @@ class AdapterBank:
         with self._lock:
             if self._blocks:
                 raise BankInUseError("detach", "a bank that is not in use", "a `use` block", "Leave the block first.")
-            self._check_modules()
+            self._check_modules(hooks_may_stay=False)
             for layer in self._layers.values():
                 layer.restore()
+            for undo in self._undo:
+                undo()
             self._layers.clear()
             self._slots = [None] * len(self._slots)
             self._ranks = [0] * len(self._slots)
             self._routing.ranks = None
 
-    def _open(self, names: Sequence[str | None]) -> Block:
+    def _open(self, names: Any, lengths: Any, parts: Any) -> Block:
         with self._lock:
-            self._check_attached()
-            if not isinstance(names, list | tuple) or not names:
-                raise BatchError(
-                    "use", "a list with a name, or None, for each sequence", repr(names), "Write `use(['pirate'])`."
-                )
-            if self._blocks and self._blocks[-1] is not self._mine.get():
+            self._check_modules()
+            rows = {"": _checked_rows("use", names, lengths)}
+            for part, given in _checked_parts(parts).items():
+                name = self._name_of_part(part)
+                packed = isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], list | tuple)
+                rows[name] = _checked_rows(f"use: parts[{part!r}]", *(given if packed else (given, None)))
+            if self._blocks and self._blocks[-1] is not self._routing.mine.get():
                 raise BankInUseError(
                     "use",
                     "a bank that nobody else uses",
                     "a `use` block of another thread or task",
                     "Wait for its end.",
                 )
-            block = Block(list(names))
-            self._route(block.names)
+            block = Block(rows)
+            block.resolve(self._slot_of)
+            self._route(block)
             self._blocks.append(block)
             return block
 
-    def _route(self, names: list[str | None] | None) -> None:
-        """Point the layers at the slots of these names; None outside all blocks."""
-        if names is None:
-            self._routing.slots = None
+    def _route(self, block: Block | None) -> None:
+        """Point the layers at the slots of a block; None outside all blocks."""
+        if block is None:
+            for routing in self._routings.values():
+                routing.point(None)
             return
-        wanted = [NO_ADAPTER if name is None else self._slot_of(name) for name in names]
+        self._share(set(block.rows))
+        slots = {part: self._slots_on_device(part, block.slots_of_tokens(part)) for part in block.rows}
+        for part, routing in self._routings.items():
+            if part in slots:
+                routing.point(slots[part], block, block.rows[part].lengths)
+                self._route_ranks(routing, slots[part].device)
+            else:
+                routing.point(None)
+
+    def repeat(self, times: int) -> None:
+        """Have each sequence of the open block be so many rows in the model's inputs from now on."""
+        with self._lock:
+            block = self._routing.block
+            if block is not None and block.times != times:
+                block.times = times
+                self._route(block)
+
+    def names_in_use(self) -> list[str | None] | None:
+        """The names of the open block, one for each sequence; None outside of all blocks."""
+        return list(self._blocks[-1].rows[""].names) if self._blocks else None
+
+    @contextmanager
+    def step(self, names: Sequence[str | None], lengths: Sequence[int]) -> Iterator[None]:
+        """Have this thread run a packed batch of sequences of the open block, which another thread may have opened.
+
+        Args:
+            names: for each sequence.
+            lengths: how many tokens each has.
+        """
+        with self._lock:
+            block = Block({"": Rows(tuple(names), tuple(lengths))})
+            block.resolve(self._slot_of)
+            outer = self._blocks[-1]
+            self._blocks.append(block)
+            self._route(block)
+        token = self._routing.mine.set(block)
+        try:
+            yield
+        finally:
+            self._routing.mine.reset(token)
+            with self._lock:
+                self._blocks.remove(block)
+                self._route(outer)
+
+    def _share(self, parts: set[str]) -> None:
+        """Give each layer the routing of the innermost of these parts that it lies in."""
+        for part in parts - self._routings.keys():
+            routing = Routing(part=part)
+            routing.mine = self._routing.mine
+            self._routings[part] = routing
+            handles = Entry(part, routing).hook(self._model.get_submodule(part))
+            self._undo += [handle.remove for handle in handles]
+        for name, layer in self._layers.items():
+            inside = [part for part in parts if not part or name == part or name.startswith(f"{part}.")]
+            routing = self._routings[max(inside, key=len)]
+            if layer.lora_routing is not routing:
+                layer.lora_routing = routing
+
+    def _slots_on_device(self, part: str, wanted: list[int]) -> Tensor:
         device = next(iter(self._layers.values())).lora_a.device
         # A tensor made in inference mode could not be changed outside of it.
         with torch.inference_mode(False), torch.no_grad():
             slots = torch.tensor(wanted, device="cpu")
-            batch = self._batches.get((len(names), device))
+            batch = self._batches.get((part, len(wanted), device))
             if batch is None:
                 batch = torch.empty_like(slots, device=device)
             # CUDA has read them by the time that it returns, and does not wait for what it was given before.
@@ -281,12 +371,41 @@ class AdapterBank:
             raise AdapterError(
                 "use", "real tensors", type(batch).__name__, "Enter the block outside of torch.export and fake modes."
             )
-        self._batches[len(names), device] = self._routing.slots = batch
+        self._batches[part, len(wanted), device] = batch
+        return batch
+
+    def _route_ranks(self, routing: Routing, device: torch.device) -> None:
+        main = self._routing
         if device.type == "cpu":
-            self._routing.ranks = None
-        elif self._routing.ranks is None or self._routing.ranks.device != device:
+            routing.ranks = None
+        elif main.ranks is None or main.ranks.device != device:
             with torch.inference_mode(False):
-                self._routing.ranks = torch.tensor(self._ranks, dtype=torch.int32, device=device)
+                main.ranks = torch.tensor(self._ranks, dtype=torch.int32, device=device)
+        if routing is not main:
+            routing.ranks = main.ranks
+
+    def _name_of_part(self, part: str) -> str:
+        names = [name for name, _ in self._model.named_modules() if name]
+        found = [part] if part in names else [name for name in names if name.endswith(f".{part}")]
+        if len(found) != 1:
+            raise BatchError(
+                f"use: parts[{part!r}]",
+                "the name of one module of the model, or the end of its name",
+                f"one that {len(found)} modules have" if found else "one that no module has",
+                f"Pass the whole name: {', '.join(found[:3])}." if found else "See model.named_modules().",
+            )
+        return found[0]
+
+    def _unreached(self, names: list[str]) -> UnreachedLayerError:
+        parents = {name: self._model.get_submodule(name.rpartition(".")[0]) for name in names}
+        places = [f"{name} (in {type(parents[name]).__name__})" for name in names]
+        more = f" and {len(places) - 5} more" if len(places) > 5 else ""
+        return UnreachedLayerError(
+            "bank.use",
+            "a call of each layer whose weight is used",
+            f"weights that were read by a parent, which left LoRA out: {', '.join(places[:5])}{more}",
+            "Have the parent call the module, or leave it out with exclude_modules.",
+        )
 
     def _set_rank(self, slot: int, rank: int) -> None:
         self._ranks[slot] = rank
@@ -334,11 +453,14 @@ class AdapterBank:
         if not self._layers:
             raise AdapterError("bank", "a model it is attached to", "a bank that was detached", "Call xlc.attach().")
 
-    def _check_modules(self) -> None:
+    def _check_modules(self, *, hooks_may_stay: bool = True) -> None:
         self._check_attached()
-        present = {plain_name(name): module for name, module in self._model.named_modules()}
+        replaced = [path for parent, key, child, path in self._edges if parent._modules.get(key) is not child]
         for name, layer in self._layers.items():
-            if present.get(name) is not layer or "forward" in vars(layer):
+            inside = any(name == path or name.startswith(f"{path}.") for path in replaced)
+            # A hook of accelerate's calls the layer's own forward.
+            hooked = "forward" in vars(layer) and not (hooks_may_stay and "_hf_hook" in vars(layer))
+            if inside or hooked:
                 raise AdapterError(
                     f"bank: {name}",
                     "the module that LoRA was attached to",
@@ -347,3 +469,49 @@ class AdapterBank:
                 )
             if layer.lora_a.is_meta:
                 raise AdapterError(f"bank: {name}", "weights that have memory", "meta tensors", "Load the model first.")
+
+
+def _edges(model: nn.Module, layers: Mapping[str, Layer]) -> list[tuple[nn.Module, str, nn.Module, str]]:
+    """Each step on the way from the model to its layers: a parent, its child's name in it, the child, and its path."""
+    edges: dict[str, tuple[nn.Module, str, nn.Module, str]] = {}
+    for name in layers:
+        parent, path = model, ""
+        for key in name.split(".") if name else ():
+            path = f"{path}.{key}" if path else key
+            if path not in edges:
+                edges[path] = parent, key, parent._modules[key], path  # type: ignore[assignment]
+            parent = edges[path][2]
+    return list(edges.values())
+
+
+def _checked_rows(where: str, names: Any, lengths: Any) -> Rows:
+    if not isinstance(names, list | tuple) or not names:
+        raise BatchError(
+            where, "a list with a name, or None, for each sequence", repr(names), "Write `use(['pirate'])`."
+        )
+    if lengths is None:
+        return Rows(tuple(names))
+    lengths = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+    if (
+        not isinstance(lengths, list | tuple)
+        or len(lengths) != len(names)
+        or not all(type(length) is int and length > 0 for length in lengths)
+    ):
+        raise BatchError(
+            f"{where}: lengths",
+            f"{len(names)} numbers of tokens, one for each name, of at least 1",
+            repr(lengths),
+            "Leave out sequences without tokens, with their names.",
+        )
+    return Rows(tuple(names), tuple(lengths))
+
+
+def _checked_parts(parts: Any) -> dict[str, Any]:
+    if isinstance(parts, Mapping) and all(isinstance(part, str) and part for part in parts):
+        return dict(parts)
+    raise BatchError(
+        "use: parts",
+        "a mapping from names of modules to names of adapters",
+        repr(parts),
+        'Write {"vision_tower": [...]}.',
+    )

@@ -1,0 +1,56 @@
+"""Which of a module's inputs hold the batch, and along which dimension."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+# Beside a text these are one for each image, clip or sound, and a sequence may have several of them, or none.
+_MEDIA = ("pixel_", "image_", "images", "video_", "audio_", "input_features", "input_values", "vision_", "flattened_patches")
+_TEXT = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+
+
+def named_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The inputs of a call by name, with what lists, tuples and dictionaries among them hold."""
+    names = parameters(type(module)) if args else ()
+    found: list[tuple[str, Any]] = []
+    for position, value in enumerate(args):
+        found += _flat(names[position] if position < len(names) else f"input {position}", value, 0)
+    for name, value in kwargs.items():
+        found += _flat(name, value, 0)
+    return found
+
+
+def is_media(name: str, inputs: list[tuple[str, Any]], main_input: str | None) -> bool:
+    """Whether an input is not one a sequence: images of a model that reads text."""
+    if not name.startswith(_MEDIA):
+        return False
+    if main_input is not None:
+        return name != main_input
+    return any(other in _TEXT for other, _ in inputs)
+
+
+def _flat(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Tensor) or depth == 3:
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(f"{name}.{key}", item, depth + 1)
+    elif isinstance(value, list | tuple):
+        for position, item in enumerate(value):
+            yield from _flat(f"{name}[{position}]", item, depth + 1)
+    else:
+        yield name, value
+
+
+_known: dict[type, tuple[str, ...]] = {}
+
+
+def parameters(kind: type) -> tuple[str, ...]:
+    """The names of what a module's forward takes."""
+    if kind not in _known:
+        _known[kind] = tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
+    return _known[kind]

@@ -1,0 +1,488 @@
+"""`Routing`: the slot of each row that a layer is given. All layers of a model share one, or one a part of the model.
+
+Eagerly the first call of a model with inputs of a new kind is followed by a `Watch`; what it learns about each layer holds
+for later calls of that kind. In compiled code Dynamo asks while it traces: see `tracing.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from xpu_lora_compile.errors import BatchError, CopiedModelError, OutsideBlockError, UnprovedRowsError
+from xpu_lora_compile.rows import tracing
+from xpu_lora_compile.rows.bytecode import only_looks
+from xpu_lora_compile.rows.inputs import is_media, named_inputs
+from xpu_lora_compile.rows.layout import Layout
+from xpu_lora_compile.rows.owners import UNKNOWN, along, constant
+from xpu_lora_compile.rows.watch import Watch
+from xpu_lora_compile.torch_internals import current_backward
+
+# What a layer's rows are while every sequence has the same adapter: any layout gives the same.
+UNIFORM = Layout(-1, 0, 0)
+
+
+class Routing:
+    """The slot of each sequence in the batch.
+
+    Attributes:
+        slots: `[batch]`, int64, -1 for the base model; of a packed batch one for each token. None outside a block.
+        ranks: `[K]`, int32: the highest rank of each slot's adapter, 0 where it is empty; None on a CPU, whose kernel
+            asks for none.
+        block: the `use` block that says so.
+        uniform: whether all sequences have the same adapter, or none.
+        named: whether any has one.
+        lengths: of the sequences of a packed batch, in tokens; else None.
+        main_input: the model's main input, where the model says so.
+        mine: the innermost block of this thread or asyncio task; others start without one.
+    """
+
+    def __init__(self, main_input: str | None = None, part: str = "") -> None:
+        self.slots: Tensor | None = None
+        self.ranks: Tensor | None = None
+        self.block: Any = None
+        self.uniform = self.named = False
+        self.lengths: tuple[int, ...] | None = None
+        self.main_input = main_input
+        self.part = part
+        self.mine: ContextVar[Any] = ContextVar("mine", default=None)
+        # How deep in modules that `Entry` hooks the current call is, and what is known of its rows.
+        self._depth = 0
+        self._watch: Watch | None = None
+        self._entered: tuple[Hashable, nn.Module] | None = None
+        self._proof: dict[tuple[str, int], Layout] = {}
+        self._proofs: dict[Hashable, dict[tuple[str, int], Layout]] = {}
+        # By layer alone; None where two kinds of calls disagree.
+        self._anywhere: dict[tuple[str, int], Layout | None] = {}
+        # On a CPU, for this block: the rows of layers that were asked for before, for each kind of call.
+        self._rows: dict[Hashable, dict[Any, Tensor]] = {}
+        self._rows_of_call: dict[Any, Tensor] = {}
+        # By layer: the block in which it ran last, how often, and what backward passes ran again.
+        self.called: dict[str, Any] = {}
+        # Layers whose weight something else than the layer read in this block; and the same of compiled code, for good,
+        # with the node of the weight in its graph.
+        self._read: set[str] = set()
+        self.traced_reads: dict[str, Any] = {}
+        self.traced_calls: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LostRouting:
+        return LostRouting()
+
+    def __reduce__(self) -> Any:
+        return LostRouting, ()
+
+    def point(self, slots: Tensor | None, block: Any = None, lengths: tuple[int, ...] | None = None) -> None:
+        """Have layers use these slots from now on; None outside of all blocks."""
+        self._abandon()
+        self._rows = {}
+        self._rows_of_call = {}
+        self._read = set()
+        self.block, self.lengths = block, lengths
+        self.uniform = slots is not None and len(set(block.slots_of(self.part))) == 1
+        self.named = slots is not None and any(slot >= 0 for slot in block.slots_of(self.part))
+        self.slots = slots
+
+    def is_mine(self) -> bool:
+        """Whether the block that is open was opened by this thread or task."""
+        return self.block is self.mine.get() or self.block is None
+
+    def rows_of(self, layer: Any, inputs: Tensor, features: int) -> Tensor | None:
+        """The slot of each row of a layer's inputs; None where the base model is asked for.
+
+        Args:
+            layer: with its name in `lora_name`.
+            inputs: `[..., *features]`.
+            features: how many of its last dimensions are no rows.
+
+        Raises:
+            BatchError: nobody knows whose rows these are, or the model has been moved since the block was entered.
+            OutsideBlockError: another thread or task has a block open, or a backward pass has left its block.
+        """
+        if is_compiling():
+            return self._traced_rows_of(layer, inputs, features)
+        slots = self.slots
+        if slots is None:
+            if self.called:
+                self._note_call_without_block(layer)
+            return None
+        if self.block is not self.mine.get():
+            self.check_caller()
+        self._note_call(layer)
+        shape = inputs.shape[: inputs.dim() - features]
+        rows = self._rows_of_call.get((layer.lora_name, shape))
+        if rows is not None and inputs.device == slots.device:
+            return rows
+        self._check_device(inputs, slots)
+        layout = self._layout(layer, inputs, features)
+        if layout is UNIFORM:
+            rows = slots[:1].expand(shape.numel())
+        else:
+            rows = self._by(layout, slots, shape, layer)
+        # On other devices graphs may be captured, which must compute the rows anew in each replay.
+        if slots.device.type == "cpu":
+            self._rows_of_call[layer.lora_name, shape] = rows
+        return rows
+
+    def owners_of(self, layer: Any, inputs: Tensor, features: int) -> Tensor | None:
+        """The number of each row's sequence; None where all have the same adapter, so that nobody asked."""
+        layout = None if self.slots is None else self._layout(layer, inputs, features)
+        if layout is None or layout is UNIFORM:
+            return None
+        numbers = torch.arange(len(self.slots)) if self.lengths is None else self.owners(0, 1).long()
+        return layout.rows(numbers, inputs.shape[: inputs.dim() - features])
+
+    def enter(self, module: nn.Module, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A module that holds layers is called: find out, or remember, how the rows of its layers come about."""
+        self._depth += 1
+        if self._depth > 1 or self.slots is None:
+            return
+        if self.block is not self.mine.get():
+            self.check_caller()
+        if self.uniform and not self.named:
+            return
+        inputs = named_inputs(module, args, kwargs)
+        batched = self._batched(inputs)
+        if not batched:
+            self._raise_batch_size(inputs)
+        if self.uniform:
+            return
+        kind = self._kind(module, prefix, inputs)
+        self._entered = kind, module
+        self._rows_of_call = self._rows.setdefault(kind, {})
+        known = self._proofs.get(kind)
+        if known is not None:
+            self._proof = known
+            return
+        self._proof = {}
+        self._watch = Watch(len(self.lengths or self.slots), self.lengths)
+        self._mark(self._watch, inputs, batched)
+        self._watch.__enter__()
+
+    def leave(self, result: Any) -> None:
+        """The call has ended; with None where it failed."""
+        if self._depth:
+            self._depth -= 1
+        if self._depth or self._entered is None:
+            return
+        watch, (kind, module) = self._watch, self._entered
+        self._stop_watching()
+        self._entered = None
+        self._rows_of_call = {}
+        if watch is not None:
+            try:
+                if result is not None:
+                    self._check_result(watch, module, result)
+                    self._proofs[kind] = self._proof
+            finally:
+                watch.forget()
+
+    def note_read(self, layer: Any) -> None:
+        """The weight of a layer is read in eager code, by the layer or by something else."""
+        if self.block is None or layer.lora_name in self._read:
+            return
+        last = self.called.get(layer.lora_name)
+        if (last is None or last[0] is not self.block) and not only_looks(sys._getframe(2)):
+            self._read.add(layer.lora_name)
+
+    def unreached(self) -> list[str]:
+        """Layers that were left out of this block: their weight was read, and they were not called."""
+        called = {name for name, last in self.called.items() if last[0] is self.block}
+        traced = {name for name, node in self.traced_reads.items() if not node._erased and node.users}
+        return sorted((self._read - called | traced) - self.traced_calls)
+
+    def _abandon(self) -> None:
+        """Whatever an interrupted call has left behind."""
+        watch = self._watch
+        self._stop_watching()
+        if watch is not None:
+            watch.forget()
+        self._depth, self._entered, self._proof = 0, None, {}
+
+    def _stop_watching(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.__exit__(None, None, None)
+
+    # Eager calls.
+
+    def _layout(self, layer: Any, inputs: Tensor, features: int) -> Layout:
+        if self.uniform:
+            return UNIFORM
+        key = layer.lora_name, inputs.dim()
+        if self._watch is not None:
+            found = self._watch.layout_of(inputs, features)
+            if isinstance(found, str):
+                raise self.unproved(layer.lora_name, inputs, found)
+            if self._proof.setdefault(key, found) != found:
+                raise self.unproved(layer.lora_name, inputs, "one call of the model gives it rows in two orders")
+            if self._anywhere.setdefault(key, found) != found:
+                self._anywhere[key] = None
+            return found
+        known = self._proof.get(key) or self._anywhere.get(key)
+        if known is None:
+            if self._entered is not None:
+                # It is followed when it comes again.
+                self._proofs.pop(self._entered[0], None)
+                why = "earlier calls with such inputs did not reach it, so that their rows were not followed to it"
+                raise self.unproved(layer.lora_name, inputs, why, "Call the model again: that call is followed.")
+            why = "it was not called by the model, or by a part of it that is followed"
+            raise self.unproved(
+                layer.lora_name, inputs, why, f"Call the model, or name it as a part: use(..., {_part(layer)})."
+            )
+        return known
+
+    def _by(self, layout: Layout, slots: Tensor, shape: Sequence[int], layer: Any) -> Tensor:
+        if not layout.takes(shape[layout.dimension], slots.shape[0]):
+            raise self.unproved(
+                layer.lora_name, shape, f"its rows came as {layout} before, which does not fit {len(slots)} names"
+            )
+        return layout.rows(slots, shape)
+
+    def _batched(self, inputs: list[tuple[str, Any]]) -> dict[str, int]:
+        """The inputs that hold the batch, and along which dimension."""
+        assert self.slots is not None  # noqa: S101 - for the type checker
+        size = self.slots.shape[0]
+        found = {}
+        for name, value in inputs:
+            if isinstance(value, Tensor) and value.dim() and not is_media(name, inputs, self.own_main_input()):
+                if value.shape[0] == size and (self.lengths is None or value.dim() < 3 or value.shape[0] != 1):
+                    found[name] = 0
+                elif self.lengths is not None and value.dim() > 1 and value.shape[1] == size:
+                    found[name] = 1
+        return found
+
+    def own_main_input(self) -> str | None:
+        """The model's main input, where that says which other inputs are media; None for a part."""
+        # What a user has named a part of the model is told whose its inputs are.
+        return None if self.part else self.main_input
+
+    def _mark(self, watch: Watch, inputs: list[tuple[str, Any]], batched: dict[str, int]) -> None:
+        for name, value in inputs:
+            if not isinstance(value, Tensor):
+                continue
+            if name in batched:
+                watch.own(value, self.owners(batched[name], value.dim()))
+            else:
+                watch.own(value, constant(UNKNOWN, value.dim()), f"from the input {name} {list(value.shape)}")
+
+    def known_anywhere(self, name: str, dimensions: int) -> Layout | None:
+        """What eager calls have shown of a layer, if all of them agree."""
+        return self._anywhere.get((name, dimensions))
+
+    def owners(self, dimension: int, dimensions: int) -> Tensor:
+        """The owners of an input that holds the batch along a dimension."""
+        assert self.slots is not None  # noqa: S101 - for the type checker
+        if self.lengths is None:
+            return along(dimension, dimensions, self.slots.shape[0])
+        sequences = torch.arange(len(self.lengths), dtype=torch.int32).repeat_interleave(torch.tensor(self.lengths))
+        return sequences.view([-1 if at == dimension else 1 for at in range(dimensions)])
+
+    def _kind(self, module: nn.Module, prefix: str, inputs: list[tuple[str, Any]]) -> Hashable:
+        """What two calls have in common whose rows come about in the same way: all but how long things are."""
+        assert self.slots is not None  # noqa: S101 - for the type checker
+        size = self.slots.shape[0]
+        described: list[Hashable] = []
+        for name, value in inputs:
+            if isinstance(value, Tensor):
+                sizes = tuple(one if one == 1 else "batch" if one == size else "*" for one in value.shape)
+                described.append((name, sizes, value.dtype))
+            elif value is None or isinstance(value, bool | str):
+                described.append((name, value))
+            else:
+                described.append((name, type(value)))
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), module.training
+        return prefix, self.lengths is None, modes, tuple(described)
+
+    def _check_result(self, watch: Watch, module: nn.Module, result: Any) -> None:
+        """A model whose results all mix the sequences was not given the batch as it was said."""
+        tensors = [value for _, value in named_inputs(module, (), {"result": result}) if isinstance(value, Tensor)]
+        large = [tensor for tensor in tensors if tensor.dim() > 2 and watch.known(tensor) is not None]
+        if large and all(watch.is_mixed(tensor) for tensor in large):
+            raise UnprovedRowsError(
+                f"bank.use: {type(module).__name__}",
+                "a model that keeps the sequences of the batch apart",
+                "one whose results mix what was said to be different sequences",
+                "The batch must be the first dimension of the inputs: give the model, or its layers, batch_first=True.",
+            )
+
+    def _note_call(self, layer: Any) -> None:
+        last = self.called.get(layer.lora_name)
+        if torch.is_grad_enabled() and (task := current_backward()) is not None:
+            # A checkpoint runs the layer again, as often as the block has run it.
+            if last is None or last[0] is not self.block:
+                raise _outside_backward(layer)
+            again = last[3] + 1 if last[2] == task else 1
+            if again > last[1]:
+                raise _outside_backward(layer)
+            self.called[layer.lora_name] = last[0], last[1], task, again
+        else:
+            count = last[1] + 1 if last is not None and last[0] is self.block else 1
+            self.called[layer.lora_name] = self.block, count, None, 0
+
+    def _note_call_without_block(self, layer: Any) -> None:
+        if torch.is_grad_enabled() and current_backward() is not None:
+            if layer.lora_name in self.called:
+                raise _outside_backward(layer)
+        else:
+            self.called.pop(layer.lora_name, None)
+
+    def check_caller(self) -> None:
+        """Raise OutsideBlockError for a call from a thread or task without a block, unless it is a backward pass's."""
+        # The threads of autograd have no context of their own.
+        if current_backward() is not None:
+            return
+        raise OutsideBlockError(
+            "bank.use",
+            "a call from the thread or task that opened the `use` block",
+            "one from another, which has none",
+            "Run the model in the thread or task of the block, or wait for its end.",
+        )
+
+    def _check_device(self, inputs: Tensor, slots: Tensor) -> None:
+        if inputs.device != slots.device:
+            raise BatchError(
+                "bank.use",
+                f"a batch on {slots.device}, where the model was when the block was entered",
+                f"one on {inputs.device}",
+                "Move the model before the block.",
+            )
+
+    def _raise_batch_size(self, inputs: list[tuple[str, Any]]) -> None:
+        assert self.slots is not None  # noqa: S101 - for the type checker
+        tensors = [(name, value) for name, value in inputs if isinstance(value, Tensor) and value.dim()]
+        shown = ", ".join(f"{name} {list(value.shape)}" for name, value in tensors[:4])
+        raise BatchError(
+            "bank.use",
+            "one name for each sequence of the batch, the first dimension of the model's inputs",
+            _mismatch(self, tensors[0][1].shape[0] if tensors else 0) + f": {shown or 'no tensor'}",
+            _NAME_EVERY_SEQUENCE,
+        )
+
+    def unproved(self, name: str, inputs: Any, why: str, remedy: str | None = None) -> UnprovedRowsError:
+        """The error for a layer whose rows nobody can tell."""
+        shape = list(inputs.shape if isinstance(inputs, Tensor) else inputs)
+        number = "" if self.slots is None else f" of {len(self.lengths or self.slots)} sequences"
+        part = name.rsplit(".", 1)[0] if "." in name else name
+        return UnprovedRowsError(
+            f"bank.use: {name}",
+            f"rows that are known to be those{number}",
+            f"an input of shape {shape}: {why}",
+            remedy
+            or f"Say whose rows the part of the model has: use(names, parts={{{part!r}: names_of_its_rows}}); or leave "
+            "the module out with exclude_modules; or give all sequences the same adapter.",
+        )
+
+    # While Dynamo traces.
+
+    def _traced_rows_of(self, layer: Any, inputs: Tensor, features: int) -> Tensor | None:
+        slots = self.slots
+        if slots is None:
+            return None
+        if inputs.device != slots.device:
+            self._check_device(inputs, slots)
+        dimension, outer, inner = tracing.layout_of(self, layer, inputs, features)
+        shape = inputs.shape[: inputs.dim() - features]
+        if dimension < 0:
+            return slots[:1].expand(shape.numel())
+        if (dimension, outer, inner) == (0, 1, 1):
+            rows = 1
+            for size in shape[1:]:
+                rows = rows * size
+            if shape[0] != slots.shape[0]:
+                raise BatchError("bank.use", "one name a sequence", _mismatch(self, shape[0]), _NAME_EVERY_SEQUENCE)
+            return slots.unsqueeze(1).expand(-1, rows).reshape(-1)
+        layout = Layout(dimension, outer, inner)
+        if not layout.takes(shape[dimension], slots.shape[0]):
+            raise BatchError("bank.use", "one name a sequence", _mismatch(self, shape[0]), _NAME_EVERY_SEQUENCE)
+        return layout.rows(slots, shape)
+
+
+_NAME_EVERY_SEQUENCE = (
+    "Name an adapter, or None, for every sequence. `generate` repeats the names itself for beams and several samples."
+)
+
+
+def _mismatch(routing: Routing, batch: Any) -> str:
+    if routing.slots is None:
+        return f"a batch of {batch}"
+    if routing.lengths is not None:
+        return f"lengths of {routing.slots.shape[0]} tokens in all for inputs of other sizes"
+    return f"{routing.slots.shape[0]} names for a batch of {batch}"
+
+
+def _part(layer: Any) -> str:
+    return f"parts={{{layer.lora_name!r}: names}}"
+
+
+def _outside_backward(layer: Any) -> OutsideBlockError:
+    return OutsideBlockError(
+        f"bank.use: {layer.lora_name}",
+        "a backward pass inside the `use` block of its forward pass",
+        "one that recomputes the layer outside of it",
+        "Call backward() before the block ends: a checkpoint runs the model again, with the adapters of that moment.",
+    )
+
+
+class LostRouting:
+    """What a copied or unpickled layer has in the place of its routing: no bank sets it."""
+
+    slots = ranks = None
+
+    def rows_of(self, layer: Any, inputs: Tensor, features: int) -> Tensor | None:
+        """Say so.
+
+        Raises:
+            CopiedModelError: always.
+        """
+        raise CopiedModelError(
+            f"xlc: {layer.lora_name}",
+            "a model that belongs to a bank",
+            "a copy of one, which no bank knows",
+            "Call xlc.attach(copy) for a bank of its own, or xlc.detach(copy) for the plain model.",
+        )
+
+    def note_read(self, layer: Any) -> None:
+        """Nothing: a copy may be looked at."""
+
+    def enter(self, *_: Any) -> None:
+        """Nothing: the first layer says what is wrong."""
+
+    def leave(self, *_: Any) -> None:
+        """Nothing."""
+
+
+class Entry:
+    """Hooks of a module that people call: they tell its routing where a call begins and ends."""
+
+    def __init__(self, prefix: str, routing: Any) -> None:
+        self.prefix = prefix
+        self.routing = routing
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook, with keywords."""
+        if not is_compiling():
+            self.routing.enter(module, self.prefix, args, kwargs)
+        elif self.routing.slots is not None:
+            tracing.enter(self.routing, self.routing.slots, module, args, kwargs)
+
+    def after(self, module: nn.Module, args: Any, result: Any) -> None:
+        """A forward hook that is called after failures, too."""
+        if not is_compiling():
+            self.routing.leave(result)
+        elif self.routing.slots is not None:
+            tracing.leave(self.routing)
+
+    def hook(self, module: nn.Module) -> list[Any]:
+        """Register both; returns their handles."""
+        return [
+            module.register_forward_pre_hook(self.before, with_kwargs=True),
+            module.register_forward_hook(self.after, always_call=True),
+        ]
+
+

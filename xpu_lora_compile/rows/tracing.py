@@ -1,0 +1,277 @@
+"""The same while Dynamo traces: the graph that it has captured so far shows where a layer's input comes from.
+
+`layout_of`, `enter` and `leave` are called by traced code and answered while tracing; nothing of them is in the graph. The
+graph is run once more, on fake tensors of the example inputs' sizes under a `Watch`, as far as the layer at hand.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+from torch.utils._pytree import tree_map
+
+from xpu_lora_compile.errors import BatchError
+from xpu_lora_compile.rows.inputs import is_media, parameters
+from xpu_lora_compile.rows.owners import UNKNOWN, constant
+from xpu_lora_compile.rows.watch import Watch
+from xpu_lora_compile.torch_internals import (
+    answers_while_tracing,
+    fake_mode,
+    graphs_at,
+    guard_on,
+    hint_of,
+    is_state_change,
+    without_tracing,
+)
+
+
+def enter(routing: Any, slots: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Traced: a module that holds layers is called with these inputs."""
+    for position, value in enumerate(args):
+        _note_inputs(routing, module, position, value, 0)
+    for name, value in kwargs.items():
+        _note_inputs(routing, module, name, value, 0)
+    problem = _entered(routing, slots, module)
+    if problem is not None:
+        raise BatchError(
+            "bank.use", "one name for each sequence of the batch, the first dimension of the model's inputs", problem,
+            "Name an adapter, or None, for every sequence. `generate` repeats the names itself for beams and several "
+            "samples.",
+        )  # fmt: skip
+
+
+def leave(routing: Any) -> None:
+    """Traced: that call ends."""
+    _left(routing)
+
+
+def _note_inputs(routing: Any, module: nn.Module, name: Any, value: Any, depth: int) -> None:
+    if isinstance(value, Tensor):
+        _note_input(routing, module, name, value)
+    elif depth < 3 and isinstance(value, dict):
+        for key, item in value.items():
+            _note_inputs(routing, module, f"{name}.{key}", item, depth + 1)
+    elif depth < 3 and isinstance(value, list | tuple):
+        for item in value:
+            _note_inputs(routing, module, f"{name}[]", item, depth + 1)
+
+
+# Answered while tracing.
+
+
+@answers_while_tracing
+def layout_of(at: Any, routing: Any, layer: Any, inputs: Any, features: int) -> tuple[int, int, int]:
+    """The layout of a layer's rows, as three constants; (-1, 0, 0) where every sequence has the same adapter."""
+    if at is None:
+        trace, found, example = None, "", inputs
+    else:
+        routing.traced_calls.add(layer.lora_name)
+        _check_caller(at, routing)
+        trace, example = _trace_of(at, routing), inputs.meta["example_value"]
+        found = trace.layout_of(inputs, features)
+    if not isinstance(found, str):
+        return tuple(found)
+    was_entered = trace is not None and trace.was_entered
+    if not was_entered and (known := routing.known_anywhere(layer.lora_name, example.dim())) is not None:
+        return tuple(known)
+    if routing.uniform:
+        if at is not None:
+            own = weakref.ref(routing)
+            guard_on(at, f"xpu_lora: one adapter for all rows of {routing.part or 'the model'}", lambda: own().uniform)
+        return -1, 0, 0
+    if was_entered:
+        raise routing.unproved(layer.lora_name, example, found)
+    raise routing.unproved(
+        layer.lora_name,
+        example,
+        "the compiler broke the graph between the inputs of the model and this layer",
+        "Call the model once without torch.compile in a `use` block: that call is followed.",
+    )
+
+
+def _check_caller(at: Any, routing: Any) -> None:
+    """Only code of the thread or task that opened the block may run the graph."""
+    if not routing.is_mine():
+        routing.check_caller()
+    own = weakref.ref(routing)
+    guard_on(at, f"xpu_lora: a call from its block {id(routing)}", lambda: own().is_mine())
+
+
+@answers_while_tracing
+def _note_input(at: Any, routing: Any, module: Any, name: Any, value: Any) -> None:
+    if at is not None:
+        _trace_of(at, routing).pending.append((name, value))
+
+
+@answers_while_tracing
+def _entered(at: Any, routing: Any, slots: Any, module: Any) -> str | None:
+    if at is None:
+        return None
+    _check_caller(at, routing)
+    return _trace_of(at, routing).entered(module, slots)
+
+
+@answers_while_tracing
+def note_read(at: Any, routing: Any, layer: Any, weight: Any) -> None:
+    """The weight of a layer is read by traced code."""
+    if at is not None and layer.lora_name not in routing.traced_calls:
+        routing.traced_reads[layer.lora_name] = weight
+
+
+@answers_while_tracing
+def _left(at: Any, routing: Any) -> None:
+    if at is not None:
+        trace = _trace_of(at, routing)
+        trace.depth = max(0, trace.depth - 1)
+
+
+class Trace:
+    """One graph in the making, and whose the values of its nodes are."""
+
+    def __init__(self, graph: Graph, routing: Any, outer: Trace | None) -> None:
+        self.graph = graph
+        self.routing = routing
+        self.outer = outer
+        self.depth = 0
+        self.was_entered = outer is not None and outer.was_entered
+        self.pending: list[tuple[Any, Node]] = []
+        self.values: dict[Node, Any] = {}
+        batch = len(routing.lengths or routing.slots)
+        self.watch = Watch(batch, routing.lengths) if outer is None else outer.watch
+        self.mode = fake_mode() if outer is None else outer.mode
+
+    def entered(self, module: nn.Module, slots: Node) -> str | None:
+        """A module is called with the inputs that were noted; says what is wrong with their sizes."""
+        noted, self.pending = self.pending, []
+        self.depth += 1
+        if self.depth > 1:
+            return None
+        self.was_entered = True
+        names = parameters(type(module))
+        inputs = []
+        for name, node in noted:
+            text = name if isinstance(name, str) else names[name] if name < len(names) else f"input {name}"
+            inputs.append((text, node))
+        self.advance()
+        size = slots.meta["example_value"].shape[0]
+        main = self.routing.own_main_input()
+        found = 0
+        for name, node in inputs:
+            example = node.meta["example_value"]
+            value = self.values.get(node)
+            if not isinstance(value, Tensor) or not value.dim():
+                continue
+            dimension = None
+            if not is_media(name, inputs, main):
+                # A symbolic size is settled by a guard.
+                if bool(example.shape[0] == size):
+                    dimension = 0
+                elif self.routing.lengths is not None and value.dim() > 1 and bool(example.shape[1] == size):
+                    dimension = 1
+            if dimension is None:
+                cause = f"from the input {name} {list(value.shape)}"
+                self.watch.own(value, constant(UNKNOWN, value.dim()), cause)
+            else:
+                found += 1
+                self.watch.own(value, self.routing.owners(dimension, value.dim()))
+        if found or not self.routing.named:
+            return None
+        shown = [value.shape[0] for _, node in inputs if isinstance(value := self.values.get(node), Tensor) and value.dim()]
+        return f"{hint_of(size)} names for a batch of {shown[0] if shown else 0}"
+
+    def layout_of(self, inputs: Node, features: int) -> Any:
+        """The layout of the rows of a node's value, or what is wrong with them."""
+        self.advance()
+        value = self.values.get(inputs)
+        if not isinstance(value, Tensor):
+            return "the graph does not show where they come from"
+        if self.watch.batch < 2 and not self.routing.lengths:
+            return 0, 1, 0
+        with without_tracing():
+            return self.watch.layout_of(value, features)
+
+    def advance(self) -> None:
+        """Follow what has been added to the graph."""
+        with without_tracing(), torch.no_grad():
+            for node in list(self.graph.nodes):
+                if node not in self.values and node.op != "output":
+                    self.values[node] = self._value_of(node)
+
+    def _value_of(self, node: Node) -> Any:
+        example = node.meta.get("example_value")
+        if node.op == "placeholder" or node.op == "get_attr":
+            if self.outer is not None and (value := self.outer.same_as(example)) is not None:
+                return value
+            return tree_map(self._fake, example)
+        if node.op not in ("call_function", "call_method") or is_state_change(node.target):
+            return self._unknown(node, example)
+        args, kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), self._look_up)  # type: ignore[misc]
+        try:
+            with self.mode, self.watch:
+                if node.op == "call_method":
+                    value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                else:
+                    value = node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception:  # noqa: BLE001
+            # - what cannot be run on fake tensors is not followed
+            return self._unknown(node, example)
+        if isinstance(value, Tensor) != isinstance(example, Tensor) or (
+            isinstance(value, Tensor) and list(value.shape) != [hint_of(size) for size in example.shape]
+        ):
+            return self._unknown(node, example)
+        return value
+
+    def same_as(self, example: Any) -> Any:
+        """The value of the node that Dynamo has this example of."""
+        if not isinstance(example, Tensor):
+            return None
+        self.advance()
+        return next(
+            (value for node, value in self.values.items() if node.meta.get("example_value") is example), None
+        )
+
+    def _look_up(self, argument: Any) -> Any:
+        return self.values.get(argument) if isinstance(argument, Node) else argument
+
+    def _unknown(self, node: Node, example: Any) -> Any:
+        def fake(leaf: Any) -> Any:
+            made = self._fake(leaf)
+            if isinstance(made, Tensor):
+                self.watch.own(made, constant(UNKNOWN, made.dim()), f"after {node.target}, which is not followed")
+            return made
+
+        return tree_map(fake, example)
+
+    def _fake(self, leaf: Any) -> Any:
+        """A fake tensor of the sizes that the example inputs have."""
+        if isinstance(leaf, torch.SymInt):
+            return hint_of(leaf)
+        if not isinstance(leaf, Tensor):
+            return leaf
+        try:
+            sizes, strides = [hint_of(size) for size in leaf.shape], [hint_of(step) for step in leaf.stride()]
+            with self.mode:
+                return torch.empty_strided(sizes, strides, dtype=leaf.dtype, device=leaf.device)
+        except (RuntimeError, NotImplementedError):
+            return None
+
+
+# By graph: one of Dynamo's, or of a subgraph in it, and by routing.
+_traces: weakref.WeakKeyDictionary[Graph, dict[int, Trace]] = weakref.WeakKeyDictionary()
+
+
+def _trace_of(at: Any, routing: Any) -> Trace:
+    trace: Trace | None = None
+    for graph in graphs_at(at):
+        known = _traces.setdefault(graph, {})
+        if id(routing) not in known:
+            known[id(routing)] = Trace(graph, routing, trace)
+        trace = known[id(routing)]
+    assert trace is not None  # noqa: S101 - for the type checker
+    return trace
+
+
