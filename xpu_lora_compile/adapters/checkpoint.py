@@ -221,9 +221,9 @@ def _complete(
     wanted = [(name, part) for name, site in targeted.items() for part in _PARTS[site.kind]]
     if missing := [pair for pair in wanted if pair not in found]:
         named = few(f"{name}.{part}" for name, part in missing)
-        without = [name for name in dict.fromkeys(name for name, _ in missing) if not any(name == n for n, _ in found)]
+        held = {name for name, _ in found}
         remedy = "adapter_config.json targets these modules, so the file is incomplete: copy or download it again."
-        if without:
+        if any(name not in held for name, _ in missing):
             remedy += " If the adapter was trained without them, name them in exclude_modules of adapter_config.json."
         raise UnmatchedTensorError(str(path), "A and B for every targeted module", f"no {named}", remedy)
     return {name: tuple(found[name, part] for part in _PARTS[site.kind]) for name, site in targeted.items()}
