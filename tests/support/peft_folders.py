@@ -86,11 +86,6 @@ def sites_of(model: nn.Module) -> dict[str, Site]:
     return sites
 
 
-def base_weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights that PEFT may save a copy of."""
-    return {name: model.get_submodule(name).weight for name in ("model.embed_tokens", "lm_head")}
-
-
 def edit_config(folder: Path, **changes: Any) -> None:
     """Overwrite fields of adapter_config.json; `...` removes one."""
     path = folder / CONFIG_FILE

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 
 from xpu_lora_compile.adapters.checkpoint import Site, read_checkpoint
 from xpu_lora_compile.adapters.config import read_config
+from xpu_lora_compile.adapters.names import BaseModel, plain_name
+from xpu_lora_compile.adapters.needs import folder_path
 from xpu_lora_compile.errors import (
     AdapterError,
     BankInUseError,
@@ -97,7 +98,6 @@ class AdapterBank:
         self,
         model: nn.Module,
         layers: Mapping[str, Layer],
-        embeddings: Mapping[str, nn.Embedding | nn.Linear],
         routing: Routing,
         slots: int,
         max_rank: int,
@@ -105,14 +105,14 @@ class AdapterBank:
     ) -> None:
         self._model = model
         self._layers = dict(layers)
-        # The model's input and output embeddings: PEFT saves copies of them beside an adapter.
-        self._embeddings = dict(embeddings)
         # Of the model, under the name "", and of the parts that a block has named.
         self._routings = {"": routing}
         self._undo = [] if undo is None else undo
         self._edges = _edges(model, self._layers)
         self._slots: list[str | None] = [None] * slots
         self._ranks = [0] * slots
+        # How many modules the adapter of each slot has LoRA on; of no meaning where the slot is empty.
+        self._counts = [0] * slots
         self._max_rank = max_rank
         # One tensor for each size of batch, so that its address stays the same for captured graphs.
         self._batches: dict[tuple[str, int, torch.device], Tensor] = {}
@@ -121,10 +121,19 @@ class AdapterBank:
 
     def __repr__(self) -> str:
         held = ", ".join(self.names) or "empty"
-        return (
-            f"AdapterBank({held}; {len(self.names)} of {len(self._slots)} slots taken, "
-            f"max_rank={self._max_rank}, {len(self._layers)} modules)"
-        )
+        slots = f"{len(self.names)} of {len(self._slots)} slots taken"
+        size = f"max_rank={self._max_rank}, {len(self._layers)} modules, {self._memory()}"
+        lines = [f"AdapterBank({held}; {slots}, {size})"]
+        width = max(map(len, self.names), default=0)
+        for name, rank, modules in zip(self._slots, self._ranks, self._counts, strict=True):
+            if name is not None:
+                lines.append(f"  {name:{width}}  rank {rank} on {modules} modules")
+        return "\n".join(lines)
+
+    def _memory(self) -> str:
+        """Memory of the stacks, which all slots take from the start."""
+        size = sum(stack.nbytes for layer in self._layers.values() for stack in (layer.lora_a, layer.lora_b))
+        return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
     @property
     def _routing(self) -> Routing:
@@ -137,8 +146,8 @@ class AdapterBank:
 
     @property
     def sites(self) -> dict[str, Site]:
-        """The modules that carry LoRA, by name, with the sizes that an adapter must fit."""
-        return {name: layer.lora_site for name, layer in self._layers.items()}
+        """The modules that carry LoRA, by name without wrappers, with the sizes that an adapter must fit."""
+        return {plain_name(name): layer.lora_site for name, layer in self._layers.items()}
 
     def load(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Put the adapter of a PEFT folder into a free slot.
@@ -150,20 +159,20 @@ class AdapterBank:
         Raises:
             AdapterError: the name is taken or no slot is free, or the adapter does not fit; the subclass says which.
         """
-        if not isinstance(folder, str | os.PathLike):
-            raise AdapterError(f"load {name!r}", "the path of a PEFT folder", repr(folder), "Pass a string or a Path.")
+        path = folder_path(name, folder)
         with self._lock:
             self._free_slot(name)
         # Everything that can be wrong is found while reading, when nobody waits for the lock.
         dtypes = {layer.lora_a.dtype for layer in self._layers.values()}
         weights = read_checkpoint(
-            Path(folder),
-            read_config(Path(folder)),
+            path,
+            read_config(path),
             self.sites,
-            {path: base_weight(embedding) for path, embedding in self._embeddings.items()},
+            BaseModel.of(self._model),
             self._max_rank,
             min(dtypes, key=lambda dtype: torch.finfo(dtype).max),
         )
+        layers = {plain_name(name): layer for name, layer in self._layers.items()}
         with self._lock:
             # Another thread may have been faster.
             slot = self._free_slot(name)
@@ -171,8 +180,9 @@ class AdapterBank:
             self._clear(slot)
             with torch.no_grad():
                 for site, pair in weights.items():
-                    self._layers[site].store(slot, pair.a, pair.b)
+                    layers[site].store(slot, pair.a, pair.b)
             self._slots[slot] = name
+            self._counts[slot] = len(weights)
             self._set_rank(slot, max((pair.a.shape[0] for pair in weights.values()), default=0))
 
     def drop(self, name: str) -> None:
@@ -252,7 +262,7 @@ class AdapterBank:
         with self._lock:
             if self._blocks:
                 raise BankInUseError("detach", "a bank that is not in use", "a `use` block", "Leave the block first.")
-            self._check_modules()
+            self._check_modules(hooks_may_stay=False)
             for layer in self._layers.values():
                 layer.restore()
             for undo in self._undo:
@@ -443,12 +453,14 @@ class AdapterBank:
         if not self._layers:
             raise AdapterError("bank", "a model it is attached to", "a bank that was detached", "Call xlc.attach().")
 
-    def _check_modules(self) -> None:
+    def _check_modules(self, *, hooks_may_stay: bool = True) -> None:
         self._check_attached()
         replaced = [path for parent, key, child, path in self._edges if parent._modules.get(key) is not child]
         for name, layer in self._layers.items():
             inside = any(name == path or name.startswith(f"{path}.") for path in replaced)
-            if inside or "forward" in vars(layer):
+            # A hook of accelerate's calls the layer's own forward.
+            hooked = "forward" in vars(layer) and not (hooks_may_stay and "_hf_hook" in vars(layer))
+            if inside or hooked:
                 raise AdapterError(
                     f"bank: {name}",
                     "the module that LoRA was attached to",
@@ -457,13 +469,6 @@ class AdapterBank:
                 )
             if layer.lora_a.is_meta:
                 raise AdapterError(f"bank: {name}", "weights that have memory", "meta tensors", "Load the model first.")
-
-
-def base_weight(module: nn.Module) -> Tensor:
-    """The weight of a module, read in a way that does not count as a parent's that leaves LoRA out."""
-    weight = module._parameters["weight"]
-    assert weight is not None  # noqa: S101 - for the type checker
-    return weight
 
 
 def _edges(model: nn.Module, layers: Mapping[str, Layer]) -> list[tuple[nn.Module, str, nn.Module, str]]:
@@ -505,5 +510,8 @@ def _checked_parts(parts: Any) -> dict[str, Any]:
     if isinstance(parts, Mapping) and all(isinstance(part, str) and part for part in parts):
         return dict(parts)
     raise BatchError(
-        "use: parts", "a mapping from names of modules to names of adapters", repr(parts), 'Write {"vision_tower": [...]}.'
+        "use: parts",
+        "a mapping from names of modules to names of adapters",
+        repr(parts),
+        'Write {"vision_tower": [...]}.',
     )

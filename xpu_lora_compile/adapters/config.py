@@ -24,15 +24,44 @@ ALL_LINEAR = "all-linear"
 # A string is a regular expression for the whole name; a list holds names, or their last parts.
 Rule: TypeAlias = str | Collection[str]
 
+MERGE = (
+    "Let PEFT make a model of its own from it: PeftModel.from_pretrained(model, folder).merge_and_unload(); or train "
+    "the adapter again without this."
+)
+_SERVE_WITH_PEFT = (
+    "Serve it with PEFT: PeftModel.from_pretrained(model, folder); or train the adapter again without this."
+)
+
+_CONVERT = (
+    "Where it was trained, save_pretrained(path_initial_model_for_weight_conversion=...) writes it as plain LoRA."
+)
+_TRAIN_AGAIN = "Train the adapter again with init_lora_weights=True."
+# PEFT repeats the first two from the base weights as it loads an adapter; the others need the training's data.
+_INITS = {"pissa": f"{MERGE} {_CONVERT}", "olora": f"{MERGE} {_CONVERT}", "corda": _CONVERT, "lora_ga": _CONVERT}
+_UNKNOWN = (
+    "PEFT 0.21 does not know it and ignores it. If it only says how the adapter was trained, remove it from "
+    "adapter_config.json; if a newer PEFT gives it a meaning, serve the adapter with that PEFT."
+)
+
 # Kilobytes in practice; a list of every module of a large model is a megabyte.
 _LARGEST_CONFIG = 16 * 2**20
 
-_READ = {"peft_type", "target_modules", "exclude_modules", "r", "lora_alpha", "use_rslora"}
+_READ = {"peft_type", "target_modules", "exclude_modules", "r", "lora_alpha", "use_rslora", "ensure_weight_tying"}
 _READ |= {"layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"}
 # These say where the adapter came from or how it was trained, or refine a feature that is refused when it is on.
 _WITHOUT_EFFECT = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 _WITHOUT_EFFECT |= {"runtime_config", "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
 _WITHOUT_EFFECT |= {"megatron_core", "qalora_group_size"}
+# PEFT ignores it for nn.Linear and nn.Embedding, and no other module carries LoRA here.
+_WITHOUT_EFFECT |= {"fan_in_fan_out"}
+# Of ms-swift, and of PEFT before 0.3: dtypes and learning rates of the training, merging while evaluating.
+_WITHOUT_EFFECT |= {"lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "merge_weights"}
+# What PEFT can merge into the weights of any model, and what it cannot, or not into all.
+_MERGEABLE = {"use_dora", "bias", "modules_to_save", "trainable_token_indices", "target_parameters"}
+_MERGEABLE |= {"use_bdlora", "kasa_config", "velora_config", "monteclora_config"}
+_NOT_MERGEABLE = {"alora_invocation_tokens", "arrow_config", "layer_replication", "lora_bias", "use_qalora"}
+_NOT_MERGEABLE |= {"megatron_config"}
+_MERGEABLE_TYPES = {"ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA", "HRA", "FOURIERFT"}
 # The other initialisations (pissa, olora, corda, loftq, lora_ga) change the base weights too, so that the adapter is
 # wrong on the plain model. PEFT sets the field back to true where it has converted such an adapter while saving it.
 _INITS_THAT_LEAVE_THE_BASE_ALONE = {"gaussian", "eva", "orthogonal", "mica"}
@@ -72,7 +101,10 @@ def pattern_problem(pattern: str) -> str | None:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter targets and how strongly; every field is checked, and named as in PEFT."""
+    """What an adapter targets and how strongly; every field is checked, and named as in PEFT.
+
+    `part` is of our own: the name that the model has inside of the one that the adapter was trained on, or "".
+    """
 
     target_modules: str | tuple[str, ...]
     exclude_modules: str | tuple[str, ...] = ()
@@ -83,9 +115,12 @@ class AdapterConfig:
     layers_pattern: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    ensure_weight_tying: bool = False
+    part: str = ""
 
     def targets(self, name: str, *, plain_linear: bool = True) -> bool:
         """Whether the adapter targets the module; see `is_targeted` for `plain_linear`."""
+        name = self._full(name)
         if not is_targeted(name, self.target_modules, self.exclude_modules, plain_linear=plain_linear):
             return False
         # As in PEFT, a module that the list names in full is targeted in whatever layer it is.
@@ -93,13 +128,16 @@ class AdapterConfig:
 
     def rank(self, name: str) -> int:
         """Return the rank of the module's A and B."""
-        return self.rank_pattern.get(_first_match(self.rank_pattern, name), self.r)
+        return self.rank_pattern.get(_first_match(self.rank_pattern, self._full(name)), self.r)
 
     def scaling(self, name: str) -> float:
         """Return what multiplies B @ A: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
-        alpha = self.alpha_pattern.get(_first_match(self.alpha_pattern, name), self.lora_alpha)
+        alpha = self.alpha_pattern.get(_first_match(self.alpha_pattern, self._full(name)), self.lora_alpha)
         rank = self.rank(name)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def _full(self, name: str) -> str:
+        return f"{self.part}.{name}" if self.part else name
 
     def _in_chosen_layer(self, name: str) -> bool:
         for pattern in map(_layer_pattern, self.layers_pattern or (None,)):
@@ -119,13 +157,15 @@ def read_config(folder: Path) -> AdapterConfig:
     """
     path = folder / CONFIG_FILE
     values = _read_object(path)
-    if unsupported := list(_unsupported(values)):
-        raise UnsupportedAdapterError(
-            str(path),
-            "a plain LoRA adapter",
-            ", ".join(unsupported),
-            "Merge this adapter into its model with PEFT's merge_and_unload(), or train it without these options.",
+    if unsupported := dict(_unsupported(values)):
+        got = ", ".join(f"{name if len(name) < 100 else shown(name)}={shown(values.get(name))}" for name in unsupported)
+        remedies = " ".join(
+            f"{', '.join(name for name, its in unsupported.items() if its == remedy)}: {remedy}"
+            if len(set(unsupported.values())) > 1
+            else remedy
+            for remedy in dict.fromkeys(unsupported.values())
         )
+        raise UnsupportedAdapterError(str(path), "a plain LoRA adapter", got, remedies)
     fields = _Fields(path, values)
     config = AdapterConfig(
         target_modules=fields.rule("target_modules"),
@@ -139,6 +179,7 @@ def read_config(folder: Path) -> AdapterConfig:
         alpha_pattern={
             key: fields.number(f"alpha_pattern[{key!r}]", value) for key, value in fields.items("alpha_pattern")
         },
+        ensure_weight_tying=fields.switch("ensure_weight_tying"),
     )
     if config.layers_to_transform and isinstance(config.target_modules, str):
         raise fields.refusal("layers_to_transform", "no layers, where target_modules is one string")
@@ -156,7 +197,8 @@ class _Fields:
 
     def refusal(self, name: str, wanted: str, got: object = None) -> AdapterFileError:
         got = self.values.get(name) if got is None else got
-        return AdapterFileError(f"{self.path}: {name}", wanted, shown(got), "Save the adapter again with PEFT.")
+        remedy = "Write such a value into the field, or save the adapter again where it was trained."
+        return AdapterFileError(f"{self.path}: {name}", wanted, shown(got), remedy)
 
     def rule(self, name: str) -> str | tuple[str, ...]:
         value = self.values.get(name)
@@ -197,13 +239,13 @@ class _Fields:
 
     def switch(self, name: str) -> bool:
         value = self.values.get(name)
-        if value is None or isinstance(value, bool):
+        if not value or value is True:
             return bool(value)
         raise self.refusal(name, "true or false")
 
     def _tuple(self, name: str, of: type, wanted: str) -> tuple[Any, ...]:
         value = self.values.get(name)
-        value = [] if value in (None, "") else value
+        value = [] if not value and type(value) is not int else value
         if isinstance(value, list) and all(type(item) is of for item in value):
             return tuple(value)
         raise self.refusal(name, wanted)
@@ -227,23 +269,40 @@ def _read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _unsupported(values: dict[str, Any]) -> Iterator[str]:
+def _unsupported(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each field that asks for something else than plain LoRA, with what can be done about it."""
     for name, value in {"peft_type": None, "target_modules": None, **values}.items():
-        unset = value is None or value is False or value == [] or value == {}
         if name == "peft_type":
-            accepted = value == "LORA"
+            if value != "LORA":
+                merges = isinstance(value, str) and value in _MERGEABLE_TYPES
+                yield name, MERGE if merges else _SERVE_WITH_PEFT
         elif name == "target_modules":
             # PEFT would look the modules up by the model's architecture; its own files hold them resolved.
-            accepted = value is not None
+            if value is None:
+                yield name, "Write a list of the modules' names, as the keys of the weights name them, into the field."
         elif name == "bias":
-            accepted = unset or value == "none"
+            if value and value != "none":
+                yield name, MERGE
         elif name == "init_lora_weights":
             known = isinstance(value, str) and value.lower() in _INITS_THAT_LEAVE_THE_BASE_ALONE
-            accepted = unset or value is True or known
-        else:
-            accepted = unset or name in _READ or name in _WITHOUT_EFFECT
-        if not accepted:
-            yield f"{name if len(name) < 100 else shown(name)}={shown(value)}"
+            if value and value is not True and not known:
+                method = value.lower() if isinstance(value, str) else ""
+                yield name, next((remedy for start, remedy in _INITS.items() if method.startswith(start)), _TRAIN_AGAIN)
+        elif name in _MERGEABLE or name in _NOT_MERGEABLE:
+            # PEFT asks whether they are true.
+            if value:
+                yield name, MERGE if name in _MERGEABLE else _SERVE_WITH_PEFT
+        elif not (name in _READ or name in _WITHOUT_EFFECT or _is_unset(value)):
+            yield name, _UNKNOWN
+
+
+def _is_unset(value: object) -> bool:
+    """Whether a field that PEFT does not know says nothing: trainers write those of their own with empty values."""
+    if isinstance(value, str):
+        return value.lower() in ("", "none", "null")
+    if isinstance(value, dict | list):
+        return all(_is_unset(item) for item in (value.values() if isinstance(value, dict) else value))
+    return value is None or value is False
 
 
 def _name_pattern(key: str) -> str:

@@ -1,0 +1,80 @@
+"""What a set of adapters needs of a bank, read from their configs and the headers of their weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from xpu_lora_compile.adapters.checkpoint import Site, modules_in_checkpoint
+from xpu_lora_compile.adapters.config import read_config
+from xpu_lora_compile.adapters.names import BaseModel
+from xpu_lora_compile.errors import AdapterError, LoraError, UnmatchedTensorError
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a bank must have to hold some adapters.
+
+    Args:
+        modules: the names of the modules that any of them has LoRA on.
+        max_rank: the highest rank of all.
+        rows: for each module the most rows that a B has.
+    """
+
+    modules: tuple[str, ...]
+    max_rank: int
+    rows: Mapping[str, int]
+
+
+def needs_of(adapters: Mapping[str, str | os.PathLike[str]], sites: Mapping[str, Site], base: BaseModel) -> Needs:
+    """Read the folders of these adapters, but not their weights.
+
+    Args:
+        adapters: the folder of each adapter, by the adapter's name.
+        sites: every module of the model that could carry LoRA.
+        base: the model.
+
+    Raises:
+        AdapterError: an adapter cannot be read, or has LoRA on other modules; the error names it.
+    """
+    rows: dict[str, int] = {}
+    max_rank = 1
+    for name, folder in adapters.items():
+        with naming(name):
+            path = folder_path(name, folder)
+            config = read_config(path)
+            modules = modules_in_checkpoint(path, config, sites, base)
+            if not modules:
+                remedy = "Leave the adapter out, or save it again: it changes nothing."
+                raise UnmatchedTensorError(str(path), "LoRA on modules of the model", "a file without any", remedy)
+            for module, its_rows in modules.items():
+                rows[module] = max(rows.get(module, 0), its_rows)
+                max_rank = max(max_rank, config.rank(module))
+    # In the order of the model.
+    return Needs(tuple(module for module in sites if module in rows), max_rank, rows)
+
+
+def folder_path(name: str, folder: object) -> Path:
+    """Return the path of an adapter's folder.
+
+    Raises:
+        AdapterError: it is no path.
+    """
+    if not isinstance(folder, str | os.PathLike):
+        raise AdapterError(f"load {name!r}", "the path of a PEFT folder", repr(folder), "Pass a string or a Path.")
+    return Path(folder)
+
+
+@contextmanager
+def naming(adapter: str) -> Iterator[None]:
+    """Put the adapter's name into an error that does not have it."""
+    try:
+        yield
+    except LoraError as error:
+        where, *others = error.args
+        if repr(adapter) not in where:
+            error.args = (f"adapter {adapter!r}, {where}", *others)
+        raise
