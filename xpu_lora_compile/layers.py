@@ -256,8 +256,10 @@ def _hook_entries(model: nn.Module, layers: Mapping[str, nn.Module], routing: Ro
             if isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential):
                 break
             parent, path = parent.get_submodule(key), f"{path}.{key}" if path else key
-            entries[path] = parent
+            if not isinstance(parent, nn.ModuleList | nn.ModuleDict):
+                entries[path] = parent
     embedding = _input_embedding(model)
+    routing.entries = entries
     routing.parts = [path for path, module in entries.items() if path and embedding not in list(module.modules())]
     return [handle.remove for path, module in entries.items() for handle in Entry(path, routing).hook(module)]
 

@@ -13,6 +13,16 @@ from typing import Any
 import torch
 
 
+# Code that Dynamo traces where it is called from traced code, and leaves to Python otherwise.
+_RUN_BY_PYTHON: list[Any] = []
+
+
+def run_by_python(function: Any) -> Any:
+    """Have Dynamo not compile a function by itself, when it is called by code that is not traced."""
+    _RUN_BY_PYTHON.append(function.__code__)
+    return function
+
+
 def holds(condition: bool | torch.SymBool) -> bool:
     """Whether the condition is true, while compiling too.
 
@@ -230,6 +240,16 @@ def current_backward() -> int | None:
     return None if task == -1 else task
 
 
+@run_by_python
+def out_of_sight(function: Any, *args: Any) -> None:
+    """Call a function, and all that it calls, with Dynamo looking away; its last argument is whether it had looked."""
+    if is_dynamo_at_work():
+        disable: Any = torch.compiler.disable
+        disable(function)(*args, True)
+    else:
+        function(*args, False)
+
+
 # Questions that traced code asks, each with the function that answers it.
 _QUESTIONS: list[tuple[Any, Any]] = []
 
@@ -252,6 +272,7 @@ def answers_while_tracing(answer: Any) -> Any:
 def prepare_for_tracing() -> None:
     """Tell Dynamo of the questions; loads it. A second call changes nothing."""
     import torch._dynamo as dynamo
+    from torch._dynamo.eval_frame import skip_code
     from torch._dynamo.variables import ConstantVariable, TupleVariable
     from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
@@ -271,11 +292,36 @@ def prepare_for_tracing() -> None:
     def handler_of(answer: Any) -> Any:
         return lambda _, at, *args: constant(answer(at, *map(plain, args)))
 
+    for code in _RUN_BY_PYTHON:
+        skip_code(code)
     handlers = TorchInGraphFunctionVariable._get_handlers()
     while _QUESTIONS:
         ask, answer = _QUESTIONS.pop()
         dynamo.allow_in_graph(ask)
         handlers[ask] = handler_of(answer)
+
+
+@run_by_python
+def is_dynamo_at_work() -> bool:
+    """Whether code that this thread runs now is compiled, or looked at to be compiled, by Dynamo."""
+    try:
+        from torch._C._dynamo.eval_frame import get_eval_frame_callback
+    except ImportError:  # before Dynamo is loaded
+        return False
+    return callable(get_eval_frame_callback())
+
+
+def real_input(node: torch.fx.Node) -> tuple[torch.Tensor | None, bool]:
+    """The tensor that an input of a graph of Dynamo stands for, and whether it is a parameter or buffer of a module."""
+    argument = node.meta.get("grapharg")
+    try:
+        real = None if argument is None else argument.example
+    except AssertionError:  # it has been let go of
+        real = None
+    source = getattr(getattr(node, "_dynamo_source", None) or getattr(argument, "source", None), "name", "")
+    text = str(source() if callable(source) else source)
+    is_weight = isinstance(real, torch.nn.Parameter) or "_buffers" in text or "_parameters" in text
+    return real if isinstance(real, torch.Tensor) else None, is_weight
 
 
 def graphs_at(at: Any) -> list[torch.fx.Graph]:

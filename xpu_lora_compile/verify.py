@@ -362,9 +362,9 @@ class Draw:
         return self._slots[part]
 
     @property
-    def parts(self) -> list[str]:
+    def parts(self) -> tuple[str, ...]:
         """The model, "", and parts of it with rows of their own."""
-        return list(self._slots)
+        return tuple(self._slots)
 
     @contextmanager
     def changed(self, part: str, sequence: int) -> Iterator[None]:

@@ -60,8 +60,13 @@ class Block:
     def __init__(self, rows: dict[str, Rows]) -> None:
         self.rows = rows
         # As `slots_of`, where `generate` has more sequences than the block has names.
-        self.times = 1
+        self.times = self.first_times = 1
         self._slots: dict[str, list[int]] = {}
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The model, "", and the parts of it that have names of their own."""
+        return tuple(sorted(self.rows))
 
     @property
     def names(self) -> set[str | None]:
@@ -308,13 +313,30 @@ class AdapterBank:
             else:
                 routing.point(None)
 
-    def repeat(self, times: int) -> None:
-        """Have each sequence of the open block be so many rows in the model's inputs from now on."""
+    def repeat(self, times: int | None) -> None:
+        """Have each sequence of the open block be so many rows in the model's inputs from now on.
+
+        Args:
+            times: how many; 1 at the end of `generate`, None for as many as when a search begins.
+        """
         with self._lock:
             block = self._routing.block
-            if block is not None and block.times != times:
-                block.times = times
-                self._route(block)
+            if isinstance(block, Block):
+                if times == 1:
+                    block.first_times = 1
+                times = block.first_times if times is None else times
+                if block.times != times:
+                    block.times = times
+                    self._route(block)
+
+    def times(self) -> int:
+        """How many rows of the model's inputs each sequence of the open block is now."""
+        return self._blocks[-1].times if self._blocks else 1
+
+    def start_from(self) -> None:
+        """Have each search of `generate` begin with as many rows as now."""
+        if self._blocks:
+            self._blocks[-1].first_times = self._blocks[-1].times
 
     def names_in_use(self) -> list[str | None] | None:
         """The names of the open block, one for each sequence; None outside of all blocks."""
@@ -347,6 +369,7 @@ class AdapterBank:
         """Give each layer the routing of the innermost of these parts that it lies in."""
         for part in parts - self._routings.keys():
             routing = Routing(part=part)
+            routing.entries = {part: self._model.get_submodule(part)}
             routing.mine = self._routing.mine
             self._routings[part] = routing
             handles = Entry(part, routing).hook(self._model.get_submodule(part))

@@ -2,7 +2,8 @@
 
 | method of the model | what is told to the bank |
 |---|---|
-| `_expand_inputs_for_generation` | each sequence becomes several rows: beams, or samples |
+| `_expand_inputs_for_generation`, `_expand_variables_for_generation` | each sequence becomes several rows: beams, or samples |
+| `_prepare_model_inputs` | a search begins, with each sequence once again |
 | `generate` | when that ends |
 | `init_continuous_batching` | which request each token of a packed step belongs to |
 
@@ -23,8 +24,14 @@ from xpu_lora_compile.errors import BatchError
 class Bank(Protocol):
     """What is needed of the bank."""
 
-    def repeat(self, times: int) -> None:
-        """Have each sequence be so many rows from now on."""
+    def repeat(self, times: int | None) -> None:
+        """Have each sequence be so many rows from now on; None is as many as when a search begins."""
+
+    def times(self) -> int:
+        """How many rows each sequence is now."""
+
+    def start_from(self) -> None:
+        """Have searches begin with as many rows as now."""
 
     def step(self, names: list[str | None], lengths: list[int]) -> Any:
         """Have a packed step be run by this thread, inside the block of another one."""
@@ -88,9 +95,31 @@ class _Expand(_Method):
         before, after = _rows_of(args, kwargs), _rows_of((), {"found": result})
         names = self.bank.names_in_use()
         # Whoever names every row already, as was needed once, has as many names as there are rows.
-        if names is not None and before and after and after != before and len(names) == before and not after % before:
-            self.bank.repeat(after // before)
+        rows = None if names is None else len(names) * self.bank.times()
+        if rows is not None and before == rows and after and after > before:
+            self.bank.repeat(after // before * self.bank.times())
         return result
+
+
+class _ExpandVariables(_Expand):
+    """Whisper's, which makes a row of each sample before it generates."""
+
+    name = "_expand_variables_for_generation"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Expand, and have each call of `generate` inside begin with as many rows."""
+        result = super().__call__(*args, **kwargs)
+        self.bank.start_from()
+        return result
+
+
+class _Prepare(_Method):
+    name = "_prepare_model_inputs"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A search begins: no sequence has been expanded for it yet."""
+        self.bank.repeat(None)
+        return self.own(*args, **kwargs)
 
 
 class _Generate(_Method):
@@ -116,7 +145,7 @@ class _Batch(_Method):
         return manager
 
 
-_METHODS: dict[str, type[_Method]] = {kind.name: kind for kind in (_Expand, _Generate, _Batch)}
+_METHODS: dict[str, type[_Method]] = {kind.name: kind for kind in (_Expand, _ExpandVariables, _Prepare, _Generate, _Batch)}
 
 
 class _Requests:

@@ -22,7 +22,13 @@ from xpu_lora_compile.rows.inputs import is_media, named_inputs
 from xpu_lora_compile.rows.layout import UNSAID, Layout
 from xpu_lora_compile.rows.owners import UNKNOWN, along, constant
 from xpu_lora_compile.rows.watch import Watch
-from xpu_lora_compile.torch_internals import current_backward, is_capturing, is_transformed
+from xpu_lora_compile.torch_internals import (
+    current_backward,
+    is_capturing,
+    is_transformed,
+    out_of_sight,
+    run_by_python,
+)
 
 # What a layer's rows are while every sequence has the same adapter: any layout gives the same.
 UNIFORM = Layout(-1, 0, 0)
@@ -58,6 +64,10 @@ class Routing:
         self._depth = 0
         self._watch: Watch | None = None
         self._entered: tuple[Hashable, nn.Module] | None = None
+        self._inputs: list[tuple[str, Any]] = []
+        self._compiled = False
+        # The modules that `Entry` hooks, by name.
+        self.entries: dict[str, nn.Module] = {}
         self._proof: dict[tuple[str, int], Layout] = {}
         self._proofs: dict[Hashable, dict[tuple[str, int], Layout]] = {}
         # By layer alone; None where two kinds of calls disagree.
@@ -147,10 +157,15 @@ class Routing:
         numbers = torch.arange(len(self.slots)) if self.lengths is None else self.owners(0, 1).long()
         return layout.rows(numbers, inputs.shape[: inputs.dim() - features])
 
-    def enter(self, module: nn.Module, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(
+        self, module: nn.Module, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
+    ) -> None:
         """A module that holds layers is called: find out, or remember, how the rows of its layers come about."""
         self._depth += 1
         if self._depth > 1 or self.slots is None:
+            return
+        if prefix and self.is_inside_another(module):
+            # Of a call whose beginning was compiled.
             return
         if self.block is not self.mine.get():
             self.check_caller()
@@ -163,18 +178,20 @@ class Routing:
         if self.uniform and not self._must_serve_others(self.slots.device):
             return
         kind = self._kind(module, prefix, inputs)
-        self._entered = kind, module
+        self._entered, self._inputs = (kind, module), inputs
         self._rows_of_call = self._rows.setdefault(kind, {})
         known = self._proofs.get(kind)
-        if known is not None:
-            self._proof = known
+        self._compiled = compiled
+        if known is not None or compiled:
+            # Where Dynamo is at work, the graph shows what a watch would.
+            self._proof = known or {}
             return
         self._proof = {}
         self._watch = Watch(len(self.lengths or self.slots), self.lengths)
         self._mark(self._watch, inputs, batched)
         self._watch.__enter__()
 
-    def leave(self, result: Any) -> None:
+    def leave(self, result: Any, _: bool) -> None:
         """The call has ended; with None where it failed."""
         if self._depth:
             self._depth -= 1
@@ -182,7 +199,7 @@ class Routing:
             return
         watch, (kind, module) = self._watch, self._entered
         self._stop_watching()
-        self._entered = None
+        self._entered, self._inputs = None, []
         self._rows_of_call = {}
         if watch is not None:
             try:
@@ -212,7 +229,7 @@ class Routing:
         self._stop_watching()
         if watch is not None:
             watch.forget()
-        self._depth, self._entered, self._proof = 0, None, {}
+        self._depth, self._entered, self._proof, self._inputs = 0, None, {}, []
 
     def _stop_watching(self) -> None:
         watch, self._watch = self._watch, None
@@ -241,6 +258,10 @@ class Routing:
             return known
         if self.uniform and not is_capturing(inputs.device):
             return UNIFORM
+        if self._compiled:
+            why = "torch.compile left it to Python, and no call that was followed has reached it"
+            remedy = "Call the model once without torch.compile in a `use` block: that call is followed."
+            raise self.unproved(layer.lora_name, inputs, why, remedy)
         if self._entered is not None:
             # It is followed when it comes again.
             self._proofs.pop(self._entered[0], None)
@@ -288,6 +309,25 @@ class Routing:
             else:
                 watch.own(value, constant(UNKNOWN, value.dim()), f"from the input {name} {list(value.shape)}")
 
+    def entered_inputs(self) -> dict[int, tuple[int | None, str]]:
+        """The inputs of the module that was entered eagerly, by identity: along which dimension they hold the batch."""
+        batched = self._batched(self._inputs) if self._inputs else {}
+        return {id(value): (batched.get(name), name) for name, value in self._inputs if isinstance(value, Tensor)}
+
+    def is_inside_another(self, module: nn.Module) -> bool:
+        """Whether another hooked module that holds this one is running: its inputs say whose rows these are."""
+        prefix = next((name for name, entry in self.entries.items() if entry is module), "")
+        holders = [entry for name, entry in self.entries.items() if prefix and _is_within(prefix, name)]
+        frame = sys._getframe(1)
+        while frame is not None:
+            code = frame.f_code
+            if "self" in code.co_varnames and ("forward" in code.co_name or "_call_impl" in code.co_name):
+                running = frame.f_locals.get("self")
+                if any(running is holder for holder in holders):
+                    return True
+            frame = frame.f_back  # type: ignore[assignment]
+        return False
+
     def known_anywhere(self, name: str, dimensions: int) -> Layout | None:
         """What eager calls have shown of a layer, if all of them agree."""
         return self._anywhere.get((name, dimensions))
@@ -314,7 +354,7 @@ class Routing:
             else:
                 described.append((name, type(value)))
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), module.training
-        return prefix, self.lengths is None, modes, tuple(described)
+        return prefix, tuple(self.block.parts), self.lengths is None, modes, tuple(described)
 
     def _check_result(self, watch: Watch, module: nn.Module, result: Any) -> None:
         """A model whose results all mix the sequences was not given the batch as it was said."""
@@ -436,6 +476,10 @@ def _mismatch(routing: Routing, batch: Any) -> str:
     return f"{routing.slots.shape[0]} names for a batch of {batch}"
 
 
+def _is_within(name: str, holder: str) -> bool:
+    return name != holder and (not holder or name.startswith(f"{holder}."))
+
+
 def _outside_backward(layer: Any) -> OutsideBlockError:
     return OutsideBlockError(
         f"bank.use: {layer.lora_name}",
@@ -480,17 +524,19 @@ class Entry:
         self.prefix = prefix
         self.routing = routing
 
+    @run_by_python
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook, with keywords."""
         if not is_compiling():
-            self.routing.enter(module, self.prefix, args, kwargs)
+            out_of_sight(self.routing.enter, module, self.prefix, args, kwargs)
         elif self.routing.slots is not None:
             tracing.enter(self.routing, self.routing.slots, module, args, kwargs)
 
+    @run_by_python
     def after(self, module: nn.Module, args: Any, result: Any) -> None:
         """A forward hook that is called after failures, too."""
         if not is_compiling():
-            self.routing.leave(result)
+            out_of_sight(self.routing.leave, result)
         elif self.routing.slots is not None:
             tracing.leave(self.routing)
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from xpu_lora_compile.errors import BatchError
 from xpu_lora_compile.rows.inputs import is_media, parameters
+from xpu_lora_compile.rows.layout import UNSAID
 from xpu_lora_compile.rows.owners import UNKNOWN, constant
 from xpu_lora_compile.rows.watch import Watch
 from xpu_lora_compile.torch_internals import (
@@ -25,8 +26,13 @@ from xpu_lora_compile.torch_internals import (
     guard_on,
     hint_of,
     is_state_change,
+    real_input,
     without_tracing,
 )
+
+
+# Of a value that comes into a graph which is not the beginning of a call.
+OUTSIDE = "from outside of the compiled graph"
 
 
 def enter(routing: Any, slots: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -76,14 +82,15 @@ def layout_of(at: Any, routing: Any, layer: Any, inputs: Any, features: int) -> 
     if not isinstance(found, str):
         return tuple(found)
     was_entered = trace is not None and trace.was_entered
-    if not was_entered and (known := routing.known_anywhere(layer.lora_name, example.dim())) is not None:
+    unsaid = not was_entered or found.startswith(UNSAID)
+    if unsaid and (known := routing.known_anywhere(layer.lora_name, example.dim())) is not None:
         return tuple(known)
     if routing.uniform:
         if at is not None:
             own = weakref.ref(routing)
             guard_on(at, f"xpu_lora: one adapter for all rows of {routing.part or 'the model'}", lambda: own().uniform)
         return -1, 0, 0
-    if was_entered:
+    if was_entered and OUTSIDE not in found:
         raise routing.unproved(layer.lora_name, example, found)
     raise routing.unproved(
         layer.lora_name,
@@ -137,6 +144,8 @@ class Trace:
         self.routing = routing
         self.outer = outer
         self.depth = 0
+        # What an eager hook has seen come in, by identity.
+        self.roots: dict[int, tuple[int | None, str]] = routing.entered_inputs() if outer is None else outer.roots
         self.was_entered = outer is not None and outer.was_entered
         self.pending: list[tuple[Any, Node]] = []
         self.values: dict[Node, Any] = {}
@@ -148,7 +157,7 @@ class Trace:
         """A module is called with the inputs that were noted; says what is wrong with their sizes."""
         noted, self.pending = self.pending, []
         self.depth += 1
-        if self.depth > 1:
+        if self.depth > 1 or self.roots or self.routing.is_inside_another(module):
             return None
         self.was_entered = True
         names = parameters(type(module))
@@ -206,7 +215,7 @@ class Trace:
         if node.op == "placeholder" or node.op == "get_attr":
             if self.outer is not None and (value := self.outer.same_as(example)) is not None:
                 return value
-            return tree_map(self._fake, example)
+            return self._input(node, example)
         if node.op not in ("call_function", "call_method") or is_state_change(node.target):
             return self._unknown(node, example)
         args, kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), self._look_up)  # type: ignore[misc]
@@ -223,6 +232,21 @@ class Trace:
             isinstance(value, Tensor) and list(value.shape) != [hint_of(size) for size in example.shape]
         ):
             return self._unknown(node, example)
+        return value
+
+    def _input(self, node: Node, example: Any) -> Any:
+        """The value of an input: a weight, an input of the model that was entered eagerly, or of unknown owners."""
+        value = tree_map(self._fake, example)
+        real, is_weight = real_input(node)
+        if not isinstance(value, Tensor) or is_weight or node.op == "get_attr":
+            return value
+        dimension, name = self.roots.get(id(real), (None, ""))
+        if dimension is not None:
+            self.was_entered = True
+            self.watch.own(value, self.routing.owners(dimension, value.dim()))
+        else:
+            cause = f"from the input {name} {list(value.shape)}" if name else OUTSIDE
+            self.watch.own(value, constant(UNKNOWN, value.dim()), cause)
         return value
 
     def same_as(self, example: Any) -> Any:
