@@ -240,10 +240,12 @@ def _empty_stacks(
 
 def _weight_of(layer: LoraLinear | LoraEmbedding) -> Tensor:
     weight = cast("Tensor", layer._parameters["weight"])
-    if not is_compiling():
-        layer.lora_routing.note_read(layer)
-    elif layer.lora_routing.slots is not None:
-        note_read(layer.lora_routing, layer, weight)
+    routing = layer.lora_routing
+    if routing.slots is not None:
+        if is_compiling():
+            note_read(routing, layer, weight)
+        else:
+            routing.note_read(layer)
     return weight
 
 

@@ -116,13 +116,13 @@ class Routing:
             BatchError: nobody knows whose rows these are, or the model has been moved since the block was entered.
             OutsideBlockError: another thread or task has a block open, or a backward pass has left its block.
         """
-        if is_compiling():
-            return self._traced_rows_of(layer, inputs, features)
         slots = self.slots
         if slots is None:
-            if self.called:
+            if not is_compiling() and self.called:
                 self._note_call_without_block(layer)
             return None
+        if is_compiling():
+            return self._traced_rows_of(layer, inputs, features)
         if self.block is not self.mine.get():
             self.check_caller()
         self._note_call(layer)
@@ -211,10 +211,10 @@ class Routing:
 
     def note_read(self, layer: Any) -> None:
         """The weight of a layer is read in eager code, by the layer or by something else."""
-        if self.block is None or layer.lora_name in self._read:
-            return
         last = self.called.get(layer.lora_name)
-        if (last is None or last[0] is not self.block) and not only_looks(sys._getframe(2)):
+        if last is not None and last[0] is self.block:
+            return
+        if layer.lora_name not in self._read and not only_looks(sys._getframe(3)):
             self._read.add(layer.lora_name)
 
     def unreached(self) -> list[str]:
