@@ -298,10 +298,10 @@ def detach(model: nn.Module) -> None:
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLinear | LoraEmbedding)]
     if not layers or not all(isinstance(layer.lora_routing, LostRouting) for layer in layers):
-        raise AttachError(
-            "detach", "a copy of a model that LoRA was attached to", "a model with a bank" if layers else "a plain model",
-            "Call `bank.detach()`." if layers else "Use it as it is.",
-        )  # fmt: skip
+        got, remedy = (
+            ("a model with a bank", "Call `bank.detach()`.") if layers else ("a plain model", "Use it as it is.")
+        )
+        raise AttachError("detach", "a copy of a model that LoRA was attached to", got, remedy)
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-
 # Code that Dynamo traces where it is called from traced code, and leaves to Python otherwise.
 _RUN_BY_PYTHON: list[Any] = []
 
@@ -257,8 +256,8 @@ _QUESTIONS: list[tuple[Any, Any]] = []
 def answers_while_tracing(answer: Any) -> Any:
     """Have a function be called by Dynamo while it traces a call of it, with nothing of it in the graph.
 
-    `answer(at, *args)` is given where the trace is, the node of each argument that is a tensor, and other arguments as they
-    are; it returns constants. Where no graph of Dynamo is made (in `torch.export`, say), `at` is None.
+    `answer(at, *args)` is given where the trace is, the node of each argument that is a tensor, and other arguments as
+    they are; it returns constants. Where no graph of Dynamo is made (in `torch.export`, say), `at` is None.
     """
 
     def ask(*args: Any) -> Any:

@@ -184,7 +184,7 @@ def verify(model: Callable[..., Any], *, seed: int = 0, generate_code: bool = Tr
                 "verify",
                 "rows that keep their bits when another sequence gets another adapter",
                 f"{len(leaks)} modules where they change, the first one {leaks[0]}\n{result}",
-                "Look at what the model does before that module: sequences are mixed there, or their rows change places.",
+                "Look at what the model does before that module: it mixes sequences, or their rows change places.",
             )
             error.verification = result
             raise error

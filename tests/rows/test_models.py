@@ -255,7 +255,9 @@ def test_samples_of_a_sequence_have_its_adapter(folders: Callable[..., dict[str,
         lambda layer, _: seen.append(layer.lora_routing.slots.tolist())
     )
     with bank.use(NAMES):
-        model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2, do_sample=True, num_return_sequences=2)
+        model.generate(
+            IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2, do_sample=True, num_return_sequences=2
+        )
         assert seen[0] == seen[1] == [0, 0, -1, -1, 1, 1]
         model(IDS)
     assert seen[-1] == [0, -1, 1]
@@ -285,7 +287,7 @@ def test_a_packed_row_has_an_adapter_for_each_of_its_sequences(
     base = seeded(llama)
     targets = ["q_proj", "v_proj", "down_proj", "lm_head", "embed_tokens"]
     saved = folders(base, targets)
-    ids = torch.tensor([sum(PROMPTS, [])])
+    ids = torch.tensor([[token for prompt in PROMPTS for token in prompt]])
     positions = torch.tensor([[at for prompt in PROMPTS for at in range(len(prompt))]])
     model, bank = attached(base, saved, target_modules=targets)
     torch._dynamo.reset()
@@ -365,9 +367,8 @@ def qwen2_vl_batch() -> dict[str, Tensor]:
         ids[row, at + 1 : at + 1 + count // 4] = 98
         at += count // 4 + 2
     pixels = torch.randn(sum(patches), 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(1))
-    types = (ids == 98).int()
-    mask = torch.ones_like(ids)
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "image_grid_thw": GRIDS, "mm_token_type_ids": types}  # fmt: skip
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 98).int()}
+    return {**text, "pixel_values": pixels, "image_grid_thw": GRIDS}
 
 
 EVERY_LINEAR = r"(?!.*patch_embed).*(q_proj|k_proj|v_proj|qkv|proj|fc1|fc2|linear_1|linear_2|mlp\.0|mlp\.2|down_proj)"

@@ -2,7 +2,8 @@
 
 | method of the model | what is told to the bank |
 |---|---|
-| `_expand_inputs_for_generation`, `_expand_variables_for_generation` | each sequence becomes several rows: beams, or samples |
+| `_expand_inputs_for_generation` | each sequence becomes several rows: beams, or samples |
+| `_expand_variables_for_generation` | the same, by Whisper |
 | `_prepare_model_inputs` | a search begins, with each sequence once again |
 | `generate` | when that ends |
 | `init_continuous_batching` | which request each token of a packed step belongs to |
@@ -96,7 +97,7 @@ class _Expand(_Method):
         names = self.bank.names_in_use()
         # Whoever names every row already, as was needed once, has as many names as there are rows.
         rows = None if names is None else len(names) * self.bank.times()
-        if rows is not None and before == rows and after and after > before:
+        if before and after and before == rows and after > before:
             self.bank.repeat(after // before * self.bank.times())
         return result
 
@@ -145,7 +146,9 @@ class _Batch(_Method):
         return manager
 
 
-_METHODS: dict[str, type[_Method]] = {kind.name: kind for kind in (_Expand, _ExpandVariables, _Prepare, _Generate, _Batch)}
+_METHODS: dict[str, type[_Method]] = {
+    kind.name: kind for kind in (_Expand, _ExpandVariables, _Prepare, _Generate, _Batch)
+}
 
 
 class _Requests:

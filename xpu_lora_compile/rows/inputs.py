@@ -9,7 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 
 # Beside a text these are one for each image, clip or sound, and a sequence may have several of them, or none.
-_MEDIA = ("pixel_", "image_", "images", "video_", "audio_", "input_features", "input_values", "vision_", "flattened_patches")
+_MEDIA = (
+    "pixel_",
+    "image_",
+    "images",
+    "video_",
+    "audio_",
+    "input_features",
+    "input_values",
+    "vision_",
+    "flattened_patches",
+)
 _TEXT = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 

@@ -15,8 +15,8 @@ from xpu_lora_compile.rows.owners import GUESS, MIXED, SHARED, UNKNOWN, compress
 class Layout(NamedTuple):
     """Along one dimension of a layer's input the sequences lie in a regular order; other dimensions do not matter.
 
-    That dimension is `outer` times all sequences, each of them `inner` times in a row. In a packed batch each token counts
-    as a sequence here.
+    That dimension is `outer` times all sequences, each of them `inner` times in a row. In a packed batch each token
+    counts as a sequence here.
 
     Args:
         dimension: which one, counted from the front.
@@ -28,7 +28,7 @@ class Layout(NamedTuple):
     outer: int
     inner: int
 
-    def takes(self, size: int | torch.SymInt, batch: int | torch.SymInt) -> bool:
+    def takes(self, size: int, batch: int) -> bool:
         """Whether a dimension of this size can hold the sequences in this way."""
         if self.inner < 0:
             return bool(size * -self.inner == batch)

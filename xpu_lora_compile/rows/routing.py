@@ -1,7 +1,7 @@
 """`Routing`: the slot of each row that a layer is given. All layers of a model share one, or one a part of the model.
 
-Eagerly the first call of a model with inputs of a new kind is followed by a `Watch`; what it learns about each layer holds
-for later calls of that kind. In compiled code Dynamo asks while it traces: see `tracing.py`.
+Eagerly the first call of a model with inputs of a new kind is followed by a `Watch`; what it learns about each layer
+holds for later calls of that kind. In compiled code Dynamo asks while it traces: see `tracing.py`.
 """
 
 from __future__ import annotations
@@ -140,10 +140,7 @@ class Routing:
                 layer.lora_name, inputs, "torch.func or vmap hides a dimension", "Call the model on the whole batch."
             )
         layout = self._layout(layer, inputs, features)
-        if layout is UNIFORM:
-            rows = slots[:1].expand(shape.numel())
-        else:
-            rows = self._by(layout, slots, shape, layer)
+        rows = slots[:1].expand(shape.numel()) if layout is UNIFORM else self._by(layout, slots, shape, layer)
         # On other devices graphs may be captured, which must compute the rows anew in each replay.
         if slots.device.type == "cpu":
             self._rows_of_call[layer.lora_name, shape] = rows
@@ -154,6 +151,7 @@ class Routing:
         layout = None if self.slots is None else self._layout(layer, inputs, features)
         if layout is None or layout is UNIFORM:
             return None
+        assert self.slots is not None  # noqa: S101 - for the type checker
         numbers = torch.arange(len(self.slots)) if self.lengths is None else self.owners(0, 1).long()
         return layout.rows(numbers, inputs.shape[: inputs.dim() - features])
 
@@ -189,7 +187,7 @@ class Routing:
         self._proof = {}
         self._watch = Watch(len(self.lengths or self.slots), self.lengths)
         self._mark(self._watch, inputs, batched)
-        self._watch.__enter__()
+        self._watch.__enter__()  # type: ignore[no-untyped-call]
 
     def leave(self, result: Any, _: bool) -> None:
         """The call has ended; with None where it failed."""
@@ -234,7 +232,7 @@ class Routing:
     def _stop_watching(self) -> None:
         watch, self._watch = self._watch, None
         if watch is not None:
-            watch.__exit__(None, None, None)
+            watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     # Eager calls.
 
@@ -546,5 +544,3 @@ class Entry:
             module.register_forward_pre_hook(self.before, with_kwargs=True),
             module.register_forward_hook(self.after, always_call=True),
         ]
-
-

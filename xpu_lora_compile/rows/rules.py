@@ -1,14 +1,14 @@
 """For each op of ATen: the owners of its result, given those of its operands.
 
-A rule takes a `Step` and returns owners for each result, compressed, or one for all. An op without a rule gives UNKNOWN,
-which any real owner overrules where the two meet again: in the sum of a residual connection, say.
+A rule takes a `Step` and returns owners for each result, compressed, or one for all. An op without a rule gives
+UNKNOWN, which any real owner overrules where the two meet again: in the sum of a residual connection, say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -77,14 +77,15 @@ class Step:
 
 
 Rule = Callable[[Step], "Tensor | list[Tensor]"]
+_Function = TypeVar("_Function", bound=Rule)
 RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(names: str) -> Callable[[_Function], _Function]:
     """Register a rule for these ops of ATen, in place or not."""
 
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
+    def register(function: _Function) -> _Function:
+        RULES.update(dict.fromkeys(names.split(), function))
         return function
 
     return register
@@ -104,18 +105,20 @@ def rule_for(func: Any) -> Rule | None:
 
 
 @rule(
-    *("where", "masked_fill", "copy", "_to_copy", "clone", "dropout", "native_dropout", "lift_fresh", "detach", "alias"),
-    *("contiguous", "tril", "triu", "nan_to_num", "bernoulli", "fill", "zero", "uniform", "normal", "exponential"),
-    *("lerp", "addcmul", "addcdiv", "clamp", "isin", "bucketize", "_fused_dropout", "rand_like", "randn_like", "polar"),
-    *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"),
-    *("_batch_norm_with_update", "batch_norm", "angle", "complex", "_conj", "imag", "real", "cdouble", "to", "abs"),
+    """
+    where masked_fill copy _to_copy clone dropout native_dropout lift_fresh detach alias contiguous tril triu
+    nan_to_num bernoulli fill zero uniform normal exponential lerp addcmul addcdiv clamp isin bucketize
+    _fused_dropout rand_like randn_like polar native_batch_norm _native_batch_norm_legit
+    _native_batch_norm_legit_no_training cudnn_batch_norm _batch_norm_with_update batch_norm angle complex _conj
+    imag real cdouble to abs
+    """
 )
 def pointwise(step: Step) -> Tensor:
     """Elements of all operands meet where they are broadcast to."""
     return merge([step.owners(tensor) for tensor in step.tensors if tensor.dim() <= step.results[0].dim()])
 
 
-@rule("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_empty", "new_ones", "new_full")
+@rule("zeros_like ones_like empty_like full_like new_zeros new_empty new_ones new_full")
 def filled(step: Step) -> Tensor:
     """A constant that has a place for each sequence is guessed to be theirs."""
     result, like = step.results[0], step.tensors[0]
@@ -125,7 +128,7 @@ def filled(step: Step) -> Tensor:
     return factory(step)
 
 
-@rule("zeros", "ones", "empty", "full")
+@rule("zeros ones empty full")
 def factory(step: Step) -> Tensor:
     """As `filled`, of a shape that was computed."""
     result = step.results[0]
@@ -134,7 +137,7 @@ def factory(step: Step) -> Tensor:
     return constant(SHARED, result.dim())
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten", "reshape_copy", "view_copy")
+@rule("view _unsafe_view reshape _reshape_alias flatten unflatten reshape_copy view_copy")
 def regrouped(step: Step) -> Tensor:
     """The same elements in the same order, in other dimensions."""
     source = step.tensors[0]
@@ -170,10 +173,12 @@ def regroup(owners: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
 
 
 @rule(
-    *("permute", "transpose", "t", "numpy_T", "expand", "expand_copy", "squeeze", "unsqueeze", "slice", "select"),
-    *("narrow", "split", "split_with_sizes", "unbind", "chunk", "diagonal", "unfold", "movedim", "swapaxes", "tensor_split"),
-    *("view_as_real", "view_as_complex", "repeat_interleave", "broadcast_to", "unsafe_chunk", "unsafe_split", "tile"),
-    *("repeat", "flip", "roll", "pixel_shuffle", "pixel_unshuffle", "rot90", "_reshape_copy", "unsafe_split_with_sizes"),
+    """
+    permute transpose t numpy_T expand expand_copy squeeze unsqueeze slice select narrow split split_with_sizes
+    unbind chunk diagonal unfold movedim swapaxes tensor_split view_as_real view_as_complex repeat_interleave
+    broadcast_to unsafe_chunk unsafe_split tile repeat flip roll pixel_shuffle pixel_unshuffle rot90 _reshape_copy
+    unsafe_split_with_sizes
+    """
 )
 def rearranged(step: Step) -> list[Tensor]:
     """The same op on the owners of all elements."""
@@ -235,7 +240,7 @@ def _without_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name not in ("dtype", "device", "layout", "pin_memory")}
 
 
-@rule("cat", "concat", "concatenate", "stack", "hstack", "vstack")
+@rule("cat concat concatenate stack hstack vstack")
 def joined(step: Step) -> Tensor:
     """Each part keeps its owners."""
     tensors, result = step.argument("tensors"), step.results[0]
@@ -255,7 +260,7 @@ def joined(step: Step) -> Tensor:
     return compress(torch.cat(full, dimension))
 
 
-@rule("constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
+@rule("constant_pad_nd pad reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d")
 def padded(step: Step) -> Tensor:
     """Padding belongs to the sequence that it lies beside, where the owners do not change along it."""
     source, result = step.tensors[0], step.results[0]
@@ -281,8 +286,10 @@ def _dims(step: Step, source: Tensor) -> list[int]:
 
 
 @rule(
-    *("sum", "mean", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "prod", "any", "all", "argmax"),
-    *("argmin", "logsumexp", "norm", "linalg_vector_norm", "median", "nansum", "nanmean", "mode", "count_nonzero", "aminmax"),
+    """
+    sum mean amax amin max min var std var_mean std_mean prod any all argmax argmin logsumexp norm
+    linalg_vector_norm median nansum nanmean mode count_nonzero aminmax
+    """
 )
 def reduced(step: Step) -> Tensor:
     """What is reduced becomes one; two tensors (`max(a, b)`) meet elementwise."""
@@ -298,8 +305,10 @@ def reduced(step: Step) -> Tensor:
 
 
 @rule(
-    *("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "argsort", "topk", "kthvalue"),
-    *("logcumsumexp", "glu", "cummax", "cummin", "_safe_softmax", "renorm", "_weight_norm", "msort"),
+    """
+    softmax _softmax log_softmax _log_softmax cumsum cumprod sort argsort topk kthvalue logcumsumexp glu cummax
+    cummin _safe_softmax renorm _weight_norm msort
+    """
 )
 def along_a_dimension(step: Step) -> Tensor:
     """Elements along one dimension meet, and as many or fewer come back."""
@@ -310,14 +319,14 @@ def along_a_dimension(step: Step) -> Tensor:
     return fold(step.owners(source), [dimension if isinstance(dimension, int) else -1])
 
 
-@rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
+@rule("native_layer_norm layer_norm _fused_rms_norm rms_norm")
 def normalised(step: Step) -> Tensor:
     """The last dimensions meet."""
     source = step.argument("input")
     return fold(step.owners(source), range(-len(step.argument("normalized_shape")), 0))
 
 
-@rule("native_group_norm", "group_norm", "instance_norm")
+@rule("native_group_norm group_norm instance_norm")
 def normalised_by_group(step: Step) -> list[Tensor]:
     """All but the first dimension meet."""
     source = step.tensors[0]
@@ -334,7 +343,7 @@ def attend(step: Step, asking: Tensor, *asked: Tensor) -> Tensor:
     return compress(torch.where(full >= 0, full, other))
 
 
-@rule("mm", "bmm", "matmul", "dot", "mv", "_grouped_mm", "_scaled_mm", "_int_mm", "_weight_int4pack_mm", "_weight_int8pack_mm")
+@rule("mm bmm matmul dot mv _grouped_mm _scaled_mm _int_mm _weight_int4pack_mm _weight_int8pack_mm")
 def product(step: Step) -> Tensor:
     """Rows of the left operand meet columns of the right one."""
     left, right = step.tensors[:2]
@@ -349,7 +358,7 @@ def product(step: Step) -> Tensor:
     return attend(step, fold(a, [-1]), fold(b, [-2]))
 
 
-@rule("addmm", "baddbmm", "addbmm", "addmv")
+@rule("addmm baddbmm addbmm addmv")
 def product_and_sum(step: Step) -> Tensor:
     """A product, and what it is added to."""
     added, left, right = step.tensors[:3]
@@ -357,13 +366,13 @@ def product_and_sum(step: Step) -> Tensor:
     return merge([inner, step.owners(added)])
 
 
-@rule("linear", "mkldnn_linear", "_linear_pointwise", "wrapped_linear")
+@rule("linear mkldnn_linear _linear_pointwise wrapped_linear")
 def linear(step: Step) -> Tensor:
     """The features of each row meet."""
     return fold(step.owners(step.tensors[0]), [-1])
 
 
-@rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution", "conv1d", "conv2d", "conv3d")
+@rule("convolution _convolution mkldnn_convolution cudnn_convolution conv1d conv2d conv3d")
 def convolved(step: Step) -> Tensor:
     """Channels and neighbours meet; the first dimension stays."""
     source = step.tensors[0]
@@ -373,11 +382,13 @@ def convolved(step: Step) -> Tensor:
 
 
 @rule(
-    *("max_pool1d", "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
-    *("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "upsample_nearest1d", "upsample_nearest2d"),
-    *("upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_bicubic2d", "_upsample_bicubic2d_aa", "upsample_linear1d"),
-    *("grid_sampler_2d", "im2col", "col2im", "adaptive_max_pool2d", "upsample_nearest3d", "upsample_trilinear3d"),
-    *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "grid_sampler", "_fft_r2c", "_fft_c2r", "_fft_c2c"),
+    """
+    max_pool1d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
+    _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d upsample_nearest1d upsample_nearest2d
+    upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa upsample_linear1d
+    grid_sampler_2d im2col col2im adaptive_max_pool2d upsample_nearest3d upsample_trilinear3d
+    _upsample_nearest_exact1d _upsample_nearest_exact2d grid_sampler _fft_r2c _fft_c2r _fft_c2c
+    """
 )
 def pooled(step: Step) -> Tensor:
     """Neighbours meet along all dimensions but the first."""
@@ -391,9 +402,12 @@ def pooled(step: Step) -> Tensor:
 
 
 @rule(
-    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention", "scaled_dot_product_attention"),
-    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", "_flash_attention_forward"),
-    *("_scaled_dot_product_attention_math", "_efficient_attention_forward", "_scaled_dot_product_fused_attention_overrideable"),
+    """
+    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention scaled_dot_product_attention
+    _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _flash_attention_forward
+    _scaled_dot_product_attention_math _efficient_attention_forward
+    _scaled_dot_product_fused_attention_overrideable
+    """
 )
 def attention(step: Step) -> list[Tensor]:
     """Each query meets all keys and values of its head."""
@@ -406,19 +420,17 @@ def attention(step: Step) -> list[Tensor]:
         apart = [at for at in range(other.dim() - 2) if other.shape[at] != query.shape[at]]
         asked.append(fold(owners, apart))
     owners = attend(step, asking, *asked)
-    return [
-        owners if result.dim() == query.dim() else constant(SHARED, result.dim()) for result in step.results
-    ]
+    return [owners if result.dim() == query.dim() else constant(SHARED, result.dim()) for result in step.results]
 
 
-@rule("_native_multi_head_attention", "_transformer_encoder_layer_fwd")
+@rule("_native_multi_head_attention _transformer_encoder_layer_fwd")
 def whole_layer(step: Step) -> list[Tensor]:
     """All but the batch, the first dimension, meet."""
     owners = fold(step.owners(step.tensors[0]), [1, 2])
     return [owners if result.dim() == 3 else constant(SHARED, result.dim()) for result in step.results]
 
 
-@rule("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn")
+@rule("mkldnn_rnn_layer _cudnn_rnn miopen_rnn")
 def recurrent(step: Step) -> list[Tensor]:
     """Steps and features meet: the batch is the second dimension."""
     owners = fold(step.owners(step.tensors[0]), [0, 2])
@@ -433,7 +445,7 @@ def looked_up(step: Step) -> Tensor:
     return owners if int(step.owners(table).max()) < 0 else constant(UNKNOWN, owners.dim())
 
 
-@rule("index", "index_select", "gather", "take_along_dim", "masked_select", "_unsafe_index", "take")
+@rule("index index_select gather take_along_dim masked_select _unsafe_index take")
 def gathered(step: Step) -> Tensor:
     """Rows that an index picks: their owners are the source's; where it has none, the index's."""
     source, result = step.tensors[0], step.results[0]
@@ -492,7 +504,7 @@ def _by_index_owners(step: Step, asked: list[Tensor], value: int) -> Tensor:
     return owners.reshape(shape)
 
 
-@rule("nonzero", "argwhere")
+@rule("nonzero argwhere")
 def found(step: Step) -> Tensor:
     """Places of what is not zero: the owner of each is the owner of what was found there."""
     source = step.tensors[0]
@@ -504,15 +516,24 @@ def found(step: Step) -> Tensor:
     return compress(owners.expand(source.shape)[places].unsqueeze(-1))
 
 
-@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_put", "_index_put_impl", "masked_scatter",
-      "_unsafe_index_put", "slice_scatter", "select_scatter", "index_fill", "_unsafe_masked_index_put_accumulate",
-      "diagonal_scatter", "put", "index_reduce")  # fmt: skip
+@rule(
+    """
+    scatter scatter_add scatter_reduce index_add index_copy index_put _index_put_impl masked_scatter
+    _unsafe_index_put slice_scatter select_scatter index_fill _unsafe_masked_index_put_accumulate diagonal_scatter
+    put index_reduce
+    """
+)
 def written(step: Step) -> Tensor:
     """What is written into a tensor belongs to whom it belonged to; a place that nobody owned goes to the writer."""
     target, *rest = step.tensors
     name = step.func._schema.name.split("::")[1].removesuffix("_")
     owners = step.owners(target)
-    last = {"index_put": "values", "_index_put_impl": "values", "_unsafe_index_put": "values", "masked_scatter": "source"}
+    last = {
+        "index_put": "values",
+        "_index_put_impl": "values",
+        "_unsafe_index_put": "values",
+        "masked_scatter": "source",
+    }
     source = step.argument(last.get(name, "src"), step.argument("source"))
     if not isinstance(source, Tensor):
         # A number is written where an index says.
@@ -539,21 +560,22 @@ def written(step: Step) -> Tensor:
 
 def _plain_write(step: Step, name: str, args: Any) -> Tensor:
     """The owners of the source where they are written, SHARED elsewhere."""
-    target = args[0]
+    target: Tensor = args[0]
+    result: Tensor
     if name in ("scatter_add", "scatter_reduce", "scatter"):
-        return target.scatter(step.argument("dim"), args[2], args[3])
-    if name in ("index_add", "index_copy", "index_reduce"):
-        return target.index_copy(step.argument("dim"), args[2], args[3])
-    if name in ("index_put", "_index_put_impl", "_unsafe_index_put"):
-        put: Tensor = aten.index_put.default(target, args[1], args[2])
-        return put
-    if name == "masked_scatter":
-        return target.masked_scatter(args[1], args[2])
-    result: Tensor = step.func(*args, **_without_dtype(step.kwargs))
+        result = target.scatter(step.argument("dim"), args[2], args[3])
+    elif name in ("index_add", "index_copy", "index_reduce"):
+        result = target.index_copy(step.argument("dim"), args[2], args[3])
+    elif name in ("index_put", "_index_put_impl", "_unsafe_index_put"):
+        result = aten.index_put.default(target, args[1], args[2])
+    elif name == "masked_scatter":
+        result = target.masked_scatter(args[1], args[2])
+    else:
+        result = step.func(*args, **_without_dtype(step.kwargs))
     return result
 
 
-@rule("histc", "bincount", "one_hot", "unique", "_unique2", "unique_dim", "unique_consecutive")
+@rule("histc bincount one_hot unique _unique2 unique_dim unique_consecutive")
 def counted(step: Step) -> Tensor | list[Tensor]:
     """Counts of values belong to all; `one_hot` has its own dimension for them."""
     if step.func._schema.name.endswith("one_hot"):
@@ -562,20 +584,20 @@ def counted(step: Step) -> Tensor | list[Tensor]:
     return [constant(UNKNOWN, result.dim()) for result in step.results]
 
 
-@rule("as_strided", "as_strided_copy", "_nested_view_from_buffer")
+@rule("as_strided as_strided_copy _nested_view_from_buffer")
 def strided(step: Step) -> Tensor:
     """Only where all elements have one owner."""
     owners = step.owners(step.tensors[0])
     return constant(int(owners) if owners.numel() == 1 else UNKNOWN, step.results[0].dim())
 
 
-@rule("arange", "linspace", "scalar_tensor", "eye", "_local_scalar_dense", "item", "tril_indices", "triu_indices")
+@rule("arange linspace scalar_tensor eye _local_scalar_dense item tril_indices triu_indices")
 def numbers(step: Step) -> list[Tensor]:
     """Made from sizes."""
     return [constant(SHARED, result.dim()) for result in step.results]
 
 
-@rule("cdist", "_cdist_forward", "_euclidean_dist")
+@rule("cdist _cdist_forward _euclidean_dist")
 def distances(step: Step) -> Tensor:
     """Each row of one meets each row of the other."""
     left, right = step.tensors[:2]

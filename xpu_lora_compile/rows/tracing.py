@@ -1,7 +1,7 @@
 """The same while Dynamo traces: the graph that it has captured so far shows where a layer's input comes from.
 
-`layout_of`, `enter` and `leave` are called by traced code and answered while tracing; nothing of them is in the graph. The
-graph is run once more, on fake tensors of the example inputs' sizes under a `Watch`, as far as the layer at hand.
+`layout_of`, `enter` and `leave` are called by traced code and answered while tracing; nothing of them is in the graph.
+The graph is run once more, on fake tensors of the example inputs' sizes under a `Watch`, as far as the layer at hand.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from xpu_lora_compile.torch_internals import (
     real_input,
     without_tracing,
 )
-
 
 # Of a value that comes into a graph which is not the beginning of a call.
 OUTSIDE = "from outside of the compiled graph"
@@ -87,8 +86,8 @@ def layout_of(at: Any, routing: Any, layer: Any, inputs: Any, features: int) -> 
         return tuple(known)
     if routing.uniform:
         if at is not None:
-            own = weakref.ref(routing)
-            guard_on(at, f"xpu_lora: one adapter for all rows of {routing.part or 'the model'}", lambda: own().uniform)
+            own = weakref.proxy(routing)
+            guard_on(at, f"xpu_lora: one adapter for all rows of {routing.part or 'the model'}", lambda: own.uniform)
         return -1, 0, 0
     if was_entered and OUTSIDE not in found:
         raise routing.unproved(layer.lora_name, example, found)
@@ -104,8 +103,8 @@ def _check_caller(at: Any, routing: Any) -> None:
     """Only code of the thread or task that opened the block may run the graph."""
     if not routing.is_mine():
         routing.check_caller()
-    own = weakref.ref(routing)
-    guard_on(at, f"xpu_lora: a call from its block {id(routing)}", lambda: own().is_mine())
+    own = weakref.proxy(routing)
+    guard_on(at, f"xpu_lora: a call from its block {id(routing)}", lambda: own.is_mine())
 
 
 @answers_while_tracing
@@ -146,12 +145,12 @@ class Trace:
         self.depth = 0
         # What an eager hook has seen come in, by identity.
         self.roots: dict[int, tuple[int | None, str]] = routing.entered_inputs() if outer is None else outer.roots
-        self.was_entered = outer is not None and outer.was_entered
+        self.was_entered: bool = outer is not None and outer.was_entered
         self.pending: list[tuple[Any, Node]] = []
         self.values: dict[Node, Any] = {}
         batch = len(routing.lengths or routing.slots)
-        self.watch = Watch(batch, routing.lengths) if outer is None else outer.watch
-        self.mode = fake_mode() if outer is None else outer.mode
+        self.watch: Watch = Watch(batch, routing.lengths) if outer is None else outer.watch
+        self.mode: Any = fake_mode() if outer is None else outer.mode
 
     def entered(self, module: nn.Module, slots: Node) -> str | None:
         """A module is called with the inputs that were noted; says what is wrong with their sizes."""
@@ -189,7 +188,9 @@ class Trace:
                 self.watch.own(value, self.routing.owners(dimension, value.dim()))
         if found or not self.routing.named:
             return None
-        shown = [value.shape[0] for _, node in inputs if isinstance(value := self.values.get(node), Tensor) and value.dim()]
+        shown = [
+            value.shape[0] for _, node in inputs if isinstance(value := self.values.get(node), Tensor) and value.dim()
+        ]
         return f"{hint_of(size)} names for a batch of {shown[0] if shown else 0}"
 
     def layout_of(self, inputs: Node, features: int) -> Any:
@@ -218,18 +219,18 @@ class Trace:
             return self._input(node, example)
         if node.op not in ("call_function", "call_method") or is_state_change(node.target):
             return self._unknown(node, example)
-        args, kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), self._look_up)  # type: ignore[misc]
+        args, kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), self._look_up)
         try:
             with self.mode, self.watch:
                 if node.op == "call_method":
                     value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 else:
                     value = node.target(*args, **kwargs)  # type: ignore[operator]
-        except Exception:  # noqa: BLE001
+        except Exception:
             # - what cannot be run on fake tensors is not followed
             return self._unknown(node, example)
         if isinstance(value, Tensor) != isinstance(example, Tensor) or (
-            isinstance(value, Tensor) and list(value.shape) != [hint_of(size) for size in example.shape]
+            isinstance(example, Tensor) and list(value.shape) != [hint_of(size) for size in example.shape]
         ):
             return self._unknown(node, example)
         return value
@@ -254,9 +255,7 @@ class Trace:
         if not isinstance(example, Tensor):
             return None
         self.advance()
-        return next(
-            (value for node, value in self.values.items() if node.meta.get("example_value") is example), None
-        )
+        return next((value for node, value in self.values.items() if node.meta.get("example_value") is example), None)
 
     def _look_up(self, argument: Any) -> Any:
         return self.values.get(argument) if isinstance(argument, Node) else argument
@@ -297,5 +296,3 @@ def _trace_of(at: Any, routing: Any) -> Trace:
         trace = known[id(routing)]
     assert trace is not None  # noqa: S101 - for the type checker
     return trace
-
-

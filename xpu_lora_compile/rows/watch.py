@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from xpu_lora_compile.rows import rules
 from xpu_lora_compile.rows.layout import Layout, fit
-from xpu_lora_compile.rows.owners import GUESS, MIXED, SHARED, UNKNOWN, Owned, constant, fold, merge
+from xpu_lora_compile.rows.owners import GUESS, MIXED, SHARED, UNKNOWN, Owned, compress, constant, fold, merge
 from xpu_lora_compile.torch_internals import decomposed, is_composite, without_modes
 
-# Their results meet where the operands are broadcast to: one operand that has an owner everywhere is enough to know whose
-# the result is, in whatever order the others came.
+# Operands of these meet where they are broadcast to: one that has an owner everywhere is enough to know whose the
+# result is, in whatever order the others came.
 _MEETING = {rules.pointwise, rules.product, rules.product_and_sum, rules.attention, rules.lora}
 _WITHOUT_VALUES = {rules.filled, rules.factory, rules.numbers}
 _ATTRIBUTE = "_xpu_lora_owned"
@@ -32,7 +32,7 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(self, batch: int, lengths: tuple[int, ...] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.batch = batch
         self.lengths = lengths
         self._labelled: list[weakref.ref[Tensor]] = []
@@ -111,7 +111,7 @@ class Watch(TorchDispatchMode):
         else:
             try:
                 found = rule(step)
-            except Exception as error:  # noqa: BLE001 - what a rule did not think of is not followed, and runs on
+            except Exception as error:
                 found = constant(UNKNOWN, 0)
                 cause = cause or f"after {func}, which is not followed here: {error}"
         several = found if isinstance(found, list) else [found] * len(results)
@@ -146,14 +146,14 @@ class Watch(TorchDispatchMode):
         """A write into a view is one into what it looks into."""
         target = results[0]
         owned = self.known(target)
-        if owned is None or owned.base is None or rules.is_fake(target) and owned.owners.numel() > 1:
+        if owned is None or owned.base is None or (rules.is_fake(target) and owned.owners.numel() > 1):
             return
         source, view = owned.base
         before = self.known(source)
         full = (constant(SHARED, source.dim()) if before is None else before.owners).expand(source.shape).clone()
         part = view(full)
         part.copy_(merge([part.clone(), owned.owners]).expand(part.shape))
-        merged = Owned(rules.compress(full), owned.varies, owned.by_data, owned.cause)
+        merged = Owned(compress(full), owned.varies, owned.by_data, owned.cause)
         merged.base = None if before is None else before.base
         self._set(source, merged)
         if merged.base is not None:
