@@ -346,6 +346,8 @@ class Draw:
     """The slots that were drawn for each sequence, in the place of a `use` block."""
 
     def __init__(self) -> None:
+        self.called: set[str] = set()
+        self.read: set[str] = set()
         self._slots: dict[str, list[int]] = {}
         self._routings: dict[str, tuple[Routing, tuple[int, ...] | None, torch.device, int]] = {}
 

@@ -62,6 +62,9 @@ class Block:
         # As `slots_of`, where `generate` has more sequences than the block has names.
         self.times = self.first_times = 1
         self._slots: dict[str, list[int]] = {}
+        # Names of layers.
+        self.called: set[str] = set()
+        self.read: set[str] = set()
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -246,7 +249,9 @@ class AdapterBank:
         unreached: list[str] = []
         try:
             yield
-            unreached = [name for routing in self._routings.values() for name in routing.unreached()]
+            traced = set().union(*(routing.traced_calls for routing in self._routings.values()))
+            found = set().union(*(routing.unreached(block) for routing in self._routings.values()))
+            unreached = sorted(found - traced)
         finally:
             with self._lock:
                 self._blocks.remove(block)

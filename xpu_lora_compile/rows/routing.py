@@ -41,7 +41,7 @@ class Routing:
         slots: `[batch]`, int64, -1 for the base model; of a packed batch one for each token. None outside a block.
         ranks: `[K]`, int32: the highest rank of each slot's adapter, 0 where it is empty; None on a CPU, whose kernel
             asks for none.
-        block: the `use` block that says so.
+        block: the `use` block that says so. It notes the layers that were `called`, and those whose weight was `read`.
         uniform: whether all sequences have the same adapter, or none.
         named: whether any has one.
         lengths: of the sequences of a packed batch, in tokens; else None.
@@ -77,9 +77,8 @@ class Routing:
         self._rows_of_call: dict[Any, Tensor] = {}
         # By layer: the block in which it ran last, how often, and what backward passes ran again.
         self.called: dict[str, Any] = {}
-        # Layers whose weight something else than the layer read in this block; and the same of compiled code, for good,
-        # with the node of the weight in its graph.
-        self._read: set[str] = set()
+        # Layers whose weight something else than the layer read in compiled code, for good, with the node of the weight
+        # in its graph; and those that it called.
         self.traced_reads: dict[str, Any] = {}
         self.traced_calls: set[str] = set()
 
@@ -94,7 +93,6 @@ class Routing:
         self._abandon()
         self._rows = {}
         self._rows_of_call = {}
-        self._read = set()
         self.block, self.lengths = block, lengths
         self.uniform = slots is not None and len(set(block.slots_of(self.part))) == 1
         self.named = slots is not None and any(slot >= 0 for slot in block.slots_of(self.part))
@@ -132,7 +130,7 @@ class Routing:
             return None
         shape = inputs.shape[: inputs.dim() - features]
         rows = self._rows_of_call.get((layer.lora_name, shape))
-        if rows is not None and inputs.device == slots.device:
+        if rows is not None and self._watch is None and inputs.device == slots.device:
             return rows
         self._check_device(inputs, slots)
         if is_transformed():
@@ -175,7 +173,7 @@ class Routing:
             self._raise_batch_size(inputs)
         if self.uniform and not self._must_serve_others(self.slots.device):
             return
-        kind = self._kind(module, prefix, inputs)
+        kind = self._kind(module, prefix, inputs, batched)
         self._entered, self._inputs = (kind, module), inputs
         self._rows_of_call = self._rows.setdefault(kind, {})
         known = self._proofs.get(kind)
@@ -209,17 +207,14 @@ class Routing:
 
     def note_read(self, layer: Any) -> None:
         """The weight of a layer is read in eager code, by the layer or by something else."""
-        last = self.called.get(layer.lora_name)
-        if last is not None and last[0] is self.block:
-            return
-        if layer.lora_name not in self._read and not only_looks(sys._getframe(3)):
-            self._read.add(layer.lora_name)
+        name = layer.lora_name
+        if name not in self.block.called and name not in self.block.read and not only_looks(sys._getframe(3)):
+            self.block.read.add(name)
 
-    def unreached(self) -> list[str]:
-        """Layers that were left out of this block: their weight was read, and they were not called."""
-        called = {name for name, last in self.called.items() if last[0] is self.block}
+    def unreached(self, block: Any) -> set[str]:
+        """Layers that were left out of a block: their weight was read, and they were not called."""
         traced = {name for name, node in self.traced_reads.items() if not node._erased and node.users}
-        return sorted((self._read - called | traced) - self.traced_calls)
+        return (block.read - block.called | traced) - self.traced_calls
 
     def _abandon(self) -> None:
         """Whatever an interrupted call has left behind."""
@@ -338,14 +333,21 @@ class Routing:
         sequences = torch.arange(len(self.lengths), dtype=torch.int32).repeat_interleave(torch.tensor(self.lengths))
         return sequences.view([-1 if at == dimension else 1 for at in range(dimensions)])
 
-    def _kind(self, module: nn.Module, prefix: str, inputs: list[tuple[str, Any]]) -> Hashable:
-        """What two calls have in common whose rows come about in the same way: all but how long things are."""
+    def _kind(
+        self, module: nn.Module, prefix: str, inputs: list[tuple[str, Any]], batched: dict[str, int]
+    ) -> Hashable:
+        """What two calls have in common whose rows come about in the same way: all but how long things are.
+
+        A call in which something else is as long as the batch has nothing in common with others: it is followed.
+        """
         assert self.slots is not None  # noqa: S101 - for the type checker
         size = self.slots.shape[0]
         described: list[Hashable] = []
         for name, value in inputs:
             if isinstance(value, Tensor):
                 sizes = tuple(one if one == 1 else "batch" if one == size else "*" for one in value.shape)
+                if sizes.count("batch") > (name in batched):
+                    described.append(object())
                 described.append((name, sizes, value.dtype))
             elif value is None or isinstance(value, bool | str):
                 described.append((name, value))
@@ -367,6 +369,7 @@ class Routing:
             )
 
     def _note_call(self, layer: Any) -> None:
+        self.block.called.add(layer.lora_name)
         last = self.called.get(layer.lora_name)
         if torch.is_grad_enabled() and (task := current_backward()) is not None:
             # A checkpoint runs the layer again, as often as the block has run it.
