@@ -367,6 +367,8 @@ class AdapterBank:
         finally:
             self._routing.mine.reset(token)
             with self._lock:
+                outer.called |= block.called
+                outer.read |= block.read
                 self._blocks.remove(block)
                 self._route(outer)
 
