@@ -1,0 +1,124 @@
+"""Tiny random speech models with adapters, audio to transcribe, and what transformers with PEFT makes of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+RATE = 16000
+LANGUAGES = 99
+WHISPER_VOCABULARY = 51865
+WHISPER_PROMPT = [50258, 50259, 50359, 50363]
+NEW_TOKENS = 8
+
+
+def audio(number: int, seconds: float = 1.0) -> np.ndarray:
+    """A few tones and noise, other ones for each number."""
+    generator = np.random.default_rng(number)
+    time = np.arange(int(seconds * RATE)) / RATE
+    tones = [np.sin(2 * math.pi * generator.uniform(100, 3000) * time + generator.uniform(0, 6)) for _ in range(5)]
+    wave = sum(tones) + 0.1 * generator.standard_normal(len(time))
+    return (wave / np.abs(wave).max()).astype(np.float32)
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Give every weight a size that keeps activations alive and tokens apart."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "embed_positions" not in name:
+            scale = 1.5 / math.sqrt(parameter[0].numel())
+            parameter.data = torch.randn(parameter.shape, generator=generator) * scale
+
+
+def add_adapters(model: nn.Module, folder: Path, targets: list[str] | str, rank: int, count: int) -> Any:
+    """The model with random adapters, each saved in a folder of its name; B is as large as A."""
+    from peft import LoraConfig, PeftModel
+
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0, init_lora_weights=False)
+    names = [f"adapter_{number}" for number in range(count)]
+    peft: Any = PeftModel(model, config, adapter_name=names[0])
+    for name in names[1:]:
+        peft.add_adapter(name, config)
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in peft.named_parameters():
+        if "lora_" in name:
+            weight.data = torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1])
+    for name in names:
+        peft.save_pretrained(folder, selected_adapters=[name])
+    return peft.eval()
+
+
+def whisper(folder: Path, width: int = 64, heads: int = 2) -> Any:
+    """A Whisper of 2 + 2 layers, saved with what its processor needs; PEFT's model with two adapters."""
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    sizes = {"d_model": width, "encoder_ffn_dim": 2 * width, "decoder_ffn_dim": 2 * width}
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": heads}
+    config = WhisperConfig(vocab_size=WHISPER_VOCABULARY, decoder_start_token_id=WHISPER_PROMPT[0], decoder_attention_heads=heads, **sizes, **layers)
+    model = WhisperForConditionalGeneration(config).eval()
+    randomise(model)
+    model.save_pretrained(folder)
+    WhisperFeatureExtractor().save_pretrained(folder)
+    whisper_tokenizer().save_pretrained(folder)
+    linears = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+    return add_adapters(model, folder, linears, 8, 2)
+
+
+def whisper_tokenizer() -> Any:
+    """Bytes, and as many words without a meaning as Whisper has tokens; its special tokens are in their places."""
+    from transformers import AddedToken, WhisperTokenizer
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES as NAMES
+
+    letters = [chr(byte) for byte in range(33, 127)] + [chr(byte) for byte in range(161, 173)]
+    letters += [chr(byte) for byte in range(174, 256)] + [chr(256 + number) for number in range(68)]
+    words = letters + [f"Ġw{number}" for number in range(50257 - len(letters))]
+    special = ["<|endoftext|>", "<|startoftranscript|>", *(f"<|{code}|>" for code in list(NAMES)[:LANGUAGES])]
+    special += ["<|translate|>", "<|transcribe|>", "<|startoflm|>", "<|startofprev|>", "<|nospeech|>"]
+    special += ["<|notimestamps|>"]
+    tokenizer = WhisperTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[])
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken(one, special=True, normalized=False) for one in special]}
+    )
+    tokenizer.add_tokens([AddedToken(f"<|{number * 0.02:.2f}|>", normalized=False) for number in range(1501)])
+    return tokenizer
+
+
+@torch.no_grad()
+def whisper_rows(peft: Any, name: str | None, wave: np.ndarray, new: int = NEW_TOKENS) -> tuple[list[int], Tensor]:
+    """What PEFT's Whisper decodes greedily, and the log-probability of each token."""
+    from transformers import WhisperFeatureExtractor
+
+    features = WhisperFeatureExtractor()(wave, sampling_rate=RATE, return_tensors="pt").input_features
+    with chosen(peft, name) as model:
+        encoded = model.model.encoder(features)
+        tokens, values = list(WHISPER_PROMPT), []
+        for _ in range(new):
+            logits = model(encoder_outputs=encoded, decoder_input_ids=torch.tensor([tokens])).logits[0, -1]
+            values.append(logits.log_softmax(-1).max())
+            tokens.append(int(logits.argmax()))
+    return tokens[len(WHISPER_PROMPT) :], torch.stack(values)
+
+
+class chosen:  # noqa: N801
+    """PEFT's model with one of its adapters, or none."""
+
+    def __init__(self, peft: Any, name: str | None) -> None:
+        self.peft, self.name = peft, name
+
+    def __enter__(self) -> Any:
+        if self.name is None:
+            self.disabled = self.peft.disable_adapter()
+            self.disabled.__enter__()
+        else:
+            self.peft.set_adapter(self.name)
+        return self.peft.base_model.model
+
+    def __exit__(self, *error: object) -> None:
+        if self.name is None:
+            self.disabled.__exit__(*error)
