@@ -122,3 +122,94 @@ class chosen:  # noqa: N801
     def __exit__(self, *error: object) -> None:
         if self.name is None:
             self.disabled.__exit__(*error)
+
+
+def bytes_tokenizer(words: int, special: list[str], template: str) -> Any:
+    """Bytes, words without a meaning and special tokens, so many in all; with a template of chats."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = letters + [f"Ġw{number}" for number in range(words - len(letters) - len(special))] + special
+    tokenizer = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[0])
+    fast.add_special_tokens({"additional_special_tokens": special[1:]})
+    fast.chat_template = template
+    return fast
+
+
+GRANITE_VOCABULARY = 1003
+GRANITE_TEMPLATE = (
+    "{% for m in messages %}USER: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+GRANITE_ASKS = {
+    "transcriptions": "<|audio|>can you transcribe the speech into a written format?",
+    "translations": "<|audio|>translate the speech to English",
+}
+
+
+def granite_speech(folder: Path) -> Any:
+    """A Granite Speech with adapters of rank 64 on its language model, as the released one has it; PEFT's model."""
+    from transformers import (
+        Blip2QFormerConfig,
+        GraniteConfig,
+        GraniteSpeechConfig,
+        GraniteSpeechEncoderConfig,
+        GraniteSpeechFeatureExtractor,
+        GraniteSpeechForConditionalGeneration,
+        GraniteSpeechProcessor,
+    )
+
+    text = {"vocab_size": GRANITE_VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 1001}
+    queries = {"hidden_size": 48, "encoder_hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GraniteSpeechConfig(
+        text_config=GraniteConfig(**text, tie_word_embeddings=False).to_dict(),
+        encoder_config=GraniteSpeechEncoderConfig(num_layers=2, hidden_dim=32, num_heads=2, context_size=20).to_dict(),
+        projector_config=Blip2QFormerConfig(**queries, intermediate_size=64).to_dict(),
+        audio_token_index=GRANITE_VOCABULARY - 1,
+        has_lora_adapter=False,
+        tie_word_embeddings=False,
+    )
+    model = GraniteSpeechForConditionalGeneration(config).eval()
+    randomise(model)
+    model.save_pretrained(folder)
+    tokenizer = bytes_tokenizer(GRANITE_VOCABULARY, ["<|end_of_text|>", "<|audio|>"], GRANITE_TEMPLATE)
+    GraniteSpeechProcessor(GraniteSpeechFeatureExtractor(), tokenizer).save_pretrained(folder)
+    peft = add_adapters(model, folder, r".*language_model.*\.(q_proj|v_proj)", 64, 2)
+    # As the released model and its adapter have them, and vLLM reads them: transformers 5 saves other names.
+    rename_tensors(folder / "model.safetensors", "language_model.model.model.", "language_model.model.")
+    for file in folder.glob("adapter_*/adapter_model.safetensors"):
+        rename_tensors(file, "model.model.language_model.", "model.language_model.model.")
+    return peft
+
+
+def rename_tensors(file: Path, old: str, new: str) -> None:
+    """Exchange a part of the names in a file."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name.replace(old, new): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def granite_rows(
+    peft: Any, folder: Path, name: str | None, wave: np.ndarray, ask: str, new: int = NEW_TOKENS
+) -> tuple[list[int], Tensor]:
+    """What PEFT's Granite Speech decodes greedily, and the log-probability of each token."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+    chat = [{"role": "user", "content": GRANITE_ASKS[ask]}]
+    prompt = processor.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    inputs = processor(prompt, torch.from_numpy(wave)[None], return_tensors="pt")
+    audio = {key: inputs[key] for key in ("input_features", "input_features_mask") if key in inputs}
+    tokens, values = inputs["input_ids"][0].tolist(), []
+    with chosen(peft, name) as model:
+        for _ in range(new):
+            logits = model(input_ids=torch.tensor([tokens]), **audio).logits[0, -1]
+            values.append(logits.log_softmax(-1).max())
+            tokens.append(int(logits.argmax()))
+    return tokens[-new:], torch.stack(values)

@@ -257,7 +257,7 @@ def test_an_embedding_adds_and_a_classifier_replaces_its_rows() -> None:
 def test_rows_past_those_of_the_batch_have_no_adapter() -> None:
     from xpu_lora_compile.integrations.vllm_punica import XpuLoraPunicaWrapper
 
-    fresh = XpuLoraPunicaWrapper(64, 8, device="cpu", lora_config=SimpleNamespace(max_loras=3))
+    fresh = XpuLoraPunicaWrapper(64, 64, device="cpu", lora_config=SimpleNamespace(max_loras=3))
     assert fresh._token_lora_indices.eq(-1).all()
     for adapters in ([3] * 40, MIXED, [1, 2] * 8):
         tell(fresh, adapters, 3)
