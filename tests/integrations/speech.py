@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,13 @@ def whisper(folder: Path, width: int = 64, heads: int = 2) -> Any:
 
     sizes = {"d_model": width, "encoder_ffn_dim": 2 * width, "decoder_ffn_dim": 2 * width}
     layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": heads}
-    config = WhisperConfig(vocab_size=WHISPER_VOCABULARY, decoder_start_token_id=WHISPER_PROMPT[0], decoder_attention_heads=heads, **sizes, **layers)
+    config = WhisperConfig(
+        vocab_size=WHISPER_VOCABULARY,
+        decoder_start_token_id=WHISPER_PROMPT[0],
+        decoder_attention_heads=heads,
+        **sizes,
+        **layers,
+    )
     model = WhisperForConditionalGeneration(config).eval()
     randomise(model)
     model.save_pretrained(folder)
@@ -194,14 +200,20 @@ def rename_tensors(file: Path, old: str, new: str) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+@functools.cache
+def processor_in(folder: Path) -> Any:
+    """The saved processor; reading it takes longer than what it does."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder)
+
+
 @torch.no_grad()
 def granite_rows(
     peft: Any, folder: Path, name: str | None, wave: np.ndarray, ask: str, new: int = NEW_TOKENS
 ) -> tuple[list[int], Tensor]:
     """What PEFT's Granite Speech decodes greedily, and the log-probability of each token."""
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = processor_in(folder)
     chat = [{"role": "user", "content": GRANITE_ASKS[ask]}]
     prompt = processor.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     inputs = processor(prompt, torch.from_numpy(wave)[None], return_tensors="pt")
@@ -213,3 +225,60 @@ def granite_rows(
             values.append(logits.log_softmax(-1).max())
             tokens.append(int(logits.argmax()))
     return tokens[-new:], torch.stack(values)
+
+
+def blip2(folder: Path) -> Any:
+    """A BLIP-2 with adapters on its image encoder and its language model; PEFT's model."""
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    heads = {"num_attention_heads": 2, "num_hidden_layers": 2}
+    text = {
+        "model_type": "opt",
+        "vocab_size": 1003,
+        "hidden_size": 64,
+        "ffn_dim": 96,
+        "word_embed_proj_dim": 64,
+        **heads,
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 64, "image_size": 56, "patch_size": 14, **heads}
+    queries = {"hidden_size": 48, "encoder_hidden_size": 32, "intermediate_size": 64, **heads}
+    config = Blip2Config(
+        vision_config=vision,
+        qformer_config=queries,
+        text_config=text | {"max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1001, "pad_token_id": 1},
+        num_query_tokens=8,
+        image_token_index=1002,
+    )
+    model = Blip2ForConditionalGeneration(config).eval()
+    randomise(model)
+    model.save_pretrained(folder)
+    tokenizer = bytes_tokenizer(1003, ["</s>", "<image>"], GRANITE_TEMPLATE)
+    processor = BlipImageProcessorPil(size={"height": 56, "width": 56})
+    Blip2Processor(processor, tokenizer, num_query_tokens=8).save_pretrained(folder)
+    linears = r".*vision_model.*\.(projection|fc1|fc2)|.*language_model.*\.(out_proj|fc1|fc2)"
+    return add_adapters(model, folder, linears, 8, 2)
+
+
+def picture(number: int) -> Any:
+    """Random colours, as large as the encoder reads."""
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(number).integers(0, 255, (56, 56, 3), dtype=np.uint8))
+
+
+BLIP2_PROMPT = [100, 200, 300, 400]
+
+
+@torch.no_grad()
+def blip2_rows(peft: Any, folder: Path, name: str | None, number: int) -> tuple[list[int], Tensor]:
+    """What PEFT's BLIP-2 decodes greedily, and the log-probability of each token."""
+    pixels = processor_in(folder).image_processor(picture(number), return_tensors="pt").pixel_values
+    tokens, values = [1002] * 8 + BLIP2_PROMPT, []
+    with chosen(peft, name) as model:
+        for _ in range(NEW_TOKENS):
+            ids = torch.tensor([tokens])
+            logits = model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits[0, -1]
+            values.append(logits.log_softmax(-1).max())
+            tokens.append(int(logits.argmax()))
+    return tokens[-NEW_TOKENS:], torch.stack(values)

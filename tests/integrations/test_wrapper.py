@@ -300,11 +300,13 @@ def test_inside_an_encoder_every_row_is_one_adapters() -> None:
     wrapper.enter_encoder(None)
     with pytest.raises(BatchError, match="which tells whose items it encodes"):
         wrapper.add_lora_linear(y, x, a, b, 1.0, (16,))
+    wrapper.enter_encoder(1)
     with pytest.raises(BatchError, match="no LoRA of an embedding inside an encoder"):
-        wrapper.enter_encoder(1)
         wrapper.add_lora_embedding(torch.randn(4, 16), torch.randn(4, 8), b[0])
     wrapper.leave_encoder()
-    assert torch.equal(wrapper.add_lora_linear(before[0, :1].clone(), x[0, :1], a, [b[0] * 0], 1.0, (16,)), before[0, :1])
+    assert torch.equal(
+        wrapper.add_lora_linear(before[0, :1].clone(), x[0, :1], a, [b[0] * 0], 1.0, (16,)), before[0, :1]
+    )
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """Adapters that vLLM 0.32 would load although they give wrong answers are refused as they are loaded.
 
-vLLM compares the last part of each name with the layers that it knows, and the rank with `max_lora_rank`. What it takes:
-weights that are not finite, which spread to other requests' rows through the cache; tensors of modules that the model
-does not have, which it ignores; and tensors that are smaller than their layer, which it writes into a corner.
-The check runs after vLLM has read the file and cast it to its own dtype, and before it gives up another adapter for it.
+vLLM compares the last part of each name with the layers that it knows, and the rank with `max_lora_rank`. It takes
+weights that are not finite, which spread to other requests' rows; tensors of modules that the model does not have, which
+it ignores; and tensors that are smaller than their layer, which it writes into a corner. The check runs after vLLM has
+read the file and cast it to its own dtype, and before vLLM gives up another adapter for it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def check_adapter(manager: Any, adapter: Any, name: str) -> None:
         if any(module == one or module.startswith(f"{one}.") for one in experts):
             matched = True
         elif (layer := layers.get(module) or layers.get(f"model.{module}" if manager.is_pooling_model else "")) is None:
-            unmatched.append(module)
+            # What adds nothing may be missing: vLLM leaves layers out whose output a model does not read.
+            if not _is_tensor(weights.lora_b) or weights.lora_b.any():
+                unmatched.append(module)
         else:
             matched = True
             _check_shapes(name, module, pair, layer, manager.lora_config.max_lora_rank)
@@ -107,9 +109,7 @@ def _layers(manager: Any) -> tuple[dict[str, tuple[Any, int | None]], list[str]]
     return layers, [module for module, layer in manager.modules.items() if isinstance(layer, moe)]
 
 
-def _check_shapes(
-    name: str, module: str, pair: tuple[Any, Any], layer: tuple[Any, int | None], max_rank: int
-) -> None:
+def _check_shapes(name: str, module: str, pair: tuple[Any, Any], layer: tuple[Any, int | None], max_rank: int) -> None:
     where = f"adapter {name}, {module}"
     a, b = pair
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):

@@ -1,15 +1,15 @@
 """Whose rows the layers of an encoder see: of audio, images and video, and of the cross attention that reads them.
 
-vLLM maps the tokens of a batch to adapters. An encoder sees other rows: frames, patches, queries, in a layout of its own.
-So no layout is read here. vLLM encodes the items of the requests that it scheduled, in one call; where requests of
-several adapters are among them, the call is split by adapter, and every row that a layer sees within one call belongs
-to that adapter. A cross attention's K and V see what the encoder returned, one item after another: their rows are mapped
-from the lengths of those items and the requests that they came from. What was encoded for one adapter is not taken from
-the cache for another: see `vllm_platform.py`.
+vLLM maps the tokens of a batch to adapters. An encoder sees other rows: frames, patches, queries, in a layout of its
+own. No layout is read here. vLLM encodes the items of the requests that it scheduled in one call. Where these requests
+have several adapters, the call is split by adapter, and every row that a layer sees within one call belongs to that
+adapter. A cross attention's K and V see what the encoder returned, one item after another: their rows are mapped from
+the lengths of those items and the requests that they came from. What was encoded for one adapter is not taken from the
+cache for another: see `vllm_platform.py`.
 
 | changed in vLLM | what it does more |
 |---|---|
-| `LoRAModelManager._create_lora_modules` | finds such layers, and gives a cross attention's K and V a wrapper of their own |
+| `LoRAModelManager._create_lora_modules` | gives a cross attention's K and V a wrapper of their own |
 | `GPUModelRunner._execute_mm_encoder` | one call an adapter; maps the rows of the cross attention |
 | the model's `embed_multimodal` | all within it belongs to that call's adapter |
 """
@@ -155,9 +155,7 @@ def _cross_attention(manager: Any) -> CrossAttentionWrapper | None:
             f"{type(attentions[others[0]]).__name__ if others else 'none that is known'} in {type(module).__name__}",
             "Serve this model without --enable-lora, or without this package: its rows could get wrong adapters.",
         )
-    wrapper = CrossAttentionWrapper(
-        8, manager.max_num_seqs, device=manager.device, lora_config=manager.lora_config
-    )
+    wrapper = CrossAttentionWrapper(8, manager.max_num_seqs, device=manager.device, lora_config=manager.lora_config)
     for name in known:
         layer = manager.modules.get(f"{name}.kv_proj")
         if layer is not None:

@@ -4,7 +4,7 @@ vLLM's stacks are A `[K, 1, R, D]` and B `[K, 1, W, R]`, scaling folded into B, 
 a linear layer are views of one tensor, by rank, as our kernel reads them. Each method changes `y` in place where it
 runs eagerly, and returns the result, which is what vLLM's layers go on with.
 
-Which row has which adapter is known in one of three ways; in every other case an eager call fails with the layer's name:
+Which row has which adapter is known in three ways. In every other case an eager call fails with the layer's name:
 
 | where the layer runs | its rows |
 |---|---|
@@ -12,9 +12,9 @@ Which row has which adapter is known in one of three ways; in every other case a
 | inside `embed_multimodal` | all of them belong to the one adapter whose items are encoded: `vllm_encoders.py` |
 | a cross attention's K and V | the rows of the encoder's outputs, request by request: `vllm_encoders.py` |
 
-Three classes of vLLM are changed once this module is imported: `BaseLayerWithLoRA.set_mapping` stores B by rank on a CPU,
-`LoRAModelManager._create_lora_modules` and `GPUModelRunner._execute_mm_encoder` tell whose rows an encoder sees, and
-`WorkerLoRAManager._load_adapter` refuses adapters that would be wrong: `vllm_adapters.py`.
+The first wrapper changes four methods of vLLM's classes: `BaseLayerWithLoRA.set_mapping` stores B by rank on a CPU;
+`LoRAModelManager._create_lora_modules` and `GPUModelRunner._execute_mm_encoder` tell whose rows an encoder sees;
+`WorkerLoRAManager._load_adapter` refuses adapters that would give wrong answers: `vllm_adapters.py`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
         self._looked_through: dict[int, tuple[int, bool]] = {}
         # The module of each stack, by the stack's `id`: for errors.
         self.names: dict[int, str] = {}
-        # vLLM does not initialise its buffers. Of each: what a row past the mapped ones reads, and how many were mapped.
+        # vLLM does not initialise its buffers. Of each: what a row past the mapped ones reads, and how many are mapped.
         self._tails = {"_token_lora_indices": -1, "_sampler_indices": -1, "_embeddings_indices": 0}
         self._mapped: dict[str, int] = {}
         for name, nothing in self._tails.items():
