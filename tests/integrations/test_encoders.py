@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -104,8 +105,8 @@ def whisper(whisper_folder: tuple[Path, Any]) -> Iterator[Media]:
         encoder = {"prompt": "", "multi_modal_data": media}
         return {"encoder_prompt": encoder, "decoder_prompt": {"prompt_token_ids": speech.WHISPER_PROMPT}}
 
-    # 1500 frames of four audios in a step, of which the batch has no more tokens than 16.
-    options = {"max_num_batched_tokens": 6000, "skip_mm_profiling": False}
+    # Frames of three audios in a step, 1500 each, beside 4 tokens of each decoder.
+    options = {"max_num_batched_tokens": 4500, "skip_mm_profiling": False}
     rows = functools.partial(speech.whisper_rows, peft)
     with engine(folder, prompt, lambda name, number: rows(name, speech.audio(number)), **options) as media:
         yield media
@@ -136,7 +137,7 @@ WRONG = {
     "no such layer": (
         f"{LAYERS}.1.fc1",
         lambda name, tensor: {name.replace("layers.1", "layers.9"): tensor},
-        r"can have LoRA in WhisperForConditionalGeneration; got 1 of other modules: model\.decoder\.layers\.9\.mlp\.fc1",
+        r"can have LoRA in WhisperFor.*; got 1 of other modules: model\.decoder\.layers\.9\.mlp\.fc1\. ",
     ),
     "half": (f"{LAYERS}.1.fc1.lora_B", lambda name, b: {}, r"layers\.1\.mlp\.fc1: wanted both lora_A and lora_B"),
     "narrower": (
@@ -265,6 +266,27 @@ def test_an_image_encoder_sees_each_image_with_its_own_adapter(
         assert blip2.differing(rows) == []
         for row in [(name, 0) for name in NAMES] + [("adapter_1", 4), (None, 4), ("adapter_0", 4)]:
             assert blip2.differing([row]) == []
+
+
+def test_an_encoder_decoder_that_is_not_known_is_refused_with_the_layers_name() -> None:
+    from vllm.v1.attention.backend import AttentionType
+
+    from xpu_lora_compile.errors import AttachError
+    from xpu_lora_compile.integrations.vllm import register
+
+    register()
+    from xpu_lora_compile.integrations.vllm_encoders import _cross_attention
+
+    class OtherAttention(torch.nn.Module):
+        attn_type = AttentionType.ENCODER_DECODER
+
+    model = torch.nn.Module()
+    model.config = SimpleNamespace(is_encoder_decoder=True)
+    with pytest.raises(AttachError, match="wanted an encoder-decoder with the cross attention of Whisper; got none"):
+        _cross_attention(SimpleNamespace(model=model))
+    model.decoder = torch.nn.ModuleDict({"cross": OtherAttention()})
+    with pytest.raises(AttachError, match=r"^decoder\.cross: .* got OtherAttention in Module"):
+        _cross_attention(SimpleNamespace(model=model))
 
 
 @contextmanager

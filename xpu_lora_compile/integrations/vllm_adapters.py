@@ -1,9 +1,9 @@
 """Adapters that vLLM 0.32 would load although they give wrong answers are refused as they are loaded.
 
 vLLM compares the last part of each name with the layers that it knows, and the rank with `max_lora_rank`. It takes
-weights that are not finite, which spread to other requests' rows; tensors of modules that the model does not have, which
-it ignores; and tensors that are smaller than their layer, which it writes into a corner. The check runs after vLLM has
-read the file and cast it to its own dtype, and before vLLM gives up another adapter for it.
+weights that are not finite, which spread to other requests' rows. It takes tensors of modules that the model does not
+have, and ignores them. It takes tensors that are smaller than their layer, and writes them into a corner. This check
+runs after vLLM has read the file and cast it to its own dtype, and before vLLM gives up another adapter for it.
 """
 
 from __future__ import annotations
