@@ -117,18 +117,21 @@ def _check_shapes(name: str, module: str, pair: tuple[Any, Any], layer: tuple[An
             where, "both lora_A and lora_B", "one of them", "Export the adapter again, with all its tensors."
         )
     features, width = _sizes(*layer)
-    rank = a.shape[0]
-    wanted = [features or "D", "R"], [width or "W", "R"]
-    fits = a.dim() == b.dim() == 2 and rank == b.shape[1]
+    logits: Any = importlib.import_module("vllm.lora.layers").LogitsProcessorWithLoRA
+    if isinstance(layer[0], logits) and b.shape[0] < (width or 0):
+        # The model has got more tokens since, as padding adds them: theirs come last, and have no LoRA.
+        width = b.shape[0]
+    fits = a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1]
     if not fits or (features or a.shape[1]) != a.shape[1] or (width or b.shape[0]) != b.shape[0]:
         raise AdapterShapeError(
             where,
-            f"lora_A [R, {wanted[0][0]}] and lora_B [{wanted[1][0]}, R]",
+            f"lora_A [R, {features or 'D'}] and lora_B [{width or 'W'}, R]",
             f"{list(a.shape)} and {list(b.shape)}",
             "Load an adapter that was trained for this model.",
         )
-    if rank > max_rank:
-        raise RankError(where, f"a rank up to {max_rank}", str(rank), f"Start vLLM with --max-lora-rank {rank}.")
+    if a.shape[0] > max_rank:
+        remedy = f"Start vLLM with a --max-lora-rank of at least {a.shape[0]}."
+        raise RankError(where, f"a rank up to {max_rank}", str(a.shape[0]), remedy)
 
 
 def _sizes(layer: Any, part: int | None) -> tuple[int | None, int | None]:
