@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -302,21 +303,27 @@ def server(folder: Path, log: Path, *options: str) -> Iterator[str]:
         *("--lora-modules", *(f"{name}={folder / name}" for name in NAMES if name), "--skip-mm-profiling", *options),
     ]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process:  # noqa: S603
-        address = f"http://127.0.0.1:{port}"
+    # A session of its own: vLLM's processes end with it, also where one that is starting does not listen.
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)  # noqa: S603
+    address, patience = f"http://127.0.0.1:{port}", time.monotonic() + 400
+    try:
+        while True:
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < patience, log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5)  # noqa: S310
+                break
+            except (urllib.error.URLError, TimeoutError, ConnectionError):
+                time.sleep(0.5)
+        yield address
+    finally:
+        process.terminate()
         try:
-            for _ in range(180):
-                assert process.poll() is None, log.read_text()[-3000:]
-                try:
-                    urllib.request.urlopen(f"{address}/health", timeout=1)  # noqa: S310
-                    break
-                except (urllib.error.URLError, TimeoutError, ConnectionError):
-                    time.sleep(0.5)
-            else:
-                pytest.fail(log.read_text()[-3000:])
-            yield address
-        finally:
-            process.terminate()
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
 
 
 def sound_file(number: int) -> bytes:
