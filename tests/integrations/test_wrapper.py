@@ -31,16 +31,20 @@ def _plugin() -> None:
 
 def wrapper_for(adapters: list[int], slots: int, sampled: list[int] | None = None, longest: int = 8192) -> Any:
     """A wrapper that was told of a batch: of each row the adapter's number from 1 on, or 0; all slots are taken."""
-    from vllm.lora.layers import LoRAMapping
-
     from xpu_lora_compile.integrations.vllm_punica import XpuLoraPunicaWrapper
 
     made = XpuLoraPunicaWrapper(longest, 256, device="cpu", lora_config=SimpleNamespace(max_loras=slots))
     # What a larger batch before this one has left behind.
-    made.update_metadata(LoRAMapping([1] * longest, [1] * 256, is_prefill=True), list(range(1, slots + 1)), slots, 512)
-    sampled = adapters if sampled is None else sampled
-    made.update_metadata(LoRAMapping(adapters, sampled, is_prefill=True), list(range(1, slots + 1)), slots, 512)
+    tell(made, [1] * longest, slots, [1] * 256)
+    tell(made, adapters, slots, sampled)
     return made
+
+
+def tell(wrapper: Any, adapters: list[int], slots: int, sampled: list[int] | None = None) -> None:
+    from vllm.lora.layers import LoRAMapping
+
+    sampled = adapters if sampled is None else sampled
+    wrapper.update_metadata(LoRAMapping(adapters, sampled, is_prefill=True), list(range(1, slots + 1)), slots, 512)
 
 
 def products(x: Tensor, weights: Tensor, adapters: list[int]) -> Tensor:
@@ -250,6 +254,61 @@ def test_an_embedding_adds_and_a_classifier_replaces_its_rows() -> None:
         torch.testing.assert_close(y[t], wanted)
 
 
+def test_rows_past_those_of_the_batch_have_no_adapter() -> None:
+    from xpu_lora_compile.integrations.vllm_punica import XpuLoraPunicaWrapper
+
+    fresh = XpuLoraPunicaWrapper(64, 64, device="cpu", lora_config=SimpleNamespace(max_loras=3))
+    assert fresh._token_lora_indices.eq(-1).all()
+    for adapters in ([3] * 40, MIXED, [1, 2] * 8):
+        tell(fresh, adapters, 3)
+        rows = len(adapters)
+        assert fresh._token_lora_indices[:rows].tolist() == [one - 1 for one in adapters]
+        assert fresh._token_lora_indices[rows:].eq(-1).all()
+        assert fresh._sampler_indices[rows:].eq(-1).all()
+        assert fresh._embeddings_indices[rows:].eq(0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [9, 5], ids=["more", "fewer"])
+def test_a_layer_with_other_rows_than_the_batch_fails_with_its_name(rows: int) -> None:
+    from xpu_lora_compile.errors import BatchError
+
+    wrapper, (a, b) = wrapper_for(MIXED, 3), stacks([16])
+    wrapper.names[id(b)] = "visual.blocks.0.attn.proj"
+    x, y = torch.randn(rows, 24), torch.randn(rows, 16)
+    wanted = f"visual.blocks.0.attn.proj: wanted the 7 tokens of the batch, .* got {rows} rows .* LoRA on `proj`"
+    with pytest.raises(BatchError, match=wanted):
+        wrapper.add_lora_linear(y, x, a, b, 1.0, (16,))
+    # Adapters without LoRA on the layer, and a batch without adapters, cannot be wrong.
+    before, zeros = y.clone(), [torch.zeros_like(b[0])]
+    assert torch.equal(wrapper.add_lora_linear(y, x, a, zeros, 1.0, (16,)), before)
+    tell(wrapper, [0] * 7, 3)
+    assert torch.equal(wrapper.add_lora_linear(y, x, a, b, 1.0, (16,)), before)
+
+
+@torch.no_grad()
+def test_inside_an_encoder_every_row_is_one_adapters() -> None:
+    from xpu_lora_compile.errors import BatchError
+
+    wrapper, (a, b) = wrapper_for(MIXED, 3), stacks([16])
+    x, y = torch.randn(2, 5, 24), torch.randn(2, 5, 16)
+    before, wanted = y.clone(), products(products(x.view(10, 24), a[0], [2] * 10), b[0], [2] * 10).view(2, 5, 16)
+    wrapper.enter_encoder(1)
+    torch.testing.assert_close(wrapper.add_lora_linear(y, x, a, b, 1.0, (16,)), (before + wanted).float())
+    wrapper.enter_encoder(-1)
+    assert torch.equal(wrapper.add_lora_linear(before.clone(), x, a, b, 1.0, (16,)), before)
+    wrapper.enter_encoder(None)
+    with pytest.raises(BatchError, match="which tells whose items it encodes"):
+        wrapper.add_lora_linear(y, x, a, b, 1.0, (16,))
+    wrapper.enter_encoder(1)
+    with pytest.raises(BatchError, match="no LoRA of an embedding inside an encoder"):
+        wrapper.add_lora_embedding(torch.randn(4, 16), torch.randn(4, 8), b[0])
+    wrapper.leave_encoder()
+    assert torch.equal(
+        wrapper.add_lora_linear(before[0, :1].clone(), x[0, :1], a, [b[0] * 0], 1.0, (16,)), before[0, :1]
+    )
+
+
 @torch.no_grad()
 def test_a_batch_without_adapters_reads_no_weight() -> None:
     wrapper, (a, b) = wrapper_for([0] * 4, 3), stacks([16])
@@ -263,9 +322,7 @@ def test_a_batch_without_adapters_reads_no_weight() -> None:
 def batches_of(wrapper: Any) -> Iterator[Tensor]:
     """The inputs of one batch after another, whose adapters the wrapper has been told."""
     for adapters in (MIXED, [0, 0, 1], [0, 0, 0, 0]):
-        fresh = wrapper_for(adapters, 3)
-        wrapper._token_lora_indices.copy_(fresh._token_lora_indices)
-        wrapper._any_adapter = fresh._any_adapter
+        tell(wrapper, adapters, 3)
         yield torch.randn(len(adapters), 24)
 
 

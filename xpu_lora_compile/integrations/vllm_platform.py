@@ -6,11 +6,13 @@
 | `can_update_inplace` | no: vLLM's layers go on with what the wrapper returns, so that a graph holds functional calls |
 | `check_and_update_config` | what it was, but a CPU's platform does not switch compilation off because of LoRA |
 
-One thing more is done by the wrapper once it is made: vLLM's LoRA layers store B by rank on a CPU.
+The last also has `InputProcessor._get_mm_identifier` name the adapter, so that what the encoders returned for one
+adapter is not taken for another's. What the wrapper changes, once it is made: see `vllm_punica.py`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -51,6 +53,7 @@ class LoraPlatform:
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         if vllm_config.lora_config is None:
             return
+        _cache_encoders_by_adapter()
         if compilation.mode == modes.NONE and before != modes.NONE:
             compilation.mode = modes.DYNAMO_TRACE_ONCE if before == modes.VLLM_COMPILE else before
         compiled = compilation.mode != modes.NONE
@@ -70,6 +73,28 @@ def take_over(platform: Any) -> None:
     own = type(platform)
     if not issubclass(own, LoraPlatform):
         platform.__class__ = type(f"XpuLora{own.__name__}", (LoraPlatform, own), {"__module__": __name__})
+
+
+def _cache_encoders_by_adapter() -> None:
+    """Have vLLM keep apart what the encoders returned for each adapter. A second call changes nothing.
+
+    It does so with `enable_tower_connector_lora` alone, although models without `get_mm_mapping` have LoRA in their
+    encoders as well.
+    """
+    processor: Any = importlib.import_module("vllm.v1.engine.input_processor").InputProcessor
+    own = processor._get_mm_identifier
+    if hasattr(own, "__wrapped__"):
+        return
+
+    @functools.wraps(own)
+    def _get_mm_identifier(self: Any, mm_hash: str, lora_request: Any) -> str:
+        identifier: str = own(self, mm_hash, lora_request)
+        if lora_request is None or identifier != mm_hash:
+            return identifier
+        model = importlib.import_module("vllm.model_executor.model_loader").get_model_cls(self.model_config)
+        return identifier if hasattr(model, "get_mm_mapping") else f"{lora_request.lora_name}:{mm_hash}"
+
+    processor._get_mm_identifier = _get_mm_identifier
 
 
 def own_punica_wrapper() -> Any:

@@ -1,9 +1,20 @@
 """vLLM's punica wrapper, with our ops in its methods. Imported by vLLM, where it is installed, and by nothing else.
 
 vLLM's stacks are A `[K, 1, R, D]` and B `[K, 1, W, R]`, scaling folded into B, and stay so for vLLM; on a CPU those of
-a linear layer are views of one tensor, by rank, as our kernel reads them. Its index buffers are taken as they are: as
-long as the largest batch, with stale numbers past the rows of this one, and -1 for a row without an adapter. Each
-method changes `y` in place where it runs eagerly, and returns the result, which is what vLLM's layers go on with.
+a linear layer are views of one tensor, by rank, as our kernel reads them. Each method changes `y` in place where it
+runs eagerly, and returns the result, which is what vLLM's layers go on with.
+
+Which row has which adapter is known in three ways. In every other case an eager call fails with the layer's name:
+
+| where the layer runs | its rows |
+|---|---|
+| the language model | the tokens that vLLM mapped; the buffers hold -1 past them, in every step |
+| inside `embed_multimodal` | all of them belong to the one adapter whose items are encoded: `vllm_encoders.py` |
+| a cross attention's K and V | the rows of the encoder's outputs, request by request: `vllm_encoders.py` |
+
+The first wrapper changes four methods of vLLM's classes: `BaseLayerWithLoRA.set_mapping` stores B by rank on a CPU;
+`LoRAModelManager._create_lora_modules` and `GPUModelRunner._execute_mm_encoder` tell whose rows an encoder sees;
+`WorkerLoRAManager._load_adapter` refuses adapters that would give wrong answers: `vllm_adapters.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from xpu_lora_compile.errors import BatchError
 from xpu_lora_compile.integrations.vllm_platform import own_punica_wrapper
 from xpu_lora_compile.ops import bgmv_expand, bgmv_expand_slice, bgmv_shrink, lora_linear
 from xpu_lora_compile.ops.lora_linear import add_slices_eagerly
@@ -30,19 +42,47 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
     """The platform's own wrapper, with everything but LoRA of mixtures of experts done by our ops."""
 
     # Whether any row of the batch has an adapter; read by eager code alone, never traced into a graph.
-    _any_adapter = True
+    _any_adapter = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM's own, and have each layer that is given this wrapper store its weights as our kernel reads them."""
         super().__init__(*args, **kwargs)
         # Of each stack, by address: how often it had been written to when it was looked through, and whether it was 0.
         self._looked_through: dict[int, tuple[int, bool]] = {}
-        _have_layers_store_by_rank()
+        # The module of each stack, by the stack's `id`: for errors.
+        self.names: dict[int, str] = {}
+        # vLLM does not initialise its buffers. Of each: what a row past the mapped ones reads, and how many are mapped.
+        self._tails = {"_token_lora_indices": -1, "_sampler_indices": -1, "_embeddings_indices": 0}
+        self._mapped: dict[str, int] = {}
+        for name, nothing in self._tails.items():
+            buffer: Tensor = getattr(self, name)
+            buffer.fill_(nothing)
+            self._mapped[name] = 0
+        # Inside `embed_multimodal`: the slot of all rows, which a graph reads, and eager code's copy of it.
+        self._encodes = False
+        self._encoded_for: int | None = None
+        self._slot_of_encoder = torch.full((1,), -1, dtype=torch.long, device=self.device)
+        _change_vllm()
 
     def update_metadata(self, mapping: Any, *args: Any, **kwargs: Any) -> None:
-        """Note which row has which adapter."""
+        """Note which row has which adapter; rows past those of this batch have none."""
         super().update_metadata(mapping, *args, **kwargs)
         self._any_adapter = any(adapter > 0 for adapter in mapping.index_mapping)
+        tokens, sampled = len(mapping.index_mapping), len(mapping.prompt_mapping)
+        for name, rows in zip(self._tails, (tokens, sampled, tokens), strict=True):
+            if rows < self._mapped[name]:
+                buffer: Tensor = getattr(self, name)
+                buffer[rows : self._mapped[name]] = self._tails[name]
+            self._mapped[name] = rows
+
+    def enter_encoder(self, slot: int | None) -> None:
+        """From now on every row belongs to this adapter's slot, -1 for none; None where that is not known."""
+        self._encodes, self._encoded_for = True, slot
+        self._slot_of_encoder.fill_(-1 if slot is None else slot)
+
+    def leave_encoder(self) -> None:
+        """From now on rows are tokens again."""
+        self._encodes = False
 
     def add_shrink(
         self, y: Sequence[Tensor] | Tensor, x: Tensor, lora_a_stacked: Sequence[Tensor], scale: float, **_: Any
@@ -56,9 +96,13 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
             scale: factor on the result.
         """
         rows = x.reshape(-1, x.shape[-1])
-        indices = self._token_lora_indices[: rows.shape[0]]
+        indices = self._indices_of_rows(rows.shape[0], lora_a_stacked)
+        if indices is None:
+            for hidden in y:
+                hidden.zero_()
+            return y
         for hidden, a in zip(y, lora_a_stacked, strict=True):
-            bgmv_shrink(hidden.view(-1, hidden.shape[-1]), rows, a, indices, scale)
+            bgmv_shrink(hidden.view(-1, hidden.shape[-1]), rows, a, indices[: rows.shape[0]], scale)
         return y
 
     def add_expand(
@@ -83,10 +127,13 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
             add_inputs: add to `y`; if false, replace it.
         """
         rows = y.view(-1, y.shape[-1])
-        indices = self._token_lora_indices[: rows.shape[0]]
+        indices = self._indices_of_rows(rows.shape[0], lora_b_stacked)
+        if indices is None:
+            return y
         offsets = accumulate(output_slices, initial=offset_start)
         for hidden, b, offset, width in zip(x, lora_b_stacked, offsets, output_slices, strict=False):
-            bgmv_expand_slice(rows, hidden[:, : b.shape[-1]], b, indices, offset, width, add_inputs)
+            at = indices[: rows.shape[0]]
+            bgmv_expand_slice(rows, hidden[:, : b.shape[-1]], b, at, offset, width, add_inputs)
         return y
 
     def add_lora_embedding(
@@ -100,8 +147,15 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
             lora_b_stacked: `[K, 1, W, R]`.
             add_inputs: add to `y`; if false, replace it.
         """
-        if is_compiling() or self._any_adapter:
-            bgmv_expand(y, x, lora_b_stacked, self._token_lora_indices[: x.shape[0]], add_inputs)
+        indices = self._indices_of_rows(x.shape[0], lora_b_stacked)
+        if indices is None:
+            return y
+        if not is_compiling() and self._encodes:
+            # What A has for each token was read by the mapping of the language model's tokens.
+            if self._is_zero(lora_b_stacked):
+                return y
+            raise self._unmapped(x.shape[0], lora_b_stacked, "no LoRA of an embedding inside an encoder")
+        bgmv_expand(y, x, lora_b_stacked, indices[: x.shape[0]], add_inputs)
         return y
 
     def add_lora_linear(
@@ -127,10 +181,14 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
             output_slices: for each slice W.
             add_inputs: if false, `y` holds zeros, as vLLM's second stream hands it over: adding replaces them.
         """
+        rows = x.reshape(-1, x.shape[-1])
+        indices = self._indices_of_rows(rows.shape[0], lora_b_stacked)
+        if indices is None:
+            return y
         offsets = list(accumulate(output_slices, initial=0))[:-1]
         if is_compiling():
             lora_a_stacked, lora_b_stacked = _as_the_compiler_sees_them(lora_a_stacked, lora_b_stacked)
-        return self._added(y, x, lora_a_stacked, lora_b_stacked, scale, offsets, self._token_lora_indices)
+        return _added(y, rows, lora_a_stacked, lora_b_stacked, scale, offsets, indices)
 
     def add_lora_logits(
         self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **_: Any
@@ -147,10 +205,10 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
             lora_b_stacked: `[K, 1, W, R]`.
             scale: factor on what is added.
         """
-        if not is_compiling() and self._is_zero(lora_b_stacked):
+        if not is_compiling() and (not self._any_adapter or self._is_zero(lora_b_stacked)):
             return y
         b = lora_b_stacked if lora_b_stacked.shape[-2] <= y.shape[-1] else lora_b_stacked[..., : y.shape[-1], :]
-        return self._added(y, x, [lora_a_stacked], [b], scale, [0], self._indices_of_logits(x))
+        return _added(y, x, [lora_a_stacked], [b], scale, [0], self._indices_of_logits(x, lora_b_stacked))
 
     def apply_lora_full_linear(
         self, y: Tensor, x: Tensor, weight_stacked: Tensor, bias_stacked: Tensor, module_enabled: Tensor
@@ -168,24 +226,42 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
         bgmv_shrink(result, x, weight_stacked, self.sampler_indices)
         return y.copy_(self._select_full_linear_output(y, result, bias_stacked, module_enabled))
 
-    def _added(
-        self,
-        y: Tensor,
-        x: Tensor,
-        lora_a: Sequence[Tensor],
-        lora_b: Sequence[Tensor],
-        scale: float,
-        offsets: list[int],
-        indices: Tensor,
-    ) -> Tensor:
-        """`y` with every slice's LoRA; of the indices the first T count."""
-        if not is_compiling() and not self._any_adapter:
-            return y
-        rows, output = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        indices = indices[: rows.shape[0]]
-        if add_slices_eagerly(output, rows, lora_a, lora_b, indices, offsets, scale):
-            return y
-        return lora_linear(output, rows, lora_a, lora_b, indices, offsets, scale).view(y.shape)
+    def _indices_of_rows(self, rows: int, stacks: Any) -> Tensor | None:
+        """The slot of each row that a layer sees; None where, eagerly, there is nothing to add.
+
+        Args:
+            rows: how many rows the layer sees.
+            stacks: what the layer handed over, which tells its name.
+
+        Raises:
+            BatchError: nothing tells to which requests the rows belong.
+        """
+        tokens: Tensor = self._token_lora_indices
+        if is_compiling():
+            # A view of all indices: rows past the mapped ones have -1, and graphs of language models see no others.
+            return self._slot_of_encoder.expand(rows).contiguous() if self._encodes else tokens
+        if self._encodes:
+            if self._encoded_for is not None:
+                return None if self._encoded_for < 0 else self._slot_of_encoder.expand(rows).contiguous()
+            wanted = "a call of the encoder that vLLM's `_execute_mm_encoder` makes, which tells whose items it encodes"
+        elif not self._any_adapter:
+            return None
+        elif rows in (self._mapped["_token_lora_indices"], _rows_with_padding()):
+            return tokens[:rows]
+        else:
+            wanted = f"the {self._mapped['_token_lora_indices']} tokens of the batch, whose adapters vLLM has mapped"
+        if all(self._is_zero(stack) for stack in ([stacks] if isinstance(stacks, Tensor) else stacks)):
+            return None
+        raise self._unmapped(rows, stacks, wanted)
+
+    def _unmapped(self, rows: int, stacks: Any, wanted: str) -> BatchError:
+        where = self.names.get(id(stacks), "a layer with LoRA")
+        return BatchError(
+            where,
+            wanted,
+            f"{rows} rows of which it is not known to which requests they belong",
+            f"Use adapters without LoRA on `{where.rpartition('.')[2]}` of this module.",
+        )
 
     def _is_zero(self, stack: Tensor) -> bool:
         """Whether a stack is all zeros; it is looked through again when it has been written to."""
@@ -197,7 +273,7 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
             self._looked_through[address] = writes, not stack.any()
         return self._looked_through[address][1]
 
-    def _indices_of_logits(self, x: Tensor) -> Tensor:
+    def _indices_of_logits(self, x: Tensor, stack: Tensor) -> Tensor:
         """The adapter of each row of the hidden states that become logits.
 
         vLLM 0.32 takes the rows to be those that are sampled, which it has gathered (`gpu_model_runner.py`, line 4241).
@@ -206,12 +282,46 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
         """
         tokens: Tensor = self._token_lora_indices
         sampled: Tensor = self.sampler_indices
+        rows = x.shape[0]
         if is_compiling() or (
-            x.untyped_storage().nbytes() == x.numel() * x.element_size() and sampled.shape[0] == x.shape[0]
+            x.untyped_storage().nbytes() == x.numel() * x.element_size() and sampled.shape[0] == rows
         ):
-            return sampled[: x.shape[0]]
+            return sampled[:rows]
         first = x.storage_offset() // x.stride(0)
-        return tokens[first : first + x.shape[0]]
+        if first + rows > self._mapped["_token_lora_indices"]:
+            raise self._unmapped(rows, stack, f"the {sampled.shape[0]} rows that are sampled, or tokens of the batch")
+        return tokens[first : first + rows]
+
+
+def _rows_with_padding() -> int | None:
+    """How many rows the batch that runs has, with those that vLLM adds for its graphs."""
+    context = importlib.import_module("vllm.forward_context")
+    batch = context.get_forward_context().batch_descriptor if context.is_forward_context_available() else None
+    return None if batch is None else int(batch.num_tokens)
+
+
+def _added(
+    y: Tensor,
+    rows: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: float,
+    offsets: list[int],
+    indices: Tensor,
+) -> Tensor:
+    """`y` with every slice's LoRA; of the indices the first T count."""
+    output = y.view(-1, y.shape[-1])
+    indices = indices[: rows.shape[0]]
+    if add_slices_eagerly(output, rows, lora_a, lora_b, indices, offsets, scale):
+        return y
+    return lora_linear(output, rows, lora_a, lora_b, indices, offsets, scale).view(y.shape)
+
+
+def _change_vllm() -> None:
+    """Change what vLLM's classes do, where it needs a wrapper of ours. A second call changes nothing."""
+    _have_layers_store_by_rank()
+    importlib.import_module("xpu_lora_compile.integrations.vllm_encoders").tell_whose_rows_encoders_see()
+    importlib.import_module("xpu_lora_compile.integrations.vllm_adapters").refuse_wrong_adapters()
 
 
 def _have_layers_store_by_rank() -> None:
