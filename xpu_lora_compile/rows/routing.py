@@ -333,9 +333,7 @@ class Routing:
         sequences = torch.arange(len(self.lengths), dtype=torch.int32).repeat_interleave(torch.tensor(self.lengths))
         return sequences.view([-1 if at == dimension else 1 for at in range(dimensions)])
 
-    def _kind(
-        self, module: nn.Module, prefix: str, inputs: list[tuple[str, Any]], batched: dict[str, int]
-    ) -> Hashable:
+    def _kind(self, module: nn.Module, prefix: str, inputs: list[tuple[str, Any]], batched: dict[str, int]) -> Hashable:
         """What two calls have in common whose rows come about in the same way: all but how long things are.
 
         A call in which something else is as long as the batch has nothing in common with others: it is followed.
