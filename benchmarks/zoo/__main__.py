@@ -15,10 +15,11 @@ import transformers
 
 import xpu_lora_compile as xlc
 
-from . import decoders
+from . import decoders, encoders, seq2seq, speech, vision
 from .check import FAILURES, NOT_RUN, VARIANTS, Report, check
 
-FAMILIES = [*decoders.FAMILIES]
+KINDS = (decoders, encoders, seq2seq, speech, vision)
+FAMILIES = [family for kind in KINDS for family in kind.FAMILIES]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 import xpu_lora_compile as xlc
@@ -98,7 +99,7 @@ class Oracle:
             answer = self._answer(model)
             merged = PeftModel.from_pretrained(copy.deepcopy(self.base), str(self.folders[name])).merge_and_unload()
             merged_answer = self._answer(merged.eval())
-            if distance(answer, merged_answer) > TOLERANCE:
+            if distance(answer, merged_answer) > TOLERANCE and not shares_weights(model):
                 # A parent reads the layer's weight without a call, so that PEFT's own layer is not asked.
                 self.unmerged[name] = answer
                 model, answer = merged, merged_answer
@@ -334,6 +335,12 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+def shares_weights(peft_model: nn.Module) -> bool:
+    """Whether two modules with LoRA share a weight, so that merging would add both adapters to it."""
+    weights = [module.get_base_layer().weight for module in peft_model.modules() if isinstance(module, LoraLayer)]
+    return len({id(weight) for weight in weights}) < len(weights)
 
 
 def forget_end_of_text(model: nn.Module) -> None:

@@ -47,6 +47,7 @@ LATENT: dict[str, Any] = {
 }
 DEEPSEEK: dict[str, Any] = {
     **LATENT,
+    "num_key_value_heads": 4,
     "moe_intermediate_size": 16,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
