@@ -89,7 +89,9 @@ class Oracle:
                 init_lora_weights=False,
             )
             with seeded(10 + seed):
-                get_peft_model(copy.deepcopy(self.base), config).save_pretrained(self.folders[name])
+                adapter = get_peft_model(copy.deepcopy(self.base), config)
+            # Some models cannot say what their embeddings are, of which PEFT would save a copy otherwise.
+            adapter.save_pretrained(self.folders[name], save_embedding_layers=False)
         self.unmerged: dict[Name, Rows] = {}
         self.models: dict[Name, nn.Module] = {None: self.base}
         self.answers = {None: self._answer(self.base)}

@@ -52,12 +52,14 @@ def samples(length: int) -> Callable[[], Inputs]:
 def heard(name: str, stem: str, length: int = 72, **sizes: Any) -> Family:
     """Return the family of an encoder of waves."""
     model = sizes.pop("model", f"{stem}Model")
-    inputs = sizes.pop("inputs", samples(length))
+    inputs, note = sizes.pop("inputs", samples(length)), sizes.pop("note", "")
+    read = sizes.pop("read", ("last_hidden_state",))
     return Family(
         name,
         model_of(model, config_of(f"{stem}Config", WAVES, **sizes)),
         inputs,
-        batch_first(*sizes.pop("read", ("last_hidden_state",))),
+        batch_first(*read),
+        note=note,
     )
 
 
@@ -95,7 +97,13 @@ FAMILIES = [
         position_embeddings_type="relative_key",
     ),
     heard("HuBERT", "Hubert"),
-    heard("WavLM", "WavLM", num_buckets=8, max_bucket_distance=8),
+    heard(
+        "WavLM",
+        "WavLM",
+        num_buckets=8,
+        max_bucket_distance=8,
+        note="its attention reads the weights of q, k, v and out",
+    ),
     heard("UniSpeech", "UniSpeech"),
     heard("SEW", "SEW", length=136, squeeze_factor=2),
     heard("SEW-D", "SEWD", length=136, squeeze_factor=2, position_buckets=4, max_position_embeddings=16),
