@@ -15,10 +15,10 @@ import transformers
 
 import xpu_lora_compile as xlc
 
-from . import decoders, encoders, modules, seq2seq, speech, vision
+from . import decoders, encoders, modules, multimodal, seq2seq, speech, vision
 from .check import FAILURES, NOT_RUN, VARIANTS, Report, check
 
-KINDS = (decoders, encoders, seq2seq, speech, vision, modules)
+KINDS = (decoders, encoders, seq2seq, speech, vision, multimodal, modules)
 FAMILIES = [family for kind in KINDS for family in kind.FAMILIES]
 
 
