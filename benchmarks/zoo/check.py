@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -46,11 +47,21 @@ class Result:
 
 @dataclass
 class Report:
-    """All results of one family."""
+    """All results of one family.
+
+    Attributes:
+        family: its name.
+        targets: the modules that got LoRA.
+        note: what the reader has to know.
+        idle: modules with LoRA whose adapter changes nothing of the outputs, so that they are not tested.
+        seconds: how long the checks took.
+        results: by the name of the check.
+    """
 
     family: str
     targets: str = ""
     note: str = ""
+    idle: list[str] = field(default_factory=list)
     seconds: float = 0.0
     results: dict[str, Result] = field(default_factory=dict)
 
@@ -59,7 +70,7 @@ class Report:
         return asdict(self)
 
 
-class Impossible(Exception):
+class UncheckableError(Exception):
     """A check that cannot be made, since the base model or PEFT cannot do what it asks for."""
 
 
@@ -109,19 +120,29 @@ class Oracle:
         if self.unmerged:
             self.notes.append("compared with merged adapters, since PEFT's unmerged ones give another answer")
         self._check_that_names_matter()
+        try:
+            self.idle = modules_without_influence(copy.deepcopy(self.models["a"]), self)
+        except Exception as error:  # a few models refuse a backward pass in eval mode
+            self.idle = []
+            self.notes.append("no gradients: " + text_of(error))
+
+    def run(self, model: Callable[..., Any]) -> Rows:
+        """Run a model on the inputs; some draw random numbers in eval mode, too."""
+        with seeded(4):
+            return self.rows(model(**copy.deepcopy(self.inputs)))
 
     def _answer(self, model: nn.Module) -> Rows:
         with torch.no_grad():
-            rows = self.rows(model(**copy.deepcopy(self.inputs)))
+            rows = self.run(model)
         if not all(torch.isfinite(tensor).any() for row in rows for tensor in row):
-            raise Impossible("the model's numbers are not finite")
+            raise UncheckableError("the model's numbers are not finite")
         return rows
 
     def _check_that_names_matter(self) -> None:
         for one, other in ((None, "a"), (None, "b"), ("a", "b")):
             for row in range(BATCH):
                 if not distance([self.answers[one][row]], [self.answers[other][row]]) > 10 * TOLERANCE:
-                    raise Impossible(f"row {row} is the same with {one} and {other}: nothing can be told apart")
+                    raise UncheckableError(f"row {row} is the same with {one} and {other}: nothing can be told apart")
 
     def compare(self, rows: Rows, names: Names) -> Result:
         """Compare a batch with the answers for these names."""
@@ -148,11 +169,12 @@ def check(family: Family, modes: Sequence[str]) -> Report:
         variants = {name: variant for mode in modes for name, variant in VARIANTS[mode].items()}
         try:
             oracle = Oracle(family, Path(folder))
-        except Exception as error:  # noqa: BLE001 - anything may be wrong with a model
+        except Exception as error:  # anything may be wrong with a model
             report.results = {name: Result(CRASH, "no reference: " + text_of(error)) for name in variants}
             return report
         report.targets = str(family.targets) + (f" without {family.exclude}" if family.exclude else "")
         report.note = "; ".join(oracle.notes)
+        report.idle = oracle.idle
         for name, variant in variants.items():
             report.results[name] = outcome_of(variant, oracle)
             torch.compiler.reset()
@@ -164,9 +186,9 @@ def outcome_of(variant: Callable[[Oracle], Result], oracle: Oracle) -> Result:
     """Run one check, and turn what it raises into a result."""
     try:
         return variant(oracle)
-    except Impossible as error:
+    except UncheckableError as error:
         return Result(NOT_RUN, str(error))
-    except Exception as error:  # noqa: BLE001 - whatever a model raises is the result
+    except Exception as error:  # whatever a model raises is the result
         refusal = lora_error_in(error)
         return Result(REFUSED, refusal) if refusal else Result(CRASH, text_of(error))
 
@@ -195,12 +217,12 @@ def forward(oracle: Oracle, *batches: Names, grad: bool = False) -> Result:
     model, bank = attached(oracle)
     for names in batches:
         with bank.use(list(names)), torch.set_grad_enabled(grad):
-            rows = oracle.rows(model(**copy.deepcopy(oracle.inputs)))
+            rows = oracle.run(model)
         result = oracle.compare(rows, names)
         if result.outcome != RIGHT:
             return result
     with torch.no_grad():
-        return oracle.compare(oracle.rows(model(**copy.deepcopy(oracle.inputs))), [None] * BATCH)
+        return oracle.compare(oracle.run(model), [None] * BATCH)
 
 
 def mixed(oracle: Oracle) -> Result:
@@ -224,7 +246,7 @@ def with_grad(oracle: Oracle) -> Result:
 
 
 def compiled(oracle: Oracle) -> Result:
-    """Mixed batches through `torch.compile`: as many graphs as the base model has, and one compilation for all names."""
+    """Mixed batches through `torch.compile`: as many graphs as the base model has, compiled once for all names."""
     base_graphs, graphs = [], []
 
     def count_base(graph_module: Any, example_inputs: Any) -> Any:
@@ -239,17 +261,17 @@ def compiled(oracle: Oracle) -> Result:
     with torch.no_grad():
         try:
             base = torch.compile(copy.deepcopy(oracle.base), backend=count_base)
-            rows = oracle.rows(base(**copy.deepcopy(oracle.inputs)))
-        except Exception as error:  # noqa: BLE001 - many models do not compile
-            raise Impossible("the base model does not compile: " + text_of(error)) from error
+            rows = oracle.run(base)
+        except Exception as error:  # many models do not compile
+            raise UncheckableError("the base model does not compile: " + text_of(error)) from error
         if distance(rows, oracle.answers[None]) > TOLERANCE:
-            raise Impossible("the compiled base model gives another answer")
+            raise UncheckableError("the compiled base model gives another answer")
         torch.compiler.reset()
         compiled_model = torch.compile(model, backend=count)
         for turn, names in enumerate(MIXED):
             before = len(graphs)
             with bank.use(list(names)):
-                result = oracle.compare(oracle.rows(compiled_model(**copy.deepcopy(oracle.inputs))), names)
+                result = oracle.compare(oracle.run(compiled_model), names)
             if result.outcome != RIGHT:
                 return result
             if turn and len(graphs) != before:
@@ -281,11 +303,11 @@ def generates(**options: Any) -> Callable[[Oracle], Result]:
 
     def variant(oracle: Oracle) -> Result:
         if oracle.prompt is None:
-            raise Impossible("the model does not generate")
+            raise UncheckableError("the model does not generate")
         try:
             answers = {name: run(model, oracle.prompt) for name, model in oracle.models.items()}
-        except Exception as error:  # noqa: BLE001 - some models have no beams, for example
-            raise Impossible("the base model does not generate so: " + text_of(error)) from error
+        except Exception as error:  # some models have no beams, for example
+            raise UncheckableError("the base model does not generate so: " + text_of(error)) from error
         model, bank = attached(oracle)
         for names in (*MIXED, ["a"] * BATCH):
             with bank.use(list(names)):
@@ -293,7 +315,7 @@ def generates(**options: Any) -> Callable[[Oracle], Result]:
             for row, name in enumerate(names):
                 if not torch.equal(sequences[row], answers[name][row]):
                     if not rows_are_independent(oracle):
-                        raise Impossible("the base model mixes the rows of a batch")
+                        raise UncheckableError("the base model mixes the rows of a batch")
                     return Result(WRONG, f"names {list(names)}: row {row} has other tokens")
         return Result(RIGHT)
 
@@ -342,9 +364,38 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def shares_weights(peft_model: nn.Module) -> bool:
-    """Whether two modules with LoRA share a weight, so that merging would add both adapters to it."""
-    weights = [module.get_base_layer().weight for module in peft_model.modules() if isinstance(module, LoraLayer)]
-    return len({id(weight) for weight in weights}) < len(weights)
+    """Whether another module shares a weight that LoRA is on, so that merging would change that module, too."""
+    with_lora = [module.get_base_layer().weight for module in peft_model.modules() if isinstance(module, LoraLayer)]
+    owners = Counter(
+        id(weight)
+        for module in peft_model.modules()
+        for weight in module.parameters(recurse=False)
+        if not isinstance(module, LoraLayer)
+    )
+    return any(owners[id(weight)] > 1 for weight in with_lora)
+
+
+def modules_without_influence(peft_model: nn.Module, oracle: Oracle) -> list[str]:
+    """Return the modules whose adapter changes nothing of the outputs, as the gradients say."""
+    with torch.enable_grad():
+        for module in peft_model.modules():
+            module.requires_grad_(True)
+        loss = sum(
+            tensor.masked_fill(~(tensor.abs() < 1e20), 0.0).square().sum()
+            for row in oracle.run(peft_model)
+            for tensor in row
+        )
+        loss.backward()
+    layers = {name: module for name, module in peft_model.named_modules() if isinstance(module, LoraLayer)}
+    return [
+        name
+        for name, layer in layers.items()
+        if not any(
+            weight.grad is not None and weight.grad.count_nonzero()
+            for part, weight in layer.named_parameters()
+            if "lora_B" in part
+        )
+    ]
 
 
 def forget_end_of_text(model: nn.Module) -> None:

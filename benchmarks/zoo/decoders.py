@@ -56,7 +56,8 @@ DEEPSEEK: dict[str, Any] = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
-# Where PEFT's "all-linear" would mean the parameters of the experts, too (of names with "proj" outside of attention, PEFT thinks so as well).
+# Where "all-linear" would make PEFT target the parameters of the experts, too. A name such as "gate_proj" outside of
+# attention is enough for that.
 ATTENTION = r".*attn\.[a-z_]+_proj[a-z_]*"
 # Names of sizes in the family of GPT-2.
 OLD: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}

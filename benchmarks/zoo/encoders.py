@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from .family import BATCH, TEXT_SIZES, Family, Inputs, batch_first, config_of, model_of, text, tokens
+from .family import BATCH, ENCODED, TEXT_SIZES, Family, Inputs, batch_first, config_of, model_of, text, tokens
 
 
 def encoder(name: str, stem: str, *, inputs: Any = None, note: str = "", **sizes: Any) -> Family:
     """Return the family of `<stem>Model`."""
     model = sizes.pop("model", f"{stem}Model")
-    read = sizes.pop("read", ("last_hidden_state",))
+    read = sizes.pop("read", ENCODED)
     without = sizes.pop("without", ())
     kept = {key: size for key, size in TEXT_SIZES.items() if key not in without}
     prompt, exclude = sizes.pop("prompt", None), sizes.pop("exclude", None)
@@ -31,6 +31,11 @@ def boxes() -> Inputs:
     """Return tokens and where each stands on the page."""
     corners = torch.randint(0, 15, (BATCH, BATCH, 2))
     return {**text()(), "bbox": torch.cat([corners, corners + 1], -1)}
+
+
+def with_global_token() -> Inputs:
+    """Return tokens of which the first of each sequence attends to all."""
+    return {**text()(), "global_attention_mask": torch.tensor([[1, 0, 0]] * BATCH)}
 
 
 def bytes_of_text() -> Inputs:
@@ -57,7 +62,7 @@ FAMILIES = [
     encoder("DeBERTa", "Deberta", relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=8),
     encoder("DeBERTa-v2", "DebertaV2", relative_attention=True, pos_att_type=["c2p", "p2c"], share_att_key=True),
     encoder("ModernBERT", "ModernBert", attn_implementation="eager"),
-    encoder("Longformer", "Longformer", attention_window=[4, 4]),
+    encoder("Longformer", "Longformer", attention_window=[4, 4], inputs=with_global_token),
     encoder("BigBird", "BigBird", attention_type="original_full"),
     encoder(
         "BigBird (block sparse)",
@@ -153,7 +158,6 @@ FAMILIES = [
     ),
     encoder("ESM", "Esm", mask_token_id=4, position_embedding_type="rotary", token_dropout=False),
     encoder("RemBERT", "RemBert", input_embedding_size=16, output_embedding_size=16),
-    encoder("MRA", "Mra", block_per_row=1),
     encoder("NomicBERT", "NomicBert"),
     encoder("EuroBERT", "EuroBert"),
     encoder("LiLT", "Lilt", inputs=boxes, max_2d_position_embeddings=32, channel_shrink_ratio=2, hidden_size=48),

@@ -16,6 +16,8 @@ BATCH = 3
 VOCABULARY = 99
 
 Inputs = dict[str, Any]
+# What encoders return: the second is there where the model has a pooler.
+ENCODED = ("last_hidden_state", "pooler_output")
 # The tensors that belong to each sequence of the batch.
 Rows = list[list[Tensor]]
 
@@ -81,10 +83,12 @@ def text(length: int = BATCH) -> Callable[[], Inputs]:
 
 
 def batch_first(*names: str) -> Callable[[Any], Rows]:
-    """Return a reader for outputs whose first dimension is the batch: the output itself, or fields of it by name."""
+    """Return a reader for outputs whose first dimension is the batch: the output itself, or those of its fields."""
 
     def read(output: Any) -> Rows:
-        tensors = [output[name] for name in names] if names else [output]
+        tensors = [output[name] for name in names if name in output] if names else [output]
+        if not tensors:
+            raise ValueError(f"the outputs are {', '.join(output)}, none of {names}")
         for tensor in tensors:
             if tensor.shape[0] != BATCH:
                 raise ValueError(f"an output of shape {tuple(tensor.shape)} for {BATCH} sequences")
@@ -99,11 +103,17 @@ def time_first(output: Tensor) -> Rows:
 
 
 def make_lively(model: nn.Module) -> None:
-    """Draw weights that are large enough for every layer to matter, where the usual ones nearly vanish in small models."""
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() < 2:
-            continue
-        with torch.no_grad():
-            fan_in = 1 if isinstance(module, nn.Embedding) else math.prod(weight.shape[1:])
-            weight.normal_(std=fan_in**-0.5)
+    """Draw weights so large that every layer matters, since the usual ones nearly vanish in small models."""
+    with torch.no_grad():
+        for module in model.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                if weight.dim() < 2:
+                    if name not in ("weight", "bias") and not weight.count_nonzero():
+                        # A gate, which is closed before training.
+                        weight.fill_(0.5)
+                elif weight is getattr(module, "weight", None):
+                    fan_in = 1 if isinstance(module, nn.Embedding) else math.prod(weight.shape[1:])
+                    weight.normal_(std=fan_in**-0.5)
+                elif not weight.count_nonzero():
+                    # A product's own parameter, or queries, that training would start from nothing.
+                    weight.normal_(std=weight.shape[-2] ** -0.5)

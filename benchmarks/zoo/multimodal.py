@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
-from .family import BATCH, TEXT_SIZES, VOCABULARY, Family, Inputs, batch_first, model_of, text, tokens
+from .family import BATCH, ENCODED, TEXT_SIZES, VOCABULARY, Family, Inputs, batch_first, model_of, text, tokens
 from .vision import SIZES as VISION_SIZES
 
 IMAGE = VOCABULARY - 1
@@ -31,10 +30,18 @@ def config(stem: str, **parts: Any) -> Callable[[], Any]:
 
 
 def pictured(counts: Sequence[int], each: int) -> Inputs:
-    """Return tokens in which each image of a sequence stands as `each` tokens, after a first token of text."""
-    ids = tokens(2 + each * max(counts), high=VIDEO)
-    for row, count in enumerate(counts):
-        ids[row, 1 : 1 + each * count] = IMAGE
+    """Return tokens in which each image of a sequence stands as `each` tokens."""
+    return with_places([[each] * count for count in counts])
+
+
+def with_places(lengths: Sequence[Sequence[int]]) -> Inputs:
+    """Return tokens in which the images of each sequence stand as so many tokens, each after a token of text."""
+    ids = tokens(2 + max(len(row) + sum(row) for row in lengths), high=VIDEO)
+    for row, images in enumerate(lengths):
+        start = 1
+        for length in images:
+            ids[row, start : start + length] = IMAGE
+            start += length + 1
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -63,12 +70,11 @@ def chatter(
     )
 
 
-def with_images(counts: Sequence[int], each: int, **more: Callable[[], Tensor]) -> Callable[[], Inputs]:
+def with_images(counts: Sequence[int], each: int) -> Callable[[], Inputs]:
     """Return a maker of tokens and of the images one after the other, `[images, 3, 16, 16]`."""
 
     def make() -> Inputs:
-        extra = {name: make_tensor() for name, make_tensor in more.items()}
-        return {**pictured(counts, each), "pixel_values": torch.randn(sum(counts), 3, 16, 16), **extra}
+        return {**pictured(counts, each), "pixel_values": torch.randn(sum(counts), 3, 16, 16)}
 
     return make
 
@@ -86,25 +92,21 @@ def padded_images(counts: Sequence[int], each: int) -> Callable[[], Inputs]:
     return make
 
 
-def patches(grids: Sequence[Sequence[Sequence[int]]], features: int, **more: Any) -> Callable[[], Inputs]:
+def patches(grids: Sequence[Sequence[Sequence[int]]], features: int) -> Callable[[], Inputs]:
     """Return a maker of tokens and of images cut into patches, `[patches of all images, features]`.
 
     Args:
         grids: for each sequence the grid of each of its images; four patches become one token.
         features: numbers in a patch.
-        more: names of inputs that are wanted besides.
     """
 
     def make() -> Inputs:
         sizes = [[height * width // 4 for _, height, width in row] for row in grids]
-        ids = tokens(2 + max(map(sum, sizes)), high=VIDEO)
-        for row, lengths in enumerate(sizes):
-            ids[row, 1 : 1 + sum(lengths)] = IMAGE
+        text_inputs = with_places(sizes)
         flat = torch.tensor([grid for row in grids for grid in row])
         return {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": (ids == IMAGE).long(),
+            **text_inputs,
+            "mm_token_type_ids": (text_inputs["input_ids"] == IMAGE).long(),
             "pixel_values": torch.randn(int(flat.prod(1).sum()), features),
             "image_grid_thw": flat,
         }
@@ -231,7 +233,7 @@ FAMILIES = [
         "Qwen2VL",
         QWEN2_VL,
         patches(SMALL_UNEVEN, 96),
-        targets=r".*merger\.mlp\.\d|" + LANGUAGE,
+        targets=r".*merger\.mlp\.[02]|" + LANGUAGE,
         note="three images of one token each in two of the sequences",
     ),
     chatter("Qwen2-VL (language alone)", "Qwen2VL", QWEN2_VL, patches(SMALL_UNEVEN, 96), targets=LANGUAGE),
@@ -451,7 +453,7 @@ FAMILIES = [
         "ViLT",
         model_of("ViltModel", config("Vilt", **{**TEXT_SIZES, **VISION_SIZES}, max_image_length=-1)),
         captioned,
-        batch_first("last_hidden_state"),
+        batch_first(*ENCODED),
     ),
     Family(
         "SAM",

@@ -48,16 +48,21 @@ def pairs(source: int, target: int) -> Callable[[], Inputs]:
     return make
 
 
+def with_global_token() -> Inputs:
+    """Return the same, of which the first token of each source attends to all."""
+    return {**pairs(BATCH, BATCH)(), "global_attention_mask": torch.tensor([[1, 0, 0]] * BATCH)}
+
+
 def translator(name: str, stem: str, *, source: int = BATCH, note: str = "", **sizes: Any) -> Family:
     """Return the family of `<stem>ForConditionalGeneration`; the decoder's input is as long as the batch is large."""
     model = sizes.pop("model", f"{stem}ForConditionalGeneration")
-    exclude = sizes.pop("exclude", None)
+    exclude, inputs = sizes.pop("exclude", None), sizes.pop("inputs", pairs(source, BATCH))
     without = sizes.pop("without", ())
     kept = {key: size for key, size in SIZES.items() if key not in without}
     return Family(
         name,
         model_of(model, config_of(f"{stem}Config", kept, **sizes)),
-        pairs(source, BATCH),
+        inputs,
         batch_first("logits"),
         text(source),
         exclude=exclude,
@@ -78,12 +83,17 @@ FAMILIES = [
     translator("M2M100", "M2M100"),
     translator("NLLB-MoE", "NllbMoe", **ROUTED, encoder_sparse_step=2, decoder_sparse_step=2, exclude=["classifier"]),
     translator(
-        "LED", "LED", attention_window=[4, 4], max_encoder_position_embeddings=64, max_decoder_position_embeddings=64
+        "LED",
+        "LED",
+        inputs=with_global_token,
+        attention_window=[4, 4],
+        max_encoder_position_embeddings=64,
+        max_decoder_position_embeddings=64,
     ),
     translator(
         "ProphetNet",
         "ProphetNet",
-        without=["num_hidden_layers", "d_model"],
+        without=["num_hidden_layers", "d_model", "encoder_layers", "decoder_layers"],
         num_encoder_layers=2,
         num_encoder_attention_heads=4,
         num_decoder_attention_heads=4,

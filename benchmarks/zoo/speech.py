@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .family import BATCH, TEXT_SIZES, Family, Inputs, batch_first, config_of, model_of, tokens
+from .family import BATCH, ENCODED, TEXT_SIZES, Family, Inputs, batch_first, config_of, model_of, tokens
 
 # Names of sizes in Wav2Vec2 and what derives from it: two convolutions, which turn 72 samples into 3 frames or so.
 WAVES: dict[str, Any] = {
@@ -53,7 +53,7 @@ def heard(name: str, stem: str, length: int = 72, **sizes: Any) -> Family:
     """Return the family of an encoder of waves."""
     model = sizes.pop("model", f"{stem}Model")
     inputs, note = sizes.pop("inputs", samples(length)), sizes.pop("note", "")
-    read = sizes.pop("read", ("last_hidden_state",))
+    read = sizes.pop("read", ENCODED)
     return Family(
         name,
         model_of(model, config_of(f"{stem}Config", WAVES, **sizes)),

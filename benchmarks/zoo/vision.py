@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .family import BATCH, Family, Inputs, batch_first, config_of, model_of
+from .family import BATCH, ENCODED, Family, Inputs, batch_first, config_of, model_of
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -24,7 +24,7 @@ WINDOWS: dict[str, Any] = {"embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4
 DETECTOR: dict[str, Any] = {
     "d_model": 32,
     "encoder_layers": 1,
-    "decoder_layers": 1,
+    "decoder_layers": 2,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
     "encoder_ffn_dim": 48,
@@ -41,9 +41,7 @@ def images(size: int = 16, *more: int) -> Callable[[], Inputs]:
     return lambda: {"pixel_values": torch.randn(BATCH, *more, 3, size, size)}
 
 
-def seen(
-    name: str, stem: str, *, read: Any = ("last_hidden_state",), inputs: Any = None, note: str = "", **sizes: Any
-) -> Family:
+def seen(name: str, stem: str, *, read: Any = ENCODED, inputs: Any = None, note: str = "", **sizes: Any) -> Family:
     """Return the family of `<stem>Model`."""
     model, exclude = sizes.pop("model", f"{stem}Model"), sizes.pop("exclude", None)
     without = sizes.pop("without", ())
@@ -172,12 +170,4 @@ FAMILIES = [
     seen("ViViT", "Vivit", num_frames=4, tubelet_size=[2, 8, 8], inputs=images(16, 4)),
     detector("DETR", "Detr"),
     detector("Conditional DETR", "ConditionalDetr"),
-    detector(
-        "Deformable DETR",
-        "DeformableDetr",
-        decoder_layers=2,
-        num_feature_levels=1,
-        encoder_n_points=2,
-        decoder_n_points=2,
-    ),
 ]
