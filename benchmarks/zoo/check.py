@@ -247,7 +247,8 @@ def with_grad(oracle: Oracle) -> Result:
 
 def compiled(oracle: Oracle) -> Result:
     """Mixed batches through `torch.compile`: as many graphs as the base model has, compiled once for all names."""
-    base_graphs, graphs = [], []
+    base_graphs: list[Any] = []
+    graphs: list[Any] = []
 
     def count_base(graph_module: Any, example_inputs: Any) -> Any:
         base_graphs.append(graph_module)
@@ -261,23 +262,22 @@ def compiled(oracle: Oracle) -> Result:
     with torch.no_grad():
         try:
             base = torch.compile(copy.deepcopy(oracle.base), backend=count_base)
-            rows = oracle.run(base)
+            for _ in MIXED:
+                rows = oracle.run(base)
         except Exception as error:  # many models do not compile
             raise UncheckableError("the base model does not compile: " + text_of(error)) from error
         if distance(rows, oracle.answers[None]) > TOLERANCE:
             raise UncheckableError("the compiled base model gives another answer")
         torch.compiler.reset()
         compiled_model = torch.compile(model, backend=count)
-        for turn, names in enumerate(MIXED):
-            before = len(graphs)
+        for names in MIXED:
             with bank.use(list(names)):
                 result = oracle.compare(oracle.run(compiled_model), names)
             if result.outcome != RIGHT:
                 return result
-            if turn and len(graphs) != before:
-                return Result(WRONG, "other names compile again; the numbers are right")
     if not base_graphs:
         return Result(RIGHT, "Dynamo compiles nothing of the base model")
+    # Both have run as often, so that other names which compile again show here, too.
     if len(graphs) != len(base_graphs):
         return Result(WRONG, f"{len(graphs)} graphs, the base model has {len(base_graphs)}; the numbers are right")
     return Result(RIGHT, f"{len(graphs)} graphs")
@@ -339,7 +339,7 @@ VARIANTS: dict[str, dict[str, Callable[[Oracle], Result]]] = {
 
 
 def distance(ours: Rows, theirs: Rows) -> float:
-    """Return the largest difference, of the largest value of its tensor; NaN where one of the two is not a number."""
+    """Return the largest difference, of the largest value of its tensor; infinite where one alone is not a number."""
     worst = 0.0
     for our_row, their_row in zip(ours, theirs, strict=True):
         for our, their in zip(our_row, their_row, strict=True):
