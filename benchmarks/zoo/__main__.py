@@ -47,14 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = check(family, options.mode)
         reports.append(report)
         print(f"{report.family:32} {report.seconds:5.1f} s ", *describe(report), sep="  ", flush=True)
+        # After each family, since all of them take a while.
+        write(reports, options.markdown, options.json)
     print(summary(reports))
-    if options.markdown:
-        options.markdown.write_text(markdown(reports))
-    if options.json:
-        options.json.write_text(
-            json.dumps({"versions": versions(), "families": [r.as_json() for r in reports]}, indent=1)
-        )
     return int(any(result.outcome in FAILURES for report in reports for result in report.results.values()))
+
+
+def write(reports: Sequence[Report], table: Path | None, results: Path | None) -> None:
+    """Write what is known so far."""
+    if table:
+        table.write_text(markdown(reports))
+    if results:
+        data = {"versions": versions(), "families": [report.as_json() for report in reports]}
+        results.write_text(json.dumps(data, indent=1))
 
 
 def describe(report: Report) -> list[str]:
@@ -78,7 +83,7 @@ def markdown(reports: Sequence[Report]) -> str:
     lines = ["| family | " + " | ".join(names) + " | LoRA on |", "|---" * (len(names) + 2) + "|"]
     for report in reports:
         cells = [report.results[name].outcome if name in report.results else NOT_RUN for name in names]
-        lines.append(f"| {report.family} | " + " | ".join(cells) + f" | {report.targets} |")
+        lines.append(f"| {report.family} | " + " | ".join(cells) + " | `" + report.targets.replace("|", r"\|") + "` |")
     return "\n".join([*lines, "", summary(reports) + ".", f"Versions: {versions()}.", ""])
 
 

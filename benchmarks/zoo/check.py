@@ -280,7 +280,7 @@ def compiled(oracle: Oracle) -> Result:
     # Both have run as often, so that other names which compile again show here, too.
     if len(graphs) != len(base_graphs):
         return Result(WRONG, f"{len(graphs)} graphs, the base model has {len(base_graphs)}; the numbers are right")
-    return Result(RIGHT, f"{len(graphs)} graphs")
+    return Result(RIGHT, f"graphs: {len(graphs)}")
 
 
 def generates(**options: Any) -> Callable[[Oracle], Result]:
