@@ -1,0 +1,1 @@
+"""Many families of models, tiny and with random weights, each compared with PEFT: `python -m benchmarks.zoo --help`."""
