@@ -23,7 +23,9 @@ class LoraError(Exception):
 
     def __str__(self) -> str:
         where, wanted, got, remedy = self.args
-        return f"{where}: wanted {wanted}; got {got}. {remedy}"
+        # Dynamo adds the place in the user's code to the first argument.
+        where, place, trace = where.partition("\n\nfrom user code")
+        return f"{where}: wanted {wanted}; got {got}. {remedy}{place}{trace}"
 
     def __repr__(self) -> str:
         # What Dynamo prints of an error that it caught while tracing.

@@ -222,9 +222,10 @@ def path_of(source: str) -> str:
     return re.sub(r"\.+", ".", re.sub(r"\['?([^'\]]+)'?\]", r".\1", text)).strip(".")
 
 
-def is_transformed() -> bool:
-    """Whether `torch.func` or `vmap` is at work, so that tensors have dimensions that they do not show."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def is_vmapped() -> bool:
+    """Whether `vmap` is at work, so that tensors have a dimension that they do not show."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Vmap
 
 
 def is_capturing(device: torch.device) -> bool:

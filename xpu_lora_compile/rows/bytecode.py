@@ -7,6 +7,7 @@ from types import CodeType, FrameType
 
 # What is the same with LoRA and without.
 _HARMLESS = {"dtype", "device", "shape", "ndim", "size", "dim", "is_cuda", "is_floating_point", "requires_grad", "grad"}
+_HARMLESS |= {"numel", "is_meta", "layout", "stride", "nelement", "element_size", "itemsize", "nbytes"}
 
 _known: dict[tuple[CodeType, int], bool] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -34,6 +35,14 @@ def named_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return found
 
 
+def may_hold_the_batch(name: str, dimensions: int) -> bool:
+    """Whether the first dimension of an input can be the batch: of a list's items each may be a sequence of its own."""
+    if name == "position_ids" and dimensions == 3:
+        # Qwen2-VL's, of time, height and width.
+        return False
+    return "[" not in name or name.startswith("encoder_outputs")
+
+
 def is_media(name: str, inputs: list[tuple[str, Any]], main_input: str | None) -> bool:
     """Whether an input is not one a sequence: images of a model that reads text."""
     if not name.startswith(_MEDIA):
@@ -52,6 +61,9 @@ def _flat(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list | tuple):
         for position, item in enumerate(value):
             yield from _flat(f"{name}[{position}]", item, depth + 1)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _flat(f"{name}.{field.name}", getattr(value, field.name), depth + 1)
     else:
         yield name, value
 

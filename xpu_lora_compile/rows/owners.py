@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -32,14 +30,14 @@ class Owned:
         varies: whether the values depend on the model's inputs, and not on shapes and weights alone.
         by_data: whether another value of the inputs could have put the rows in another order.
         cause: for an owner that is UNKNOWN or MIXED, the input or op that made it so.
-        base: for a view, the tensor that it looks into, and a function that takes the same view of another one.
+        mask: whether the values come from masks alone, which code may look at without changing the order of rows.
     """
 
     owners: Tensor
     varies: bool = True
     by_data: bool = False
     cause: str = ""
-    base: tuple[Tensor, Any] | None = None
+    mask: bool = False
 
 
 def constant(owner: int, dimensions: int) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Hashable, Sequence
 from contextvars import ContextVar
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -18,14 +19,14 @@ from torch.compiler import is_compiling
 from xpu_lora_compile.errors import BatchError, CopiedModelError, OutsideBlockError, UnprovedRowsError
 from xpu_lora_compile.rows import tracing
 from xpu_lora_compile.rows.bytecode import only_looks
-from xpu_lora_compile.rows.inputs import is_media, named_inputs
+from xpu_lora_compile.rows.inputs import is_media, may_hold_the_batch, named_inputs
 from xpu_lora_compile.rows.layout import UNSAID, Layout
-from xpu_lora_compile.rows.owners import UNKNOWN, along, constant
+from xpu_lora_compile.rows.owners import GUESS, UNKNOWN, along, constant
 from xpu_lora_compile.rows.watch import Watch
 from xpu_lora_compile.torch_internals import (
     current_backward,
     is_capturing,
-    is_transformed,
+    is_vmapped,
     out_of_sight,
     run_by_python,
 )
@@ -63,7 +64,7 @@ class Routing:
         # How deep in modules that `Entry` hooks the current call is, and what is known of its rows.
         self._depth = 0
         self._watch: Watch | None = None
-        self._entered: tuple[Hashable, nn.Module] | None = None
+        self._entered: tuple[Hashable, Hashable, nn.Module] | None = None
         self._inputs: list[tuple[str, Any]] = []
         self._compiled = False
         # The modules that `Entry` hooks, by name.
@@ -72,6 +73,8 @@ class Routing:
         self._proofs: dict[Hashable, dict[tuple[str, int], Layout]] = {}
         # By layer alone; None where two kinds of calls disagree.
         self._anywhere: dict[tuple[str, int], Layout | None] = {}
+        # What calls of a kind have shown, which must be followed again.
+        self._stale: dict[Hashable, dict[tuple[str, int], Layout]] = {}
         # On a CPU, for this block: the rows of layers that were asked for before, for each kind of call.
         self._rows: dict[Hashable, dict[Any, Tensor]] = {}
         self._rows_of_call: dict[Any, Tensor] = {}
@@ -100,7 +103,7 @@ class Routing:
 
     def is_mine(self) -> bool:
         """Whether the block that is open was opened by this thread or task."""
-        return self.block is self.mine.get() or self.block is None
+        return self.block is None or (self.block is self.mine.get() and self.block.thread == get_ident())
 
     def rows_of(self, layer: Any, inputs: Tensor, features: int) -> Tensor | None:
         """The slot of each row of a layer's inputs; None where the base model is asked for.
@@ -133,7 +136,7 @@ class Routing:
         if rows is not None and self._watch is None and inputs.device == slots.device:
             return rows
         self._check_device(inputs, slots)
-        if is_transformed():
+        if is_vmapped():
             raise self.unproved(
                 layer.lora_name, inputs, "torch.func or vmap hides a dimension", "Call the model on the whole batch."
             )
@@ -163,26 +166,28 @@ class Routing:
         if prefix and self.is_inside_another(module):
             # Of a call whose beginning was compiled.
             return
-        if self.block is not self.mine.get():
+        if not self.is_mine():
             self.check_caller()
         if not self.named and self.slots.device.type == "cpu":
             return
         inputs = named_inputs(module, args, kwargs)
         batched = self._batched(inputs)
-        if not batched:
+        if not batched and not (self.uniform and self._may_be_batch(inputs)):
             self._raise_batch_size(inputs)
         if self.uniform and not self._must_serve_others(self.slots.device):
             return
         kind = self._kind(module, prefix, inputs, batched)
-        self._entered, self._inputs = (kind, module), inputs
-        self._rows_of_call = self._rows.setdefault(kind, {})
-        known = self._proofs.get(kind)
+        sizes = tuple(tuple(value.shape) for _, value in inputs if isinstance(value, Tensor))
+        self._entered, self._inputs = (kind, sizes, module), inputs
+        self._rows_of_call = self._rows.setdefault((kind, sizes), {})
+        # Where a layout leaves a number open, calls of other sizes are followed, too.
+        known = self._proofs.get((kind, sizes)) or self._proofs.get(kind)
         self._compiled = compiled
         if known is not None or compiled:
             # Where Dynamo is at work, the graph shows what a watch would.
             self._proof = known or {}
             return
-        self._proof = {}
+        self._proof = dict(self._stale.get(kind, {}))
         self._watch = Watch(len(self.lengths or self.slots), self.lengths)
         self._mark(self._watch, inputs, batched)
         self._watch.__enter__()  # type: ignore[no-untyped-call]
@@ -193,7 +198,7 @@ class Routing:
             self._depth -= 1
         if self._depth or self._entered is None:
             return
-        watch, (kind, module) = self._watch, self._entered
+        watch, (kind, sizes, module) = self._watch, self._entered
         self._stop_watching()
         self._entered, self._inputs = None, []
         self._rows_of_call = {}
@@ -201,14 +206,16 @@ class Routing:
             try:
                 if result is not None:
                     self._check_result(watch, module, result)
-                    self._proofs[kind] = self._proof
+                    if not watch.looked_at_values:
+                        is_open = any(0 in layout[1:] for layout in self._proof.values())
+                        self._proofs[(kind, sizes) if is_open else kind] = self._proof
             finally:
                 watch.forget()
 
     def note_read(self, layer: Any) -> None:
         """The weight of a layer is read in eager code, by the layer or by something else."""
         name = layer.lora_name
-        if name not in self.block.called and name not in self.block.read and not only_looks(sys._getframe(3)):
+        if self.named and name not in self.block.called and name not in self.block.read and not only_looks(sys._getframe(3)):
             self.block.read.add(name)
 
     def unreached(self, block: Any) -> set[str]:
@@ -241,12 +248,15 @@ class Routing:
                 raise self.unproved(layer.lora_name, inputs, found)
             if self._proof.setdefault(key, found) != found:
                 raise self.unproved(layer.lora_name, inputs, "one call of the model gives it rows in two orders")
-            if self._anywhere.setdefault(key, found) != found:
-                self._anywhere[key] = None
+            rows = layer.lora_name, inputs.dim() - features
+            if self._anywhere.setdefault(rows, found) != found:
+                self._anywhere[rows] = None
             return found
         if self.uniform and not self._must_serve_others(inputs.device):
             return UNIFORM
-        known = self._proof.get(key) or self._anywhere.get(key)
+        known = self._proof.get(key)
+        if known is None and self._compiled:
+            known = self.known_anywhere(layer.lora_name, inputs.shape[: inputs.dim() - features])
         if known is not None:
             return known
         if self.uniform and not is_capturing(inputs.device):
@@ -256,8 +266,7 @@ class Routing:
             remedy = "Call the model once without torch.compile in a `use` block: that call is followed."
             raise self.unproved(layer.lora_name, inputs, why, remedy)
         if self._entered is not None:
-            # It is followed when it comes again.
-            self._proofs.pop(self._entered[0], None)
+            self._follow_again()
             why = "earlier calls with such inputs did not reach it, so that their rows were not followed to it"
             raise self.unproved(layer.lora_name, inputs, why, "Call the model again: that call is followed.")
         why = "it was not called by the model, or by a part of it that is followed"
@@ -270,10 +279,24 @@ class Routing:
 
     def _by(self, layout: Layout, slots: Tensor, shape: Sequence[int], layer: Any) -> Tensor:
         if not layout.takes(shape[layout.dimension], slots.shape[0]):
-            raise self.unproved(
-                layer.lora_name, shape, f"its rows came as {layout} before, which does not fit {len(slots)} names"
-            )
+            self._follow_again(keep=False)
+            why = "earlier calls with such inputs gave it rows in another way"
+            raise self.unproved(layer.lora_name, shape, why, "Call the model again: that call is followed.")
         return layout.rows(slots, shape)
+
+    def _follow_again(self, *, keep: bool = True) -> None:
+        """Have the next call of this kind be followed."""
+        if self._entered is not None:
+            kind, sizes, _ = self._entered
+            known = {**(self._proofs.pop(kind, None) or {}), **(self._proofs.pop((kind, sizes), None) or {})}
+            self._stale[kind] = known if keep else {}
+
+    def _may_be_batch(self, inputs: list[tuple[str, Any]]) -> bool:
+        """Whether some input may hold as many sequences as there are names, in whatever way."""
+        assert self.slots is not None  # noqa: S101 - for the type checker
+        size = self.slots.shape[0]
+        tensors = [value for _, value in inputs if isinstance(value, Tensor) and value.dim()]
+        return not tensors or any(size in value.shape for value in tensors) or len(tensors) == size
 
     def _batched(self, inputs: list[tuple[str, Any]]) -> dict[str, int]:
         """The inputs that hold the batch, and along which dimension."""
@@ -281,7 +304,9 @@ class Routing:
         size = self.slots.shape[0]
         found = {}
         for name, value in inputs:
-            if isinstance(value, Tensor) and value.dim() and not is_media(name, inputs, self.own_main_input()):
+            if not isinstance(value, Tensor) or not value.dim() or not may_hold_the_batch(name, value.dim()):
+                continue
+            if not is_media(name, inputs, self.own_main_input()):
                 if value.shape[0] == size and (self.lengths is None or value.dim() < 3 or value.shape[0] != 1):
                     found[name] = 0
                 elif self.lengths is not None and value.dim() > 1 and value.shape[1] == size:
@@ -297,10 +322,12 @@ class Routing:
         for name, value in inputs:
             if not isinstance(value, Tensor):
                 continue
+            mask = "mask" in name
             if name in batched:
-                watch.own(value, self.owners(batched[name], value.dim()))
+                watch.own(value, self.owners(batched[name], value.dim()), mask=mask)
             else:
-                watch.own(value, constant(UNKNOWN, value.dim()), f"from the input {name} {list(value.shape)}")
+                cause = f"from the input {name} {list(value.shape)}"
+                watch.own(value, constant(UNKNOWN, value.dim()), cause, mask=mask)
 
     def entered_inputs(self) -> dict[int, tuple[int | None, str]]:
         """The inputs of the module that was entered eagerly, by identity: along which dimension they hold the batch."""
@@ -321,15 +348,25 @@ class Routing:
             frame = frame.f_back  # type: ignore[assignment]
         return False
 
-    def known_anywhere(self, name: str, dimensions: int) -> Layout | None:
-        """What eager calls have shown of a layer, if all of them agree."""
-        return self._anywhere.get((name, dimensions))
+    def known_anywhere(self, name: str, shape: Sequence[int]) -> Layout | None:
+        """What eager calls have shown of a layer, if all of them agree and nothing else is as long as the batch.
+
+        Args:
+            name: of the layer.
+            shape: of its input without the features.
+        """
+        assert self.slots is not None  # noqa: S101 - for the type checker
+        layout = self._anywhere.get((name, len(shape)))
+        others = [size for at, size in enumerate(shape) if layout is not None and at != layout.dimension]
+        return None if any(bool(size == self.slots.shape[0]) for size in others) else layout
 
     def owners(self, dimension: int, dimensions: int) -> Tensor:
         """The owners of an input that holds the batch along a dimension."""
         assert self.slots is not None  # noqa: S101 - for the type checker
         if self.lengths is None:
-            return along(dimension, dimensions, self.slots.shape[0])
+            owners = along(dimension, dimensions, self.slots.shape[0])
+            # One number for each of as many things as sequences may be something else: positions of tokens.
+            return owners + GUESS if dimensions == 1 else owners
         sequences = torch.arange(len(self.lengths), dtype=torch.int32).repeat_interleave(torch.tensor(self.lengths))
         return sequences.view([-1 if at == dimension else 1 for at in range(dimensions)])
 
@@ -347,11 +384,17 @@ class Routing:
                 if sizes.count("batch") > (name in batched):
                     described.append(object())
                 described.append((name, sizes, value.dtype))
-            elif value is None or isinstance(value, bool | str):
+            elif value is None or isinstance(value, bool | str | int | float):
                 described.append((name, value))
             else:
                 described.append((name, type(value)))
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), module.training
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        # Flags of the modules that people call; those inside of them are not looked at.
+        flags = tuple(
+            tuple(item for item in vars(entry).items() if type(item[1]) in (bool, int, str))
+            for entry in self.entries.values()
+        )
+        modes = *modes, *flags
         return prefix, tuple(self.block.parts), self.lengths is None, modes, tuple(described)
 
     def _check_result(self, watch: Watch, module: nn.Module, result: Any) -> None:

@@ -132,7 +132,7 @@ def filled(step: Step) -> Tensor:
 def factory(step: Step) -> Tensor:
     """As `filled`, of a shape that was computed."""
     result = step.results[0]
-    if result.dim() > 1 and result.shape[0] == step.batch:
+    if result.dim() > 2 and result.shape[0] == step.batch and list(result.shape).count(step.batch) == 1:
         return along(0, result.dim(), step.batch) + GUESS
     return constant(SHARED, result.dim())
 
@@ -212,6 +212,8 @@ def _guess(step: Step, source: Tensor) -> Tensor | None:
     result = step.results[0]
     if name not in ("expand", "repeat", "repeat_interleave", "broadcast_to", "tile", "expand_copy"):
         return None
+    if list(result.shape).count(step.batch) > 1:
+        return None
     for dimension in range(result.dim()):
         before = dimension - (result.dim() - source.dim())
         grew = before < 0 or (source.shape[before] == 1 if before < source.dim() else False)
@@ -265,7 +267,9 @@ def padded(step: Step) -> Tensor:
     """Padding belongs to the sequence that it lies beside, where the owners do not change along it."""
     source, result = step.tensors[0], step.results[0]
     owners = step.owners(source)
-    changed = [at for at in range(result.dim()) if source.shape[at] != result.shape[at] and owners.shape[at] > 1]
+    given = list(step.argument("pad", step.argument("padding")) or [])
+    padded_dims = {result.dim() - 1 - at // 2 for at, size in enumerate(given) if size}
+    changed = [at for at in range(result.dim()) if at in padded_dims and owners.shape[at] > 1]
     if not changed:
         return owners
     if "constant" in step.func._schema.name:
@@ -528,34 +532,50 @@ def written(step: Step) -> Tensor:
     target, *rest = step.tensors
     name = step.func._schema.name.split("::")[1].removesuffix("_")
     owners = step.owners(target)
-    last = {
-        "index_put": "values",
-        "_index_put_impl": "values",
-        "_unsafe_index_put": "values",
-        "masked_scatter": "source",
-    }
+    last = {"index_put": "values", "_index_put_impl": "values", "_unsafe_index_put": "values", "masked_scatter": "source"}
     source = step.argument(last.get(name, "src"), step.argument("source"))
     if not isinstance(source, Tensor):
         # A number is written where an index says.
         asked = [step.owners(index) for index in rest if index.dim() == target.dim()]
         return merge([owners, *(fold(one, [step.argument("dim", 0)]) for one in asked)])
     given = step.owners(source)
-    if int(given.max()) < 0 and not bool((given == MIXED).any()):
-        unknown = bool((given == UNKNOWN).any())
-        return merge([owners, constant(UNKNOWN, owners.dim())]) if unknown else owners
-    if owners.numel() > 1 and not bool((owners < 0).any()) and name == "masked_scatter":
-        return owners
+    is_owned = bool(((owners >= 0) & (owners < GUESS)).all())
+    if not bool(((given >= 0) & (given < GUESS) | (given == MIXED)).any()):
+        # Nobody's rows: they become whose place it is; a guess is not good for places that others are put in.
+        if is_owned:
+            return owners
+        unknown = bool((given == UNKNOWN).any()) or bool((owners >= GUESS).any())
+        return merge([owners.clamp(max=GUESS - 1), constant(UNKNOWN, owners.dim())]) if unknown else owners
+    owners = torch.where(owners >= GUESS, SHARED, owners)
+    dims = _written_dims(step, name, target)
     indices = [one for one in rest if one is not source]
+    moves = any(owners.shape[at] > 1 for at in dims) or any(
+        given.shape[at - target.dim() + given.dim()] > 1 for at in dims if at - target.dim() + given.dim() >= 0
+    )
+    if not moves and given.dim() == owners.dim():
+        # Whatever the index says, rows stay with their owners.
+        return merge([owners, given])
+    step.by_data |= any(step.varies(index) for index in indices)
     if any(is_fake(index) for index in indices):
-        anchored = owners.numel() > 1 and not bool((owners < 0).any())
-        if not anchored:
-            step.by_data = True
-        if anchored or given.numel() > 1:
-            return owners if anchored else constant(UNKNOWN, owners.dim())
-        return merge([owners, given.reshape([1] * owners.dim())])
+        step.by_data = True
+        return constant(UNKNOWN, target.dim())
     before = owners.expand(target.shape).clone()
     over = {id(target): torch.full_like(before, SHARED), id(source): given.expand(source.shape).contiguous()}
-    return compress(merge([before, _plain_write(step, name, replaced(step, over))]))
+    new = _plain_write(step, name, replaced(step, over))
+    if is_owned and bool(((new == SHARED) | (new == before)).all()):
+        return owners
+    return compress(merge([before, new]))
+
+
+def _written_dims(step: Step, name: str, target: Tensor) -> list[int]:
+    """The dimensions along which an index says where something is written."""
+    if name in ("index_put", "_index_put_impl", "_unsafe_index_put"):
+        # By tensors, which may be masks: take all.
+        return list(range(target.dim()))
+    if name == "masked_scatter":
+        return list(range(target.dim()))
+    dimension = step.argument("dim", 0)
+    return [dimension % max(1, target.dim())] if isinstance(dimension, int) else list(range(target.dim()))
 
 
 def _plain_write(step: Step, name: str, args: Any) -> Tensor:

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
 from xpu_lora_compile.errors import BatchError
-from xpu_lora_compile.rows.inputs import is_media, parameters
+from xpu_lora_compile.rows.inputs import is_media, may_hold_the_batch, parameters
 from xpu_lora_compile.rows.layout import UNSAID
 from xpu_lora_compile.rows.owners import UNKNOWN, constant
 from xpu_lora_compile.rows.watch import Watch
@@ -82,7 +82,7 @@ def layout_of(at: Any, routing: Any, layer: Any, inputs: Any, features: int) -> 
         return tuple(found)
     was_entered = trace is not None and trace.was_entered
     unsaid = not was_entered or found.startswith(UNSAID)
-    if unsaid and (known := routing.known_anywhere(layer.lora_name, example.dim())) is not None:
+    if unsaid and (known := routing.known_anywhere(layer.lora_name, example.shape[: example.dim() - features])):
         return tuple(known)
     if routing.uniform:
         if at is not None:
@@ -174,7 +174,7 @@ class Trace:
             if not isinstance(value, Tensor) or not value.dim():
                 continue
             dimension = None
-            if not is_media(name, inputs, main):
+            if may_hold_the_batch(name, value.dim()) and not is_media(name, inputs, main):
                 # A symbolic size is settled by a guard.
                 if bool(example.shape[0] == size):
                     dimension = 0

@@ -13,13 +13,15 @@ from torch.utils._pytree import tree_flatten
 
 from xpu_lora_compile.rows import rules
 from xpu_lora_compile.rows.layout import Layout, fit
-from xpu_lora_compile.rows.owners import GUESS, MIXED, SHARED, UNKNOWN, Owned, compress, constant, fold, merge
+from xpu_lora_compile.rows.owners import GUESS, MIXED, SHARED, UNKNOWN, Owned, compress, constant, fold
 from xpu_lora_compile.torch_internals import decomposed, is_composite, without_modes
 
 # Operands of these meet where they are broadcast to: one that has an owner everywhere is enough to know whose the
 # result is, in whatever order the others came.
 _MEETING = {rules.pointwise, rules.product, rules.product_and_sum, rules.attention, rules.lora}
 _WITHOUT_VALUES = {rules.filled, rules.factory, rules.numbers}
+# Elements of memory whose owners are told apart when a view of it is written to: 256 MiB of numbers.
+_LARGEST = 1 << 26
 _ATTRIBUTE = "_xpu_lora_owned"
 
 
@@ -31,15 +33,21 @@ class Watch(TorchDispatchMode):
         lengths: of the sequences, where their tokens lie in one row; see `rules.attend`.
     """
 
+    # Of torch: this mode is given `cond` and the like, too.
+    supports_higher_order_operators = True
+
     def __init__(self, batch: int, lengths: tuple[int, ...] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.batch = batch
         self.lengths = lengths
         self._labelled: list[weakref.ref[Tensor]] = []
+        self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
+        # Whether Python has looked at a value of the inputs, and may do something else the next time.
+        self.looked_at_values = False
 
-    def own(self, tensor: Tensor, owners: Tensor, cause: str = "", *, varies: bool = True) -> None:
+    def own(self, tensor: Tensor, owners: Tensor, cause: str = "", *, mask: bool = False) -> None:
         """Say whose the elements of a tensor are."""
-        self._set(tensor, Owned(owners, varies=varies, cause=cause))
+        self._set(tensor, Owned(owners, cause=cause, mask=mask))
 
     def known(self, tensor: Tensor) -> Owned | None:
         """What is known of a tensor; None for constants."""
@@ -86,6 +94,8 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an op, and note the owners of its results."""
         kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):
+            return self._run_higher_order(func, args, kwargs)
         if is_composite(func):
             with self:
                 result = decomposed(func, args, kwargs)
@@ -96,9 +106,26 @@ class Watch(TorchDispatchMode):
         if results and func.namespace != "prim":
             with without_modes(), torch.no_grad():
                 self._follow(func, args, kwargs, results)
+        elif func is torch.ops.aten._local_scalar_dense.default:
+            owned = self.known(args[0])
+            self.looked_at_values |= owned is not None and owned.varies and not owned.mask
+        elif not results and func.namespace != "prim":
+            with without_modes(), torch.no_grad():
+                self._follow_without_results(func, args, kwargs)
+        return result
+
+    def _run_higher_order(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What `torch.cond` and the like compute is not followed."""
+        result = func(*args, **kwargs)
+        with without_modes():
+            for leaf in tree_flatten(result)[0]:
+                if isinstance(leaf, Tensor):
+                    self.own(leaf, constant(UNKNOWN, leaf.dim()), f"after {func}, which is not followed")
         return result
 
     def _follow(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
+        for result in results:
+            self._note_alias(result)
         rule = rules.rule_for(func)
         step = rules.Step(func, args, kwargs, results, self.known, self.batch, self.lengths is not None)
         known = [owned for tensor in step.tensors if (owned := self.known(tensor)) is not None]
@@ -111,13 +138,14 @@ class Watch(TorchDispatchMode):
         else:
             try:
                 found = rule(step)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - what a rule did not think of is not followed, and runs on
                 found = constant(UNKNOWN, 0)
                 cause = cause or f"after {func}, which is not followed here: {error}"
         several = found if isinstance(found, list) else [found] * len(results)
         if len(several) != len(results):
             several = [several[0]] * len(results)
         varies = rule not in _WITHOUT_VALUES and any(owned.varies for owned in known)
+        mask = bool(known) and all(owned.mask for owned in known)
         by_data = step.by_data or _is_by_data(rule, known)
         for owners, result in zip(several, results, strict=True):
             if owners.dim() != result.dim():
@@ -126,44 +154,70 @@ class Watch(TorchDispatchMode):
             if not known and owners.numel() == 1 and int(owners) == SHARED:
                 continue
             mixed = not cause and bool((owners == MIXED).any())
-            note = f"since {func}" if mixed else cause
-            base = self._base(func, args, kwargs, result)
-            self._set(result, Owned(owners, varies, by_data, note, base))
-        if func._schema.is_mutable:
-            self._write_through(func, args, results)
+            before = self.known(result)
+            self._set(result, Owned(owners, varies, by_data, f"since {func}" if mixed else cause, mask))
+            if func._schema.is_mutable:
+                self._spread(func, result, before)
 
-    def _base(self, func: Any, args: Any, kwargs: Any, result: Tensor) -> tuple[Tensor, Any] | None:
-        """For a view: what it looks into, and how."""
-        returns = func._schema.returns
-        if len(returns) != 1 or returns[0].alias_info is None or func._schema.is_mutable or not args:
-            return None
-        source = args[0]
-        if not isinstance(source, Tensor) or returns[0].type.kind() == "ListType":
-            return None
-        return source, lambda tensor: func(tensor, *args[1:], **kwargs)
-
-    def _write_through(self, func: Any, args: Any, results: list[Tensor]) -> None:
-        """A write into a view is one into what it looks into."""
-        target = results[0]
-        owned = self.known(target)
-        if owned is None or owned.base is None or (rules.is_fake(target) and owned.owners.numel() > 1):
+    def _follow_without_results(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Ops that change lists of tensors: what they leave behind is not followed."""
+        if not func._schema.is_mutable or rules.rule_for(func) is rules.lora:
             return
-        source, view = owned.base
-        before = self.known(source)
-        full = (constant(SHARED, source.dim()) if before is None else before.owners).expand(source.shape).clone()
-        part = view(full)
-        part.copy_(merge([part.clone(), owned.owners]).expand(part.shape))
-        merged = Owned(compress(full), owned.varies, owned.by_data, owned.cause)
-        merged.base = None if before is None else before.base
-        self._set(source, merged)
-        if merged.base is not None:
-            self._write_through(func, args, [source])
+        leaves, _ = tree_flatten((args, kwargs))
+        for tensor in leaves:
+            if isinstance(tensor, Tensor):
+                before = self.known(tensor)
+                unknown = constant(UNKNOWN, tensor.dim())
+                self._set(tensor, Owned(unknown, by_data=True, cause=f"after {func}, which is not followed"))
+                self._spread(func, tensor, before)
+
+    def _note_alias(self, tensor: Tensor) -> None:
+        """Remember who looks into which memory."""
+        key = tensor.untyped_storage()._cdata
+        known = self._aliases.setdefault(key, [])
+        known[:] = [reference for reference in known if reference() is not None]
+        if not any(reference() is tensor for reference in known):
+            known.append(weakref.ref(tensor))
+
+    def _spread(self, func: Any, target: Tensor, before: Owned | None) -> None:
+        """A write into a tensor is one into all that look into the same memory."""
+        owned = self.known(target)
+        if owned is None or (before is not None and _same(before.owners, owned.owners)):
+            return
+        references = self._aliases.get(target.untyped_storage()._cdata, [])
+        others = [other for reference in references if (other := reference()) is not None and other is not target]
+        if not others:
+            return
+        size = target.untyped_storage().nbytes() // target.element_size()
+        alike = all(other.dtype == target.dtype for other in others)
+        flat = torch.full((size if alike and size <= _LARGEST else 0,), SHARED, dtype=torch.int32)
+        for other in sorted(others, key=lambda other: other.numel()):
+            known = self.known(other)
+            if known is not None and len(flat):
+                part = flat.as_strided(other.shape, other.stride(), other.storage_offset())
+                part.copy_(known.owners.expand(other.shape))
+        if len(flat):
+            part = flat.as_strided(target.shape, target.stride(), target.storage_offset())
+            part.copy_(owned.owners.expand(target.shape))
+        for other in others:
+            owners, cause = constant(MIXED, other.dim()), f"written through another view by {func}"
+            if len(flat):
+                owners = compress(flat.as_strided(other.shape, other.stride(), other.storage_offset()).clone())
+                cause = owned.cause
+            known = self.known(other)
+            by_data = owned.by_data or (known is not None and known.by_data)
+            self._set(other, Owned(owners, True, by_data, cause))
 
     def _set(self, tensor: Tensor, owned: Owned) -> None:
+        self._note_alias(tensor)
         marks = vars(tensor).setdefault(_ATTRIBUTE, {})
         if id(self) not in marks:
             self._labelled.append(weakref.ref(tensor))
         marks[id(self)] = owned
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one == other).all())
 
 
 def _is_by_data(rule: Callable[..., Any] | None, known: list[Owned]) -> bool:
@@ -171,6 +225,7 @@ def _is_by_data(rule: Callable[..., Any] | None, known: list[Owned]) -> bool:
     owned = [one for one in known if bool((one.owners >= 0).any())]
     if not any(one.by_data for one in owned):
         return False
-    if rule in _MEETING or rule is rules.written:
-        return not any(not one.by_data and bool((one.owners >= 0).all()) for one in owned)
+    if rule in _MEETING:
+        real = [one for one in owned if not one.by_data]
+        return not any(bool(((one.owners >= 0) & (one.owners < GUESS)).all()) for one in real)
     return True
