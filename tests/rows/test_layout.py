@@ -230,9 +230,10 @@ def test_what_stays_the_same_does_not_fit_a_size_of_another_multiple(times: int)
 
 @st.composite
 def arrangements(draw: st.DrawFn) -> tuple[int, int, int, int, list[int]]:
-    """The number of sequences, the dimension they lie along, how often, and the sizes of the other dimensions."""
+    """The number of sequences, their dimension, `outer`, `inner`, and the sizes of the other dimensions."""
     others = draw(st.lists(st.integers(1, 4), max_size=2))
-    return draw(st.integers(2, 5)), draw(st.integers(0, len(others))), draw(st.integers(1, 4)), draw(st.integers(1, 4)), others  # fmt: skip
+    batch, dimension = draw(st.integers(2, 5)), draw(st.integers(0, len(others)))
+    return batch, dimension, draw(st.integers(1, 4)), draw(st.integers(1, 4)), others
 
 
 def arranged(line: Tensor, dimension: int, others: list[int]) -> tuple[Tensor, list[int]]:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as f
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -143,7 +143,7 @@ def rope(x: Tensor) -> Tensor:
 
 
 def conv_over_the_batch(x: Tensor) -> Tensor:
-    return F.conv1d(x.permute(1, 2, 0), weights(5, D, 2))
+    return f.conv1d(x.permute(1, 2, 0), weights(5, D, 2))
 
 
 def lstm(x: Tensor, batch_first: bool) -> Tensor:
@@ -208,9 +208,9 @@ OPS: dict[str, Function] = {
     "repeat_interleave by counts": lambda x: x.repeat_interleave(torch.tensor([2, 0, 1]), 0),
     "repeat_interleave by data": lambda x: x.repeat_interleave(tokens(x)[:, 0] % 2 + 1, 0),
     "repeat_interleave flattened": lambda x: x.repeat_interleave(2),
-    "pixel_shuffle": lambda x: F.pixel_shuffle(x.view(B, 4, 2, 3), 2),
-    "pixel_unshuffle": lambda x: F.pixel_unshuffle(x.view(B, 1, 4, 6), 2),
-    "channel_shuffle": lambda x: F.channel_shuffle(x.view(B, 4, 2, 3), 2),
+    "pixel_shuffle": lambda x: f.pixel_shuffle(x.view(B, 4, 2, 3), 2),
+    "pixel_unshuffle": lambda x: f.pixel_unshuffle(x.view(B, 1, 4, 6), 2),
+    "channel_shuffle": lambda x: f.channel_shuffle(x.view(B, 4, 2, 3), 2),
     "split": lambda x: x.split(2)[0],
     "split in unequal parts": lambda x: x.split([1, 2])[1],
     "chunk": lambda x: x.chunk(3)[2],
@@ -233,13 +233,13 @@ OPS: dict[str, Function] = {
     "block_diag": lambda x: torch.block_diag(x[0], x[1]),
     "meshgrid": lambda x: torch.meshgrid(x[:, 0, 0], x[:, 1, 0], indexing="ij")[0],
     "cartesian_prod": lambda x: torch.cartesian_prod(x[:, 0, 0], x[:, 1, 0]),
-    "pad": lambda x: F.pad(x, (1, 1)),
-    "pad tokens": lambda x: F.pad(x, (0, 0, 1, 0)),
-    "pad rows": lambda x: F.pad(x, (0, 0, 0, 0, 1, 0)),
-    "pad away": lambda x: F.pad(x, (0, 0, 0, 0, -1, 1)),
-    "pad reflected": lambda x: F.pad(x, (1, 1), mode="reflect"),
-    "pad replicated": lambda x: F.pad(x, (1, 1), mode="replicate"),
-    "pad circular": lambda x: F.pad(x.permute(1, 2, 0), (1, 0), mode="circular"),
+    "pad": lambda x: f.pad(x, (1, 1)),
+    "pad tokens": lambda x: f.pad(x, (0, 0, 1, 0)),
+    "pad rows": lambda x: f.pad(x, (0, 0, 0, 0, 1, 0)),
+    "pad away": lambda x: f.pad(x, (0, 0, 0, 0, -1, 1)),
+    "pad reflected": lambda x: f.pad(x, (1, 1), mode="reflect"),
+    "pad replicated": lambda x: f.pad(x, (1, 1), mode="replicate"),
+    "pad circular": lambda x: f.pad(x.permute(1, 2, 0), (1, 0), mode="circular"),
     # Indices.
     "index": lambda x: x[torch.tensor([2, 0, 1])],
     "index of tokens": lambda x: x[:, torch.tensor([3, 0])],
@@ -268,10 +268,10 @@ OPS: dict[str, Function] = {
     "masked_select": lambda x: x.masked_select(x > 0),
     "nonzero": lambda x: (x > 0).nonzero(),
     "argwhere": lambda x: torch.argwhere(x > 0),
-    "embedding": lambda x: F.embedding(tokens(x), weights(5, 3)),
-    "embedding of a table of the batch": lambda x: F.embedding(torch.tensor([[1, 0], [2, 2]]), x[:, 0]),
-    "embedding_bag": lambda x: F.embedding_bag(tokens(x), weights(5, 3)),
-    "one_hot": lambda x: F.one_hot(tokens(x), 5),
+    "embedding": lambda x: f.embedding(tokens(x), weights(5, 3)),
+    "embedding of a table of the batch": lambda x: f.embedding(torch.tensor([[1, 0], [2, 2]]), x[:, 0]),
+    "embedding_bag": lambda x: f.embedding_bag(tokens(x), weights(5, 3)),
+    "one_hot": lambda x: f.one_hot(tokens(x), 5),
     "bucketize": lambda x: torch.bucketize(x, weights(5).sort()[0]),
     "searchsorted": lambda x: torch.searchsorted(weights(5).sort()[0], x),
     "isin": lambda x: torch.isin(x, x[1]),
@@ -356,8 +356,8 @@ OPS: dict[str, Function] = {
     "cumprod": lambda x: x.cumprod(0),
     "cummax": lambda x: x.cummax(0)[0],
     "logcumsumexp": lambda x: x.logcumsumexp(0),
-    "glu": lambda x: F.glu(x),
-    "glu of tokens": lambda x: F.glu(x, 1),
+    "glu": lambda x: f.glu(x),
+    "glu of tokens": lambda x: f.glu(x, 1),
     "sort": lambda x: x.sort(1)[0],
     "sort of rows": lambda x: x.sort(0)[0],
     "sort, descending": lambda x: x.sort(0, True)[0],
@@ -368,15 +368,15 @@ OPS: dict[str, Function] = {
     "kthvalue": lambda x: x.kthvalue(1, 0)[0],
     "msort": lambda x: x.msort(),
     "renorm": lambda x: x.renorm(2, 0, 0.5),
-    "normalize": lambda x: F.normalize(x, dim=0),
-    "gumbel": lambda x: F.softmin(x, 0),
+    "normalize": lambda x: f.normalize(x, dim=0),
+    "gumbel": lambda x: f.softmin(x, 0),
     "unique": lambda x: x.unique(),
     "unique_consecutive": lambda x: tokens(x).unique_consecutive(),
     "bincount": lambda x: tokens(x).flatten().bincount(minlength=5),
     "histc": lambda x: x.histc(4),
     # Products.
-    "linear": lambda x: F.linear(x, weights(5, D), weights(5)),
-    "linear over rows": lambda x: F.linear(x.permute(1, 2, 0), weights(5, B)),
+    "linear": lambda x: f.linear(x, weights(5, D), weights(5)),
+    "linear over rows": lambda x: f.linear(x.permute(1, 2, 0), weights(5, B)),
     "matmul": lambda x: x @ weights(D, 5),
     "matmul from the left": lambda x: weights(5, T) @ x,
     "matmul of rows with each other": lambda x: x[:, 0] @ x[:, 0].T,
@@ -399,21 +399,21 @@ OPS: dict[str, Function] = {
     "einsum, time first": lambda x: torch.einsum("btd,de->tbe", x, weights(D, 5)),
     "tensordot": lambda x: torch.tensordot(x, weights(D, 5), 1),
     "tensordot over rows": lambda x: torch.tensordot(x, x, ([0, 1], [0, 1])),
-    "bilinear": lambda x: F.bilinear(x, x, weights(2, D, D)),
+    "bilinear": lambda x: f.bilinear(x, x, weights(2, D, D)),
     "kron": lambda x: torch.kron(x[:, 0], weights(2, 2)),
     "cdist": lambda x: torch.cdist(x, x),
     "cdist of rows": lambda x: torch.cdist(x[:, 0], x[:, 1]),
-    "cosine_similarity": lambda x: F.cosine_similarity(x, x.flip(0), -1),
+    "cosine_similarity": lambda x: f.cosine_similarity(x, x.flip(0), -1),
     "matrix_power": lambda x: x[..., :T].matrix_power(2),
     "inverse": lambda x: torch.linalg.inv(x[..., :T] + 5 * torch.eye(T)),
     # Attention and recurrences.
-    "attention": lambda x: F.scaled_dot_product_attention(x, x, x),
-    "attention of heads": lambda x: F.scaled_dot_product_attention(*[x.view(B, T, 2, 3).transpose(1, 2)] * 3),
-    "attention across rows": lambda x: F.scaled_dot_product_attention(*[x.transpose(0, 1)] * 3),
-    "attention to others": lambda x: F.scaled_dot_product_attention(x, x.flip(0), x),
-    "attention to values of others": lambda x: F.scaled_dot_product_attention(x, x, x.flip(0)),
-    "attention with a mask of others": lambda x: F.scaled_dot_product_attention(x, x, x, x.flip(0)[..., :T]),
-    "attention of grouped heads": lambda x: F.scaled_dot_product_attention(
+    "attention": lambda x: f.scaled_dot_product_attention(x, x, x),
+    "attention of heads": lambda x: f.scaled_dot_product_attention(*[x.view(B, T, 2, 3).transpose(1, 2)] * 3),
+    "attention across rows": lambda x: f.scaled_dot_product_attention(*[x.transpose(0, 1)] * 3),
+    "attention to others": lambda x: f.scaled_dot_product_attention(x, x.flip(0), x),
+    "attention to values of others": lambda x: f.scaled_dot_product_attention(x, x, x.flip(0)),
+    "attention with a mask of others": lambda x: f.scaled_dot_product_attention(x, x, x, x.flip(0)[..., :T]),
+    "attention of grouped heads": lambda x: f.scaled_dot_product_attention(
         x.view(B, T, 2, 3).transpose(1, 2), x[:, None, :, :3], x[:, None, :, 3:], enable_gqa=True
     ),
     "attention by hand": lambda x: (x @ x.mT / 2).softmax(-1) @ x,
@@ -423,51 +423,52 @@ OPS: dict[str, Function] = {
     "lstm, time first": lambda x: lstm(x, batch_first=False),
     "rope": rope,
     # Convolutions, pooling, norms.
-    "conv1d": lambda x: F.conv1d(x.mT, weights(5, D, 2)),
-    "conv1d without a batch": lambda x: F.conv1d(x[:, 0], weights(5, B, 2)),
+    "conv1d": lambda x: f.conv1d(x.mT, weights(5, D, 2)),
+    "conv1d without a batch": lambda x: f.conv1d(x[:, 0], weights(5, B, 2)),
     "conv1d over the batch": conv_over_the_batch,
-    "conv2d": lambda x: F.conv2d(x.view(B, 1, T, D), weights(2, 1, 2, 2), stride=2),
-    "conv_transpose1d": lambda x: F.conv_transpose1d(x.mT, weights(D, 5, 2)),
-    "conv1d in groups": lambda x: F.conv1d(x.mT, weights(D, 1, 2), groups=D),
-    "conv1d in groups of the batch": lambda x: F.conv1d(x[:, :, 0][None], weights(B, 1, 2), groups=B),
-    "max_pool1d": lambda x: F.max_pool1d(x, 2),
-    "max_pool1d without a batch": lambda x: F.max_pool1d(x[:, 0], 2),
-    "avg_pool1d over rows": lambda x: F.avg_pool1d(x.permute(1, 2, 0), 2),
-    "max_pool2d": lambda x: F.max_pool2d(x.view(B, 1, T, D), 2),
-    "max_pool2d of rows": lambda x: F.max_pool2d(x, 2),
-    "avg_pool2d": lambda x: F.avg_pool2d(x.view(B, 1, T, D), 2),
-    "avg_pool2d without a batch": lambda x: F.avg_pool2d(x.permute(1, 0, 2), 2),
-    "avg_pool3d": lambda x: F.avg_pool3d(x.view(B, 1, T, 2, 3), (2, 1, 1)),
-    "adaptive_avg_pool1d": lambda x: F.adaptive_avg_pool1d(x, 2),
-    "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x.view(B, 1, T, D), 2),
-    "adaptive_max_pool1d": lambda x: F.adaptive_max_pool1d(x, 2),
-    "interpolate": lambda x: F.interpolate(x, scale_factor=2),
-    "interpolate bilinear": lambda x: F.interpolate(x[:, None], scale_factor=2, mode="bilinear"),
-    "grid_sample": lambda x: F.grid_sample(weights(B, 1, 4, 4), x.view(B, T, 3, 2), align_corners=False),
-    "im2col": lambda x: F.unfold(x.view(B, 1, T, D), 2),
-    "col2im": lambda x: F.fold(x.view(B, T, D), (4, 3), (2, 2)),
+    "conv2d": lambda x: f.conv2d(x.view(B, 1, T, D), weights(2, 1, 2, 2), stride=2),
+    "conv_transpose1d": lambda x: f.conv_transpose1d(x.mT, weights(D, 5, 2)),
+    "conv1d in groups": lambda x: f.conv1d(x.mT, weights(D, 1, 2), groups=D),
+    "conv1d in groups of the batch": lambda x: f.conv1d(x[:, :, 0][None], weights(B, 1, 2), groups=B),
+    "max_pool1d": lambda x: f.max_pool1d(x, 2),
+    "max_pool1d without a batch": lambda x: f.max_pool1d(x[:, 0], 2),
+    "avg_pool1d over rows": lambda x: f.avg_pool1d(x.permute(1, 2, 0), 2),
+    "max_pool2d": lambda x: f.max_pool2d(x.view(B, 1, T, D), 2),
+    "max_pool2d of rows": lambda x: f.max_pool2d(x, 2),
+    "avg_pool2d": lambda x: f.avg_pool2d(x.view(B, 1, T, D), 2),
+    "avg_pool2d without a batch": lambda x: f.avg_pool2d(x.permute(1, 0, 2), 2),
+    "avg_pool3d": lambda x: f.avg_pool3d(x.view(B, 1, T, 2, 3), (2, 1, 1)),
+    "adaptive_avg_pool1d": lambda x: f.adaptive_avg_pool1d(x, 2),
+    "adaptive_avg_pool2d": lambda x: f.adaptive_avg_pool2d(x.view(B, 1, T, D), 2),
+    "adaptive_max_pool1d": lambda x: f.adaptive_max_pool1d(x, 2),
+    "interpolate": lambda x: f.interpolate(x, scale_factor=2),
+    "interpolate bilinear": lambda x: f.interpolate(x[:, None], scale_factor=2, mode="bilinear"),
+    "grid_sample": lambda x: f.grid_sample(weights(B, 1, 4, 4), x.view(B, T, 3, 2), align_corners=False),
+    "im2col": lambda x: f.unfold(x.view(B, 1, T, D), 2),
+    "col2im": lambda x: f.fold(x.view(B, T, D), (4, 3), (2, 2)),
     "fft": lambda x: torch.fft.rfft(x).real,
     "fft of rows": lambda x: torch.fft.fft(x, dim=0).real,
     "stft": lambda x: torch.stft(x.flatten(1), 4, return_complex=True, window=torch.ones(4)).real,
-    "layer_norm": lambda x: F.layer_norm(x, (D,)),
-    "layer_norm of all": lambda x: F.layer_norm(x, (B, T, D)),
-    "layer_norm after a transpose": lambda x: F.layer_norm(x.permute(1, 2, 0), (B,)),
-    "rms_norm": lambda x: F.rms_norm(x, (D,)),
-    "group_norm": lambda x: F.group_norm(x, 2),
-    "group_norm over rows": lambda x: F.group_norm(x.transpose(0, 1), 1),
-    "instance_norm": lambda x: F.instance_norm(x),
-    "batch_norm": lambda x: F.batch_norm(x, weights(T) + 1, weights(T) ** 2 + 1),
-    "batch_norm while training": lambda x: F.batch_norm(x, None, None, training=True),
-    "batch_norm of rows as channels": lambda x: F.batch_norm(x.transpose(0, 1), None, None, training=True),
-    "local_response_norm": lambda x: F.local_response_norm(x, 2),
-    "alpha_dropout": lambda x: F.dropout(x, 0.0, True),
-    "prelu": lambda x: F.prelu(x, weights(T)),
-    "rrelu": lambda x: F.rrelu(x),
+    "layer_norm": lambda x: f.layer_norm(x, (D,)),
+    "layer_norm of all": lambda x: f.layer_norm(x, (B, T, D)),
+    "layer_norm after a transpose": lambda x: f.layer_norm(x.permute(1, 2, 0), (B,)),
+    "rms_norm": lambda x: f.rms_norm(x, (D,)),
+    "group_norm": lambda x: f.group_norm(x, 2),
+    "group_norm over rows": lambda x: f.group_norm(x.transpose(0, 1), 1),
+    "instance_norm": lambda x: f.instance_norm(x),
+    "batch_norm": lambda x: f.batch_norm(x, weights(T) + 1, weights(T) ** 2 + 1),
+    "batch_norm while training": lambda x: f.batch_norm(x, None, None, training=True),
+    "batch_norm of rows as channels": lambda x: f.batch_norm(x.transpose(0, 1), None, None, training=True),
+    "local_response_norm": lambda x: f.local_response_norm(x, 2),
+    "alpha_dropout": lambda x: f.dropout(x, 0.0, True),
+    "prelu": lambda x: f.prelu(x, weights(T)),
+    "rrelu": lambda x: f.rrelu(x),
     "vmap": lambda x: torch.vmap(lambda row: row * 2)(x),
     "vmap over tokens": lambda x: torch.vmap(lambda row: row.flip(0), in_dims=1)(x),
     # Mixed and met.
     "a residual": lambda x: x + x.flip(1),
     "a residual of others": lambda x: x + x.flip(0),
+    "a residual of an index": lambda x: x + x[torch.tensor([2, 0, 1])],
     "a product with a mean of all": lambda x: x * x.mean(),
     "a bias of rows": lambda x: x + x[:1],
     "zeros_like": lambda x: torch.zeros_like(x) + x,
@@ -495,7 +496,7 @@ def inputs(seed: int = 0) -> Tensor:
 
 
 def owners_by_watch(function: Function, x: Tensor, *, fake: bool = False) -> Tensor | None:
-    """The owners of a function's result, in its shape; None where they are not known, as an index of the model's decides.
+    """The owners of a function's result, in its shape; None where an index that the model computes decides them.
 
     Args:
         fake: run on tensors without values, as is done while Dynamo traces.
@@ -572,6 +573,7 @@ WRONG_WHILE_TRACING = {
     "index_copy": WRITTEN,
     "index_put": WRITTEN,
     "put": WRITTEN,
+    "a residual of an index": "a real owner overrules what an index without values has picked",
 }
 
 
@@ -630,11 +632,15 @@ def test_the_owners_of_usual_ops_are_known(name: str, fake: bool) -> None:
     assert set(owners.unique().tolist()) <= {SHARED, 0, 1, 2}
 
 
-@pytest.mark.parametrize("name", ["sum", "softmax of rows", "mean of rows", "a residual of others", "sort of rows", "fft of rows",
-                                  "attention across rows", "mm of all tokens", "batch_norm of rows as channels"])  # fmt: skip
+MIXING = [
+    *("sum", "softmax of rows", "mean of rows", "a residual of others", "sort of rows", "fft of rows"),
+    *("attention across rows", "mm of all tokens", "argmax of rows", "cumsum of rows", "layer_norm of all"),
+]
+
+
+@pytest.mark.parametrize("name", MIXING)
 def test_what_mixes_sequences_is_known_to_be_mixed(name: str) -> None:
-    owners = owners_by_watch(OPS[name], inputs())
-    assert owners is None or bool((owners == MIXED).any()) or name == "batch_norm of rows as channels"
+    assert bool((owners_by_watch(OPS[name], inputs()) == MIXED).any())
 
 
 # Chains of ops. Each takes a tensor of any shape, another one of the chain, and two numbers.
@@ -671,7 +677,7 @@ LINKS: dict[str, Link] = {
     ),
     "cat": lambda x, y, a, __: torch.cat([x, y], dimension(x, a)),
     "stack": lambda x, y, a, __: torch.stack([x, y], dimension(x, a)),
-    "pad": lambda x, _, a, b: F.pad(x, [0, 0] * (a % x.dim()) + [b % 2, 1]),
+    "pad": lambda x, _, a, b: f.pad(x, [0, 0] * (a % x.dim()) + [b % 2, 1]),
     "unfold": lambda x, _, a, __: x.unfold(dimension(x, a), 2, 1),
     "index": lambda x, _, a, b: x.index_select(
         dimension(x, a), (torch.arange(x.shape[dimension(x, a)]) * (1 + b)) % x.shape[dimension(x, a)]
@@ -683,13 +689,13 @@ LINKS: dict[str, Link] = {
     "softmax": lambda x, _, a, __: x.softmax(dimension(x, a)),
     "cumsum": lambda x, _, a, __: x.cumsum(dimension(x, a)),
     "sort": lambda x, _, a, __: x.sort(dimension(x, a))[0],
-    "norm": lambda x, *_: F.layer_norm(x, x.shape[-1:]),
-    "linear": lambda x, *_: F.linear(x, weights(3, x.shape[-1])),
+    "norm": lambda x, *_: f.layer_norm(x, x.shape[-1:]),
+    "linear": lambda x, *_: f.linear(x, weights(3, x.shape[-1])),
     "linear from the left": lambda x, *_: weights(3, x.shape[-2]) @ x,
-    "matmul": lambda x, y, *_: x @ y.mT,
-    "attention": lambda x, y, *_: F.scaled_dot_product_attention(x, y, y),
-    "conv": lambda x, *_: F.conv1d(x, weights(2, x.shape[-2], 2)),
-    "pool": lambda x, *_: F.max_pool1d(x, 2),
+    "matmul": lambda x, y, *_: x.mT.mT @ y.mT,
+    "attention": lambda x, y, *_: f.scaled_dot_product_attention(x, y, y),
+    "conv": lambda x, *_: f.conv1d(x, weights(2, x.shape[-2], 2)),
+    "pool": lambda x, *_: f.max_pool1d(x, 2),
     "add": lambda x, y, *_: x + y,
     "multiply": lambda x, y, *_: x * y,
     "add a constant": lambda x, _, a, __: x + weights(*x.shape[dimension(x, a) :]),
@@ -737,6 +743,8 @@ def test_what_a_sequence_changes_is_its_own_after_chains_of_ops(
     steps: list[Step], fake: bool, batch: int, length: int
 ) -> None:
     x = torch.randn(batch, length, 4, generator=torch.Generator().manual_seed(0))
-    run = chain(fitting(steps, x))
+    # See "a residual of an index" above.
+    followed = [step for step in steps if not (fake and step[0] == "index")]
+    run = chain(fitting(followed, x))
     owners = owners_by_watch(run, x, fake=fake)
     assert owners is None or not strangers(run, x, owners)
