@@ -15,6 +15,8 @@ from xpu_lora_compile.errors import KernelError, VerificationError
 from xpu_lora_compile.kernels.choose import force_kernel
 from xpu_lora_compile.ops import NATIVE_ADD_LORA
 from xpu_lora_compile.passes.editing import calls_to
+from xpu_lora_compile.rows import rules
+from xpu_lora_compile.rows.layout import Layout
 from xpu_lora_compile.verify import _random_adapters
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head", "embed_tokens"]
@@ -276,3 +278,86 @@ def test_a_graph_that_runs_several_times_counts_with_its_worst_run(monkeypatch: 
     with torch.no_grad(), pytest.raises(VerificationError) as error:
         xlc.verify(function, generate_code=False)(x, weight, *square, indices)
     assert len(error.value.verification.sites) == 1
+
+
+# Isolation.
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self.first(x)))
+
+    def between(self, x: Tensor) -> Tensor:
+        return x.tanh()
+
+
+class Leaking(TwoLayers):
+    """Each sequence sees a little of the one before it."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return x + 0.1 * x.roll(1, 0)
+
+
+def test_isolation_is_reported_for_each_module() -> None:
+    model = TwoLayers()
+    xlc.attach(model, slots=3, max_rank=2)
+    result = xlc.verify(model, generate_code=False)(torch.randn(5, 2, 4))
+    assert result.isolation == {"first": 0, "second": 0}
+    assert "other rows keep their bits in 2 of 2 modules" in str(result)
+    assert "LEAK" not in str(result)
+
+
+def test_isolation_is_that_of_a_llama_too() -> None:
+    model, bank = attached()
+    result = xlc.verify(model, generate_code=False)(TOKENS, use_cache=False)
+    assert result.isolation == dict.fromkeys(bank.sites, 0)
+
+
+def test_a_batch_of_one_has_no_isolation() -> None:
+    model = TwoLayers()
+    xlc.attach(model, slots=3, max_rank=2)
+    result = xlc.verify(model, generate_code=False)(torch.randn(1, 2, 4))
+    assert result.isolation == {}
+    assert "Isolation" not in str(result)
+
+
+def test_isolation_is_checked_in_a_packed_batch() -> None:
+    model = TwoLayers()
+    bank = xlc.attach(model, slots=3, max_rank=2)
+    with bank.use([None, None, None], lengths=[2, 1, 3]):
+        result = xlc.verify(model, generate_code=False)(torch.randn(1, 6, 4))
+    assert result.isolation == {"first": 0, "second": 0}
+
+
+def test_rows_that_have_the_next_sequences_adapter_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Layout.rows
+    # Of the sequences alone: what says whose the rows are must stay right.
+    monkeypatch.setattr(
+        Layout,
+        "rows",
+        lambda self, slots, shape: real(self, slots if slots.equal(torch.arange(len(slots))) else slots.roll(1), shape),
+    )
+    model = TwoLayers()
+    xlc.attach(model, slots=4, max_rank=2)
+    with pytest.raises(VerificationError, match="modules where they change, the first one first") as error:
+        xlc.verify(model, generate_code=False)(torch.randn(5, 2, 4))
+    assert all(error.value.verification.isolation.values())
+    assert "LEAK: first" in str(error.value)
+
+
+def test_a_model_that_lets_one_sequence_see_another_is_found_and_the_module_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A rule that is wrong: with the right one, the model refuses to run.
+    monkeypatch.setitem(rules.RULES, "roll", rules.pointwise)
+    model = Leaking()
+    xlc.attach(model, slots=3, max_rank=2)
+    with pytest.raises(VerificationError, match="1 modules where they change, the first one second") as error:
+        xlc.verify(model, generate_code=False)(torch.randn(5, 2, 4))
+    isolation = error.value.verification.isolation
+    assert isolation["first"] == 0
+    assert isolation["second"] > 0
