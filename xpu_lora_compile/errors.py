@@ -166,5 +166,5 @@ class BankInUseError(AdapterError):
 def own_error(error: BaseException | None) -> LoraError | None:
     """Our own error that one of torch's was raised for: what is raised as Dynamo traces arrives inside one of its."""
     while error is not None and not isinstance(error, LoraError):
-        error = getattr(error, "inner_exception", None) or error.__cause__
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
     return error

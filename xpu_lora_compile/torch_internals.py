@@ -273,6 +273,7 @@ def prepare_for_tracing() -> None:
     """Tell Dynamo of the questions; loads it. A second call changes nothing."""
     import torch._dynamo as dynamo
     from torch._dynamo.eval_frame import skip_code
+    from torch._dynamo.guards import GuardBuilder, install_guard
     from torch._dynamo.variables import ConstantVariable, TupleVariable
     from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
@@ -290,7 +291,15 @@ def prepare_for_tracing() -> None:
         return variable.as_proxy().node
 
     def handler_of(answer: Any) -> Any:
-        return lambda _, at, *args: constant(answer(at, *map(plain, args)))
+        def handle(_: Any, at: Any, owner: Any, *args: Any) -> Any:
+            # What is true of one object's state holds for no other's: each has graphs of its own.
+            source, key = owner.realize().source, f"id {id(plain(owner))}"
+            if source is not None and key not in vars(at.output).setdefault("_xpu_lora_guards", set()):
+                vars(at.output)["_xpu_lora_guards"].add(key)
+                install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+            return constant(answer(at, *map(plain, (owner, *args))))
+
+        return handle
 
     for code in _RUN_BY_PYTHON:
         skip_code(code)

@@ -136,6 +136,8 @@ class Routing:
         if rows is not None and self._watch is None and inputs.device == slots.device:
             return rows
         self._check_device(inputs, slots)
+        if not shape.numel():
+            return slots[:0]
         if is_vmapped():
             raise self.unproved(
                 layer.lora_name, inputs, "torch.func or vmap hides a dimension", "Call the model on the whole batch."
@@ -180,7 +182,7 @@ class Routing:
         sizes = tuple(tuple(value.shape) for _, value in inputs if isinstance(value, Tensor))
         self._entered, self._inputs = (kind, sizes, module), inputs
         self._rows_of_call = self._rows.setdefault((kind, sizes), {})
-        # Where a layout leaves a number open, calls of other sizes are followed, too.
+        # Where a dimension holds more than the sequences, calls of other sizes are followed, too.
         known = self._proofs.get((kind, sizes)) or self._proofs.get(kind)
         self._compiled = compiled
         if known is not None or compiled:
@@ -207,7 +209,7 @@ class Routing:
                 if result is not None:
                     self._check_result(watch, module, result)
                     if not watch.looked_at_values:
-                        is_open = any(0 in layout[1:] for layout in self._proof.values())
+                        is_open = any(layout[1:] != (1, 1) for layout in self._proof.values())
                         self._proofs[(kind, sizes) if is_open else kind] = self._proof
             finally:
                 watch.forget()
@@ -380,7 +382,8 @@ class Routing:
         described: list[Hashable] = []
         for name, value in inputs:
             if isinstance(value, Tensor):
-                sizes = tuple(one if one == 1 else "batch" if one == size else "*" for one in value.shape)
+                # Lengths by powers of two, since a model may do something else with long inputs.
+                sizes = tuple("batch" if one == size else one.bit_length() for one in value.shape)
                 if sizes.count("batch") > (name in batched):
                     described.append(object())
                 described.append((name, sizes, value.dtype))

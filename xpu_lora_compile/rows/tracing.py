@@ -76,7 +76,8 @@ def layout_of(at: Any, routing: Any, layer: Any, inputs: Any, features: int) -> 
     else:
         routing.traced_calls.add(layer.lora_name)
         _check_caller(at, routing)
-        trace, example = _trace_of(at, routing), inputs.meta["example_value"]
+        # In a subgraph, of a checkpoint say, values of the graph around it are used as they are.
+        trace, example = _trace_of(at, routing, inputs.graph), inputs.meta["example_value"]
         found = trace.layout_of(inputs, features)
     if not isinstance(found, str):
         return tuple(found)
@@ -287,12 +288,14 @@ class Trace:
 _traces: weakref.WeakKeyDictionary[Graph, dict[int, Trace]] = weakref.WeakKeyDictionary()
 
 
-def _trace_of(at: Any, routing: Any) -> Trace:
+def _trace_of(at: Any, routing: Any, wanted: Graph | None = None) -> Trace:
     trace: Trace | None = None
     for graph in graphs_at(at):
         known = _traces.setdefault(graph, {})
         if id(routing) not in known:
             known[id(routing)] = Trace(graph, routing, trace)
         trace = known[id(routing)]
+        if graph is wanted:
+            break
     assert trace is not None  # noqa: S101 - for the type checker
     return trace

@@ -129,6 +129,11 @@ class Watch(TorchDispatchMode):
         rule = rules.rule_for(func)
         step = rules.Step(func, args, kwargs, results, self.known, self.batch, self.lengths is not None)
         known = [owned for tensor in step.tensors if (owned := self.known(tensor)) is not None]
+        if torch.Tag.nondeterministic_seeded in func.tags and not known:
+            # Another number each time.
+            for result in results:
+                self._set(result, Owned(constant(SHARED, result.dim())))
+            return
         if not known and rule not in (rules.rearranged, rules.factory, rules.filled):
             return
         cause = next((owned.cause for owned in known if owned.cause), "")
