@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import get_ident
 from typing import Any, cast
 
 import torch
@@ -349,7 +348,6 @@ class Draw:
     def __init__(self) -> None:
         self.called: set[str] = set()
         self.read: set[str] = set()
-        self.thread = get_ident()
         self._slots: dict[str, list[int]] = {}
         self._routings: dict[str, tuple[Routing, tuple[int, ...] | None, torch.device, int]] = {}
 

@@ -123,7 +123,6 @@ def test_a_thread_without_a_block_cannot_call_the_model_during_anothers(
         assert is_outside(in_a_thread(lambda: run(X)))
 
 
-@pytest.mark.xfail(strict=True, reason="Dynamo raises its error `from None`, so that `own_error` does not find ours")
 def test_the_error_that_dynamo_raises_for_it_leads_to_ours(model: nn.Module, bank: xlc.AdapterBank) -> None:
     run = torch.compile(model, backend="eager")
     with bank.use(["a", None]):

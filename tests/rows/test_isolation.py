@@ -245,16 +245,9 @@ def assert_rows_have_their_adapters(
 SIZES = [(3, 2), (2, 5), (4, 2), (3, 3), (3, 6)]
 NAMES: list[str | None] = ["a", None, "c", "a"]
 OTHERS: list[str | None] = ["b", "d", None, "c"]
-FIXED = pytest.mark.xfail(
-    strict=True, reason="a layout of which both numbers are fixed fits one length, and refuses others for ever"
-)
-EMPTY = pytest.mark.xfail(strict=True, reason="a layer without any rows is refused: these rows belong to no sequence")
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(kind, marks=[FIXED] if kind in (Windows, DoubledAndFlattened) else []) for kind in REGULAR],
-)
+@pytest.mark.parametrize("kind", REGULAR)
 def test_each_row_has_its_own_adapter_alone(kind: type[nn.Module]) -> None:
     model, bank = attached([BatchFirst, kind])
     for batch, tokens in SIZES:
@@ -279,7 +272,6 @@ def test_each_row_of_a_first_batch_has_its_own_adapter_alone(kind: type[nn.Modul
     assert_rows_are_isolated(model, bank, torch.randn(3, 4, D), NAMES[:3], OTHERS[:3])
 
 
-@EMPTY
 def test_a_layer_without_rows_is_no_error() -> None:
     model, bank = attached([Windows])
     with bank.use(["a", None, "b"]):
@@ -503,7 +495,7 @@ AGAIN = pytest.mark.xfail(
 )
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=AGAIN) for name in CHANGING])
+@pytest.mark.parametrize("name", CHANGING)
 def test_rows_whose_order_changes_from_call_to_call_are_right_or_refused(name: str) -> None:
     torch.manual_seed(0)
     kind, batches = CHANGING[name]

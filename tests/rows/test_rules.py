@@ -540,39 +540,16 @@ def strangers(function: Function, x: Tensor, owners: Tensor) -> list[str]:
 
 
 # The rules of these say a sequence that it is not, or none: each is a fault, and none is refused.
-IN_PLACE = "what is written through a view, or over rows, keeps the owner that it had, or a guess"
-WRITTEN = "what is written into a place that has an owner, or a guess of one, or is added there, counts for nothing"
+# A row belongs to whose content it is. Others may have a say in which content, or in statistics of all.
 WRONG = {
-    "pad away": "a negative pad takes rows away, and the rule pads with the same owners at the wrong place",
-    "pad circular": "the copies into an empty tensor do not reach it",
     "index of a table by a mask": "how many rows there are depends on a sequence",
     "gather by data of others": "the owner of the index is not looked at",
-    "scatter by data": WRITTEN,
-    "scatter_add": WRITTEN,
-    "scatter_reduce of rows": WRITTEN,
-    "index_add": WRITTEN,
     "index_fill": "the owner of the index is not looked at",
-    "index_put accumulated": WRITTEN,
-    "index_put by data": "by_data is lost: an index that depends on values puts rows into zeros",
-    "masked_scatter": WRITTEN,
-    "masked_scatter of a part": WRITTEN,
-    "in other places": IN_PLACE,
-    "an older view": IN_PLACE,
-    "over": IN_PLACE,
-    "with out, of rows": IN_PLACE,
-    "into a buffer": IN_PLACE,
-    "after zero_": IN_PLACE,
-    "matmul of its own vector": "the vector's owner is not looked at",
     "grid_sample": "only the image's owner counts, not that of the places",
     "batch_norm while training": "the statistics are those of all sequences",
 }
 WRONG_WHILE_TRACING = {
-    **{name: why for name, why in WRONG.items() if name not in ("index of a table by a mask", "scatter_add")},
-    "scatter": WRITTEN,
-    "index_add onto a sequence": WRITTEN,
-    "index_copy": WRITTEN,
-    "index_put": WRITTEN,
-    "put": WRITTEN,
+    **{name: why for name, why in WRONG.items() if name != "index of a table by a mask"},
     "a residual of an index": "a real owner overrules what an index without values has picked",
 }
 

@@ -150,13 +150,11 @@ class Looks(nn.Module):
         return self.layer(x) + width if call else self.other(x) + width
 
 
-# `note_read` looks at the frame of the property `weight`, and not at that of its reader.
-WRONG_FRAME = pytest.mark.xfail(strict=True, reason="`sys._getframe(2)` in `Routing.note_read` should be 3")
 LOOKS = [
     pytest.param(execution, call, id=f"{execution}-{'beside' if call else 'without'}-a-call", marks=marks)
     for execution, call, marks in (
         ("eager", True, []),
-        ("eager", False, [WRONG_FRAME]),
+        ("eager", False, []),
         ("compiled", True, []),
         ("compiled", False, []),
     )

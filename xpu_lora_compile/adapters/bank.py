@@ -65,7 +65,6 @@ class Block:
         # Names of layers.
         self.called: set[str] = set()
         self.read: set[str] = set()
-        self.thread = threading.get_ident()
 
     @property
     def parts(self) -> tuple[str, ...]:

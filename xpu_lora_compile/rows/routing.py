@@ -67,6 +67,7 @@ class Routing:
         self._entered: tuple[Hashable, Hashable, nn.Module] | None = None
         self._inputs: list[tuple[str, Any]] = []
         self._compiled = False
+        self._thread = 0
         # The modules that `Entry` hooks, by name.
         self.entries: dict[str, nn.Module] = {}
         self._proof: dict[tuple[str, int], Layout] = {}
@@ -103,7 +104,7 @@ class Routing:
 
     def is_mine(self) -> bool:
         """Whether the block that is open was opened by this thread or task."""
-        return self.block is None or (self.block is self.mine.get() and self.block.thread == get_ident())
+        return self.block is None or self.block is self.mine.get()
 
     def rows_of(self, layer: Any, inputs: Tensor, features: int) -> Tensor | None:
         """The slot of each row of a layer's inputs; None where the base model is asked for.
@@ -164,7 +165,11 @@ class Routing:
         """A module that holds layers is called: find out, or remember, how the rows of its layers come about."""
         self._depth += 1
         if self._depth > 1 or self.slots is None:
+            if self._entered is not None and self._thread != get_ident():
+                self._depth -= 1
+                self.raise_for_caller("one while another thread runs the model in the same block")
             return
+        self._thread = get_ident()
         if prefix and self.is_inside_another(module):
             # Of a call whose beginning was compiled.
             return
@@ -192,7 +197,7 @@ class Routing:
         self._proof = dict(self._stale.get(kind, {}))
         self._watch = Watch(len(self.lengths or self.slots), self.lengths)
         self._mark(self._watch, inputs, batched)
-        self._watch.__enter__()  # type: ignore[no-untyped-call]
+        self._watch.start()
 
     def leave(self, result: Any, _: bool) -> None:
         """The call has ended; with None where it failed."""
@@ -217,10 +222,15 @@ class Routing:
     def note_read(self, layer: Any) -> None:
         """The weight of a layer is read in eager code, by the layer or by something else."""
         name = layer.lora_name
-        if self.named and name not in self.block.called and name not in self.block.read and not only_looks(sys._getframe(3)):
+        if (
+            self.named
+            and name not in self.block.called
+            and name not in self.block.read
+            and not only_looks(sys._getframe(3))
+        ):
             self.block.read.add(name)
 
-    def unreached(self, block: Any) -> set[str]:
+    def unreached(self, block: Any) -> Any:
         """Layers that were left out of a block: their weight was read, and they were not called."""
         traced = {name for name, node in self.traced_reads.items() if not node._erased and node.users}
         return (block.read - block.called | traced) - self.traced_calls
@@ -236,7 +246,7 @@ class Routing:
     def _stop_watching(self) -> None:
         watch, self._watch = self._watch, None
         if watch is not None:
-            watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            watch.stop()
 
     # Eager calls.
 
@@ -290,7 +300,7 @@ class Routing:
         """Have the next call of this kind be followed."""
         if self._entered is not None:
             kind, sizes, _ = self._entered
-            known = {**(self._proofs.pop(kind, None) or {}), **(self._proofs.pop((kind, sizes), None) or {})}
+            known = {**self._proofs.pop(kind, {}), **self._proofs.pop((kind, sizes), {})}
             self._stale[kind] = known if keep else {}
 
     def _may_be_batch(self, inputs: list[tuple[str, Any]]) -> bool:
@@ -298,7 +308,9 @@ class Routing:
         assert self.slots is not None  # noqa: S101 - for the type checker
         size = self.slots.shape[0]
         tensors = [value for _, value in inputs if isinstance(value, Tensor) and value.dim()]
-        return not tensors or any(size in value.shape for value in tensors) or len(tensors) == size
+        # The last dimension holds features, but for tokens.
+        shapes = [one.shape[:-1] if one.is_floating_point() else one.shape for one in tensors]
+        return not tensors or (size > 1 and (any(size in shape for shape in shapes) or len(tensors) == size))
 
     def _batched(self, inputs: list[tuple[str, Any]]) -> dict[str, int]:
         """The inputs that hold the batch, and along which dimension."""
@@ -391,7 +403,7 @@ class Routing:
                 described.append((name, value))
             else:
                 described.append((name, type(value)))
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        modes: tuple[Hashable, ...] = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         # Flags of the modules that people call; those inside of them are not looked at.
         flags = tuple(
             tuple(item for item in vars(entry).items() if type(item[1]) in (bool, int, str))
@@ -439,10 +451,14 @@ class Routing:
         # The threads of autograd have no context of their own.
         if current_backward() is not None:
             return
+        self.raise_for_caller("one from another, which has none")
+
+    def raise_for_caller(self, got: str) -> None:
+        """Raise OutsideBlockError."""
         raise OutsideBlockError(
             "bank.use",
             "a call from the thread or task that opened the `use` block",
-            "one from another, which has none",
+            got,
             "Run the model in the thread or task of the block, or wait for its end.",
         )
 

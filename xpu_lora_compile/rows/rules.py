@@ -212,14 +212,10 @@ def _guess(step: Step, source: Tensor) -> Tensor | None:
     result = step.results[0]
     if name not in ("expand", "repeat", "repeat_interleave", "broadcast_to", "tile", "expand_copy"):
         return None
-    if list(result.shape).count(step.batch) > 1:
-        return None
-    for dimension in range(result.dim()):
-        before = dimension - (result.dim() - source.dim())
-        grew = before < 0 or (source.shape[before] == 1 if before < source.dim() else False)
-        if grew and result.shape[dimension] == step.batch:
-            return along(dimension, result.dim(), step.batch) + GUESS
-    return None
+    new = result.dim() - source.dim()
+    grown = [at for at in range(result.dim()) if at < new or source.shape[at - new] == 1]
+    found = [at for at in grown if result.shape[at] == step.batch]
+    return along(found[0], result.dim(), step.batch) + GUESS if len(found) == 1 else None
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -357,7 +353,8 @@ def product(step: Step) -> Tensor:
     a, b = step.owners(left), step.owners(right)
     if left.dim() == 1 or right.dim() == 1:
         value = merge([fold(a, range(a.dim())).reshape([1]), fold(b, range(b.dim())).reshape([1])])
-        rows = fold(a, [-1]).squeeze(-1) if left.dim() > 1 else value.reshape(())
+        vector = fold(b, range(b.dim())).reshape([1] * (left.dim() - 1))
+        rows = merge([fold(a, [-1]).squeeze(-1), vector]) if left.dim() > 1 else value.reshape(())
         return rows if step.results[0].dim() else value.reshape(())
     return attend(step, fold(a, [-1]), fold(b, [-2]))
 
@@ -532,7 +529,12 @@ def written(step: Step) -> Tensor:
     target, *rest = step.tensors
     name = step.func._schema.name.split("::")[1].removesuffix("_")
     owners = step.owners(target)
-    last = {"index_put": "values", "_index_put_impl": "values", "_unsafe_index_put": "values", "masked_scatter": "source"}
+    last = {
+        "index_put": "values",
+        "_index_put_impl": "values",
+        "_unsafe_index_put": "values",
+        "masked_scatter": "source",
+    }
     source = step.argument(last.get(name, "src"), step.argument("source"))
     if not isinstance(source, Tensor):
         # A number is written where an index says.
@@ -582,10 +584,15 @@ def _plain_write(step: Step, name: str, args: Any) -> Tensor:
     """The owners of the source where they are written, SHARED elsewhere."""
     target: Tensor = args[0]
     result: Tensor
-    if name in ("scatter_add", "scatter_reduce", "scatter"):
+    if name in ("scatter_add", "scatter_reduce", "index_add", "index_reduce"):
+        result = _accumulated(target, name, step.argument("dim"), args[2], args[3])
+    elif name == "scatter":
         result = target.scatter(step.argument("dim"), args[2], args[3])
-    elif name in ("index_add", "index_copy", "index_reduce"):
+    elif name == "index_copy":
         result = target.index_copy(step.argument("dim"), args[2], args[3])
+    elif name in ("index_put", "_index_put_impl", "_unsafe_index_put") and step.argument("accumulate"):
+        # Which of them meet in a place is not looked at.
+        result = torch.full_like(target, int(fold(args[2], range(args[2].dim())).flatten()[0]))
     elif name in ("index_put", "_index_put_impl", "_unsafe_index_put"):
         result = aten.index_put.default(target, args[1], args[2])
     elif name == "masked_scatter":
@@ -593,6 +600,17 @@ def _plain_write(step: Step, name: str, args: Any) -> Tensor:
     else:
         result = step.func(*args, **_without_dtype(step.kwargs))
     return result
+
+
+def _accumulated(target: Tensor, name: str, dimension: int, index: Tensor, source: Tensor) -> Tensor:
+    """The owner of what is added up in each place."""
+    if bool((source == MIXED).any()):
+        return torch.full_like(target, MIXED)
+    add = "scatter_reduce_" if name.startswith("scatter") else "index_reduce_"
+    highest, lowest = torch.full_like(target, SHARED), torch.full_like(target, GUESS)
+    getattr(highest, add)(dimension, index, source, "amax")
+    getattr(lowest, add)(dimension, index, torch.where(source < 0, GUESS, source), "amin")
+    return torch.where(highest < 0, SHARED, torch.where(lowest == highest, highest, MIXED))
 
 
 @rule("histc bincount one_hot unique _unique2 unique_dim unique_consecutive")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -23,6 +24,20 @@ _WITHOUT_VALUES = {rules.filled, rules.factory, rules.numbers}
 # Elements of memory whose owners are told apart when a view of it is written to: 256 MiB of numbers.
 _LARGEST = 1 << 26
 _ATTRIBUTE = "_xpu_lora_owned"
+
+
+class _Readers(TorchFunctionMode):
+    """Notes what the dispatcher is not asked for: values that become lists of Python's, or arrays of numpy's."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function."""
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
+            self.watch.note_look(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 class Watch(TorchDispatchMode):
@@ -44,6 +59,7 @@ class Watch(TorchDispatchMode):
         self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
         # Whether Python has looked at a value of the inputs, and may do something else the next time.
         self.looked_at_values = False
+        self._readers = _Readers(self)
 
     def own(self, tensor: Tensor, owners: Tensor, cause: str = "", *, mask: bool = False) -> None:
         """Say whose the elements of a tensor are."""
@@ -77,6 +93,21 @@ class Watch(TorchDispatchMode):
             owned.owners = torch.where(owned.owners >= GUESS, owned.owners - GUESS, owned.owners)
         return found
 
+    def note_look(self, tensor: Tensor) -> None:
+        """Python looks at the values of a tensor."""
+        owned = self.known(tensor)
+        self.looked_at_values |= owned is not None and owned.varies and not owned.mask
+
+    def start(self) -> None:
+        """Follow from here on."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+        self._readers.__enter__()  # type: ignore[no-untyped-call]
+
+    def stop(self) -> None:
+        """Follow no longer."""
+        self._readers.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
     def is_mixed(self, tensor: Tensor) -> bool:
         """Whether several sequences went into every element of a tensor."""
         owned = self.known(tensor)
@@ -107,8 +138,7 @@ class Watch(TorchDispatchMode):
             with without_modes(), torch.no_grad():
                 self._follow(func, args, kwargs, results)
         elif func is torch.ops.aten._local_scalar_dense.default:
-            owned = self.known(args[0])
-            self.looked_at_values |= owned is not None and owned.varies and not owned.mask
+            self.note_look(args[0])
         elif not results and func.namespace != "prim":
             with without_modes(), torch.no_grad():
                 self._follow_without_results(func, args, kwargs)
@@ -143,7 +173,7 @@ class Watch(TorchDispatchMode):
         else:
             try:
                 found = rule(step)
-            except Exception as error:  # noqa: BLE001 - what a rule did not think of is not followed, and runs on
+            except Exception as error:
                 found = constant(UNKNOWN, 0)
                 cause = cause or f"after {func}, which is not followed here: {error}"
         several = found if isinstance(found, list) else [found] * len(results)
