@@ -14,6 +14,7 @@ A model gets these as attributes of its own, which call those of its class. Noth
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -56,6 +57,11 @@ def follow_generation(model: nn.Module, bank: Bank) -> list[Callable[[], None]]:
     return undo
 
 
+def _bound(module: nn.Module, name: str) -> Any:
+    """A method of the module's class, which in some releases is static."""
+    return inspect.getattr_static(type(module), name).__get__(module, type(module))
+
+
 def generating_methods(module: nn.Module) -> list[str]:
     """The methods that a copied module has from the model that it is a copy of."""
     return [name for name in _METHODS if name in vars(module)]
@@ -75,16 +81,16 @@ class _Method:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # Of a copied model, which no bank knows.
         copy = memo.get(id(self.module))
-        return functools.partial(getattr(type(self.module), self.name), copy) if copy is not None else self
+        return self if copy is None else _bound(copy, self.name)
 
     def __reduce__(self) -> Any:
-        return functools.partial, (getattr(type(self.module), self.name), self.module)
+        return _bound, (self.module, self.name)
 
     name = ""
 
     def own(self, *args: Any, **kwargs: Any) -> Any:
         """What the class does."""
-        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+        return _bound(self.module, self.name)(*args, **kwargs)
 
 
 class _Expand(_Method):
