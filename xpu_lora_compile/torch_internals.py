@@ -6,6 +6,7 @@ Nothing here loads Inductor or the symbolic-shape machinery before it is needed:
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -342,7 +343,26 @@ def graphs_at(at: Any) -> list[torch.fx.Graph]:
     return graphs[::-1]
 
 
-def guard_on(at: Any, name: str, holds: Any) -> None:
+def module_of_frame(at: Any) -> torch.nn.Module | None:
+    """The module whose method Dynamo compiles there; None for other code."""
+    local = at.output.root_tx.f_locals
+    found = local.get("self", next(iter(local.get("args") or ()), None))
+    return found if isinstance(found, torch.nn.Module) else None
+
+
+def guard_on_module_of_frame(at: Any) -> None:
+    """Have the graph that is made there be used for that module alone, and not for others of its class."""
+    module, key = module_of_frame(at), "xpu_lora: its module"
+    own = None if module is None else weakref.ref(module)
+
+    def holds(local: Any) -> bool:
+        found = local["self"] if "self" in local else (local["args"] or (None,))[0] if "args" in local else None
+        return own is not None and found is own()
+
+    guard_on(at, key, holds, of_locals=True)
+
+
+def guard_on(at: Any, name: str, holds: Any, *, of_locals: bool = False) -> None:
     """Have the graph that is made there be used only while `holds()` is true; once a graph for each name."""
     from torch._dynamo.guards import install_guard
     from torch._dynamo.source import GlobalStateSource
@@ -352,11 +372,11 @@ def guard_on(at: Any, name: str, holds: Any) -> None:
     vars(at.output)["_xpu_lora_guards"].add(name)
 
     def add(builder: Any, _: Any) -> None:
-        root = builder.guard_manager.root
+        root, check = builder.guard_manager.root, holds if of_locals else lambda _: holds()
         try:
-            root.add_lambda_guard(lambda _: holds(), [name], None)
+            root.add_lambda_guard(check, [name], None)
         except TypeError:  # torch before 2.12
-            root.add_lambda_guard(lambda _: holds(), [name])
+            root.add_lambda_guard(check, [name])
 
     install_guard(GlobalStateSource().make_guard(add))
 

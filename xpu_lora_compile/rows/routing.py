@@ -343,8 +343,10 @@ class Routing:
                 cause = f"from the input {name} {list(value.shape)}"
                 watch.own(value, constant(UNKNOWN, value.dim()), cause, mask=mask)
 
-    def entered_inputs(self) -> dict[int, tuple[int | None, str]]:
-        """The inputs of the module that was entered eagerly, by identity: along which dimension they hold the batch."""
+    def entered_inputs(self, module: nn.Module | None) -> dict[int, tuple[int | None, str]]:
+        """The inputs of a module that was entered eagerly, by identity: along which dimension they hold the batch."""
+        if self._entered is None or self._entered[2] is not module:
+            return {}
         batched = self._batched(self._inputs) if self._inputs else {}
         return {id(value): (batched.get(name), name) for name, value in self._inputs if isinstance(value, Tensor)}
 

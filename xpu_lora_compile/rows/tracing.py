@@ -24,8 +24,10 @@ from xpu_lora_compile.torch_internals import (
     fake_mode,
     graphs_at,
     guard_on,
+    guard_on_module_of_frame,
     hint_of,
     is_state_change,
+    module_of_frame,
     real_input,
     without_tracing,
 )
@@ -83,6 +85,9 @@ def layout_of(at: Any, routing: Any, layer: Any, inputs: Any, features: int) -> 
         return tuple(found)
     was_entered = trace is not None and trace.was_entered
     unsaid = not was_entered or found.startswith(UNSAID)
+    if at is not None:
+        # Layers and blocks of one class share code, and not what is known of them.
+        guard_on_module_of_frame(at)
     if unsaid and (known := routing.known_anywhere(layer.lora_name, example.shape[: example.dim() - features])):
         return tuple(known)
     if routing.uniform:
@@ -139,13 +144,15 @@ def _left(at: Any, routing: Any) -> None:
 class Trace:
     """One graph in the making, and whose the values of its nodes are."""
 
-    def __init__(self, graph: Graph, routing: Any, outer: Trace | None) -> None:
+    def __init__(
+        self, graph: Graph, routing: Any, outer: Trace | None, roots: dict[int, tuple[int | None, str]]
+    ) -> None:
         self.graph = graph
         self.routing = routing
         self.outer = outer
         self.depth = 0
         # What an eager hook has seen come in, by identity.
-        self.roots: dict[int, tuple[int | None, str]] = routing.entered_inputs() if outer is None else outer.roots
+        self.roots = roots
         self.was_entered: bool = outer is not None and outer.was_entered
         self.pending: list[tuple[Any, Node]] = []
         self.values: dict[Node, Any] = {}
@@ -293,7 +300,9 @@ def _trace_of(at: Any, routing: Any, wanted: Graph | None = None) -> Trace:
     for graph in graphs_at(at):
         known = _traces.setdefault(graph, {})
         if id(routing) not in known:
-            known[id(routing)] = Trace(graph, routing, trace)
+            # Of code inside of the module that was entered nobody knows that its inputs are those of the module.
+            roots = routing.entered_inputs(module_of_frame(at)) if trace is None else trace.roots
+            known[id(routing)] = Trace(graph, routing, trace, roots)
         trace = known[id(routing)]
         if graph is wanted:
             break
