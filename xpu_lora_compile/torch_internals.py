@@ -353,11 +353,13 @@ def module_of_frame(at: Any) -> torch.nn.Module | None:
 def guard_on_module_of_frame(at: Any) -> None:
     """Have the graph that is made there be used for that module alone, and not for others of its class."""
     module, key = module_of_frame(at), "xpu_lora: its module"
-    own = None if module is None else weakref.ref(module)
+    if module is None:
+        return
+    own = weakref.ref(module)
 
     def holds(local: Any) -> bool:
         found = local["self"] if "self" in local else (local["args"] or (None,))[0] if "args" in local else None
-        return own is not None and found is own()
+        return found is own()
 
     guard_on(at, key, holds, of_locals=True)
 
