@@ -490,9 +490,6 @@ CHANGING: dict[str, tuple[type[nn.Module], list[Tensor]]] = {
     "a branch of Python's by length": (ReversedWhenLong, [torch.ones(3, 2, D), torch.ones(3, 5, D)]),
     "sorted by Python": (SortedByPython, [RISING, RISING.flip(0)]),
 }
-AGAIN = pytest.mark.xfail(
-    strict=True, reason="what the first call of a kind has shown is used again, though it depends on more than the kind"
-)
 
 
 @pytest.mark.parametrize("name", CHANGING)
@@ -512,7 +509,6 @@ def test_a_row_that_also_sees_another_one_has_its_own_adapter() -> None:
             assert_rows_have_their_adapters(model, bank, x, NAMES[:3])
 
 
-@AGAIN
 def test_an_order_that_a_module_is_told_between_calls_is_right_or_refused() -> None:
     model, bank = attached([OrderOfAModule])
     for order in ([0, 1, 2], [1, 2, 0]):

@@ -23,6 +23,11 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "v
 IDS = torch.randint(3, 90, (3, 3), generator=torch.Generator().manual_seed(0))
 
 
+def random(*shape: int) -> Tensor:
+    """The same each time: an adapter must change an answer enough to be told from others."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     """A model in eval mode with the same random weights each time; large ones, so that answers differ."""
     with torch.random.fork_rng(), quiet():
@@ -90,9 +95,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], Any]] = {
         {"input_ids": IDS},
         ["layer_1", "layer_2"],
     ),
-    "Swin": (swin, {"pixel_values": torch.randn(3, 3, 32, 32)}, ["q_proj", "v_proj", "fc1", "fc2"]),
-    "doubled rows": (Doubled, {"x": torch.randn(3, 3, 8)}, ["inner", "outer"]),
-    "time first": (TimeFirst, {"x": torch.randn(3, 3, 16)}, ["linear1", "linear2"]),
+    "Swin": (swin, {"pixel_values": random(3, 3, 32, 32)}, ["q_proj", "v_proj", "fc1", "fc2"]),
+    "doubled rows": (Doubled, {"x": random(3, 3, 8)}, ["inner", "outer"]),
+    "time first": (TimeFirst, {"x": random(3, 3, 16)}, ["linear1", "linear2"]),
 }
 
 
@@ -207,7 +212,7 @@ def llama() -> nn.Module:
 GENERATING: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], list[str]]] = {
     "T5": (t5, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}, ["q", "v", "wo"]),
     "BART": (bart, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}, ["q_proj", "v_proj", "fc1"]),
-    "Whisper": (whisper, {"input_features": torch.randn(3, 8, 32)}, ["q_proj", "v_proj"]),
+    "Whisper": (whisper, {"input_features": random(3, 8, 32)}, ["q_proj", "v_proj"]),
     "Llama": (llama, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}, ["q_proj", "v_proj", "up_proj"]),
 }
 SEARCHES = {

@@ -39,6 +39,7 @@ class Step:
         packed: whether tokens of several sequences lie in a row, kept apart by a mask that no rule sees: what attends
             to others then belongs to whom asks.
         by_data: whether this step puts rows in an order that depends on values.
+        from_sizes: whether a tensor was computed in this call from sizes and constants of the code.
     """
 
     func: Any
@@ -49,6 +50,7 @@ class Step:
     batch: int
     packed: bool = False
     by_data: bool = field(default=False)
+    from_sizes: Callable[[Tensor], bool] = lambda tensor: False
 
     def argument(self, name: str, default: Any = None) -> Any:
         """An argument by the name that the op's schema gives it."""
@@ -68,6 +70,10 @@ class Step:
         """Whether the values of an operand depend on the inputs."""
         owned = self.known(tensor)
         return owned is not None and owned.varies
+
+    def may_change(self, index: Tensor) -> bool:
+        """Whether an index may have other values in another call: by the inputs, or since the model keeps it."""
+        return self.varies(index) or not (self.known(index) is not None or self.from_sizes(index))
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -477,7 +483,7 @@ def gathered(step: Step) -> Tensor:
     else:
         dims = [(step.argument("dim", 0) % max(1, source.dim()), indices[0])]
     matter = [(at, index) for at, index in dims if owners.shape[at] > 1]
-    step.by_data |= any(step.varies(index) for _, index in matter)
+    step.by_data |= any(step.may_change(index) for _, index in matter)
     if not matter and name in ("gather", "index_select", "take_along_dim"):
         return owners
     if any(is_fake(index) for _, index in (matter or dims)):
@@ -557,7 +563,7 @@ def written(step: Step) -> Tensor:
     if not moves and given.dim() == owners.dim():
         # Whatever the index says, rows stay with their owners.
         return merge([owners, given])
-    step.by_data |= any(step.varies(index) for index in indices)
+    step.by_data |= any(step.may_change(index) for index in indices)
     if any(is_fake(index) for index in indices):
         step.by_data = True
         return constant(UNKNOWN, target.dim())

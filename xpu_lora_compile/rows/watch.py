@@ -57,6 +57,8 @@ class Watch(TorchDispatchMode):
         self.lengths = lengths
         self._labelled: list[weakref.ref[Tensor]] = []
         self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
+        # Tensors that were computed from sizes alone, by identity.
+        self._from_sizes: dict[int, weakref.ref[Tensor]] = {}
         # Whether Python has looked at a value of the inputs, and may do something else the next time.
         self.looked_at_values = False
         self._readers = _Readers(self)
@@ -108,6 +110,11 @@ class Watch(TorchDispatchMode):
         self._readers.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
+    def is_from_sizes(self, tensor: Tensor) -> bool:
+        """Whether a tensor was computed in this run from nothing that the model keeps or is given."""
+        reference = self._from_sizes.get(id(tensor))
+        return reference is not None and reference() is tensor
+
     def is_mixed(self, tensor: Tensor) -> bool:
         """Whether several sequences went into every element of a tensor."""
         owned = self.known(tensor)
@@ -157,7 +164,10 @@ class Watch(TorchDispatchMode):
         for result in results:
             self._note_alias(result)
         rule = rules.rule_for(func)
-        step = rules.Step(func, args, kwargs, results, self.known, self.batch, self.lengths is not None)
+        packed = self.lengths is not None
+        step = rules.Step(func, args, kwargs, results, self.known, self.batch, packed, from_sizes=self.is_from_sizes)
+        if func is not torch.ops.aten.lift_fresh.default and all(self.is_from_sizes(one) for one in step.tensors):
+            self._from_sizes |= {id(result): weakref.ref(result) for result in results}
         known = [owned for tensor in step.tensors if (owned := self.known(tensor)) is not None]
         if torch.Tag.nondeterministic_seeded in func.tags and not known:
             # Another number each time.
