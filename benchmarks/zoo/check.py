@@ -286,19 +286,21 @@ def compiled(oracle: Oracle) -> Result:
 def generates(**options: Any) -> Callable[[Oracle], Result]:
     """Return a check of `generate` with these options, names given for each input sequence."""
 
-    def run(model: nn.Module, prompt: Inputs) -> Tensor:
-        settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, **options}
+    def run(model: nn.Module, prompt: Inputs, **others: Any) -> Tensor:
+        settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, **options, **others}
         with seeded(3), torch.no_grad():
             sequences: Tensor = model.generate(**copy.deepcopy(prompt), **settings)  # type: ignore[operator]
         return sequences.view(BATCH, -1, sequences.shape[-1])
 
     def rows_are_independent(oracle: Oracle) -> bool:
         """Whether the base model gives a row the same tokens when the rows of a prompt of text have changed places."""
-        if options.get("do_sample") or set(oracle.prompt) > {"input_ids", "attention_mask"}:
-            # A place has its own noise, and the rows of images need not be those of the batch.
+        if set(oracle.prompt) > {"input_ids", "attention_mask"}:
+            # The rows of images need not be those of the batch.
             return True
         moved = {name: value.roll(1, 0) for name, value in oracle.prompt.items()}
-        return torch.equal(run(oracle.base, moved), run(oracle.base, oracle.prompt).roll(1, 0))
+        # Without the noise of samples, of which each place has its own.
+        plain = {"do_sample": False, "num_return_sequences": 1}
+        return torch.equal(run(oracle.base, moved, **plain), run(oracle.base, oracle.prompt, **plain).roll(1, 0))
 
     def variant(oracle: Oracle) -> Result:
         if oracle.prompt is None:

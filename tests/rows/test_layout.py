@@ -10,9 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xpu_lora_compile.rows.layout import BATCH_FIRST, UNSAID, Layout, fit
+from xpu_lora_compile.rows.layout import UNSAID, Layout, fit
 from xpu_lora_compile.rows.owners import GUESS, MIXED, SHARED, UNKNOWN, along, compress, constant
 
+BATCH_FIRST = Layout(0, 1, 1)
 EXAMPLES = int(os.environ.get("XPU_LORA_TEST_EXAMPLES", "200"))
 thoroughly = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 # Each sequence has an adapter of its own, so that a row says whose it is.

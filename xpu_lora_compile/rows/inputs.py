@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from xpu_lora_compile.errors import BatchError
+
 # Beside a text these are one for each image, clip or sound, and a sequence may have several of them, or none.
 _MEDIA = (
     "pixel_",
@@ -33,6 +35,17 @@ def named_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     for name, value in kwargs.items():
         found += _flat(name, value, 0)
     return found
+
+
+def batch_error(got: str) -> BatchError:
+    """The error for inputs that hold another number of sequences than there are names."""
+    return BatchError(
+        "bank.use",
+        "one name for each sequence of the batch, the first dimension of the model's inputs",
+        got,
+        "Name an adapter, or None, for every sequence. `generate` repeats the names itself for beams and several "
+        "samples.",
+    )
 
 
 def may_hold_the_batch(name: str, dimensions: int) -> bool:

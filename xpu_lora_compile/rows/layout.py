@@ -52,15 +52,14 @@ class Layout(NamedTuple):
         batch = slots.shape[0]
         if self.dimension == 0 and self.outer == 1:
             # The rows of a sequence lie together, whatever the shape.
-            return slots.unsqueeze(1).expand(-1, math.prod(shape) // batch).reshape(-1)
+            each = math.prod(shape[1:]) if self.inner == 1 else math.prod(shape) // batch
+            return slots.unsqueeze(1).expand(-1, each).reshape(-1)
         size = shape[self.dimension]
         outer, inner = self.outer or size // (batch * self.inner), self.inner or size // (batch * self.outer)
         line = slots.view(1, batch, 1).expand(outer, batch, inner).reshape(size)
         places = [size if at == self.dimension else 1 for at in range(len(shape))]
         return line.view(places).expand(list(shape)).reshape(-1)
 
-
-BATCH_FIRST = Layout(0, 1, 1)
 
 UNSAID = "nobody said whose rows these are"
 

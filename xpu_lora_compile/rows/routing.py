@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 from xpu_lora_compile.errors import BatchError, CopiedModelError, OutsideBlockError, UnprovedRowsError
 from xpu_lora_compile.rows import tracing
 from xpu_lora_compile.rows.bytecode import only_looks
-from xpu_lora_compile.rows.inputs import is_media, may_hold_the_batch, named_inputs
+from xpu_lora_compile.rows.inputs import batch_error, is_media, may_hold_the_batch, named_inputs
 from xpu_lora_compile.rows.layout import UNSAID, Layout
 from xpu_lora_compile.rows.owners import GUESS, UNKNOWN, along, constant
 from xpu_lora_compile.rows.watch import Watch
@@ -124,7 +124,7 @@ class Routing:
                 self._note_call_without_block(layer)
             return None
         if is_compiling():
-            return self._traced_rows_of(layer, inputs, features)
+            return self._traced_rows_of(layer, inputs, features, slots)
         if self.block is not self.mine.get():
             self.check_caller()
         self._note_call(layer)
@@ -186,7 +186,7 @@ class Routing:
         kind = self._kind(module, prefix, inputs, batched)
         sizes = tuple(tuple(value.shape) for _, value in inputs if isinstance(value, Tensor))
         self._entered, self._inputs = (kind, sizes, module), inputs
-        self._rows_of_call = self._rows.setdefault((kind, sizes), {})
+        self._rows_of_call = {} if kind is None else self._rows.setdefault((kind, sizes), {})
         # Where a dimension holds more than the sequences, calls of other sizes are followed, too.
         known = self._proofs.get((kind, sizes)) or self._proofs.get(kind)
         self._compiled = compiled
@@ -213,7 +213,7 @@ class Routing:
             try:
                 if result is not None:
                     self._check_result(watch, module, result)
-                    if not watch.looked_at_values:
+                    if kind is not None and not watch.looked_at_values:
                         is_open = any(layout[1:] != (1, 1) for layout in self._proof.values())
                         self._proofs[(kind, sizes) if is_open else kind] = self._proof
             finally:
@@ -298,7 +298,7 @@ class Routing:
 
     def _follow_again(self, *, keep: bool = True) -> None:
         """Have the next call of this kind be followed."""
-        if self._entered is not None:
+        if self._entered is not None and self._entered[0] is not None:
             kind, sizes, _ = self._entered
             known = {**self._proofs.pop(kind, {}), **self._proofs.pop((kind, sizes), {})}
             self._stale[kind] = known if keep else {}
@@ -315,17 +315,29 @@ class Routing:
     def _batched(self, inputs: list[tuple[str, Any]]) -> dict[str, int]:
         """The inputs that hold the batch, and along which dimension."""
         assert self.slots is not None  # noqa: S101 - for the type checker
-        size = self.slots.shape[0]
         found = {}
         for name, value in inputs:
-            if not isinstance(value, Tensor) or not value.dim() or not may_hold_the_batch(name, value.dim()):
-                continue
-            if not is_media(name, inputs, self.own_main_input()):
-                if value.shape[0] == size and (self.lengths is None or value.dim() < 3 or value.shape[0] != 1):
-                    found[name] = 0
-                elif self.lengths is not None and value.dim() > 1 and value.shape[1] == size:
-                    found[name] = 1
+            if isinstance(value, Tensor):
+                dimension = self.batch_dimension(name, value.shape, inputs, self.slots.shape[0])
+                if dimension is not None:
+                    found[name] = dimension
         return found
+
+    def batch_dimension(self, name: str, shape: Sequence[Any], inputs: list[tuple[str, Any]], size: Any) -> int | None:
+        """The dimension of an input that holds the batch, or the tokens of a packed one; None where no one does.
+
+        Args:
+            name: of the input.
+            shape: of the same. While Dynamo traces, a symbolic size is settled by a guard.
+            inputs: all of the call.
+            size: the number of sequences; of a packed batch that of tokens.
+        """
+        if not shape or not may_hold_the_batch(name, len(shape)) or is_media(name, inputs, self.own_main_input()):
+            return None
+        packed = self.lengths is not None
+        if bool(shape[0] == size) and not (packed and len(shape) > 2 and bool(shape[0] == 1)):
+            return 0
+        return 1 if packed and len(shape) > 1 and bool(shape[1] == size) else None
 
     def own_main_input(self) -> str | None:
         """The model's main input, where that says which other inputs are media; None for a part."""
@@ -351,8 +363,14 @@ class Routing:
         return {id(value): (batched.get(name), name) for name, value in self._inputs if isinstance(value, Tensor)}
 
     def is_inside_another(self, module: nn.Module) -> bool:
-        """Whether another hooked module that holds this one is running: its inputs say whose rows these are."""
+        """Whether the inputs of another module say whose rows these are: one that holds this one and is running.
+
+        Or this one lies in a part that has names of its own in this block.
+        """
         prefix = next((name for name, entry in self.entries.items() if entry is module), "")
+        parts = () if self.block is None else self.block.parts
+        if any(part != self.part and (prefix == part or _is_within(prefix, part)) for part in parts if part):
+            return True
         holders = [entry for name, entry in self.entries.items() if prefix and _is_within(prefix, name)]
         frame = sys._getframe(1)
         while frame is not None:
@@ -389,7 +407,7 @@ class Routing:
     def _kind(self, module: nn.Module, prefix: str, inputs: list[tuple[str, Any]], batched: dict[str, int]) -> Hashable:
         """What two calls have in common whose rows come about in the same way: all but how long things are.
 
-        A call in which something else is as long as the batch has nothing in common with others: it is followed.
+        None where something else is as long as the batch: such a call has nothing in common with others.
         """
         assert self.slots is not None  # noqa: S101 - for the type checker
         size = self.slots.shape[0]
@@ -399,7 +417,7 @@ class Routing:
                 # Lengths by powers of two, since a model may do something else with long inputs.
                 sizes = tuple("batch" if one == size else one.bit_length() for one in value.shape)
                 if sizes.count("batch") > (name in batched):
-                    described.append(object())
+                    return None
                 described.append((name, sizes, value.dtype))
             elif value is None or isinstance(value, bool | str | int | float):
                 described.append((name, value))
@@ -474,15 +492,10 @@ class Routing:
             )
 
     def _raise_batch_size(self, inputs: list[tuple[str, Any]]) -> None:
-        assert self.slots is not None  # noqa: S101 - for the type checker
         tensors = [(name, value) for name, value in inputs if isinstance(value, Tensor) and value.dim()]
         shown = ", ".join(f"{name} {list(value.shape)}" for name, value in tensors[:4])
-        raise BatchError(
-            "bank.use",
-            "one name for each sequence of the batch, the first dimension of the model's inputs",
-            _mismatch(self, tensors[0][1].shape[0] if tensors else 0) + f": {shown or 'no tensor'}",
-            _NAME_EVERY_SEQUENCE,
-        )
+        batch = tensors[0][1].shape[0] if tensors else 0
+        raise batch_error(f"{_mismatch(self, batch)}: {shown or 'no tensor'}")
 
     def unproved(self, name: str, inputs: Any, why: str, remedy: str | None = None) -> UnprovedRowsError:
         """The error for a layer whose rows nobody can tell."""
@@ -503,32 +516,17 @@ class Routing:
 
     # While Dynamo traces.
 
-    def _traced_rows_of(self, layer: Any, inputs: Tensor, features: int) -> Tensor | None:
-        slots = self.slots
-        if slots is None:
-            return None
+    def _traced_rows_of(self, layer: Any, inputs: Tensor, features: int, slots: Tensor) -> Tensor:
         if inputs.device != slots.device:
             self._check_device(inputs, slots)
         dimension, outer, inner = tracing.layout_of(self, layer, inputs, features)
         shape = inputs.shape[: inputs.dim() - features]
         if dimension < 0:
             return slots[:1].expand(shape.numel())
-        if (dimension, outer, inner) == (0, 1, 1):
-            rows = 1
-            for size in shape[1:]:
-                rows = rows * size
-            if shape[0] != slots.shape[0]:
-                raise BatchError("bank.use", "one name a sequence", _mismatch(self, shape[0]), _NAME_EVERY_SEQUENCE)
-            return slots.unsqueeze(1).expand(-1, rows).reshape(-1)
         layout = Layout(dimension, outer, inner)
         if not layout.takes(shape[dimension], slots.shape[0]):
-            raise BatchError("bank.use", "one name a sequence", _mismatch(self, shape[0]), _NAME_EVERY_SEQUENCE)
+            raise batch_error(_mismatch(self, shape[0]))
         return layout.rows(slots, shape)
-
-
-_NAME_EVERY_SEQUENCE = (
-    "Name an adapter, or None, for every sequence. `generate` repeats the names itself for beams and several samples."
-)
 
 
 def _mismatch(routing: Routing, batch: Any) -> str:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
-from xpu_lora_compile.errors import BatchError
-from xpu_lora_compile.rows.inputs import is_media, may_hold_the_batch, parameters
+from xpu_lora_compile.rows.inputs import batch_error, parameters
 from xpu_lora_compile.rows.layout import UNSAID
 from xpu_lora_compile.rows.owners import UNKNOWN, constant
 from xpu_lora_compile.rows.watch import Watch
@@ -44,11 +43,7 @@ def enter(routing: Any, slots: Tensor, module: nn.Module, args: tuple[Any, ...],
         _note_inputs(routing, module, name, value, 0)
     problem = _entered(routing, slots, module)
     if problem is not None:
-        raise BatchError(
-            "bank.use", "one name for each sequence of the batch, the first dimension of the model's inputs", problem,
-            "Name an adapter, or None, for every sequence. `generate` repeats the names itself for beams and several "
-            "samples.",
-        )  # fmt: skip
+        raise batch_error(problem)
 
 
 def leave(routing: Any) -> None:
@@ -174,20 +169,13 @@ class Trace:
             inputs.append((text, node))
         self.advance()
         size = slots.meta["example_value"].shape[0]
-        main = self.routing.own_main_input()
         found = 0
         for name, node in inputs:
             example = node.meta["example_value"]
             value = self.values.get(node)
             if not isinstance(value, Tensor) or not value.dim():
                 continue
-            dimension = None
-            if may_hold_the_batch(name, value.dim()) and not is_media(name, inputs, main):
-                # A symbolic size is settled by a guard.
-                if bool(example.shape[0] == size):
-                    dimension = 0
-                elif self.routing.lengths is not None and value.dim() > 1 and bool(example.shape[1] == size):
-                    dimension = 1
+            dimension = self.routing.batch_dimension(name, example.shape, inputs, size)
             if dimension is None:
                 cause = f"from the input {name} {list(value.shape)}"
                 self.watch.own(value, constant(UNKNOWN, value.dim()), cause)
