@@ -275,6 +275,35 @@ def test_an_attached_module_that_is_never_called_is_found() -> None:
         xlc.explain(model, bandwidth=1)(torch.ones(1, 4))
 
 
+class Breaking(nn.Module):
+    """Breaks the graph between its layers; `python` is not compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.python = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.by_python(self.second(x))
+
+    @torch.compiler.disable
+    def by_python(self, x: Tensor) -> Tensor:
+        result: Tensor = self.python(x)
+        return result
+
+
+def test_layers_after_a_break_of_the_graph_and_those_of_python_are_named() -> None:
+    model = nn.Sequential()
+    model.add_module("inner", Breaking())
+    bank = xlc.attach(model, slots=2, max_rank=2)
+    with bank.use([None] * 3), torch.no_grad():
+        report = xlc.explain(model, bandwidth=1)(torch.ones(3, 4))
+    assert [site.module for site in report.sites] == ["inner.first", "inner.second"]
+    assert report.by_python == ["inner.python"]
+    assert "left it to Python, and right: inner.python." in str(report)
+
+
 @pytest.mark.parametrize("how", ["wrapped", "in place", "a layer"])
 def test_a_model_that_is_compiled_already_is_explained_and_stays_compiled(how: str) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))

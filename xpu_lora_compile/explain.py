@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -95,14 +95,17 @@ def explain(
 
         check_environment()
         with fresh_compilation(model) as plain:
+            calls_before = _eager_calls(plain)
             start = time.perf_counter()
             compiled: Any = torch.compile(cast("Callable[..., Any]", plain), backend=backend)
             compiled(*args, **kwargs)
             seconds = time.perf_counter() - start
+            by_python = sorted(set(_eager_calls(plain).items()) - set(calls_before.items()))
         sites, calls = [], 0
         for graph in captured:
             sites += graph.sites(calls)
             calls += len(graph.calls)
+        _name_fully(sites, _layers(plain))
         device = captured[0].device if captured else torch.device("cpu")
         if not bandwidth and device.type == "meta":
             raise OptionError("explain", "a device with memory", "meta", "Give a bandwidth, or move the model.")
@@ -118,6 +121,7 @@ def explain(
             seconds,
             generate_code,
             {"torch": torch.__version__},
+            by_python=[name for name, _ in by_python],
         )
         _check_liveness(plain, report)
         return report
@@ -378,14 +382,30 @@ def _check_liveness(model: object, report: Report) -> None:
 
 
 def _unreached(model: object, report: Report) -> list[str]:
-    if not isinstance(model, nn.Module):
-        return []
-    reached = {site.module for site in report.sites}
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLinear | LoraEmbedding) and name not in reached
-    ]
+    reached = {site.module for site in report.sites}.union(report.by_python)
+    # Where Dynamo has broken the graph, one graph may serve like layers of several blocks, by the rest of their names.
+    return [name for name in _layers(model) if not any(name == path or name.endswith(f".{path}") for path in reached)]
+
+
+def _layers(model: object) -> dict[str, LoraLinear | LoraEmbedding]:
+    """The layers with LoRA of a model, by name."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return {name: module for name, module in modules if isinstance(module, LoraLinear | LoraEmbedding)}
+
+
+def _eager_calls(model: object) -> dict[str, int]:
+    """How often Python has called each layer in the innermost block."""
+    called = {name: layer.lora_routing.called.get(layer.lora_name) for name, layer in _layers(model).items()}
+    return {name: last[1] for name, last in called.items() if last}
+
+
+def _name_fully(sites: list[SiteReport], layers: Iterable[str]) -> None:
+    """Give sites in graphs that begin inside of the model the layer's whole name, where only one can be meant."""
+    for site in sites:
+        if site.module and site.module not in layers:
+            meant = [name for name in layers if name.endswith(f".{site.module}")]
+            if len(meant) == 1:
+                site.module = meant[0]
 
 
 def _list(places: Any) -> str:

@@ -113,6 +113,7 @@ class Report:
         first_call_seconds: of the first call: capturing, the passes, compiling and one run.
         generated_code: whether Inductor compiled it; otherwise the rewritten graph ran operation by operation.
         problem: what `explain` raised about adapters without influence; empty if all is well.
+        by_python: layers that ran outside of all graphs, since Dynamo left them to Python.
     """
 
     sites: list[SiteReport]
@@ -124,6 +125,7 @@ class Report:
     generated_code: bool
     versions: dict[str, str] = field(default_factory=dict)
     problem: str = ""
+    by_python: list[str] = field(default_factory=list)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -215,6 +217,9 @@ class Report:
             f"Floor of all LoRA: {total:.3g} us, at {self.bandwidth:.3g} GB/s ({self.bandwidth_source}).",
             f"{took}, {how}: {share}.",
         ]
+        if self.by_python:
+            families = ", ".join(dict.fromkeys(_family(name) for name in self.by_python))
+            lines.append(f"Not compiled, since Dynamo left it to Python, and right: {families}.")
         lines += dict.fromkeys(f"Runs on kernel {site.kernel}: {site.because}." for site in self.sites)
         lines += dict.fromkeys(f"Not on {name}: {why}." for site in self.sites for name, why in site.others.items())
         kept: dict[str, dict[str, None]] = {}
