@@ -441,7 +441,10 @@ def _cannot_carry(strangers: Mapping[str, nn.Module], plain_ones: int) -> Attach
         # A subclass may compute something else, or the parent may read the weight without a call.
         remedy = f"Leave them out: exclude_modules={list(strangers)!r}."
     else:
-        remedy = "Name other modules in target_modules."
+        remedy = (
+            "Name other modules in target_modules. Where a subclass of nn.Linear computes the same as nn.Linear, put "
+            "an nn.Linear with its weight and bias in its place before you attach."
+        )
     wanted = "plain nn.Linear or nn.Embedding modules: no subclass, no quantized weight, no hooked forward"
     return AttachError("attach: target_modules", wanted, few(kinds), remedy)
 

@@ -15,7 +15,7 @@ from support.peft_folders import loaded_by_peft, quiet, save_adapter
 from torch import Tensor, nn
 
 import xpu_lora_compile as xlc
-from xpu_lora_compile.errors import UnprovedRowsError
+from xpu_lora_compile.errors import BatchError, UnprovedRowsError
 
 NAMES = ["a", None, "b"]
 # As many tokens as sequences, so that whoever goes by sizes alone takes one for the other.
@@ -397,6 +397,33 @@ def test_each_image_has_the_adapter_of_its_sequence(images: list[int], folders: 
             assert_rows_are(model(**inputs).logits, wanted, names)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("images", [[1, 1, 1], [2, 0, 1]], ids=str)
+def test_generate_names_images_by_part(
+    images: list[int], options: dict[str, Any], folders: Callable[..., dict[str, Path]]
+) -> None:
+    """It calls the tower by itself, outside of the model's forward."""
+    base = seeded(llava)
+    saved, inputs = folders(base, EVERY_LINEAR), llava_batch(images)
+    length = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0, **options}
+    per_row = options.get("num_return_sequences", 1)
+
+    def generated(model: Any) -> Tensor:
+        sequences: Tensor = model.generate(**inputs, **length)
+        return sequences.view(3, per_row, -1)
+
+    wanted = answers(base, saved, generated)
+    model, bank = attached(base, saved, target_modules=EVERY_LINEAR)
+    of_images = [name for name, count in zip(NAMES, images, strict=True) for _ in range(count)]
+    with bank.use(NAMES, parts={"vision_tower": of_images, "multi_modal_projector": of_images}):
+        got = generated(model)
+    assert all(torch.equal(got[row], wanted[name][row]) for row, name in enumerate(NAMES))
+    message = r"parts\['model\.vision_tower'\].*4 names for a batch of 3"
+    too_many = {"vision_tower": ["a"] * 4, "multi_modal_projector": ["a"] * 4}
+    with bank.use(NAMES, parts=too_many), pytest.raises(BatchError, match=message):
+        generated(model)
+
+
 @pytest.mark.parametrize("execution", ["eager", "compiled"])
 def test_images_of_any_size_that_are_packed_in_one_row_of_patches(
     execution: str, folders: Callable[..., dict[str, Path]]
@@ -414,6 +441,13 @@ def test_images_of_any_size_that_are_packed_in_one_row_of_patches(
             model(**inputs)
         assert_rows_are(run(**inputs).logits, wanted, NAMES)
     with bank.use(NAMES), torch.no_grad(), pytest.raises(UnprovedRowsError, match=r"parts=\{'model.visual'"):
+        model(**inputs)
+    unpacked = {"visual": ["a", "a", "b"]}
+    advice = r"parts=\{'model\.visual': \(names, lengths\)\}"
+    with bank.use(NAMES, parts=unpacked), torch.no_grad(), pytest.raises(UnprovedRowsError, match=advice):
+        model(**inputs)
+    short = {"visual": (["a", "a", "b"], [16, 8, 5])}
+    with bank.use(NAMES, parts=short), torch.no_grad(), pytest.raises(BatchError, match="Pass the lengths of all"):
         model(**inputs)
 
 

@@ -352,6 +352,19 @@ def test_a_module_that_was_replaced_since_attach_is_refused_by_use(path: str, tm
         model(X)
 
 
+def test_after_a_module_was_replaced_the_advice_leads_to_a_new_bank(tmp_path: Path) -> None:
+    model, bank = attached(Looks, tmp_path)
+    former = model.layer
+    model.layer = nn.Linear(8, 8)
+    with pytest.raises(AdapterError, match=r"call bank\.detach\(\), and attach and load again"), bank.use(["a", "b"]):
+        pass
+    bank.detach()
+    assert type(former) is nn.Linear
+    bank = xlc.attach(model, max_rank=4)
+    with bank.use([None, None]):
+        model(X)
+
+
 def test_a_forward_that_was_put_on_a_layer_is_refused_by_use(tmp_path: Path) -> None:
     model, bank = attached(Looks, tmp_path)
     model.layer.forward = lambda x: x

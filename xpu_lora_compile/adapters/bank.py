@@ -267,12 +267,12 @@ class AdapterBank:
 
         Raises:
             BankInUseError: a `use` block is open.
-            AdapterError: a module has been replaced, or its forward hooked, since `attach`.
+            AdapterError: the forward of a module has been hooked since `attach`.
         """
         with self._lock:
             if self._blocks:
                 raise BankInUseError("detach", "a bank that is not in use", "a `use` block", "Leave the block first.")
-            self._check_modules(hooks_may_stay=False)
+            self._check_modules(for_detach=True)
             for layer in self._layers.values():
                 layer.restore()
             for undo in self._undo:
@@ -483,19 +483,24 @@ class AdapterBank:
         if not self._layers:
             raise AdapterError("bank", "a model it is attached to", "a bank that was detached", "Call xlc.attach().")
 
-    def _check_modules(self, *, hooks_may_stay: bool = True) -> None:
+    def _check_modules(self, *, for_detach: bool = False) -> None:
         self._check_attached()
         replaced = [path for parent, key, child, path in self._edges if parent._modules.get(key) is not child]
         for name, layer in self._layers.items():
-            inside = any(name == path or name.startswith(f"{path}.") for path in replaced)
-            # A hook of accelerate's calls the layer's own forward.
-            hooked = "forward" in vars(layer) and not (hooks_may_stay and "_hf_hook" in vars(layer))
-            if inside or hooked:
+            if any(name == path or name.startswith(f"{path}.") for path in replaced) and not for_detach:
                 raise AdapterError(
                     f"bank: {name}",
                     "the module that LoRA was attached to",
-                    "another one, or one whose forward was replaced since",
-                    "Change the model first, and then attach.",
+                    "another one, which took its place since",
+                    "Put the module back; or call bank.detach(), and attach and load again.",
+                )
+            # A hook of accelerate's calls the layer's own forward.
+            if "forward" in vars(layer) and (for_detach or "_hf_hook" not in vars(layer)):
+                raise AdapterError(
+                    f"bank: {name}",
+                    "the module that LoRA was attached to",
+                    "one whose forward was replaced since",
+                    "Take that forward off: del module.forward. Change a model first, and then attach.",
                 )
             if layer.lora_a.is_meta:
                 raise AdapterError(f"bank: {name}", "weights that have memory", "meta tensors", "Load the model first.")

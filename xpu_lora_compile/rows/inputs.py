@@ -37,15 +37,27 @@ def named_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return found
 
 
-def batch_error(got: str) -> BatchError:
-    """The error for inputs that hold another number of sequences than there are names."""
-    return BatchError(
-        "bank.use",
-        "one name for each sequence of the batch, the first dimension of the model's inputs",
-        got,
-        "Name an adapter, or None, for every sequence. `generate` repeats the names itself for beams and several "
-        "samples.",
-    )
+def batch_error(got: str, *, part: str, packed: bool) -> BatchError:
+    """The error for inputs that hold another number of sequences than there are names.
+
+    Args:
+        got: what came.
+        part: the part of the model that has names of its own; empty for the model.
+        packed: whether lengths were given.
+    """
+    if packed:
+        remedy = "Pass the lengths of all sequences of the row; their sum is the number of its tokens."
+        wanted = "lengths whose sum is that of the rows"
+    elif part:
+        wanted = "one name for each row of the part: for each image, say"
+        remedy = f"Name an adapter, or None, for each; where the rows are packed: parts={{{part!r}: (names, lengths)}}."
+    else:
+        wanted = "one name for each sequence of the batch, the first dimension of the model's inputs"
+        remedy = (
+            "Name an adapter, or None, for every sequence. `generate` repeats the names itself for beams and several "
+            "samples. Where sequences are packed in one row, pass lengths=, too."
+        )
+    return BatchError(f"bank.use: parts[{part!r}]" if part else "bank.use", wanted, got, remedy)
 
 
 def may_hold_the_batch(name: str, dimensions: int) -> bool:

@@ -495,7 +495,18 @@ class Routing:
         tensors = [(name, value) for name, value in inputs if isinstance(value, Tensor) and value.dim()]
         shown = ", ".join(f"{name} {list(value.shape)}" for name, value in tensors[:4])
         batch = tensors[0][1].shape[0] if tensors else 0
-        raise batch_error(f"{_mismatch(self, batch)}: {shown or 'no tensor'}")
+        raise self.batch_error(f"{self._mismatch(batch)}: {shown or 'no tensor'}")
+
+    def batch_error(self, got: str) -> BatchError:
+        """The error for inputs that hold another number of sequences than this has names for."""
+        return batch_error(got, part=self.part, packed=self.lengths is not None)
+
+    def _mismatch(self, batch: Any) -> str:
+        if self.slots is None:
+            return f"a batch of {batch}"
+        if self.lengths is not None:
+            return f"lengths of {self.slots.shape[0]} in all for inputs of other sizes"
+        return f"{self.slots.shape[0]} names for a batch of {batch}"
 
     def unproved(self, name: str, inputs: Any, why: str, remedy: str | None = None) -> UnprovedRowsError:
         """The error for a layer whose rows nobody can tell."""
@@ -503,7 +514,9 @@ class Routing:
         number = "" if self.slots is None else f" of {len(self.lengths or self.slots)} sequences"
         inside = [part for part in self.parts if name == part or name.startswith(f"{part}.")]
         part = min(inside, key=len, default=name)
-        if why.startswith(UNSAID):
+        if why.startswith(UNSAID) and self.part:
+            say = f"Say how many rows each of these names has: use(..., parts={{{self.part!r}: (names, lengths)}})"
+        elif why.startswith(UNSAID):
             say = f"Say whose rows that part of the model has: use(names, parts={{{part!r}: names_of_its_rows}})"
         else:
             say = "Leave the module out with exclude_modules"
@@ -525,16 +538,8 @@ class Routing:
             return slots[:1].expand(shape.numel())
         layout = Layout(dimension, outer, inner)
         if not layout.takes(shape[dimension], slots.shape[0]):
-            raise batch_error(_mismatch(self, shape[0]))
+            raise self.batch_error(self._mismatch(shape[0]))
         return layout.rows(slots, shape)
-
-
-def _mismatch(routing: Routing, batch: Any) -> str:
-    if routing.slots is None:
-        return f"a batch of {batch}"
-    if routing.lengths is not None:
-        return f"lengths of {routing.slots.shape[0]} tokens in all for inputs of other sizes"
-    return f"{routing.slots.shape[0]} names for a batch of {batch}"
 
 
 def _is_within(name: str, holder: str) -> bool:

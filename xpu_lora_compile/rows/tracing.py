@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
-from xpu_lora_compile.rows.inputs import batch_error, parameters
+from xpu_lora_compile.rows.inputs import parameters
 from xpu_lora_compile.rows.layout import UNSAID
 from xpu_lora_compile.rows.owners import UNKNOWN, constant
 from xpu_lora_compile.rows.watch import Watch
@@ -43,7 +43,7 @@ def enter(routing: Any, slots: Tensor, module: nn.Module, args: tuple[Any, ...],
         _note_inputs(routing, module, name, value, 0)
     problem = _entered(routing, slots, module)
     if problem is not None:
-        raise batch_error(problem)
+        raise routing.batch_error(problem)
 
 
 def leave(routing: Any) -> None:
