@@ -239,7 +239,8 @@ class AdapterBank:
             BatchError: no list, or an empty one; lengths that do not fit the names; no such part. The model raises it
                 too, where the batch has another size, or is on another device than the model was.
             UnprovedRowsError: by the model: a layer's rows come from the sequences in a way that cannot be told.
-            OutsideBlockError: by the model: another thread or task calls it, or a checkpoint recomputes a layer outside.
+            OutsideBlockError: by the model: another thread or task calls it, or a checkpoint recomputes a layer after
+                the block.
             UnreachedLayerError: when the block ends: a layer was left out, since its weight was read and it was not
                 called.
             AdapterError: a module has been replaced, or its forward hooked, since `attach`.
