@@ -423,8 +423,15 @@ def _find_targets(
 def _cannot_carry(strangers: Mapping[str, nn.Module], plain_ones: int) -> AttachError:
     """Say of what kind the modules are that a rule names and that carry no LoRA, and what to do."""
     hooked = [name for name, module in strangers.items() if "forward" in vars(module)]
+    computed = [
+        name
+        for name, module in strangers.items()
+        if type(module) in (nn.Linear, nn.Embedding) and "weight" not in module._parameters
+    ]
     kinds = [
-        f"{name} ({type(module).__name__})" + (" with a forward of its own" if name in hooked else "")
+        f"{name} ({type(module).__name__})"
+        + (" with a forward of its own" if name in hooked else "")
+        + (" whose weight is computed from others" if name in computed else "")
         for name, module in strangers.items()
     ]
     if hooked:
@@ -434,6 +441,11 @@ def _cannot_carry(strangers: Mapping[str, nn.Module], plain_ones: int) -> Attach
             "dispatch_model() or cpu_offload(). To take the hooks off: "
             "accelerate.hooks.remove_hook_from_module(model, recurse=True), and then "
             "`for module in model.modules(): vars(module).pop('forward', None)`."
+        )
+    elif computed:
+        remedy = (
+            "Make the weight a parameter again: torch.nn.utils.remove_weight_norm(module), "
+            "remove_spectral_norm(module) or prune.remove(module, 'weight')."
         )
     elif any(_is_conv1d(module) for module in strangers.values()):
         remedy = REPLACE_CONV1D
@@ -458,7 +470,7 @@ def _is_plain(module: nn.Module) -> bool:
     return (
         type(module) in (nn.Linear, nn.Embedding)
         and "forward" not in vars(module)
-        and isinstance(module.weight, Tensor)
-        and module.weight.is_floating_point()
+        and isinstance(weight := module._parameters.get("weight"), Tensor)
+        and weight.is_floating_point()
         and not hasattr(module, "lora_a")
     )

@@ -350,6 +350,14 @@ def module_of_frame(at: Any) -> torch.nn.Module | None:
     return found if isinstance(found, torch.nn.Module) else None
 
 
+def arguments_of_frame(at: Any, module: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments of the call of a module that Dynamo compiles there; None where it compiles something else."""
+    local = at.output.root_tx.f_locals
+    if local.get("self") is not module or "args" not in local:
+        return None
+    return tuple(local["args"]), dict(local.get("kwargs") or {})
+
+
 def guard_on_module_of_frame(at: Any) -> None:
     """Have the graph that is made there be used for that module alone, and not for others of its class."""
     module, key = module_of_frame(at), "xpu_lora: its module"

@@ -290,6 +290,7 @@ class AdapterBank:
             for part, given in _checked_parts(parts).items():
                 name = self._name_of_part(part)
                 packed = isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], list | tuple)
+                self._check_part(part, name)
                 rows[name] = _checked_rows(f"use: parts[{part!r}]", *(given if packed else (given, None)))
             if self._blocks and self._blocks[-1] is not self._routing.mine.get():
                 raise BankInUseError(
@@ -426,6 +427,21 @@ class AdapterBank:
                 f"Pass the whole name: {', '.join(found[:3])}." if found else "See model.named_modules().",
             )
         return found[0]
+
+    def _check_part(self, part: str, name: str) -> None:
+        """Refuse a part that shares a layer with the rest of the model: its rows cannot be told apart."""
+        paths: dict[int, list[str]] = {}
+        for path, module in self._model.named_modules(remove_duplicate=False):
+            paths.setdefault(id(module), []).append(path)
+        for layer_name, layer in self._layers.items():
+            inside = [path == name or path.startswith(f"{name}.") for path in paths[id(layer)]]
+            if any(inside) and not all(inside):
+                raise BatchError(
+                    f"use: parts[{part!r}]",
+                    "a part with layers of its own",
+                    f"one that shares a layer with another part: {' is '.join(paths[id(layer)])}",
+                    f"Leave the layer out with exclude_modules=[{layer_name!r}].",
+                )
 
     def _unreached(self, names: list[str]) -> UnreachedLayerError:
         parents = {name: self._model.get_submodule(name.rpartition(".")[0]) for name in names}

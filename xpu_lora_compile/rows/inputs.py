@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from xpu_lora_compile.errors import BatchError
@@ -78,7 +80,7 @@ def is_media(name: str, inputs: list[tuple[str, Any]], main_input: str | None) -
 
 
 def _flat(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Tensor) or depth == 3:
+    if isinstance(value, Tensor) or depth == 8:
         yield name, value
     elif isinstance(value, dict):
         for key, item in value.items():
@@ -91,6 +93,46 @@ def _flat(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
             yield from _flat(f"{name}.{field.name}", getattr(value, field.name), depth + 1)
     else:
         yield name, value
+
+
+def described(value: Any) -> Hashable:
+    """What two inputs that are no tensors have in common if they are the same to a model."""
+    if value is None or isinstance(value, bool | str | int | float | complex | bytes | range | Enum | frozenset):
+        return value
+    if isinstance(value, slice):
+        return "slice", value.start, value.stop, value.step
+    if isinstance(value, set):
+        return frozenset(value)
+    if hasattr(value, "tobytes") and hasattr(value, "dtype"):
+        # numpy's.
+        return type(value), value.shape, value.tobytes()
+    if isinstance(value, type | torch.dtype | torch.device) or callable(value):
+        return value  # type: ignore[no-any-return]
+    # Of an object its flags; numbers by powers of two, since they count what is in a cache, say.
+    flags = (
+        [
+            (name, described(item) if not isinstance(item, int) or isinstance(item, bool) else item.bit_length())
+            for name, item in vars(value).items()
+            if isinstance(item, bool | str | int | float | Enum)
+        ]
+        if hasattr(value, "__dict__")
+        else []
+    )
+    return type(value), tuple(flags)
+
+
+def shape_of_mask(mask: Tensor) -> Hashable:
+    """What code learns from a mask that it looks at: whether all counts, which rows are cut where, their order.
+
+    Not how long they are: that changes with each step of decoding.
+    """
+    seen = mask.detach() != 0
+    if not mask.dim() or bool(seen.all()):
+        return bool(seen.all())
+    rows = seen.reshape(seen.shape[0], -1) if seen.dim() > 1 else seen[None]
+    lengths = rows.sum(1)
+    order, ends = lengths.argsort(stable=True), rows[:, [0, -1]]
+    return tuple(order.tolist()), tuple(lengths[order].diff().bool().tolist()), tuple(map(tuple, ends.tolist()))
 
 
 _known: dict[type, tuple[str, ...]] = {}

@@ -19,7 +19,8 @@ from torch.compiler import is_compiling
 from xpu_lora_compile.errors import BatchError, CopiedModelError, OutsideBlockError, UnprovedRowsError
 from xpu_lora_compile.rows import tracing
 from xpu_lora_compile.rows.bytecode import only_looks
-from xpu_lora_compile.rows.inputs import batch_error, is_media, may_hold_the_batch, named_inputs
+from xpu_lora_compile.rows.inputs import batch_error, is_media, may_hold_the_batch, named_inputs, shape_of_mask
+from xpu_lora_compile.rows.inputs import described as described_as
 from xpu_lora_compile.rows.layout import UNSAID, Layout
 from xpu_lora_compile.rows.owners import GUESS, UNKNOWN, along, constant
 from xpu_lora_compile.rows.watch import Watch
@@ -31,6 +32,8 @@ from xpu_lora_compile.torch_internals import (
     run_by_python,
 )
 
+# So many kinds of calls are remembered.
+MOST_PROOFS = 1024
 # What a layer's rows are while every sequence has the same adapter: any layout gives the same.
 UNIFORM = Layout(-1, 0, 0)
 
@@ -72,8 +75,18 @@ class Routing:
         self.entries: dict[str, nn.Module] = {}
         self._proof: dict[tuple[str, int], Layout] = {}
         self._proofs: dict[Hashable, dict[tuple[str, int], Layout]] = {}
-        # By layer alone; None where two kinds of calls disagree.
-        self._anywhere: dict[tuple[str, int], Layout | None] = {}
+        # What the call that is followed has shown so far, by layer and the dimensions of its rows.
+        self._found: dict[tuple[str, int], Layout] = {}
+        # The same of all calls that have succeeded, by what they had in common, as a number, or whatever they had (-1);
+        # None where two disagree.
+        self._anywhere: dict[tuple[int, str, int], Layout | None] = {}
+        self._numbers: dict[Hashable, int] = {}
+        # The number of the call that is running, which compiled code writes, too.
+        self.running = -1
+        # Kinds of calls in which the model's Python looks at masks: there a kind holds for masks that look alike.
+        self._kinds_that_look: set[Hashable] = set()
+        # What the calls of this block have shown, for checkpoints that run parts again; None where two disagree.
+        self._shown: dict[tuple[str, int], Layout | None] = {}
         # What calls of a kind have shown, which must be followed again.
         self._stale: dict[Hashable, dict[tuple[str, int], Layout]] = {}
         # On a CPU, for this block: the rows of layers that were asked for before, for each kind of call.
@@ -95,8 +108,7 @@ class Routing:
     def point(self, slots: Tensor | None, block: Any = None, lengths: tuple[int, ...] | None = None) -> None:
         """Have layers use these slots from now on; None outside of all blocks."""
         self._abandon()
-        self._rows = {}
-        self._rows_of_call = {}
+        self._rows, self._rows_of_call, self._shown = {}, {}, {}
         self.block, self.lengths = block, lengths
         self.uniform = slots is not None and len(set(block.slots_of(self.part))) == 1
         self.named = slots is not None and any(slot >= 0 for slot in block.slots_of(self.part))
@@ -177,10 +189,16 @@ class Routing:
             self.check_caller()
         if not self.named and self.slots.device.type == "cpu":
             return
+        if torch.is_grad_enabled() and current_backward() is not None:
+            # A checkpoint runs a part of the model again: its layers get their rows as they did before.
+            self._entered = None, (), module
+            self._proof = {key: layout for key, layout in self._shown.items() if layout is not None}
+            return
         inputs = named_inputs(module, args, kwargs)
-        batched = self._batched(inputs)
+        self.running = self.number_of(module, inputs)
+        batched = self._batched(module, inputs)
         if not batched and not (self.uniform and self._may_be_batch(inputs)):
-            self._raise_batch_size(inputs)
+            self._raise_batch_size(module, inputs)
         if self.uniform and not self._must_serve_others(self.slots.device):
             return
         kind = self._kind(module, prefix, inputs, batched)
@@ -194,7 +212,7 @@ class Routing:
             # Where Dynamo is at work, the graph shows what a watch would.
             self._proof = known or {}
             return
-        self._proof = dict(self._stale.get(kind, {}))
+        self._proof, self._found = dict(self._stale.get(kind, {})), {}
         self._watch = Watch(len(self.lengths or self.slots), self.lengths)
         self._mark(self._watch, inputs, batched)
         self._watch.start()
@@ -205,19 +223,38 @@ class Routing:
             self._depth -= 1
         if self._depth or self._entered is None:
             return
-        watch, (kind, sizes, module) = self._watch, self._entered
+        watch, (kind, sizes, module), inputs = self._watch, self._entered, self._inputs
         self._stop_watching()
         self._entered, self._inputs = None, []
         self._rows_of_call = {}
+        if result is not None:
+            for key, layout in self._proof.items():
+                if self._shown.setdefault(key, layout) != layout:
+                    self._shown[key] = None
         if watch is not None:
             try:
                 if result is not None:
                     self._check_result(watch, module, result)
+                    if watch.looked_at_masks and kind is not None and not self._looks(kind):
+                        self._kinds_that_look.add(kind)
+                        kind = kind, _masks_of(inputs)
                     if kind is not None and not watch.looked_at_values:
                         is_open = any(layout[1:] != (1, 1) for layout in self._proof.values())
+                        if len(self._proofs) >= MOST_PROOFS:
+                            self._proofs.clear()
                         self._proofs[(kind, sizes) if is_open else kind] = self._proof
+                    for (name, rows), layout in self._found.items():
+                        for number in {self.running, -1}:
+                            if self._anywhere.setdefault((number, name, rows), layout) != layout:
+                                self._anywhere[number, name, rows] = None
             finally:
                 watch.forget()
+        # What follows is no part of this call.
+        self._proof = {}
+
+    def _looks(self, kind: Hashable) -> bool:
+        """Whether a kind says already what its masks look like."""
+        return isinstance(kind, tuple) and len(kind) == 2
 
     def note_read(self, layer: Any) -> None:
         """The weight of a layer is read in eager code, by the layer or by something else."""
@@ -260,15 +297,13 @@ class Routing:
                 raise self.unproved(layer.lora_name, inputs, found)
             if self._proof.setdefault(key, found) != found:
                 raise self.unproved(layer.lora_name, inputs, "one call of the model gives it rows in two orders")
-            rows = layer.lora_name, inputs.dim() - features
-            if self._anywhere.setdefault(rows, found) != found:
-                self._anywhere[rows] = None
+            self._found[layer.lora_name, inputs.dim() - features] = found
             return found
         if self.uniform and not self._must_serve_others(inputs.device):
             return UNIFORM
         known = self._proof.get(key)
         if known is None and self._compiled:
-            known = self.known_anywhere(layer.lora_name, inputs.shape[: inputs.dim() - features])
+            known = self.known_anywhere(layer.lora_name, inputs.shape[: inputs.dim() - features], self.running)
         if known is not None:
             return known
         if self.uniform and not is_capturing(inputs.device):
@@ -290,11 +325,15 @@ class Routing:
         return device.type != "cpu" and self.slots is not None and len(self.slots) > 1
 
     def _by(self, layout: Layout, slots: Tensor, shape: Sequence[int], layer: Any) -> Tensor:
-        if not layout.takes(shape[layout.dimension], slots.shape[0]):
+        if not (layout.takes(shape[layout.dimension], slots.shape[0]) and self.keeps_apart(layout)):
             self._follow_again(keep=False)
             why = "earlier calls with such inputs gave it rows in another way"
             raise self.unproved(layer.lora_name, shape, why, "Call the model again: that call is followed.")
         return layout.rows(slots, shape)
+
+    def keeps_apart(self, layout: Layout) -> bool:
+        """Whether no row has tokens of two sequences, where several tokens of a packed batch become one row."""
+        return layout.inner >= 0 or not any(length % -layout.inner for length in self.lengths or ())
 
     def _follow_again(self, *, keep: bool = True) -> None:
         """Have the next call of this kind be followed."""
@@ -312,21 +351,24 @@ class Routing:
         shapes = [one.shape[:-1] if one.is_floating_point() else one.shape for one in tensors]
         return not tensors or (size > 1 and (any(size in shape for shape in shapes) or len(tensors) == size))
 
-    def _batched(self, inputs: list[tuple[str, Any]]) -> dict[str, int]:
+    def _batched(self, module: nn.Module, inputs: list[tuple[str, Any]]) -> dict[str, int]:
         """The inputs that hold the batch, and along which dimension."""
         assert self.slots is not None  # noqa: S101 - for the type checker
         found = {}
         for name, value in inputs:
             if isinstance(value, Tensor):
-                dimension = self.batch_dimension(name, value.shape, inputs, self.slots.shape[0])
+                dimension = self.batch_dimension(module, name, value.shape, inputs, self.slots.shape[0])
                 if dimension is not None:
                     found[name] = dimension
         return found
 
-    def batch_dimension(self, name: str, shape: Sequence[Any], inputs: list[tuple[str, Any]], size: Any) -> int | None:
+    def batch_dimension(
+        self, module: nn.Module, name: str, shape: Sequence[Any], inputs: list[tuple[str, Any]], size: Any
+    ) -> int | None:
         """The dimension of an input that holds the batch, or the tokens of a packed one; None where no one does.
 
         Args:
+            module: that was called.
             name: of the input.
             shape: of the same. While Dynamo traces, a symbolic size is settled by a guard.
             inputs: all of the call.
@@ -334,10 +376,18 @@ class Routing:
         """
         if not shape or not may_hold_the_batch(name, len(shape)) or is_media(name, inputs, self.own_main_input()):
             return None
+        if self.own_main_input() not in (None, name) and self._part_of(module):
+            # A tower or a projector that is called by itself, as `generate` does, may get anything.
+            return None
         packed = self.lengths is not None
-        if bool(shape[0] == size) and not (packed and len(shape) > 2 and bool(shape[0] == 1)):
+        is_row = packed and len(shape) > 2 and (not self.part or bool(shape[0] == 1))
+        if bool(shape[0] == size) and not is_row:
             return 0
         return 1 if packed and len(shape) > 1 and bool(shape[1] == size) else None
+
+    def _part_of(self, module: nn.Module) -> str:
+        """The name of a module that reads no text, and that can be named as a part; empty for others."""
+        return next((part for part in self.parts if self.entries.get(part) is module), "")
 
     def own_main_input(self) -> str | None:
         """The model's main input, where that says which other inputs are media; None for a part."""
@@ -359,7 +409,7 @@ class Routing:
         """The inputs of a module that was entered eagerly, by identity: along which dimension they hold the batch."""
         if self._entered is None or self._entered[2] is not module:
             return {}
-        batched = self._batched(self._inputs) if self._inputs else {}
+        batched = self._batched(module, self._inputs) if self._inputs and module is not None else {}
         return {id(value): (batched.get(name), name) for name, value in self._inputs if isinstance(value, Tensor)}
 
     def is_inside_another(self, module: nn.Module) -> bool:
@@ -369,7 +419,8 @@ class Routing:
         """
         prefix = next((name for name, entry in self.entries.items() if entry is module), "")
         parts = () if self.block is None else self.block.parts
-        if any(part != self.part and (prefix == part or _is_within(prefix, part)) for part in parts if part):
+        inner = [part for part in parts if part != self.part and _is_within(part, self.part)]
+        if any(prefix == part or _is_within(prefix, part) for part in inner):
             return True
         holders = [entry for name, entry in self.entries.items() if prefix and _is_within(prefix, name)]
         frame = sys._getframe(1)
@@ -382,17 +433,39 @@ class Routing:
             frame = frame.f_back  # type: ignore[assignment]
         return False
 
-    def known_anywhere(self, name: str, shape: Sequence[int]) -> Layout | None:
+    def known_anywhere(self, name: str, shape: Sequence[int], number: int) -> Layout | None:
         """What eager calls have shown of a layer, if all of them agree and nothing else is as long as the batch.
 
         Args:
             name: of the layer.
             shape: of its input without the features.
+            number: of the calls, see `number_of`.
         """
         assert self.slots is not None  # noqa: S101 - for the type checker
-        layout = self._anywhere.get((name, len(shape)))
+        layout = self._anywhere.get((number, name, len(shape)))
         others = [size for at, size in enumerate(shape) if layout is not None and at != layout.dimension]
         return None if any(bool(size == self.slots.shape[0]) for size in others) else layout
+
+    def number_of(self, module: nn.Module, inputs: list[tuple[str, Any]]) -> int:
+        """A number for all calls that differ in nothing but sizes, dtypes and modes; -1 where that is not known.
+
+        By it, code that was compiled behind a break of the graph knows what eager calls have shown.
+        """
+        described = [
+            (name, value.dim() if isinstance(value, Tensor) else described_as(value)) for name, value in inputs
+        ]
+        kind: Hashable = type(module), tuple(self.block.parts), self.lengths is None, self._flags(), tuple(described)
+        try:
+            return self._numbers.setdefault(kind, len(self._numbers))
+        except TypeError:
+            return -1
+
+    def _flags(self) -> Hashable:
+        """The flags of the modules that people call; those inside of them are not looked at."""
+        return tuple(
+            tuple(item for item in vars(entry).items() if type(item[1]) in (bool, int, str))
+            for entry in self.entries.values()
+        )
 
     def owners(self, dimension: int, dimensions: int) -> Tensor:
         """The owners of an input that holds the batch along a dimension."""
@@ -419,18 +492,17 @@ class Routing:
                 if sizes.count("batch") > (name in batched):
                     return None
                 described.append((name, sizes, value.dtype))
-            elif value is None or isinstance(value, bool | str | int | float):
-                described.append((name, value))
             else:
-                described.append((name, type(value)))
+                described.append((name, described_as(value)))
         modes: tuple[Hashable, ...] = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        # Flags of the modules that people call; those inside of them are not looked at.
-        flags = tuple(
-            tuple(item for item in vars(entry).items() if type(item[1]) in (bool, int, str))
-            for entry in self.entries.values()
-        )
-        modes = *modes, *flags
-        return prefix, tuple(self.block.parts), self.lengths is None, modes, tuple(described)
+        modes = *modes, self._flags()
+        kind = prefix, tuple(self.block.parts), self.lengths is None, modes, tuple(described)
+        try:
+            hash(kind)
+        except TypeError:
+            # An input that is like no other.
+            return None
+        return (kind, _masks_of(inputs)) if kind in self._kinds_that_look else kind
 
     def _check_result(self, watch: Watch, module: nn.Module, result: Any) -> None:
         """A model whose results all mix the sequences was not given the batch as it was said."""
@@ -491,7 +563,10 @@ class Routing:
                 "Move the model before the block.",
             )
 
-    def _raise_batch_size(self, inputs: list[tuple[str, Any]]) -> None:
+    def _raise_batch_size(self, module: nn.Module, inputs: list[tuple[str, Any]]) -> None:
+        if part := self._part_of(module):
+            shape = next((value.shape for _, value in inputs if isinstance(value, Tensor)), ())
+            raise self.unproved(part, shape, f"{UNSAID}, since the part was called by itself")
         tensors = [(name, value) for name, value in inputs if isinstance(value, Tensor) and value.dim()]
         shown = ", ".join(f"{name} {list(value.shape)}" for name, value in tensors[:4])
         batch = tensors[0][1].shape[0] if tensors else 0
@@ -540,6 +615,11 @@ class Routing:
         if not layout.takes(shape[dimension], slots.shape[0]):
             raise self.batch_error(self._mismatch(shape[0]))
         return layout.rows(slots, shape)
+
+
+def _masks_of(inputs: list[tuple[str, Any]]) -> Hashable:
+    """What the masks among a call's inputs look like."""
+    return tuple((name, shape_of_mask(value)) for name, value in inputs if "mask" in name and isinstance(value, Tensor))
 
 
 def _is_within(name: str, holder: str) -> bool:
@@ -596,7 +676,10 @@ class Entry:
         if not is_compiling():
             out_of_sight(self.routing.enter, module, self.prefix, args, kwargs)
         elif self.routing.slots is not None:
-            tracing.enter(self.routing, self.routing.slots, module, args, kwargs)
+            number = tracing.enter(self.routing, self.routing.slots, module, args, kwargs)
+            if number is not None:
+                # Where the graph breaks, Dynamo has this written before it goes on.
+                self.routing.running = number
 
     @run_by_python
     def after(self, module: nn.Module, args: Any, result: Any) -> None:

@@ -116,7 +116,7 @@ def rule_for(func: Any) -> Rule | None:
     nan_to_num bernoulli fill zero uniform normal exponential lerp addcmul addcdiv clamp isin bucketize
     _fused_dropout rand_like randn_like polar native_batch_norm _native_batch_norm_legit
     _native_batch_norm_legit_no_training cudnn_batch_norm _batch_norm_with_update batch_norm angle complex _conj
-    imag real cdouble to abs
+    imag real cdouble to abs _prelu_kernel prelu rrelu_with_noise log_sigmoid_forward log_sigmoid
     """
 )
 def pointwise(step: Step) -> Tensor:
@@ -313,7 +313,7 @@ def reduced(step: Step) -> Tensor:
 @rule(
     """
     softmax _softmax log_softmax _log_softmax cumsum cumprod sort argsort topk kthvalue logcumsumexp glu cummax
-    cummin _safe_softmax renorm _weight_norm msort
+    cummin _safe_softmax _weight_norm msort
     """
 )
 def along_a_dimension(step: Step) -> Tensor:
@@ -327,17 +327,24 @@ def along_a_dimension(step: Step) -> Tensor:
 
 @rule("native_layer_norm layer_norm _fused_rms_norm rms_norm")
 def normalised(step: Step) -> Tensor:
-    """The last dimensions meet."""
-    source = step.argument("input")
-    return fold(step.owners(source), range(-len(step.argument("normalized_shape")), 0))
+    """The last dimensions meet; weight and bias, if they belong to anyone, meet them."""
+    source, shape = step.argument("input"), step.argument("normalized_shape")
+    return _with_weights(step, fold(step.owners(source), range(-len(shape), 0)))
 
 
 @rule("native_group_norm group_norm instance_norm")
 def normalised_by_group(step: Step) -> list[Tensor]:
-    """All but the first dimension meet."""
+    """All but the first dimension meet; weight and bias, if they belong to anyone, meet them."""
     source = step.tensors[0]
-    owners = fold(step.owners(source), range(1, source.dim()))
+    owners = _with_weights(step, fold(step.owners(source), range(1, source.dim())))
     return [owners.reshape([-1] + [1] * (result.dim() - 1)) for result in step.results]
+
+
+def _with_weights(step: Step, owners: Tensor) -> Tensor:
+    """The owners, met by those of all other operands: of parameters nobody."""
+    others = [step.owners(tensor) for tensor in step.tensors[1:]]
+    values = [fold(other, range(other.dim())).reshape([1] * owners.dim()) for other in others if other.numel()]
+    return merge([owners, *values])
 
 
 def attend(step: Step, asking: Tensor, *asked: Tensor) -> Tensor:

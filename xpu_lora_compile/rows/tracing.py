@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
-from xpu_lora_compile.rows.inputs import parameters
-from xpu_lora_compile.rows.layout import UNSAID
+from xpu_lora_compile.rows.inputs import named_inputs, parameters
+from xpu_lora_compile.rows.layout import UNSAID, Layout
 from xpu_lora_compile.rows.owners import UNKNOWN, constant
 from xpu_lora_compile.rows.watch import Watch
 from xpu_lora_compile.torch_internals import (
     answers_while_tracing,
+    arguments_of_frame,
     fake_mode,
     graphs_at,
     guard_on,
@@ -35,8 +36,12 @@ from xpu_lora_compile.torch_internals import (
 OUTSIDE = "from outside of the compiled graph"
 
 
-def enter(routing: Any, slots: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Traced: a module that holds layers is called with these inputs."""
+def enter(routing: Any, slots: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Traced: a module that holds layers is called with these inputs; returns the number of such calls, if one begins.
+
+    Raises:
+        BatchError: the inputs hold another number of sequences than there are names.
+    """
     for position, value in enumerate(args):
         _note_inputs(routing, module, position, value, 0)
     for name, value in kwargs.items():
@@ -44,6 +49,8 @@ def enter(routing: Any, slots: Tensor, module: nn.Module, args: tuple[Any, ...],
     problem = _entered(routing, slots, module)
     if problem is not None:
         raise routing.batch_error(problem)
+    number: int | None = _number(routing, module)
+    return number
 
 
 def leave(routing: Any) -> None:
@@ -77,13 +84,21 @@ def layout_of(at: Any, routing: Any, layer: Any, inputs: Any, features: int) -> 
         trace, example = _trace_of(at, routing, inputs.graph), inputs.meta["example_value"]
         found = trace.layout_of(inputs, features)
     if not isinstance(found, str):
+        if at is not None and found[2] < 0:
+            own, layout = weakref.proxy(routing), Layout(*found)
+            guard_on(at, f"xpu_lora: tokens of {id(routing)} that become one row", lambda: own.keeps_apart(layout))
         return tuple(found)
     was_entered = trace is not None and trace.was_entered
     unsaid = not was_entered or found.startswith(UNSAID)
     if at is not None:
         # Layers and blocks of one class share code, and not what is known of them.
         guard_on_module_of_frame(at)
-    if unsaid and (known := routing.known_anywhere(layer.lora_name, example.shape[: example.dim() - features])):
+    number = routing.running if trace is None or trace.number is None else trace.number
+    if at is not None and (trace is None or trace.number is None):
+        of_call = weakref.proxy(routing)
+        guard_on(at, f"xpu_lora: calls of number {number} of {id(routing)}", lambda: of_call.running == number)
+    shape = example.shape[: example.dim() - features]
+    if unsaid and (known := routing.known_anywhere(layer.lora_name, shape, number)):
         return tuple(known)
     if routing.uniform:
         if at is not None:
@@ -123,6 +138,19 @@ def _entered(at: Any, routing: Any, slots: Any, module: Any) -> str | None:
 
 
 @answers_while_tracing
+def _number(at: Any, routing: Any, module: nn.Module) -> int | None:
+    if at is None:
+        return None
+    trace = _trace_of(at, routing)
+    if trace.depth != 1 or trace.entered_module is not module:
+        return None
+    given = arguments_of_frame(at, module)
+    number: int = -1 if given is None else routing.number_of(module, named_inputs(module, *given))
+    trace.number = number
+    return number
+
+
+@answers_while_tracing
 def note_read(at: Any, routing: Any, layer: Any, weight: Any) -> None:
     """The weight of a layer is read by traced code."""
     if at is not None and layer.lora_name not in routing.traced_calls:
@@ -149,6 +177,9 @@ class Trace:
         # What an eager hook has seen come in, by identity.
         self.roots = roots
         self.was_entered: bool = outer is not None and outer.was_entered
+        self.entered_module: nn.Module | None = None
+        # Of the call, see `Routing.number_of`; None where it began before this graph.
+        self.number: int | None = None if outer is None else outer.number
         self.pending: list[tuple[Any, Node]] = []
         self.values: dict[Node, Any] = {}
         batch = len(routing.lengths or routing.slots)
@@ -161,7 +192,7 @@ class Trace:
         self.depth += 1
         if self.depth > 1 or self.roots or self.routing.is_inside_another(module):
             return None
-        self.was_entered = True
+        self.was_entered, self.entered_module = True, module
         names = parameters(type(module))
         inputs = []
         for name, node in noted:
@@ -175,7 +206,7 @@ class Trace:
             value = self.values.get(node)
             if not isinstance(value, Tensor) or not value.dim():
                 continue
-            dimension = self.routing.batch_dimension(name, example.shape, inputs, size)
+            dimension = self.routing.batch_dimension(module, name, example.shape, inputs, size)
             if dimension is None:
                 cause = f"from the input {name} {list(value.shape)}"
                 self.watch.own(value, constant(UNKNOWN, value.dim()), cause)
@@ -279,14 +310,14 @@ class Trace:
             return None
 
 
-# By graph: one of Dynamo's, or of a subgraph in it, and by routing.
-_traces: weakref.WeakKeyDictionary[Graph, dict[int, Trace]] = weakref.WeakKeyDictionary()
+# The attribute of a graph that holds its traces, by routing: so that they go when it goes.
+_TRACES = "_xpu_lora_traces"
 
 
 def _trace_of(at: Any, routing: Any, wanted: Graph | None = None) -> Trace:
     trace: Trace | None = None
     for graph in graphs_at(at):
-        known = _traces.setdefault(graph, {})
+        known = vars(graph).setdefault(_TRACES, {})
         if id(routing) not in known:
             # Of code inside of the module that was entered nobody knows that its inputs are those of the module.
             roots = routing.entered_inputs(module_of_frame(at)) if trace is None else trace.roots

@@ -26,6 +26,12 @@ _LARGEST = 1 << 26
 _ATTRIBUTE = "_xpu_lora_owned"
 
 
+# What hands values to Python without an op of the dispatcher.
+_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.__repr__, Tensor.__format__)
+# Ops whose result, or the size of whose result, is decided by values.
+_TELLING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
 class _Readers(TorchFunctionMode):
     """Notes what the dispatcher is not asked for: values that become lists of Python's, or arrays of numpy's."""
 
@@ -35,7 +41,7 @@ class _Readers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function."""
-        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
+        if func in _READS:
             self.watch.note_look(args[0])
         return func(*args, **(kwargs or {}))
 
@@ -59,8 +65,8 @@ class Watch(TorchDispatchMode):
         self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
         # Tensors that were computed from sizes alone, by identity.
         self._from_sizes: dict[int, weakref.ref[Tensor]] = {}
-        # Whether Python has looked at a value of the inputs, and may do something else the next time.
-        self.looked_at_values = False
+        # Whether Python has looked at a value of the inputs, and may do something else the next time; or at a mask.
+        self.looked_at_values = self.looked_at_masks = False
         self._readers = _Readers(self)
 
     def own(self, tensor: Tensor, owners: Tensor, cause: str = "", *, mask: bool = False) -> None:
@@ -98,7 +104,9 @@ class Watch(TorchDispatchMode):
     def note_look(self, tensor: Tensor) -> None:
         """Python looks at the values of a tensor."""
         owned = self.known(tensor)
-        self.looked_at_values |= owned is not None and owned.varies and not owned.mask
+        if owned is not None and owned.varies:
+            self.looked_at_masks |= owned.mask
+            self.looked_at_values |= not owned.mask
 
     def start(self) -> None:
         """Follow from here on."""
@@ -139,17 +147,25 @@ class Watch(TorchDispatchMode):
                 result = decomposed(func, args, kwargs)
             if result is not NotImplemented:
                 return result
+        if not _TELLING.isdisjoint(func.tags):
+            self._note_telling(func, args, kwargs)
         result = func(*args, **kwargs)
         results = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
         if results and func.namespace != "prim":
             with without_modes(), torch.no_grad():
                 self._follow(func, args, kwargs, results)
-        elif func is torch.ops.aten._local_scalar_dense.default:
-            self.note_look(args[0])
         elif not results and func.namespace != "prim":
             with without_modes(), torch.no_grad():
                 self._follow_without_results(func, args, kwargs)
         return result
+
+    def _note_telling(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Values of these operands decide what Python sees of a result: all, or those of an index that are masks."""
+        operands = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        if func in (torch.ops.aten.index.Tensor, torch.ops.aten._unsafe_index.Tensor):
+            operands = [index for index in operands[1:] if index.dtype in (torch.bool, torch.uint8)]
+        for operand in operands:
+            self.note_look(operand)
 
     def _run_higher_order(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What `torch.cond` and the like compute is not followed."""
