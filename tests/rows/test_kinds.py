@@ -233,7 +233,8 @@ def test_behind_a_break_of_the_graph_only_calls_that_an_eager_call_has_shown_run
         assert assert_right_or_refused(lambda: compiled(x), bank, NAMES)
         assert not assert_right_or_refused(lambda: compiled(x, turned=True), bank, NAMES)
     # Other sizes are the same to it.
-    assert assert_right_or_refused(lambda: compiled(torch.randn(3, 7, D)), bank, NAMES)
+    longer = torch.randn(3, 7, D)
+    assert assert_right_or_refused(lambda: compiled(longer), bank, NAMES)
 
 
 def test_a_call_that_fails_shows_nothing() -> None:
@@ -272,10 +273,10 @@ class Tower(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
 
-    def forward(self, input_ids: Tensor, features: Tensor) -> Tensor:
-        return self.head(self.embed(input_ids)) + features.mean()
+    def forward(self, input_ids: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(self.embed(input_ids)), features
 
-    def generate_(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+    def generate_(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         return self(input_ids, self.proj(self.tower(pixel_values)))
 
 
