@@ -138,7 +138,9 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
 
 # Commands.
 
-COMMAND = re.compile(r"(xpu-lora|python3? -m benchmarks\.\w+|python3? benchmarks/|python3? examples/|tox -e|pip install) ?.*")
+COMMAND = re.compile(
+    r"(xpu-lora|python3? -m benchmarks\.\w+|python3? benchmarks/|python3? examples/|tox -e|pip install) ?.*"
+)
 
 
 def commands_of(name: str) -> list[str]:
@@ -202,9 +204,11 @@ def check_benchmark(module: str, words: list[str], monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr(sys, "path", [str(ROOT), *sys.path])
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-        with pytest.raises(Parsed), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            importlib.import_module(f"{module}.__main__").main(words)
+            program = importlib.import_module(f"{module}.__main__")
+        with pytest.raises(Parsed):
+            program.main(words)
 
 
 # Size.

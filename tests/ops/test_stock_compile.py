@@ -1,4 +1,4 @@
-"""Stock Inductor, without our passes: where it gives a wrong value for ops that write in place, as docs/compiler.md says."""
+"""Stock Inductor without our passes: where ops that write in place get a wrong value (docs/compiler.md)."""
 
 from __future__ import annotations
 

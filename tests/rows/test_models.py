@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from support.image_models import SMALL, llava, llava_batch, qwen2_vl, qwen2_vl_batch
+from support.image_models import GRIDS, SMALL, llava, llava_batch, qwen2_vl, qwen2_vl_batch
 from support.peft_folders import loaded_by_peft, quiet, save_adapter
 from torch import Tensor, nn
 
