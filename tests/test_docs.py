@@ -139,7 +139,7 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
 # Commands.
 
 COMMAND = re.compile(
-    r"(xpu-lora|python3? -m benchmarks\.\w+|python3? benchmarks/|python3? examples/|tox -e|pip install) ?.*"
+    r"(xpu-lora|python3? -m benchmarks\.\w+|python3? benchmarks/|python3? examples/|tox -e|pip install|'\.\[) ?.*"
 )
 
 
