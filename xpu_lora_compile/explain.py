@@ -74,8 +74,8 @@ def explain(
         >>> bank = xlc.attach(model, slots=2, max_rank=2)
         >>> with bank.use([None, None]), torch.no_grad():
         ...     report = xlc.explain(model, bandwidth=50)(torch.randn(2, 4))
-        >>> [(site.module, site.shapes["H"], site.relation, site.kernel) for site in report.sites]
-        [('0', '4', 'equal', 'gather'), ('1', '3', 'equal', 'gather')]
+        >>> [(site.module, site.shapes["H"], site.relation) for site in report.sites]
+        [('0', '4', 'equal'), ('1', '3', 'equal')]
     """
     if not callable(model):
         raise OptionError("explain", "a model", type(model).__name__, "Write `explain(model)(inputs)`.")

@@ -1,4 +1,4 @@
-"""Stock Inductor, without our passes: where it gives a wrong value for ops that write in place, as the README says."""
+"""Stock Inductor without our passes: where ops that write in place get a wrong value (docs/compiler.md)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def is_right(function: object, **options: object) -> bool:
     return torch.allclose(torch.compile(function, **options)(x.clone()), function(x.clone()), atol=1e-5)
 
 
-MENDED = "pytorch#198031; where this passes, torch is mended: take the sentence out of README.md, 'Three ways in'"
+MENDED = "pytorch#198031; where this passes, torch is mended: take it out of docs/compiler.md"
 
 
 @pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="seen with torch 2.13")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from support.image_models import GRIDS, SMALL, llava, llava_batch, qwen2_vl, qwen2_vl_batch
 from support.peft_folders import loaded_by_peft, quiet, save_adapter
 from torch import Tensor, nn
 
@@ -19,7 +20,6 @@ from xpu_lora_compile.errors import BatchError, UnprovedRowsError
 
 NAMES = ["a", None, "b"]
 # As many tokens as sequences, so that whoever goes by sizes alone takes one for the other.
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 IDS = torch.randint(3, 90, (3, 3), generator=torch.Generator().manual_seed(0))
 
 
@@ -328,52 +328,6 @@ def test_continuous_batching_answers_each_request_with_its_adapter(folders: Call
 
 
 # Images: none, one or several for a sequence.
-
-
-def llava() -> nn.Module:
-    text = hf.LlamaConfig(**SMALL, intermediate_size=48)
-    vision = hf.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
-    )
-    return hf.LlavaForConditionalGeneration(
-        hf.LlavaConfig(text_config=text, vision_config=vision, image_token_id=98, vision_feature_layer=-1)
-    )
-
-
-def llava_batch(images: list[int]) -> dict[str, Tensor]:
-    ids = torch.randint(3, 90, (3, 12), generator=torch.Generator().manual_seed(0))
-    for row, count in enumerate(images):
-        ids[row, 1 : 1 + 4 * count] = 98
-    pixels = torch.randn(sum(images), 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-
-
-def qwen2_vl() -> nn.Module:
-    text = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
-    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
-    special = {"image_token_id": 98, "video_token_id": 97, "vision_start_token_id": 96, "vision_end_token_id": 95}
-    return hf.Qwen2VLForConditionalGeneration(
-        hf.Qwen2VLConfig(text_config=text, vision_config={**vision, "in_channels": 3}, **special)
-    )
-
-
-GRIDS = torch.tensor([[1, 4, 4], [1, 2, 4], [1, 2, 2]])
-
-
-def qwen2_vl_batch() -> dict[str, Tensor]:
-    """Two images in the first row, none in the second, one in the third, all of different sizes."""
-    ids = torch.randint(3, 90, (3, 16), generator=torch.Generator().manual_seed(0))
-    patches = [int(grid.prod()) for grid in GRIDS]
-    at = 1
-    for number, count in enumerate(patches):
-        row, at = (0, at) if number < 2 else (2, 1)
-        ids[row, at] = 96
-        ids[row, at + 1 : at + 1 + count // 4] = 98
-        at += count // 4 + 2
-    pixels = torch.randn(sum(patches), 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(1))
-    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 98).int()}
-    return {**text, "pixel_values": pixels, "image_grid_thw": GRIDS}
 
 
 EVERY_LINEAR = r"(?!.*patch_embed).*(q_proj|k_proj|v_proj|qkv|proj|fc1|fc2|linear_1|linear_2|mlp\.0|mlp\.2|down_proj)"
