@@ -31,6 +31,7 @@ from xpu_lora_compile.kernels import ipex, native, triton_launch, vendor
 from xpu_lora_compile.kernels.choose import KERNELS, Call, choose, forced_kernel
 from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, LORA_LINEAR
 from xpu_lora_compile.ops.budget import budget_of
+from xpu_lora_compile.terminal import wrapped
 
 _PACKAGES = ("vllm-xpu-kernels", "intel-extension-for-pytorch", "transformers")
 
@@ -45,7 +46,8 @@ class Finding:
 
     def __str__(self) -> str:
         mark = {None: " ", True: "ok", False: "!!"}[self.is_right]
-        return f"{mark:>2}  {self.what}: {self.text}"
+        # A traceback keeps its lines.
+        return "\n".join(wrapped(line, indent=6) for line in f"{mark:>2}  {self.what}: {self.text}".split("\n"))
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Diagnosis:
 
     def __str__(self) -> str:
         parts = [f"{title}\n" + "\n".join(map(str, each)) for title, each in self.findings.items()]
-        return "\n\n".join([*parts, f"verdict\n    {self.verdict}"])
+        return "\n\n".join([*parts, f"verdict\n{wrapped('    ' + self.verdict, indent=4)}"])
 
 
 def check_report(file: Path) -> None:

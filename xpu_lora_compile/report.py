@@ -5,11 +5,50 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
 from typing import Any
+
+from xpu_lora_compile.terminal import FirstThatFits, plain_table, terminal_width, wrapped
+
+# The ops that compute from the indices what the calls of a graph share: for PyTorch's and the native kernels, for
+# Triton's, and for the vendor's.
+_ROUTINGS = ("route", "route_tiles", "valid_slots")
+
+_SIZES = "T x D -> R -> W in H"
+# The columns of the widest table: the facts that each one holds, in lines of a cell.
+_COLUMNS: dict[str, tuple[str, ...]] = {
+    "sites": ("sites",),
+    "where": ("module", "source"),
+    _SIZES: (_SIZES,),
+    "K": ("K",),
+    "dtypes": ("dtypes",),
+    "widths": ("widths", "guard"),
+    "becomes": ("becomes",),
+    "kernel": ("kernel",),
+    "floor": ("floor",),
+}
+# What is done, step by step, to a table that is too wide. None moves a column's facts below the table.
+_NARROWER: tuple[tuple[str, tuple[str, ...] | None], ...] = (
+    ("becomes", None),
+    ("where", ("name",)),
+    ("widths", ("widths",)),
+    ("dtypes", None),
+    ("K", None),
+    ("kernel", None),
+    ("widths", None),
+    (_SIZES, None),
+    ("where", None),
+)
+# What stands in front of a fact below the table.
+_LABELS = {"module": "", "source": "", "guard": "guarded by ", _SIZES: f"{_SIZES}: "}
+# How many lines of 80 columns the reasons for a kernel have.
+_REASON_LINES = 2
+# Columns beside the numbers of rows, in a terminal of 80.
+_PATH_WIDTH = 76
 
 
 @dataclass
@@ -134,7 +173,7 @@ class Report:
         return {
             "sites": len(self.sites),
             "calls": len({site.call for site in self.sites}),
-            "routings": sum(calls.get("route", 0) for calls in after),
+            "routings": sum(calls.get(op, 0) for calls in after for op in _ROUTINGS),
             "graphs": len(self.graphs),
         }
 
@@ -158,34 +197,30 @@ class Report:
         from rich.console import Console
 
         buffer = StringIO()
-        width = int(os.environ.get("COLUMNS", 0)) or 140
+        width = terminal_width()
         console = Console(file=buffer, width=width, no_color=True, highlight=False, emoji=False, markup=False)
         for part in self.parts():
             console.print(part)
-        return buffer.getvalue().rstrip()
+        return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().split("\n"))
 
     def parts(self) -> list[Any]:
-        """What a terminal shows, for `rich.console.Console.print`: like sites of different layers as one row."""
-        from rich.table import Column, Table
+        """What a terminal shows, for `rich.console.Console.print`: like sites of different layers as one row.
 
-        headings = ("sites", "where", "T x D -> R -> W in H", "K", "dtypes", "widths", "becomes", "kernel", "floor")
-        # Where it is narrow, lines are folded and no word is lost.
-        table = Table(*(Column(heading, overflow="fold") for heading in headings))
-        for group in self.groups():
-            site = group[0]
-            sizes = site.shapes
-            table.add_row(
-                str(len(group)),
-                "\n".join(filter(None, (_family(site.module), _short(site.source)))),
-                f"{sizes['T']} x {sizes['D']} -> {sizes['R']} -> {sizes['W']} in {sizes['H']}".replace("x - ", ""),
-                sizes["K"],
-                "/".join(dict.fromkeys(site.dtypes.values())),
-                site.relation + (f"\nif {site.guard}" if site.guard else ""),
-                _becomes(site),
-                site.kernel,
-                f"{site.floor_us:.3g} us",
-            )
-        return [table, *self.summary()]
+        Where the table is too wide for the terminal, it has fewer columns, and their facts stand below it.
+        """
+        return [*([FirstThatFits(self._layouts)] if self.sites else []), *self.summary()]
+
+    def _layouts(self) -> Iterator[tuple[Any, Sequence[Any]]]:
+        """The table with what stands below it, from the widest to the narrowest."""
+        rows = [_facts(group) for group in self.groups()]
+        columns = dict(_COLUMNS)
+        yield _layout(rows, columns)
+        for heading, facts in _NARROWER:
+            if facts is None:
+                del columns[heading]
+            else:
+                columns[heading] = facts
+            yield _layout(rows, columns)
 
     def groups(self) -> list[list[SiteReport]]:
         """The sites, those together that differ in nothing but numbers in their modules' names."""
@@ -220,8 +255,7 @@ class Report:
         if self.by_python:
             families = ", ".join(dict.fromkeys(_family(name) for name in self.by_python))
             lines.append(f"Not compiled, since Dynamo left it to Python, and right: {families}.")
-        lines += dict.fromkeys(f"Runs on kernel {site.kernel}: {site.because}." for site in self.sites)
-        lines += dict.fromkeys(f"Not on {name}: {why}." for site in self.sites for name, why in site.others.items())
+        lines += self._reasons()
         kept: dict[str, dict[str, None]] = {}
         for site in self.sites:
             for note in site.notes:
@@ -230,6 +264,122 @@ class Report:
                     kept.setdefault(note, {})[place] = None
         return [*lines, *(f"{note}: {', '.join(places)}." for note, places in kept.items())]
 
+    def _reasons(self) -> Iterator[str]:
+        """Why each kernel runs or does not: two lines of 80 columns each. The JSON has every reason."""
+        used = dict.fromkeys(site.kernel for site in self.sites)
+        for kernel in dict.fromkeys((*used, *(name for site in self.sites for name in site.others))):
+            runs = _merged(site.because for site in self.sites if site.kernel == kernel)
+            others = _merged(site.others[kernel] for site in self.sites if kernel in site.others)
+            yield _reason(kernel, runs, others)
+
+
+def _reason(kernel: str, runs: list[str], others: list[str]) -> str:
+    """The sentences on a kernel, with as many of the reasons as have room in two lines."""
+    text = ""
+    for kept in range(max(len(runs), len(others)), 0, -1):
+        lead = "Not at every site" if runs else f"Not on {kernel}"
+        said = [(f"Runs on kernel {kernel}", runs), (lead, others)]
+        text = " ".join(f"{start}: {_first(kept, reasons)}." for start, reasons in said if reasons)
+        if len(wrapped(text, width=80).split("\n")) <= _REASON_LINES:
+            return text
+    return wrapped(text, lines=_REASON_LINES, width=80).replace("\n", " ")
+
+
+def _first(kept: int, reasons: list[str]) -> str:
+    return "; ".join([*reasons[:kept], *([f"and {len(reasons) - kept} more"] if kept < len(reasons) else [])])
+
+
+def _facts(group: list[SiteReport]) -> dict[str, str]:
+    """What the row of a group says, by names of `_COLUMNS`; empty where there is nothing to say."""
+    site = group[0]
+    sizes = site.shapes
+    place = _family(site.module) or _short(site.source)
+    return {
+        "sites": str(len(group)),
+        "name": _short_module(place),
+        "module": _family(site.module),
+        "source": _short(site.source),
+        _SIZES: f"{sizes['T']} x {sizes['D']} -> {sizes['R']} -> {sizes['W']} in {sizes['H']}".replace("x - ", ""),
+        "K": sizes["K"],
+        "dtypes": "/".join(dict.fromkeys(site.dtypes.values())),
+        "widths": site.relation,
+        "guard": site.guard or "",
+        "becomes": _becomes(site),
+        "kernel": site.kernel,
+        "floor": f"{site.floor_us:.3g} us",
+    }
+
+
+def _layout(rows: list[dict[str, str]], columns: dict[str, tuple[str, ...]]) -> tuple[Any, list[Any]]:
+    """The table with these columns, and after it the facts that have no column: the common ones once, then by row."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = {fact for facts in columns.values() for fact in facts}
+    below = [fact for fact in rows[0] if fact not in shown and fact != "name"]
+    same = [fact for fact in below if len(rows) > 1 and fact != "module" and len({row[fact] for row in rows}) == 1]
+    common = [_said(fact, rows[0]) for fact in same if rows[0][fact]]
+    own = [
+        [
+            _said(fact, row)
+            for fact in below
+            if fact not in same and row[fact] and not ("name" in shown and row[fact] == row["name"])
+        ]
+        for row in rows
+    ]
+    is_numbered = len(rows) > 1 and any(own)
+    numbers = [[str(number)] if is_numbered else [] for number in range(1, len(rows) + 1)]
+    cells = [
+        [*number, *("\n".join(_in_cell(fact, row) for fact in facts if row[fact]) for facts in columns.values())]
+        for number, row in zip(numbers, rows, strict=True)
+    ]
+    table = plain_table([*(["#"] if is_numbered else []), *columns], cells)
+    details = Table.grid(padding=(0, 2, 0, 0))
+    for number, said in zip(numbers, own, strict=True):
+        if said:
+            details.add_row(*map(Text, (*number, ", ".join(said).replace(", becomes ", ",\nbecomes "))))
+    parts: list[Any] = [table, Text()]
+    if common:
+        parts.append(Text(f"In every row: {', '.join(common)}."))
+    return table, [*parts, *([details, Text()] if any(own) else [])]
+
+
+def _in_cell(fact: str, row: dict[str, str]) -> str:
+    return f"if {row[fact]}" if fact == "guard" else row[fact].replace(" + ", "\n+ ")
+
+
+def _said(fact: str, row: dict[str, str]) -> str:
+    return f"{_LABELS.get(fact, fact + ' ')}{_path(row[fact]) if fact in ('module', 'source') else row[fact]}"
+
+
+def _path(path: str) -> str:
+    """The path, in several lines where it is longer than one: they end where a name ends."""
+    lines = [""]
+    for name in re.split(r"(?<=[./])", path):
+        if lines[-1] and len(lines[-1] + name) > _PATH_WIDTH:
+            lines.append("")
+        lines[-1] += name
+    return "\n".join(lines)
+
+
+# A number that stands by itself: not that of `float32` or of a version.
+_FIGURE = r"(?<![\w.])\d+(?:\.\d+)?(?!\.?\w)"
+
+
+def _merged(reasons: Iterable[str]) -> list[str]:
+    """The different reasons. Those that differ in numbers alone are one, with the least and the largest number."""
+    alike: dict[str, list[str]] = {}
+    for reason in dict.fromkeys(reasons):
+        alike.setdefault(re.sub(_FIGURE, "#", reason), []).append(reason)
+    merged = []
+    for same in alike.values():
+        figures = [
+            sorted(set(each), key=float) for each in zip(*(re.findall(_FIGURE, one) for one in same), strict=True)
+        ]
+        ranges = iter([each[0] if len(each) == 1 else f"{each[0]} to {each[-1]}" for each in figures])
+        merged.append(re.sub(_FIGURE, lambda _, ranges=ranges: next(ranges), same[0]))  # type: ignore[misc]
+    return merged
+
 
 def _number(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
@@ -237,7 +387,7 @@ def _number(count: int, what: str) -> str:
 
 def _becomes(site: SiteReport) -> str:
     name = site.call.rsplit(" ", 1)[0]
-    return name + "".join(f"\n+ {_short_module(_family(place))}" for place in site.fused_with)
+    return name + "".join(f" + {_short_module(_family(place))}" for place in site.fused_with)
 
 
 def _family(place: str) -> str:

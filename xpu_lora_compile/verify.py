@@ -24,6 +24,7 @@ from xpu_lora_compile.passes.fuse_base import keep_bases
 from xpu_lora_compile.passes.memory import input_storages, storages_of, written_by
 from xpu_lora_compile.replay import Eager, Forced, Taps, copy_of, is_close, tensors_in
 from xpu_lora_compile.rows.routing import Routing
+from xpu_lora_compile.terminal import wrapped
 from xpu_lora_compile.torch_internals import fresh_compilation
 
 
@@ -88,10 +89,12 @@ class Verification:
             lines.append(f"Isolation: with another adapter for one sequence, other rows keep their bits in {kept}.")
             lines += [f"  LEAK: {name}, {rows} rows" for name, rows in list(changed.items())[:5]]
         lines.append("Worst errors, as fractions of what rounding allows (rewritten graph, generated code):")
+        lines = [wrapped(line, indent=2) for line in lines]
         for site in worst:
             compiled = "-" if site.compiled is None else f"{site.compiled:.3g}"
             wrong = "" if site.is_right else "   WRONG" + ("" if site.reads_the_same else ": it reads something else")
-            lines.append(f"  {site.rewritten:8.3g}  {compiled:>8}  {site.place} at {list(site.at)}{wrong}")
+            figures = f"  {site.rewritten:8.3g}  {compiled:>8}  "
+            lines.append(wrapped(f"{figures}{site.place} at {list(site.at)}{wrong}", indent=len(figures)))
         return "\n".join(lines)
 
 

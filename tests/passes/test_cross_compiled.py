@@ -28,6 +28,7 @@ from xpu_lora_compile.kernels import vendor
 from xpu_lora_compile.kernels.choose import force_kernel
 from xpu_lora_compile.ops import VALID_SLOTS
 from xpu_lora_compile.ops.budget import budget_of
+from xpu_lora_compile.torch_internals import without_memory
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="it needs no device")
 
@@ -281,6 +282,26 @@ def test_without_the_wheel_the_triton_kernels_run() -> None:
 xpu_lora.add_lora((%9), %0, (%3, %4, %5), (%6, %7, %8), (%2, %10), (0, 0, 0), (0, 8, 12), 0.5)
 return (%9)""",
     )
+
+
+@pytest.mark.parametrize(
+    ("groups", "op"),
+    [
+        (NEW, "valid_slots"),
+        pytest.param(
+            NONE,
+            "route_tiles",
+            marks=pytest.mark.skipif("triton" not in KERNELS_HERE, reason="Triton is not installed"),
+        ),
+    ],
+)
+def test_the_report_counts_the_routing_computation_of_the_device(groups: tuple[dict[str, str], ...], op: str) -> None:
+    torch._dynamo.reset()
+    with xpu_c.installed(*groups), without_memory():
+        report = xlc.explain(one_slice, bandwidth=1)(*operands("xpu", H))
+    assert report.graphs[0].calls_after[op] == 1
+    assert report.counts["routings"] == 1
+    assert "1 site became 1 call, with 1 routing computation, in 1 graph." in str(report)
 
 
 @pytest.mark.parametrize("groups", [NEW, OLD], ids=["new", "old"])

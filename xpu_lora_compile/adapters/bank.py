@@ -26,6 +26,7 @@ from xpu_lora_compile.errors import (
     UnreachedLayerError,
 )
 from xpu_lora_compile.rows.routing import Entry, Routing
+from xpu_lora_compile.terminal import wrapped
 
 NO_ADAPTER = -1
 
@@ -131,7 +132,7 @@ class AdapterBank:
         held = ", ".join(self.names) or "empty"
         slots = f"{len(self.names)} of {len(self._slots)} slots taken"
         size = f"max_rank={self._max_rank}, {len(self._layers)} modules, {self._memory()}"
-        lines = [f"AdapterBank({held}; {slots}, {size})"]
+        lines = [wrapped(f"AdapterBank({held}; {slots}, {size})", indent=4, width=80)]
         width = max(map(len, self.names), default=0)
         for name, rank, modules in zip(self._slots, self._ranks, self._counts, strict=True):
             if name is not None:

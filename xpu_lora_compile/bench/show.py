@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from xpu_lora_compile.bench.measure import Timing, geometric_mean
 from xpu_lora_compile.errors import BenchError
 from xpu_lora_compile.kernels.choose import check_name, forced_kernel
+from xpu_lora_compile.terminal import FirstThatFits, plain_table
 
 # From where on a median says little.
 MOST_SPREAD = 0.25
@@ -57,19 +60,37 @@ def progress(total: int | None = None) -> Iterator[Callable[[str], None]]:
         yield advance
 
 
-def timings_table(title: str, first: str, ours: str, rows: Mapping[str, Mapping[str, Timing]]) -> Table:
-    """A row for each place that was measured: each contender's median, spread, and time as a multiple of `ours`."""
+def timings_table(title: str, first: str, ours: str, rows: Mapping[str, Mapping[str, Timing]]) -> FirstThatFits:
+    """Each contender's median, spread, and time as a multiple of `ours`, at each place that was measured.
+
+    A place is a row where that is no wider than the terminal, and else has a row for each contender.
+    """
     names = list(dict.fromkeys(name for timings in rows.values() for name in timings))
     caption = f"median ± half the distance between quartiles = time as a multiple of: {ours}"
-    table = Table(first, *(f"{name}, us" for name in names), title=title, caption=caption)
-    for place, timings in rows.items():
-        cells = []
-        for name in names:
-            timing = timings.get(name)
-            ratio = "" if timing is None or name == ours else f" = {timing.median / timings[ours].median:.2f}x"
-            cells.append("-" if timing is None else f"{_figures(timing.median)} ±{timing.spread:.0%}{ratio}")
-        table.add_row(place, *cells)
-    return table
+
+    def layouts() -> Iterator[tuple[Table, tuple[Any, ...]]]:
+        cells = [[place, *(_timing(timings, name, ours) for name in names)] for place, timings in rows.items()]
+        wide = plain_table((first, *(f"{name}, us" for name in names)), cells)
+        yield wide, (Text(title), Text(), wide, Text(), Text(caption), Text())
+        parts: list[Any] = [Text(title)]
+        for place, timings in rows.items():
+            narrow = Table.grid(padding=(0, 2, 0, 0))
+            # Of one width, so that the figures of all places are one column.
+            narrow.add_column(min_width=max(map(len, names)) + 2)
+            for name in names:
+                narrow.add_row(*map(Text, (f"  {name}", _timing(timings, name, ours))))
+            parts += [Text(), Text(place), narrow]
+        yield narrow, (*parts, Text(), Text(f"us, {caption}"), Text())
+
+    return FirstThatFits(layouts)
+
+
+def _timing(timings: Mapping[str, Timing], name: str, ours: str) -> str:
+    timing = timings.get(name)
+    if timing is None:
+        return "-"
+    ratio = "" if name == ours else f" = {timing.median / timings[ours].median:.2f}x"
+    return f"{_figures(timing.median)} ±{timing.spread:.0%}{ratio}"
 
 
 def _figures(us: float) -> str:
@@ -93,9 +114,10 @@ def save(run: object, file: Path | None) -> None:
 
 def summary_table(summary: Mapping[str, float], ours_is_faster: bool = False) -> Table:
     """What it comes to; whether "ours" in it is the faster of two ways to call ours."""
-    table = Table("summary (ours: the faster of compiled and eager)" if ours_is_faster else "summary", "")
+    heading = "summary (ours: the faster of compiled and eager)" if ours_is_faster else "summary"
+    table = Table(heading, Column("", no_wrap=True), box=box.SIMPLE_HEAD, show_edge=False)
     for name, value in summary.items():
-        table.add_row(name, f"{value:.3g}")
+        table.add_row(Text(name), f"{value:.3g}")
     return table
 
 
