@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from xpu_lora_compile.errors import DeadAdapterError, OptionError
-from xpu_lora_compile.kernels.choose import Choice
-from xpu_lora_compile.kernels.entry import choice_for
+from xpu_lora_compile.kernels import choice_for
+from xpu_lora_compile.kernels.call import LoraCall
+from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.layers import LoraEmbedding, LoraLinear
 from xpu_lora_compile.ops import (
     ADD_LORA,
@@ -255,10 +256,11 @@ def _site(
     columns = sum(min(hint_of(one.shape[-2]), hint_of(output.shape[1])) for one in b)
     size += 2 * rows * columns * output.element_size()
     size += rows * hint_of(inputs.shape[1]) * inputs.element_size() * len(b) // total
-    if op is VENDOR_ADD_LORA:
-        choice = Choice("vllm-xpu-kernels", "it is there, and its rules hold for all sizes of the graph", {})
-    else:
-        choice = choice_for([output], inputs, *([without_slice_dim(one) for one in stacks] for stacks in (a, b)))
+    stacks_a, stacks_b = ([without_slice_dim(weights) for weights in stacks] for stacks in (a, b))
+    given = arguments[4] if a else arguments[3]
+    indices = value_of(given[0] if isinstance(given, list | tuple) else given)
+    places = [0] * len(b)
+    choice = choice_for(LoraCall([output], inputs, stacks_a, stacks_b, Routing(indices, b[0].shape[0]), places, places))
     ranks = [one.shape[-1] for one in b]
     return SiteReport(
         module=decision.module,
@@ -279,7 +281,7 @@ def _site(
         guard=decision.guard,
         call=f"{op._schema.name.split('::')[1]} {number}",
         fused_with=others,
-        kernel=choice.kernel,
+        kernel=choice.kernel.name,
         because=choice.because,
         others=dict(choice.others),
         bytes=size,

@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from xpu_lora_compile.kernels.choose import KERNELS, TABLE, Call, choose, force_kernel, forced_kernel
 
 from xpu_lora_compile.errors import KernelError
 from xpu_lora_compile.kernels import triton_launch
-from xpu_lora_compile.kernels.choose import KERNELS, TABLE, Call, choose, force_kernel, forced_kernel
 
 CALL = Call("cpu", "float32", 8, 8, 16, 4096, 4096)
 NO_TRITON = "Triton is not installed"
@@ -117,7 +117,7 @@ def test_a_forced_kernel_that_cannot_run_is_an_error(call: Call, problem: str, f
 
 
 def test_force_kernel_ends_with_its_block_and_refuses_unknown_names() -> None:
-    with force_kernel("dense"):
+    with force_kernel("gather"):
         with force_kernel("gather"):
             assert forced_kernel() == "gather"
         assert forced_kernel() == "dense"

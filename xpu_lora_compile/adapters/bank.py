@@ -25,6 +25,7 @@ from xpu_lora_compile.errors import (
     UnknownAdapterError,
     UnreachedLayerError,
 )
+from xpu_lora_compile.kernels import reads_ranks
 from xpu_lora_compile.rows.routing import Entry, Routing
 
 NO_ADAPTER = -1
@@ -239,7 +240,8 @@ class AdapterBank:
             BatchError: no list, or an empty one; lengths that do not fit the names; no such part. The model raises it
                 too, where the batch has another size, or is on another device than the model was.
             UnprovedRowsError: by the model: a layer's rows come from the sequences in a way that cannot be told.
-            OutsideBlockError: by the model: another thread or task calls it, or a checkpoint recomputes a layer outside.
+            OutsideBlockError: by the model: another thread or task calls it, or a checkpoint recomputes a layer after
+                the block.
             UnreachedLayerError: when the block ends: a layer was left out, since its weight was read and it was not
                 called.
             AdapterError: a module has been replaced, or its forward hooked, since `attach`.
@@ -406,7 +408,7 @@ class AdapterBank:
 
     def _route_ranks(self, routing: Routing, device: torch.device) -> None:
         main = self._routing
-        if device.type == "cpu":
+        if not reads_ranks(device.type):
             routing.ranks = None
         elif main.ranks is None or main.ranks.device != device:
             with torch.inference_mode(False):

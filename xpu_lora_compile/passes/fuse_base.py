@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from xpu_lora_compile.kernels.entry import computes_base
+from xpu_lora_compile.kernels import kernel_named
 from xpu_lora_compile.ops import ADD_LORA, LINEAR_LORA, ROUTE_TILES
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
 from xpu_lora_compile.passes.editing import arguments_of, calls_to, insert_before, is_subgraph, may_rewrite, value_of
@@ -71,7 +71,7 @@ def fuse_base(graph: Graph) -> None:
 def _wants(call: Node) -> bool:
     routing, offsets = call.args[4], call.args[6]
     return (
-        computes_base(value_of(call.args[1]).device.type)  # type: ignore[arg-type]
+        value_of(call.args[1]).device.type in kernel_named("triton").computes_base_on  # type: ignore[arg-type]
         and any(one.target is ROUTE_TILES for one in routing)  # type: ignore[union-attr]
         and all(isinstance(offset, int) for offset in offsets)  # type: ignore[union-attr]
     )

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from xpu_lora_compile.kernels import vendor
-from xpu_lora_compile.kernels.choose import forced_kernel
-from xpu_lora_compile.kernels.entry import choice_for, outputs_with_shared_columns
+from xpu_lora_compile.kernels import KERNELS, choice_for, forced_kernel, refusal_of, vendor
+from xpu_lora_compile.kernels.call import Kernel, LoraCall
+from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.ops import (
-    ADD_LORA,
     BGMV_EXPAND_SLICE,
     BGMV_SHRINK,
     EXPAND_SLICE,
@@ -23,7 +22,6 @@ from xpu_lora_compile.ops import (
     LORA_LINEARS,
     NATIVE_ADD_LORA,
     ROUTE,
-    ROUTE_TILES,
     SHRINK,
     VALID_SLOTS,
     VENDOR_ADD_LORA,
@@ -185,22 +183,26 @@ def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
             nodes.unite(base, result)
         outputs.append(target)
     stacks_a, stacks_b = ([without_slice_dim(value_of(one)) for one in stacks] for stacks in (a, b))
-    kernel = choice_for([value_of(base) for base in bases], value_of(inputs), stacks_a, stacks_b).kernel
-    # A program to be saved may run where there are other kernels.
-    here = is_compiling_for_this_process()
-    op, routing = ADD_LORA, cast("Any", [indices])
+    known = Routing(value_of(indices), stacks_a[0].shape[0])
+    asked = LoraCall(
+        [value_of(output) for output in outputs],
+        value_of(inputs), stacks_a, stacks_b, known, slice_bases, offsets, scaling,
+    )  # fmt: skip
+    kernel = _kernel_for(call, asked, b)
+    op: Any = getattr(torch.ops.xpu_lora, kernel.op if kernel else "add_lora").default
     more: list[Any] = []
-    kind = _vendor_kind(call, outputs, inputs, stacks_a, stacks_b, b, indices, slice_bases, offsets) if here else ""
-    if kind:
-        op, more = VENDOR_ADD_LORA, [kind]
+    routing: Node | list[Node]
+    if op is VENDOR_ADD_LORA:
+        kind = vendor.family()[0]
         (routing,) = _shared(VALID_SLOTS, indices, a[0], call, nodes, kind == "lora")
-    elif kernel == "native" and here and _fits_native(stacks_b, slice_bases, offsets):
-        op, routing, packed = NATIVE_ADD_LORA, _whole(indices), _packed(a, stacks_a, stacks_b, slice_bases, offsets)
+        more = [kind]
+    elif op is NATIVE_ADD_LORA:
+        routing, packed = _whole(indices), _packed(a, stacks_a, stacks_b, slice_bases, offsets)
         more = [packed] if packed is not None else []
-    elif kernel == "triton" and here:
-        routing += [*_shared(ROUTE_TILES, indices, a[0], call, nodes), *([ranks] if ranks is not None else [])]
     else:
-        routing += _shared(ROUTE, indices, a[0], call, nodes)
+        prepares = getattr(torch.ops.xpu_lora, kernel.prepares).default if kernel else ROUTE
+        routing = [indices, *_shared(prepares, indices, a[0], call, nodes)]
+        routing += [ranks] if kernel and kernel.reads_ranks and ranks is not None else []
     lowered = insert_before(call, op, (outputs, inputs, a, b, routing, slice_bases, offsets, scaling, *more), None)
     set_decisions(lowered, decisions_on(call))
     if written_back is not None:
@@ -214,34 +216,35 @@ def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
     call.graph.erase_node(call)
 
 
-def _vendor_kind(
-    call: Node,
-    outputs: list[Node],
-    inputs: Node,
-    stacks_a: list[Tensor],
-    stacks_b: list[Tensor],
-    lora_b: list[Node],
-    indices: Node,
-    slice_outputs: list[int],
-    offsets: list[Any],
-) -> str:
-    """Which ops of vllm-xpu-kernels are to be called, on an Intel GPU; none where they are missing or a rule fails."""
-    if value_of(inputs).device.type != "xpu":
-        return ""
+def _kernel_for(node: Node, call: LoraCall, lora_b: list[Node]) -> Kernel | None:
+    """The first kernel that takes a call for all sizes of the graph; None where what it is shall be seen as it runs."""
+    # A program to be saved may run where there are other kernels.
+    if not is_compiling_for_this_process():
+        return None
     forced = forced_kernel()
-    kind, why = vendor.family() if forced is None else ("", f"{forced} was forced")
-    if kind:
-        written = [value_of(outputs[at]) for at in slice_outputs]
-        why = vendor.refusal(kind, written, value_of(inputs), stacks_a, stacks_b, value_of(indices))
-        if not why and not all(map(_is_stored, lora_b, stacks_b)):
-            why = "B must be contiguous, or the leading rows of a stack that is contiguous in the graph"
-        if not all(isinstance(offset, int) for offset in offsets):
-            why = "offsets must be known while compiling"
-        elif outputs_with_shared_columns(stacks_b, slice_outputs, offsets):
-            why = "slices must not share columns"
-    used = " and ".join(vendor.FAMILIES[kind]) if kind else ""
-    note(call, f"lower: vllm-xpu-kernels is not used: {why}" if why else f"lower: {used} of vllm-xpu-kernels")
-    return "" if why else kind
+    # That it cannot run the call is an error.
+    chosen = None if forced is None else choice_for(call).kernel
+    for kernel in KERNELS:
+        why = kernel.by_force_alone if forced is None else "" if kernel is chosen else f"{forced} was forced"
+        why = why or refusal_of(kernel, call) or _refusal_in_graph(kernel, call, lora_b)
+        if not why:
+            return kernel
+        # What is worth a word: a kernel for this device that comes first.
+        if kernel.op != "add_lora" and call.device in kernel.devices:
+            note(node, f"lower: kernel {kernel.name} is not used: {why}")
+    return None
+
+
+def _refusal_in_graph(kernel: Kernel, call: LoraCall, lora_b: list[Node]) -> str:
+    """Which rule of the op that a kernel is called by a call breaks; empty if none."""
+    if kernel.needs_plain_slices:
+        if not all(isinstance(offset, int) for offset in call.slice_offsets):
+            return "offsets must be known while compiling"
+        if call.shared_outputs():
+            return "slices must not share columns"
+    if kernel.needs_whole_stacks and not all(map(_is_stored, lora_b, call.lora_b)):
+        return "B must be contiguous, or the leading rows of a stack that is contiguous in the graph"
+    return ""
 
 
 def _is_stored(node: Node, stack: Tensor) -> bool:
@@ -307,13 +310,6 @@ def _are_columns(stacks: list[Tensor], whole: Tensor) -> bool:
         rules += [left == right for left, right in zip(stack.stride(), (of_slot, of_rank, of_column), strict=True)]
         rules += [stack.storage_offset() == whole.storage_offset() + start * of_column]
     return all(map(is_known, rules))
-
-
-def _fits_native(stacks_b: list[Tensor], slice_bases: list[int], offsets: list[Any]) -> bool:
-    """Whether the native op may be called, which leaves all checks to us."""
-    return all(isinstance(offset, int) for offset in offsets) and (
-        len(stacks_b) == 1 or not outputs_with_shared_columns(stacks_b, slice_bases, offsets)
-    )
 
 
 def _written_back(call: Node, bases: list[Node]) -> Node | None:
