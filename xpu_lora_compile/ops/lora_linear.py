@@ -147,14 +147,14 @@ def _lora_linears(
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     lora_indices_tensor: Tensor,
-    slice_bases: Sequence[int],
+    slice_outputs: Sequence[int],
     slice_offsets: Sequence[int],
     scaling: float = 1.0,
     ranks: Tensor | None = None,
 ) -> list[Tensor]:
-    checks.check_lora_linears(bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_bases, slice_offsets, ranks)
+    checks.check_lora_linears(bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_outputs, slice_offsets, ranks)
     results = [base.clone(memory_format=torch.contiguous_format) for base in bases]
-    _add(results, inputs, lora_a, lora_b, lora_indices_tensor, slice_bases, slice_offsets, scaling, ranks)
+    _add(results, inputs, lora_a, lora_b, lora_indices_tensor, slice_outputs, slice_offsets, scaling, ranks)
     return results
 
 
@@ -164,7 +164,7 @@ def _add(
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     indices: Tensor,
-    slice_bases: Sequence[int],
+    slice_outputs: Sequence[int],
     slice_offsets: Sequence[int],
     scaling: float,
     ranks: Tensor | None,
@@ -183,7 +183,7 @@ def _add(
                 [stacks_a[s] for s in mine],
                 [stacks_b[s] for s in mine],
                 Routing(indices, slots, ranks),
-                [slice_bases[s] for s in mine],
+                [slice_outputs[s] for s in mine],
                 [slice_offsets[s] for s in mine],
                 scaling,
             )
@@ -213,23 +213,23 @@ def _fake_lora_linears(
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     lora_indices_tensor: Tensor,
-    slice_bases: Sequence[int],
+    slice_outputs: Sequence[int],
     slice_offsets: Sequence[int],
     scaling: float = 1.0,
     ranks: Tensor | None = None,
 ) -> list[Tensor]:
-    checks.check_lora_linears(bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_bases, slice_offsets, ranks)
+    checks.check_lora_linears(bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_outputs, slice_offsets, ranks)
     return [torch.empty_like(base, memory_format=torch.contiguous_format) for base in bases]
 
 
 def _setup_one(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _base, rows, lora_a, lora_b, indices, ctx.slice_offsets, ctx.scaling, _ranks = inputs
-    ctx.slice_bases = [0] * len(lora_a)
+    ctx.slice_outputs = [0] * len(lora_a)
     ctx.save_for_backward(rows, indices, *lora_a, *lora_b)
 
 
 def _setup_several(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _bases, rows, lora_a, lora_b, indices, ctx.slice_bases, ctx.slice_offsets, ctx.scaling, _ranks = inputs
+    _bases, rows, lora_a, lora_b, indices, ctx.slice_outputs, ctx.slice_offsets, ctx.scaling, _ranks = inputs
     ctx.save_for_backward(rows, indices, *lora_a, *lora_b)
 
 
@@ -256,7 +256,7 @@ def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Tensor, list[Tens
     grads_b: list[Tensor] = []
     for s in range(slices):
         stored_a, stored_b, offset = weights[s], weights[slices + s], ctx.slice_offsets[s]
-        grad = grads_out[ctx.slice_bases[s]]
+        grad = grads_out[ctx.slice_outputs[s]]
         a, b = without_slice_dim(stored_a), without_slice_dim(stored_b)
         dtype = accumulator(grad, rows, a, b)
         grad_slice = grad[:, offset : offset + b.shape[1]].to(dtype)

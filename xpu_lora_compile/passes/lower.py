@@ -13,7 +13,6 @@ from torch.fx import Graph, Node
 
 from xpu_lora_compile.kernels import KERNELS, choice_for, forced_kernel, refusal_of, vendor
 from xpu_lora_compile.kernels.call import Kernel, LoraCall
-from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.ops import (
     BGMV_EXPAND_SLICE,
     BGMV_SHRINK,
@@ -26,7 +25,7 @@ from xpu_lora_compile.ops import (
     VALID_SLOTS,
     VENDOR_ADD_LORA,
 )
-from xpu_lora_compile.ops.checks import without_slice_dim
+from xpu_lora_compile.passes.calls import LoraNode
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
 from xpu_lora_compile.passes.editing import (
     arguments_of,
@@ -85,25 +84,20 @@ def lower(graph: Graph) -> None:
     if not (single or several):
         return
     nodes = _Nodes(graph)
-    for call in [node for node in graph.nodes if node in single | several]:
-        if call in single:
-            base, *rest, offsets, scaling, ranks = arguments_of(call, LORA_LINEAR)
-            arguments = ([base], *rest, [0] * len(offsets), offsets, scaling, ranks)
-        else:
-            arguments = tuple(arguments_of(call, LORA_LINEARS))
-        refusal = "a higher-order op cannot look into lists" if is_subgraph(graph) else _refusal(arguments)
+    for lora in [LoraNode(node) for node in graph.nodes if node in single | several]:
+        refusal = "a higher-order op cannot look into lists" if is_subgraph(graph) else _refusal(lora)
         if refusal:
-            note(call, f"lower: left functional, since {refusal}")
-        elif may_rewrite(call):
-            _lower(call, arguments, nodes)
+            note(lora.node, f"lower: left functional, since {refusal}")
+        elif may_rewrite(lora.node):
+            _lower(lora, nodes)
 
 
-def _refusal(arguments: tuple[Any, ...]) -> str:
-    bases, inputs, a, b, *_ = arguments
-    if any(value_of(one).requires_grad for one in (*bases, inputs, *a, *b)):
+def _refusal(call: LoraNode) -> str:
+    operands = (*call.outputs, call.inputs, *call.lora_a, *call.lora_b)
+    if any(value_of(operand).requires_grad for operand in operands):
         return "it carries gradients"
-    slots = [value_of(one).shape[0] for one in a]
-    if not all(is_guarded(one == slots[0]) for one in slots):
+    slots = [value_of(a).shape[0] for a in call.lora_a]
+    if not all(is_guarded(count == slots[0]) for count in slots):
         return f"its slices must have the same number of slots, and have {', '.join(map(str, slots))}"
     return ""
 
@@ -163,10 +157,10 @@ class _Nodes:
         )
 
 
-def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
-    bases, inputs, a, b, indices, slice_bases, offsets, scaling, ranks = arguments
+def _lower(lora: LoraNode, nodes: _Nodes) -> None:
+    call, bases, inputs, a, b, indices = lora.node, lora.outputs, lora.inputs, lora.lora_a, lora.lora_b, lora.indices
     outputs: list[Node] = []
-    is_single = call.target in (LORA_LINEAR, LORA_LINEAR.overloadpacket)
+    is_single = lora.op is LORA_LINEAR
     results: list[Tensor] = [value_of(call)] if is_single else value_of(call)
     written_back = _written_back(call, bases)
     if nodes.inputs is None or _share_memory(bases[0], (inputs, *a, *b, indices)):
@@ -182,12 +176,7 @@ def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
         else:
             nodes.unite(base, result)
         outputs.append(target)
-    stacks_a, stacks_b = ([without_slice_dim(value_of(one)) for one in stacks] for stacks in (a, b))
-    known = Routing(value_of(indices), stacks_a[0].shape[0])
-    asked = LoraCall(
-        [value_of(output) for output in outputs],
-        value_of(inputs), stacks_a, stacks_b, known, slice_bases, offsets, scaling,
-    )  # fmt: skip
+    asked = lora.call(outputs=outputs)
     kernel = _kernel_for(call, asked, b)
     op: Any = getattr(torch.ops.xpu_lora, kernel.op if kernel else "add_lora").default
     more: list[Any] = []
@@ -197,13 +186,14 @@ def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
         (routing,) = _shared(VALID_SLOTS, indices, a[0], call, nodes, kind == "lora")
         more = [kind]
     elif op is NATIVE_ADD_LORA:
-        routing, packed = _whole(indices), _packed(a, stacks_a, stacks_b, slice_bases, offsets)
+        routing, packed = _whole(indices), _packed(a, asked)
         more = [packed] if packed is not None else []
     else:
         prepares = getattr(torch.ops.xpu_lora, kernel.prepares).default if kernel else ROUTE
         routing = [indices, *_shared(prepares, indices, a[0], call, nodes)]
-        routing += [ranks] if kernel and kernel.reads_ranks and ranks is not None else []
-    lowered = insert_before(call, op, (outputs, inputs, a, b, routing, slice_bases, offsets, scaling, *more), None)
+        routing += [lora.ranks] if kernel and kernel.reads_ranks and lora.ranks is not None else []
+    places = lora.slice_outputs, lora.slice_offsets
+    lowered = insert_before(call, op, (outputs, inputs, a, b, routing, *places, lora.scaling, *more), None)
     set_decisions(lowered, decisions_on(call))
     if written_back is not None:
         call.graph.erase_node(written_back)
@@ -284,15 +274,18 @@ def _whole(indices: Node) -> Node:
     return found
 
 
-def _packed(
-    lora_a: list[Node], stacks_a: list[Tensor], stacks_b: list[Tensor], slice_bases: list[int], offsets: list[int]
-) -> Node | None:
+def _packed(lora_a: list[Node], call: LoraCall) -> Node | None:
     """The tensor whose columns are all A and then all B of a call to one output, as `native_add_packed` reads it."""
-    widths = [b.shape[1] for b in stacks_b]
-    side_by_side = [at == before for at, before in zip(offsets, accumulate(widths, initial=0), strict=False)]
-    if any(slice_bases) or len(offsets) > 3 or not all(map(is_known, (*side_by_side, *(one > 0 for one in widths)))):
+    widths = [b.shape[1] for b in call.lora_b]
+    starts = accumulate(widths, initial=0)
+    side_by_side = [at == before for at, before in zip(call.slice_offsets, starts, strict=False)]
+    if (
+        any(call.slice_outputs)
+        or len(widths) > 3
+        or not all(map(is_known, (*side_by_side, *(one > 0 for one in widths))))
+    ):
         return None
-    by_rank = [*stacks_a, *(b.transpose(1, 2) for b in stacks_b)]
+    by_rank = [*call.lora_a, *(b.transpose(1, 2) for b in call.lora_b)]
     return next((node for node in _viewed(lora_a[0]) if _are_columns(by_rank, value_of(node))), None)
 
 
