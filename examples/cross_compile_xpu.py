@@ -20,8 +20,7 @@ from torch.fx import GraphModule
 from torch.nn.functional import linear
 
 import xpu_lora_compile as xlc
-from xpu_lora_compile.kernels import vendor
-from xpu_lora_compile.kernels.choose import forced_kernel
+from xpu_lora_compile.kernels import forced_kernel, vendor
 from xpu_lora_compile.passes.text import as_text
 from xpu_lora_compile.torch_internals import compiled_after_aot, without_memory
 

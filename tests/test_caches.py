@@ -116,6 +116,6 @@ def test_a_changed_option_is_not_answered_from_the_cache(cache: Path) -> None:
 
 
 def test_a_forced_kernel_is_not_answered_from_the_cache(cache: Path) -> None:
-    forced = run(cache, XPU_LORA_KERNEL="dense")
+    forced = run(cache, XPU_LORA_KERNEL="gather")
     for through in THROUGH:
         assert forced[through] == {"first": 3.0, "hits": 0, "misses": 1, "outer_hits": 0}

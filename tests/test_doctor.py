@@ -17,8 +17,7 @@ import xpu_lora_compile as xlc
 from xpu_lora_compile import doctor
 from xpu_lora_compile.doctor import Diagnosis, Finding
 from xpu_lora_compile.errors import DeviceError, KernelError, OptionError
-from xpu_lora_compile.kernels import entry, ipex
-from xpu_lora_compile.kernels.choose import force_kernel
+from xpu_lora_compile.kernels import entry, force_kernel, ipex
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +118,7 @@ def test_a_forced_kernel_that_cannot_run_is_said_in_a_line_each(monkeypatch: pyt
     # Bare, inside an error of opcheck's, and inside one of Dynamo's.
     monkeypatch.setattr(entry, "choose", refuse)
     parts = (doctor.sweep, doctor.opchecks, doctor.speed)
-    with force_kernel("dense"):
+    with force_kernel("gather"):
         found = [one for look in parts for one in doctor._guarded("part", look, DEVICE.type)]
     wanted = "forced kernel: wanted one that can run this call; got 'ipex', which cannot. Force none."
     assert [one.what for one in found] == ["float32", "bfloat16", "float16", "part", "part"]

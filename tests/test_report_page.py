@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.errors import DeadAdapterError
-from xpu_lora_compile.kernels.choose import force_kernel
+from xpu_lora_compile.kernels import force_kernel
 from xpu_lora_compile.report import Report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -80,7 +80,7 @@ def llama() -> Report:
     """
     model = tiny_llama()
     bank = xlc.attach(model, slots=3, max_rank=4, target_modules=r".*(_proj|lm_head)", vocab_size=67)
-    with bank.use([None, None]), torch.no_grad(), force_kernel("dense"):
+    with bank.use([None, None]), torch.no_grad(), force_kernel("gather"):
         return xlc.explain(model, bandwidth=20)(torch.zeros(2, 5, dtype=torch.long), use_cache=False)
 
 

@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule
 import xpu_lora_compile as xlc
 from xpu_lora_compile import passes, replay
 from xpu_lora_compile.errors import KernelError, VerificationError
-from xpu_lora_compile.kernels.choose import force_kernel
+from xpu_lora_compile.kernels import force_kernel
 from xpu_lora_compile.ops import NATIVE_ADD_LORA
 from xpu_lora_compile.passes.editing import calls_to
 from xpu_lora_compile.rows import rules

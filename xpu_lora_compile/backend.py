@@ -22,7 +22,7 @@ from xpu_lora_compile.inductor_internals import (
     mode_names,
     option_names,
 )
-from xpu_lora_compile.kernels.choose import forced_kernel
+from xpu_lora_compile.kernels import forced_kernel
 from xpu_lora_compile.passes import fuel, rewrite
 
 # Our own options, each with the values it takes; the first is the default.

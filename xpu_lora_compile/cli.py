@@ -150,13 +150,6 @@ def bench_ops(
     device: Annotated[str, typer.Option(help="cpu, cuda or xpu.")] = "cpu",
     seconds: Seconds = 0.3,
     threads: Threads = 2,
-    tune: Annotated[
-        bool,
-        typer.Option(
-            "--tune",
-            help="Only time our kernels, and write the package's table that chooses them, kernels/measured.json.",
-        ),
-    ] = False,
     json: Json = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time against T as a PNG here.")] = None,
 ) -> None:
@@ -166,10 +159,6 @@ def bench_ops(
     dtypes, rows = dtype or ["float32", "bfloat16"], rows or [1, 8, 32, 256]
     with _reported(), measure.pinned(threads):
         show.check(device, dtypes, rows, json, plot)
-        if tune:
-            with show.progress() as advance:
-                ops.tune(device, advance)
-            return
         points = ops.suite(suite, dtypes, rows)
         with show.progress(len(points)) as advance:
             run = ops.run(points, device, seconds, advance)

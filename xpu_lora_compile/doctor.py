@@ -27,11 +27,13 @@ from torch import Tensor, nn
 import xpu_lora_compile as xlc
 from xpu_lora_compile.adapters.folders import write_adapter
 from xpu_lora_compile.errors import DeviceError, OptionError, own_error
-from xpu_lora_compile.kernels import ipex, native, triton_launch, vendor
-from xpu_lora_compile.kernels.choose import KERNELS, Call, choose, forced_kernel
+from xpu_lora_compile.kernels import choice_for, ipex, native, vendor
+from xpu_lora_compile.kernels.call import LoraCall
+from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, LORA_LINEAR
 from xpu_lora_compile.ops.budget import budget_of
 from xpu_lora_compile.terminal import wrapped
+from xpu_lora_compile.torch_internals import without_memory
 
 _PACKAGES = ("vllm-xpu-kernels", "intel-extension-for-pytorch", "transformers")
 
@@ -193,18 +195,15 @@ def _has_imported_ipex() -> bool:
 
 def choices(device: str) -> Iterator[Finding]:
     """For a few numbers of rows: which kernel, why, and why not the others."""
-    if device == "xpu":
-        kind, why = vendor.family()
-        used = " and ".join(vendor.FAMILIES[kind]) if kind else f"not used: {why}"
-        yield Finding(
-            "vllm-xpu-kernels, in compiled graphs", f"{used}; where a rule fails for a call, what follows here"
-        )
-    native_problem = native.problem() if device == "cpu" else ""
+    empty = partial(torch.empty, device=device, dtype=torch.bfloat16)
     for rows in (1, 32, 1024):
-        call = Call(device, "bfloat16", rows, 8, 16, 4096, 4096)
-        choice = choose(call, native_problem, forced_kernel(), triton_launch.problem(device), ipex.problem())
-        others = "; ".join(f"{name}: {choice.others[name]}" for name in KERNELS if name in choice.others)
-        yield Finding(f"T = {rows}", f"{choice.kernel}, {choice.because}. Not {others}")
+        with without_memory():
+            a, b = empty(8, 16, 4096), empty(8, 4096, 16)
+            outputs, inputs = [empty(rows, 4096)], empty(rows, 4096)
+            indices = torch.empty(rows, dtype=torch.int64, device=device)
+            choice = choice_for(LoraCall(outputs, inputs, [a], [b], Routing(indices, 8)))
+        others = "; ".join(f"{name}: {why}" for name, why in choice.others.items())
+        yield Finding(f"T = {rows}", f"{choice.kernel.name}, {choice.because}. Not {others}")
 
 
 def sweep(device: str) -> Iterator[Finding]:

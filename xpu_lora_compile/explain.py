@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from xpu_lora_compile.errors import DeadAdapterError, OptionError
-from xpu_lora_compile.kernels.choose import Choice
-from xpu_lora_compile.kernels.entry import choice_for
+from xpu_lora_compile.kernels import choice_for
 from xpu_lora_compile.layers import LoraEmbedding, LoraLinear
 from xpu_lora_compile.ops import (
     ADD_LORA,
@@ -31,8 +30,8 @@ from xpu_lora_compile.ops import (
     VALID_SLOTS,
     VENDOR_ADD_LORA,
 )
-from xpu_lora_compile.ops.checks import without_slice_dim
 from xpu_lora_compile.passes import check_environment, rewrite
+from xpu_lora_compile.passes.calls import LoraNode
 from xpu_lora_compile.passes.decisions import Decision, decisions_on
 from xpu_lora_compile.passes.editing import arguments_of, graphs_of, origin_of, value_of
 from xpu_lora_compile.passes.find_sites import find_sites
@@ -239,26 +238,17 @@ def _spans_of(node: Node) -> list[_Span]:
 def _site(
     node: Node, number: int, decision: Decision, slices: slice, others: list[str], reaches_output: bool
 ) -> SiteReport:
-    op = node.target if isinstance(node.target, torch._ops.OpOverload) else node.target.default  # type: ignore[union-attr]
-    arguments = arguments_of(node, op)
-    inputs = value_of(arguments[1])
-    if op in _LORA_LINEARS:
-        a, b = ([value_of(one) for one in arguments[at][slices]] for at in (2, 3))
-        target = 0 if op is LORA_LINEAR else arguments[5][slices.start]
-        output = value_of(arguments[0] if op is LORA_LINEAR else arguments[0][target])
-        total = len(arguments[2])
-    else:
-        a, b, output, total = [], [value_of(arguments[2])], value_of(arguments[0]), 1
+    lora = LoraNode(node)
+    call = lora.call(slices)
+    a, b, inputs = call.lora_a, call.lora_b, call.inputs
+    output, total = call.outputs[call.slice_outputs[0]], len(lora.lora_b)
     rows, slots = hint_of(inputs.shape[0]), hint_of(b[0].shape[0])
     used = min(rows, slots)
     size = sum(used * hint_of(one.shape[-1]) * hint_of(one.shape[-2]) * one.element_size() for one in (*a, *b))
     columns = sum(min(hint_of(one.shape[-2]), hint_of(output.shape[1])) for one in b)
     size += 2 * rows * columns * output.element_size()
     size += rows * hint_of(inputs.shape[1]) * inputs.element_size() * len(b) // total
-    if op is VENDOR_ADD_LORA:
-        choice = Choice("vllm-xpu-kernels", "it is there, and its rules hold for all sizes of the graph", {})
-    else:
-        choice = choice_for([output], inputs, *([without_slice_dim(one) for one in stacks] for stacks in (a, b)))
+    choice = choice_for(call)
     ranks = [one.shape[-1] for one in b]
     return SiteReport(
         module=decision.module,
@@ -277,9 +267,9 @@ def _site(
         | {"B": dtype_of(b[0])},
         relation=decision.relation,
         guard=decision.guard,
-        call=f"{op._schema.name.split('::')[1]} {number}",
+        call=f"{lora.op._schema.name.split('::')[1]} {number}",
         fused_with=others,
-        kernel=choice.kernel,
+        kernel=choice.kernel.name,
         because=choice.because,
         others=dict(choice.others),
         bytes=size,

@@ -24,7 +24,7 @@ from xpu_lora_compile.adapters.names import BaseModel, output_embedding, plain_n
 from xpu_lora_compile.adapters.needs import naming, needs_of
 from xpu_lora_compile.errors import AttachError
 from xpu_lora_compile.integrations.generation import follow_generation, generating_methods
-from xpu_lora_compile.kernels.choose import forced_kernel
+from xpu_lora_compile.kernels import preferred_on
 from xpu_lora_compile.ops import bgmv_expand, bgmv_shrink, lora_linear
 from xpu_lora_compile.ops.lora_linear import add_lora_eagerly
 from xpu_lora_compile.rows.routing import Entry, LostRouting, Routing
@@ -224,9 +224,8 @@ def _empty_stacks(
 ) -> dict[str, Tensor]:
     """Zeros for A and B of every slot, beside the module's weight."""
     a = (rank, site.in_features) if site.kind == "linear" else (site.in_features, rank)
-    # The columns of one rank side by side, since that is how the kernels read B fastest; on an Intel GPU and for IPEX
-    # the ranks of one column, since those kernels read nothing else.
-    by_rank = module.weight.device.type != "xpu" and forced_kernel() != "ipex"
+    # The columns of one rank side by side, or the ranks of one column: as the kernel reads B.
+    by_rank = preferred_on(module.weight.device.type).stores_b_by_rank
     b = (rank, site.out_features) if by_rank else (site.out_features, rank)
     shapes = {"lora_a": (slots, *a), "lora_b": (slots, *b)}
     # A buffer made in inference mode could not be written outside of it.

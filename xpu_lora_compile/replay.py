@@ -21,7 +21,6 @@ from xpu_lora_compile.ops import (
     VENDOR_ADD_LORA,
 )
 from xpu_lora_compile.ops.budget import Budget, budget_of
-from xpu_lora_compile.passes.editing import arguments_of
 
 # How far, relative to its norm, an operand may be from that of the eager run when everything before it has been given
 # the eager run's values: only differences between two runs of the same ops remain.
@@ -157,7 +156,7 @@ class Layout:
             places = [(0, given.get("slice_offset", given.get("offset", 0)))]
         else:
             offsets = given["slice_offsets"]
-            targets = given.get("slice_outputs", given.get("slice_bases", [0] * len(offsets)))
+            targets = given.get("slice_outputs", ([0] * len(offsets)))
             places = list(zip(targets, offsets, strict=True))
         self.sites: dict[int, tuple[Site, list[tuple[int, int, int]]]] = {}
         for number in numbers:
@@ -236,9 +235,8 @@ class Taps:
         nodes = {node.name: node for node in graph.nodes}
         for name in names:
             node = nodes[name]
-            op: Any = getattr(node.target, "default", node.target)
-            first, inputs, *_ = arguments_of(node, op)
-            bases = list(first) if isinstance(first, list | tuple) else [first]
+            call = LoraNode(node)
+            op, inputs, bases = call.op, call.inputs, call.outputs
             with graph.inserting_before(node):
                 taps += [graph.call_function(torch.clone, (one,)) for one in (inputs, *bases)]
             with graph.inserting_after(node):

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule
 
 from xpu_lora_compile.adapters.bank import NO_ADAPTER
 from xpu_lora_compile.errors import KernelError, OptionError, VerificationError
-from xpu_lora_compile.kernels.choose import forced_kernel
+from xpu_lora_compile.kernels import forced_kernel
 from xpu_lora_compile.layers import LoraEmbedding, LoraLinear
 from xpu_lora_compile.passes import check_environment, rewrite
 from xpu_lora_compile.passes.decisions import Decision, decisions_on

@@ -20,7 +20,7 @@ from support.cases import (
 from torch import Tensor
 
 from xpu_lora_compile.errors import KernelError
-from xpu_lora_compile.kernels.choose import force_kernel
+from xpu_lora_compile.kernels import force_kernel
 from xpu_lora_compile.ops import bgmv_shrink
 from xpu_lora_compile.ops.budget import budget_of
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from support.cases import BF16, DEVICE, EXPAND, F16, I32, LORA_LINEAR, OPS, Case, build, cases_of, same_bits
 from torch import Tensor
+from xpu_lora_compile.kernels.choose import Call, choose, force_kernel
+from xpu_lora_compile.kernels.entry import choice_for
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.errors import KernelError
 from xpu_lora_compile.kernels import ipex
-from xpu_lora_compile.kernels.choose import Call, choose, force_kernel
-from xpu_lora_compile.kernels.entry import choice_for
 from xpu_lora_compile.ops import reference
 from xpu_lora_compile.ops.budget import budget_of
 

@@ -13,8 +13,7 @@ from support.cases import BF16, DEVICE, I32, same_bits
 from torch import Tensor, nn
 
 import xpu_lora_compile as xlc
-from xpu_lora_compile.kernels import triton_launch
-from xpu_lora_compile.kernels.choose import force_kernel
+from xpu_lora_compile.kernels import force_kernel, triton_launch
 from xpu_lora_compile.ops import ADD_LORA, LINEAR_LORA, ROUTE_TILES, reference
 
 pytestmark = pytest.mark.skipif(

@@ -20,8 +20,7 @@ from support.cases import BF16, DEVICE, F16, F32, I32, I64, Case, build, same_bi
 from torch import Tensor
 
 from xpu_lora_compile import lora_linear
-from xpu_lora_compile.kernels import triton_launch
-from xpu_lora_compile.kernels.choose import force_kernel
+from xpu_lora_compile.kernels import force_kernel, triton_launch
 from xpu_lora_compile.kernels.sizes import Sizes
 from xpu_lora_compile.ops import ADD_LORA, LINEAR_LORA, ROUTE_TILES, reference
 from xpu_lora_compile.ops.budget import Budget, _gamma, _half_ulp, budget_of

@@ -10,7 +10,7 @@ import torch
 from support.cases import BF16, DEVICE, F16, KERNELS_HERE, LORA_LINEAR, OPS, Case, build, cases_of
 from torch.library import opcheck
 
-from xpu_lora_compile.kernels.choose import force_kernel
+from xpu_lora_compile.kernels import force_kernel
 from xpu_lora_compile.ops import (
     ADD_LORA,
     EXPAND,

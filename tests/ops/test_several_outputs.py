@@ -11,7 +11,7 @@ from support.cases import BF16, DEVICE, F16, F32, F64, I32, I64, KERNELS_HERE, s
 from torch import Tensor
 
 from xpu_lora_compile.errors import ShapeError, SliceError
-from xpu_lora_compile.kernels.choose import force_kernel
+from xpu_lora_compile.kernels import force_kernel
 from xpu_lora_compile.ops import ADD_LORA, LORA_LINEARS, ROUTE
 from xpu_lora_compile.ops.budget import budget_of
 

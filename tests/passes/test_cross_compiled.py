@@ -24,8 +24,7 @@ from torch.fx import GraphModule
 from torch.nn.functional import linear
 
 import xpu_lora_compile as xlc
-from xpu_lora_compile.kernels import vendor
-from xpu_lora_compile.kernels.choose import force_kernel
+from xpu_lora_compile.kernels import force_kernel, vendor
 from xpu_lora_compile.ops import VALID_SLOTS
 from xpu_lora_compile.ops.budget import budget_of
 from xpu_lora_compile.torch_internals import without_memory
@@ -272,7 +271,7 @@ _xpu_C.lora_expand(%28, (%10), %16, %21, 0, True)""",
 def test_without_the_wheel_the_triton_kernels_run() -> None:
     traced = for_intel(packed, lambda device: qkv_operands(device, BF16, BF16, is_packed=True), NONE)
     assert traced.kernels == ["xpu_lora.route_tiles", "xpu_lora.add_lora"]
-    assert "lower: vllm-xpu-kernels is not used: it is not installed" in traced.decisions[0].notes
+    assert "lower: kernel vendor is not used: it is not installed" in traced.decisions[0].notes
     text = re.sub(r"i32\[\d+\]", "i32[tiles]", without_inputs(traced.text))
     assert_expected_inline(
         text,
@@ -511,8 +510,8 @@ def test_the_decision_says_which_rule_fails(
     traced = for_intel(one_slice, make, groups, after_aot=False)
     assert calls_in(traced.text, "vendor_add_lora") == calls_in(traced.text, "valid_slots") == 0
     assert calls_in(traced.text, "add_lora") == 1
-    (reason,) = [note for note in traced.decisions[0].notes if note.startswith("lower: vllm-xpu-kernels is not used: ")]
-    assert reason.removeprefix("lower: vllm-xpu-kernels is not used: ").startswith(rule)
+    (reason,) = [note for note in traced.decisions[0].notes if note.startswith("lower: kernel vendor is not used: ")]
+    assert reason.removeprefix("lower: kernel vendor is not used: ").startswith(rule)
 
 
 def test_the_families_own_rules_are_told_too() -> None:
@@ -522,14 +521,14 @@ def test_the_families_own_rules_are_told_too() -> None:
 
     old, new = (for_intel(one_slice, other_a, groups, after_aot=False) for groups in (OLD, NEW))
     for traced in (old, new):
-        assert "lower: vllm-xpu-kernels is not used: A must have the inputs' dtype" in traced.decisions[0].notes
+        assert "lower: kernel vendor is not used: A must have the inputs' dtype" in traced.decisions[0].notes
 
     def nine(x: Tensor, w: Tensor, a: Tensor, b: Tensor, i: Tensor) -> Tensor:
         return xlc.lora_linear(linear(x, w), x, [a] * 9, [b] * 9, i, list(range(9)))
 
     old, new = (for_intel(nine, lambda d: operands(d, 1), groups, after_aot=False) for groups in (OLD, NEW))
     assert calls_in(old.text, "vendor_add_lora") == 1
-    assert "lower: vllm-xpu-kernels is not used: at most 8 slices" in new.decisions[0].notes
+    assert "lower: kernel vendor is not used: at most 8 slices" in new.decisions[0].notes
 
 
 def test_slices_that_share_columns_are_left_to_other_kernels() -> None:
@@ -537,7 +536,7 @@ def test_slices_that_share_columns_are_left_to_other_kernels() -> None:
         return xlc.lora_linear(linear(x, w), x, [a, a], [b, b], i, [0, 3])
 
     traced = for_intel(overlapping, lambda device: operands(device, 5), NEW, after_aot=False)
-    assert "lower: vllm-xpu-kernels is not used: slices must not share columns" in traced.decisions[0].notes
+    assert "lower: kernel vendor is not used: slices must not share columns" in traced.decisions[0].notes
 
 
 def test_slices_of_different_ranks_are_left_to_other_kernels() -> None:
@@ -549,14 +548,14 @@ def test_slices_of_different_ranks_are_left_to_other_kernels() -> None:
         return [*values, random(device, K, 2, D), random(device, K, 5, 2), i]
 
     (decision,) = for_intel(two_ranks, make, NEW, after_aot=False).decisions
-    assert "lower: vllm-xpu-kernels is not used: the slices of a call must have the same rank" in decision.notes
+    assert "lower: kernel vendor is not used: the slices of a call must have the same rank" in decision.notes
 
 
 def test_a_forced_kernel_is_what_runs() -> None:
-    with force_kernel("dense"):
+    with force_kernel("gather"):
         traced = for_intel(one_slice, lambda device: operands(device, H), NEW, after_aot=False)
     assert "vendor" not in traced.text
-    assert "lower: vllm-xpu-kernels is not used: dense was forced" in traced.decisions[0].notes
+    assert "lower: kernel vendor is not used: gather was forced" in traced.decisions[0].notes
 
 
 def test_the_same_call_for_a_cpu_knows_nothing_of_the_vendor() -> None:
@@ -659,7 +658,7 @@ def test_a_width_that_is_a_symbol_is_not_frozen_into_the_old_ops(width: int) -> 
     traced = for_intel(one_slice, with_symbols(width, b=1), OLD, after_aot=False)
     assert calls_in(traced.text, "vendor_add_lora") == 0
     why = "W must be known while compiling, since bgmv_expand_slice takes it as an int"
-    assert f"lower: vllm-xpu-kernels is not used: {why}" in traced.decisions[0].notes
+    assert f"lower: kernel vendor is not used: {why}" in traced.decisions[0].notes
 
 
 def test_without_rows_another_kernel_runs() -> None:
@@ -669,7 +668,7 @@ def test_without_rows_another_kernel_runs() -> None:
 
     traced = for_intel(one_slice, make, NEW, after_aot=False)
     assert calls_in(traced.text, "vendor_add_lora") == 0
-    assert "lower: vllm-xpu-kernels is not used: no operand may be empty" in traced.decisions[0].notes
+    assert "lower: kernel vendor is not used: no operand may be empty" in traced.decisions[0].notes
 
 
 def test_inductor_makes_one_kernel_of_the_index_conversion() -> None:
@@ -744,7 +743,7 @@ def test_a_view_from_outside_is_left_to_other_kernels_whatever_follows_it_in_mem
     with torch.no_grad(), xpu_c.installed(*groups):
         for shard in (whole[:, :H], whole[:, H:]):
             check(linear(x, w), x, [a], [shard], i, [0], 1.0, compiled(x, w, a, shard, i))
-    assert notes[-1].startswith("lower: vllm-xpu-kernels is not used: B must be contiguous, or the leading rows of a")
+    assert notes[-1].startswith("lower: kernel vendor is not used: B must be contiguous, or the leading rows of a")
 
 
 @SETS

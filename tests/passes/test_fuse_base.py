@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import xpu_lora_compile as xlc
-from xpu_lora_compile.kernels.choose import force_kernel
+from xpu_lora_compile.kernels import force_kernel
 from xpu_lora_compile.passes import Decision
 from xpu_lora_compile.passes.fuse_base import keep_bases
 
@@ -127,7 +127,7 @@ def test_the_ranks_of_the_slots_go_with_it() -> None:
 %6: i32[tiles] = xpu_lora.route_tiles(%0, 3)
 xpu_lora.linear_lora(%1, (%2), (None), (%3), (%4), (%0, %6, %5), (0), (0), 0.5)""",
     )
-    with torch.no_grad(), force_kernel("dense"):
+    with torch.no_grad(), force_kernel("gather"):
         expected = ranked(ROWS, WQ, RANKS)
     torch.testing.assert_close(compiled_with(xlc.rewrite, ranked)(ROWS, WQ, RANKS), expected)
 
@@ -236,7 +236,7 @@ def test_what_is_more_than_a_product_of_the_same_input_is_left_alone(function: C
     assert calls_in(texts[0], "add_lora") == 1
     assert calls_in(texts[0], "linear_lora") == 0
     assert all(NOT_JUST in one.notes for one in decisions)
-    with torch.no_grad(), force_kernel("dense"):
+    with torch.no_grad(), force_kernel("gather"):
         expected = function(ROWS, WQ, BIAS)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
@@ -282,7 +282,7 @@ def test_a_quantized_weight_keeps_its_own_product() -> None:
     with torch.no_grad(), bank.use(NAMES):
         (text,) = graphs_of_compiling(model, X)
         got = torch.compile(model, backend="xpu_lora")(X)
-        with force_kernel("dense"):
+        with force_kernel("gather"):
             torch.testing.assert_close(got, model(X), atol=1e-5, rtol=1e-5)
     assert (calls_in(text, "linear_lora"), calls_in(text, "add_lora")) == (0, 1)
 
@@ -300,7 +300,7 @@ def test_a_product_that_is_used_afterwards_means_its_sum() -> None:
     assert (calls_in(text, "linear_lora"), calls_in(text, "add_lora")) == (1, 0)
     with torch.no_grad():
         got = compiled_with(xlc.rewrite, in_place)(ROWS, WQ)
-        with force_kernel("dense"):
+        with force_kernel("gather"):
             torch.testing.assert_close(got, in_place(ROWS, WQ), atol=1e-4, rtol=1e-4)
 
 
@@ -311,7 +311,7 @@ def test_products_stay_where_somebody_looks_at_what_lora_is_added_to() -> None:
 
 
 def test_another_kernel_is_left_alone() -> None:
-    with force_kernel("dense"):
+    with force_kernel("gather"):
         (text,) = graphs_of_compiling(query_and_key, ROWS, WQ, WK, BIAS)
     assert (calls_in(text, "linear_lora"), calls_in(text, "add_lora")) == (0, 1)
 
@@ -344,7 +344,7 @@ def test_a_call_in_a_subgraph_is_left_alone() -> None:
     assert calls_in(text, "linear_lora") == 0
     with torch.no_grad():
         got = compiled_with(xlc.rewrite, branch)(ROWS, WQ)
-        with force_kernel("dense"):
+        with force_kernel("gather"):
             torch.testing.assert_close(got, branch(ROWS, WQ), atol=1e-4, rtol=1e-4)
 
 
@@ -364,7 +364,7 @@ def test_a_program_for_export_is_left_alone(tmp_path: Path) -> None:
         torch.export.save(program, tmp_path / "program.pt2")
         loaded = torch.export.load(tmp_path / "program.pt2").module()
         got = loaded(*operands)
-        with force_kernel("dense"):
+        with force_kernel("gather"):
             assert torch.equal(loaded(*operands), Layer()(*operands))
             torch.testing.assert_close(got, Layer()(*operands), atol=1e-4, rtol=1e-4)
 
@@ -377,7 +377,7 @@ def test_numbers_of_a_model_are_those_of_eager(backend: str) -> None:
     for names in (NAMES, ["haiku"] * 3, [None] * 3):
         with torch.no_grad(), bank.use(names):
             got = compiled(X)
-            with force_kernel("dense"):
+            with force_kernel("gather"):
                 torch.testing.assert_close(got, model(X), atol=1e-5, rtol=1e-5)
 
 
@@ -396,7 +396,7 @@ def test_a_dynamic_batch_is_compiled_once() -> None:
         x, indices = random(rows, D), INDICES.repeat(2)[:rows]
         with torch.no_grad():
             got = compiled(x, indices)
-            with force_kernel("dense"):
+            with force_kernel("gather"):
                 torch.testing.assert_close(got, function(x, indices), atol=1e-4, rtol=1e-4)
     assert [calls_in(text, "linear_lora") for text in texts] == [1]
 

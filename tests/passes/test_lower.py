@@ -15,7 +15,7 @@ from support.snapshot import as_text, calls_in, compiled_with, graphs_of_compili
 from torch import Tensor
 
 import xpu_lora_compile as xlc
-from xpu_lora_compile.kernels.choose import force_kernel
+from xpu_lora_compile.kernels import force_kernel
 from xpu_lora_compile.ops import reference
 from xpu_lora_compile.passes import find_sites, lower
 from xpu_lora_compile.passes.decisions import Decision
@@ -63,7 +63,7 @@ def two_layers(output: Tensor, inputs: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def test_lora_linears_add_in_place_and_share_one_routing() -> None:
-    with force_kernel("dense"):
+    with force_kernel("gather"):
         (text,) = graphs_of_compiling(two_layers, *operands(), passes=lowered)
     lines = text.split("\n")
     assert calls_in(text, "route") == 1
@@ -260,7 +260,7 @@ xpu_lora.add_lora((%9), %2, (%3), (%4), (%1, %7, %5), (0), (0), 1.0)""",
 
 
 def test_other_kernels_get_no_ranks() -> None:
-    with force_kernel("dense"):
+    with force_kernel("gather"):
         (text,) = graphs_of_compiling(two_layers_with_ranks, *operands(), RANKS, passes=lowered)
         (without,) = graphs_of_compiling(two_layers, *operands(), passes=lowered)
     calls, expected = (
@@ -362,7 +362,7 @@ def test_banks_whose_size_has_become_a_symbol_share_one_routing_in_place() -> No
 
     output, inputs, a, b = operands()
     compiled = compiled_with(passes, three)
-    with force_kernel("dense"), torch.no_grad():
+    with force_kernel("gather"), torch.no_grad():
         for slots in (2, 3):
             stacks = [one.repeat(2, 1, 1)[:slots] for one in (a, b)]
             arguments = (output, inputs, *stacks, *(2 * one for one in stacks))

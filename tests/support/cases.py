@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile import ops
-from xpu_lora_compile.kernels.choose import KERNELS
-from xpu_lora_compile.kernels.triton_launch import problem as triton_problem
+from xpu_lora_compile.kernels import KERNELS
 
 DEVICE = torch.device(os.environ.get("XPU_LORA_TEST_DEVICE", "cpu"))
 
@@ -193,15 +192,8 @@ CASES = (
 
 # What `lower` makes of a `lora_linear` on the device of the tests, and how often it computes a routing for all of them.
 ADD_HERE, ROUTINGS_HERE = ("native_add_lora", 0) if DEVICE.type == "cpu" else ("add_lora", 1)
-# The kernels of ours that can run there; on a CPU Triton's interpreter runs those that are its, if it is installed.
-_GPU_KERNELS = ("triton", "gather", "dense")
-KERNELS_HERE = [
-    kernel
-    for kernel in KERNELS
-    if kernel != "ipex"
-    and (DEVICE.type == "cpu" or kernel in _GPU_KERNELS)
-    and (kernel != "triton" or not triton_problem(DEVICE.type))
-]
+# The kernels that can run there and round once; on a CPU Triton's interpreter runs those that are its, if it is there.
+KERNELS_HERE = [kernel.name for kernel in KERNELS if not (kernel.by_force_alone or kernel.problem(DEVICE.type))]
 # Both compute in float32, and refuse float64.
 FLOAT32_KERNELS = ("native", "triton")
 

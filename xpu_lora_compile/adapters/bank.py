@@ -25,6 +25,7 @@ from xpu_lora_compile.errors import (
     UnknownAdapterError,
     UnreachedLayerError,
 )
+from xpu_lora_compile.kernels import reads_ranks
 from xpu_lora_compile.rows.routing import Entry, Routing
 from xpu_lora_compile.terminal import wrapped
 
@@ -409,7 +410,7 @@ class AdapterBank:
 
     def _route_ranks(self, routing: Routing, device: torch.device) -> None:
         main = self._routing
-        if device.type == "cpu":
+        if not reads_ranks(device.type):
             routing.ranks = None
         elif main.ranks is None or main.ranks.device != device:
             with torch.inference_mode(False):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -16,11 +14,9 @@ from torch import Tensor
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.bench import forms
-from xpu_lora_compile.bench.gpu import timed_in_graphs
 from xpu_lora_compile.bench.measure import BEYOND_CACHES, Timing, geometric_mean, machine, measure, without_stderr
 from xpu_lora_compile.errors import BenchError
 from xpu_lora_compile.kernels import native
-from xpu_lora_compile.kernels.choose import KERNELS, TABLE, force_kernel
 from xpu_lora_compile.ops.internal import ADD_LORA
 from xpu_lora_compile.ops.reference import lora_linear as reference
 
@@ -144,47 +140,6 @@ def overheads(device: str) -> dict[str, float]:
     with torch.no_grad():
         timings = measure({name: often(call) for name, call in calls.items()}, device, 0.05)
     return {f"an eager call, smallest sizes, us: {name}": timing.median / 100 for name, timing in timings.items()}
-
-
-def tune(device: str, on_done: Callable[[str], None]) -> None:
-    """Time our own kernels against each other, and write what `choose` reads; points of other devices are kept."""
-    table = json.loads(TABLE.read_text(encoding="utf-8"))
-    measured = []
-    sizes, banks = [(576, 576), (4096, 4096), (4096, 14336)], [(8, 2), (16, 8), (64, 32)]
-    if device != "cpu":
-        sizes, banks = sizes[:2], banks[1:]
-    for dtype, rows, (features, width), (rank, slots) in product(
-        ("float32", "bfloat16"), (1, 8, 32, 256, 2048), sizes, banks
-    ):
-        point = Point(dtype, rows, features, (width,), rank, slots)
-        operands = _Operands(point, device)
-        contenders = {}
-        # What has to be forced is not chosen among.
-        for kernel in (one for one in KERNELS if one != "ipex"):
-            is_cpu_only = kernel in ("native", "grouped")
-            # Half a gigabyte of copied weights says enough of gather.
-            is_huge = kernel == "gather" and rows * rank * max(features, width) > 1 << 27
-            # The interpreter is no kernel to choose.
-            is_interpreted = kernel == "triton" and device == "cpu"
-            problem = native.problem() if kernel == "native" else ""
-            if not (is_huge or is_interpreted or problem or (is_cpu_only and device != "cpu")):
-                contenders[kernel] = partial(_forced, kernel, operands)
-        with torch.no_grad():
-            # What the host takes to launch a kernel is nothing that a choice among them should follow.
-            in_graphs = device == "cuda"
-            timings = timed_in_graphs(contenders, 5) if in_graphs else measure(contenders, device, seconds=0.05)
-        sizes_of = {"rows": rows, "slots": slots, "rank": rank, "features": features, "width": width, "slices": 1}
-        us = {kernel: round(timing.median, 1) for kernel, timing in timings.items()}
-        measured.append({"device": device, "dtype": dtype, **sizes_of, "us": us})
-        on_done(f"{point}: {min(us, key=lambda kernel: us[kernel])}")
-    others = [one for one in table["points"] if one["device"] != device]
-    provenance = table.get("provenance", {}) | {
-        device: f"xpu-lora bench ops --tune --device {device}; {machine(device)}"
-    }
-    lines = ",\n".join(json.dumps(one) for one in [*others, *measured])
-    TABLE.write_text(
-        f'{{"provenance": {json.dumps(provenance, indent=1)},\n"points": [\n{lines}\n]}}\n', encoding="utf-8"
-    )
 
 
 class _Operands:
@@ -339,20 +294,3 @@ def _peak_memory(operands: _Operands, b: Any) -> int:
         peak = max(peak, held)
     ranks = sum(one.shape[1] for one in operands.a[0])
     return int(peak) + native.scratch_bytes(len(operands.indices), ranks, max(one.shape[1] for one in operands.a[0]))
-
-
-def _forced(kernel: str, operands: _Operands, number: int) -> Tensor:
-    at = number % operands.sets
-    b = [one.transpose(1, 2) for one in operands.b_by_rank[at]]
-    with force_kernel(kernel):
-        ADD_LORA(
-            operands.outputs[:1],
-            operands.inputs,
-            operands.a[at],
-            b,
-            [operands.indices],
-            [0] * len(b),
-            operands.offsets,
-            1.0,
-        )
-    return operands.outputs[0]

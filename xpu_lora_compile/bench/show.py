@@ -18,7 +18,7 @@ from rich.text import Text
 
 from xpu_lora_compile.bench.measure import Timing, geometric_mean
 from xpu_lora_compile.errors import BenchError
-from xpu_lora_compile.kernels.choose import check_name, forced_kernel
+from xpu_lora_compile.kernels import forced_kernel, kernel_named
 from xpu_lora_compile.terminal import FirstThatFits, plain_table
 
 # From where on a median says little.
@@ -34,7 +34,7 @@ def check(device: str, dtypes: Sequence[str], sizes: Sequence[int], *files: Path
         KernelError: XPU_LORA_KERNEL names no kernel.
     """
     if (forced := forced_kernel()) is not None:
-        check_name(forced)
+        kernel_named(forced)
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise BenchError("bench: dtype", ", ".join(DTYPES), repr(dtype), "Correct it.")

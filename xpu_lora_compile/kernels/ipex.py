@@ -1,7 +1,7 @@
 """The kernels of intel-extension-for-pytorch for CPUs, `torch.ops.torch_ipex.punica_bgmv_*`: for who asks for them.
 
 They take bfloat16 or float16 throughout, and round the rank vector and each product before it is added: the contract
-rounds once. So `choose` takes them only by force (`force_kernel("ipex")`, `XPU_LORA_KERNEL=ipex`). Measured beside the
+rounds once. So nothing but force takes them (`force_kernel("ipex")`, `XPU_LORA_KERNEL=ipex`). Measured beside the
 native kernel they are slower, too: `xpu-lora bench ops --dtype bfloat16`.
 
 Of release 2.8.0, found by running it: the schemas do not say what is written to; shrink replaces; an index that is no
@@ -19,6 +19,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from xpu_lora_compile.kernels.call import Kernel, LoraCall
 from xpu_lora_compile.torch_internals import schema_of
 
 PACKAGE = "intel_extension_for_pytorch"
@@ -33,6 +34,38 @@ _WHOSE_FLOAT32 = (
     "the rank vector of an attached layer is float32 wherever our passes do not fuse its two ops: compile with "
     'backend="xpu_lora"'
 )
+
+
+class Ipex(Kernel):
+    """What `punica_bgmv_shrink` and `punica_bgmv_expand` compute, one slice after the other."""
+
+    name = "ipex"
+    devices = ("cpu",)
+    by_force_alone = "it rounds more often than the contract allows: it has to be forced"
+    stores_b_by_rank = False
+
+    def problem(self, device: str) -> str:
+        """As `Kernel.problem`."""
+        return super().problem(device) or problem()
+
+    def refusal(self, call: LoraCall) -> str:
+        """As `Kernel.refusal`."""
+        return refusal(call.outputs, call.inputs, (*call.lora_a, *call.lora_b))
+
+    def add_lora(self, call: LoraCall) -> None:
+        """As `Kernel.add_lora`, but the rank vector and each product are rounded to the dtype of the operands."""
+        for a, b, columns in zip(call.lora_a, call.lora_b, call.columns, strict=True):
+            hidden = call.inputs.new_empty(call.inputs.shape[0], a.shape[1])
+            _shrink(hidden, call.inputs, a, call.routing.indices, call.scaling)
+            _expand(columns, hidden, b, call.routing.indices, add=True)
+
+    def shrink(self, call: LoraCall) -> None:
+        """As `Kernel.shrink`."""
+        _shrink(call.outputs[0], call.inputs, call.lora_a[0], call.routing.indices, call.scaling)
+
+    def expand(self, call: LoraCall) -> None:
+        """As `Kernel.expand`, but the product is rounded before it is added."""
+        _expand(call.outputs[0], call.inputs, call.lora_b[0], call.routing.indices, add=call.add)
 
 
 def problem() -> str:
@@ -72,8 +105,7 @@ def refusal(outputs: Sequence[Tensor], inputs: Tensor, weights: Sequence[Tensor]
     return ""
 
 
-def shrink(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, scaling: float) -> None:
-    """As `entry.shrink`."""
+def _shrink(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, scaling: float) -> None:
     hidden = output.narrow(1, 0, weights.shape[1])
     rows, slots = _with_adapter(indices, len(weights))
     found = inputs.new_empty(len(rows), weights.shape[1])
@@ -85,8 +117,7 @@ def shrink(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, sca
     hidden.index_copy_(0, rows, found)
 
 
-def expand(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, add: bool) -> None:
-    """As `entry.expand`, but the product is rounded before it is added."""
+def _expand(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, add: bool) -> None:
     rows, slots = _with_adapter(indices, len(weights))
     if len(rows) == 0:
         return
@@ -97,23 +128,6 @@ def expand(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, add
     values = output[rows]
     torch.ops.torch_ipex.punica_bgmv_expand(values, inputs[rows], weights, slots, add)
     output.index_copy_(0, rows, values)
-
-
-def add_lora(
-    outputs: Sequence[Tensor],
-    inputs: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    indices: Tensor,
-    slice_outputs: Sequence[int],
-    slice_offsets: Sequence[int],
-    scaling: float,
-) -> None:
-    """As `entry.add_lora`, but the rank vector and each product are rounded to the dtype of the operands."""
-    for a, b, position, offset in zip(lora_a, lora_b, slice_outputs, slice_offsets, strict=True):
-        hidden = inputs.new_empty(inputs.shape[0], a.shape[1])
-        shrink(hidden, inputs, a, indices, scaling)
-        expand(outputs[position].narrow(1, offset, b.shape[1]), hidden, b, indices, add=True)
 
 
 def _with_adapter(indices: Tensor, slots: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from contextvars import ContextVar
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile.errors import KernelError
+from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator
 
 _HERE, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
 _SOURCES = (_HERE / "native.cpp", _HERE / "native_kernels.h")
@@ -51,6 +53,62 @@ def problem() -> str:
     """Why this kernel cannot run on this machine; empty where it can, which takes some 25 s the first time."""
     with _LOADING:
         return _load_with(os.environ.get("CXX"))
+
+
+@cache
+def _problem_once() -> str:
+    """The same, for good, with a warning."""
+    why = problem()
+    if why:
+        warnings.warn(f"xpu_lora: the fast CPU kernel is not used: {why}. Plain PyTorch runs instead.", stacklevel=2)
+    return why
+
+
+class Native(Kernel):
+    """One parallel region for all slices and outputs, rows sorted inside, each slot's weights read once.
+
+    The op that `lower` emits sorts rows in less time than an op takes to call, so that nothing is prepared.
+    """
+
+    name = "native"
+    devices = ("cpu",)
+    op = "native_add_lora"
+    prepares = ""
+    needs_plain_slices = True
+
+    def problem(self, device: str) -> str:
+        """As `Kernel.problem`; warns the first time that there is one on a CPU."""
+        return super().problem(device) or _problem_once()
+
+    def refusal(self, call: LoraCall) -> str:
+        """As `Kernel.refusal`."""
+        return "it computes in float32" if accumulator(*call.operands) is torch.float64 else ""
+
+    def add_lora(self, call: LoraCall) -> None:
+        """As `Kernel.add_lora`."""
+        stacks = call.lora_a, call.lora_b
+        places = call.slice_outputs, call.slice_offsets
+        _must(TRY_ADD_LORA(call.outputs, call.inputs, *stacks, call.routing.indices, *places, call.scaling))
+
+    def shrink(self, call: LoraCall) -> None:
+        """As `Kernel.shrink`."""
+        _must(TRY_SHRINK(call.outputs[0], call.inputs, call.lora_a[0], call.routing.indices, call.scaling))
+
+    def expand(self, call: LoraCall) -> None:
+        """As `Kernel.expand`."""
+        weights = call.lora_b[0]
+        operands = call.outputs[0], call.inputs, weights, call.routing.indices
+        _must(TRY_EXPAND(*operands, 0, weights.shape[1], call.add))
+
+
+def _must(done: bool) -> None:
+    if not done:
+        raise KernelError(
+            "native kernel",
+            "operands that were checked",
+            "some that do not fit",
+            "Pass the shapes and dtypes that the public ops take.",
+        )
 
 
 def scratch_bytes(rows: int, ranks: int, widest: int) -> int:

@@ -27,6 +27,11 @@ class Routing:
         if tiles is not None:
             self.__dict__["tiles"] = tiles
 
+    @property
+    def has_tiles(self) -> bool:
+        """Whether `tiles` was computed before."""
+        return "tiles" in self.__dict__
+
     @cached_property
     def tiles(self) -> Tensor:
         """The table that the Triton kernels read: see `triton_kernels`."""

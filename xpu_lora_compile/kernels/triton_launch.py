@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, wraps
+from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator
 from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.kernels.sizes import Sizes, sizes_for
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class Hidden(NamedTuple):
@@ -52,19 +51,8 @@ def tile_count(rows: int, slots: int) -> int:
     return min(rows, rows // tile_rows(rows, slots) + slots + 1)
 
 
-def _on_its_device(work: Callable[P, R]) -> Callable[P, R]:
-    """Have the first operand's device be the current one meanwhile: Triton launches there, whatever it is given."""
-
-    @wraps(work)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        first: Any = args[0]
-        with _as_current((first if isinstance(first, Tensor) else first[0]).device):
-            return work(*args, **kwargs)
-
-    return run
-
-
 def _as_current(device: torch.device) -> AbstractContextManager[Any]:
+    """Have a device be the current one: Triton launches there, whatever it is given."""
     if device.type == "cpu":
         return nullcontext()
     module = getattr(torch, device.type)
@@ -72,7 +60,6 @@ def _as_current(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if module.current_device() == device.index else module.device(device)
 
 
-@_on_its_device
 def route(indices: Tensor, slots: int) -> Tensor:
     """The table of tiles for these indices, int32; its length is a simple function of T and K, so that it can be faked.
 
@@ -85,9 +72,10 @@ def route(indices: Tensor, slots: int) -> Tensor:
     if rows:
         height, count = tile_rows(rows, slots), tile_count(rows, slots)
         chunk = 64 if rows <= 64 else 1024
-        _kernels().route_kernel[(slots + 1,)](
-            indices, indices.stride(0), tiles, rows, slots, count, height, count == rows, chunk
-        )
+        with _as_current(indices.device):
+            _kernels().route_kernel[(slots + 1,)](
+                indices, indices.stride(0), tiles, rows, slots, count, height, count == rows, chunk
+            )
     return tiles
 
 
@@ -96,74 +84,70 @@ def table_length(rows: Any, slots: Any) -> Any:
     return 2 * rows + 33 * (slots + 1)
 
 
-@_on_its_device
-def shrink(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, scaling: float) -> None:
-    """As `entry.shrink`."""
-    _shrink(Hidden(output[None], False), inputs, [weights], routing, scaling=scaling)
+class Triton(Kernel):
+    """Rows in tiles of one adapter, all slices in one launch each way, the rank vector kept in fp32."""
+
+    name = "triton"
+    devices = ("cuda", "xpu")
+    prepares = "route_tiles"
+    reads_ranks = True
+    # A CPU interprets it.
+    computes_base_on = ("cuda", "cpu")
+
+    def problem(self, device: str) -> str:
+        """As `Kernel.problem`."""
+        return problem(device)
+
+    def refusal(self, call: LoraCall) -> str:
+        """As `Kernel.refusal`."""
+        return "it computes in float32" if accumulator(*call.operands) is torch.float64 else ""
+
+    def shrink(self, call: LoraCall) -> None:
+        """As `Kernel.shrink`."""
+        with _as_current(call.inputs.device):
+            hidden = Hidden(call.outputs[0][None], False)
+            _shrink(hidden, call.inputs, call.lora_a, call.routing, scaling=call.scaling)
+
+    def expand(self, call: LoraCall) -> None:
+        """As `Kernel.expand`."""
+        with _as_current(call.inputs.device):
+            hidden = Hidden(call.inputs[None], False)
+            _expand(call.outputs, hidden, call.lora_b, call.routing, None, add=call.add, pdl=False)
+
+    def add_lora(self, call: LoraCall) -> None:
+        """As `Kernel.add_lora`: two launches, if the slices are stored alike."""
+        if len(call.inputs) == 0:
+            return
+        columns, lora_a, lora_b = call.columns, call.lora_a, call.lora_b
+        alike = _are_alike(lora_a, 2) and _are_alike(lora_b, 1) and _are_alike(columns, 1)
+        with _as_current(call.inputs.device):
+            for slices in [slice(None)] if alike else [slice(s, s + 1) for s in range(len(lora_b))]:
+                hidden = shrink_all(call.inputs, lora_a[slices], call.routing)
+                expand_all(columns[slices], hidden, lora_b[slices], call.routing, call.scaling)
+
+    def linear_lora(self, call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+        """As `Kernel.linear_lora`: few rows in one kernel, more with the shrink beside it, many with LoRA first."""
+        with _as_current(call.inputs.device):
+            return _linear_lora(call, weights, biases)
 
 
-@_on_its_device
-def expand(output: Tensor, inputs: Tensor, weights: Tensor, routing: Routing, add: bool) -> None:
-    """As `entry.expand`."""
-    _expand([output], Hidden(inputs[None], False), [weights], routing, None, add=add, pdl=False)
-
-
-def slot_products(inputs: Tensor, weights: Tensor, routing: Routing) -> Tensor:
-    """As `entry.slot_products`, but zero where the index is no slot."""
-    result = torch.empty(len(inputs), weights.shape[1], dtype=torch.float32, device=inputs.device)
-    shrink(result, inputs, weights, routing, 1.0)
-    return result
-
-
-@_on_its_device
-def add_lora(
-    outputs: Sequence[Tensor],
-    inputs: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    routing: Routing,
-    slice_outputs: Sequence[int],
-    slice_offsets: Sequence[int],
-    scaling: float,
-) -> None:
-    """As `entry.add_lora`, for slices that share no columns: two launches, if the slices are stored alike."""
-    if len(inputs) == 0:
-        return
-    columns = _columns(outputs, lora_b, slice_outputs, slice_offsets)
-    alike = _are_alike(lora_a, 2) and _are_alike(lora_b, 1) and _are_alike(columns, 1)
-    for slices in [slice(None)] if alike else [slice(s, s + 1) for s in range(len(lora_b))]:
-        hidden = shrink_all(inputs, lora_a[slices], routing)
-        expand_all(columns[slices], hidden, lora_b[slices], routing, scaling)
-
-
-@_on_its_device
-def linear_lora(
-    inputs: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    routing: Routing,
-    slice_outputs: Sequence[int],
-    slice_offsets: Sequence[int],
-    scaling: float,
-) -> list[Tensor]:
-    """As `entry.linear_lora`: few rows in one kernel, more with the shrink beside the product, many with LoRA first."""
+def _linear_lora(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    inputs, lora_a, lora_b, routing = call.inputs, call.lora_a, call.lora_b, call.routing
     rows = len(inputs)
     sizes = _sizes(rows, lora_b)
-    if _fits_linears(inputs, weights, biases, lora_a, lora_b, slice_offsets, sizes):
-        return _linears(inputs, weights, biases, lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling, sizes)
+    if _fits_linears(call, weights, biases, sizes):
+        return _linears(call, weights, biases, sizes)
     products = list(zip(weights, biases, strict=True))
     if rows == 0 or not _are_alike(lora_a, 2) or not _are_alike(lora_b, 1):
         outputs = [linear(inputs, *product) for product in products]
-        add_lora(outputs, inputs, lora_a, lora_b, routing, slice_outputs, slice_offsets, scaling)
+        Triton().add_lora(replace(call, outputs=outputs))
         return outputs
     # A product adds either what is there or a bias. And of float16, LoRA alone may overflow where the sum does not.
     can_come_last = sizes.delta_first and all(bias is None for bias in biases) and inputs.dtype != torch.float16
     if can_come_last and sum(b.shape[1] for b in lora_b) == sum(map(len, weights)):
         outputs = [inputs.new_empty(rows, len(weight)) for weight in weights]
-        columns = _columns(outputs, lora_b, slice_outputs, slice_offsets)
-        expand_all(columns, shrink_all(inputs, lora_a, routing), lora_b, routing, scaling, add=False)
+        columns = replace(call, outputs=outputs).columns
+        expand_all(columns, shrink_all(inputs, lora_a, routing), lora_b, routing, call.scaling, add=False)
         for output, weight in zip(outputs, weights, strict=True):
             torch.addmm(output, inputs, weight.t(), out=output)
         return outputs
@@ -180,8 +164,7 @@ def linear_lora(
     outputs = [linear(inputs, *product) for product in products]
     if aside is not None:
         here.wait_stream(aside)
-    columns = _columns(outputs, lora_b, slice_outputs, slice_offsets)
-    expand_all(columns, hidden, lora_b, routing, scaling, follows=False)
+    expand_all(replace(call, outputs=outputs).columns, hidden, lora_b, routing, call.scaling, follows=False)
     return outputs
 
 
@@ -339,16 +322,9 @@ def _expand(
     )
 
 
-def _fits_linears(
-    inputs: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    slice_offsets: Sequence[int],
-    sizes: Sizes,
-) -> bool:
+def _fits_linears(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor | None], sizes: Sizes) -> bool:
     """Whether `_linears` can compute these base products, and is faster than their own kernels and ours."""
+    inputs, lora_a, lora_b = call.inputs, call.lora_a, call.lora_b
     rows = len(inputs)
     bias = [one for one in biases if one is not None]
     is_small = sum(weight.numel() for weight in weights) <= sizes.linear_small
@@ -361,28 +337,18 @@ def _fits_linears(
         and all(one.dtype == inputs.dtype for one in (*weights, *bias, *lora_a, *lora_b))
         and all(one.stride(-1) == 1 for one in (inputs, *weights, *bias))
         and len(bias) in (0, len(biases))
-        and all(offset % sizes.linear_columns == 0 for offset in slice_offsets)
+        and all(offset % sizes.linear_columns == 0 for offset in call.slice_offsets)
         and _are_alike(lora_a, 2)
         and _are_alike(lora_b, 1)
     )
 
 
-def _linears(
-    inputs: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    routing: Routing,
-    slice_outputs: Sequence[int],
-    slice_offsets: Sequence[int],
-    scaling: float,
-    sizes: Sizes,
-) -> list[Tensor]:
+def _linears(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor | None], sizes: Sizes) -> list[Tensor]:
     """The base products `inputs @ weight.T + bias`, and every slice added to them, in two launches, for few rows."""
+    inputs, lora_b, routing = call.inputs, call.lora_b, call.routing
     rows, features = inputs.shape
     outputs = [inputs.new_empty(rows, len(weight)) for weight in weights]
-    hidden = shrink_all(inputs, lora_a, routing)
+    hidden = shrink_all(inputs, call.lora_a, routing)
     width, columns = sizes.linear_columns, sizes.linear_depth
     # Whole steps need no masks.
     while columns > 32 and features % columns:
@@ -404,12 +370,12 @@ def _linears(
         routing.indices.stride(0),
         routing.slots,
         routing.ranks,
-        scaling,
+        call.scaling,
         *_with_strides(lora_b, common=1),
         tuple(one.shape[2] for one in lora_b),
-        tuple(slice_offsets),
+        tuple(call.slice_offsets),
         tuple(one.shape[1] for one in lora_b),
-        tuple(slice_outputs),
+        tuple(call.slice_outputs),
         biases[0] is not None,
         routing.ranks is not None,
         features % columns == 0,
@@ -425,16 +391,6 @@ def _linears(
         **_launch(pdl),
     )
     return outputs
-
-
-def _columns(
-    outputs: Sequence[Tensor], lora_b: Sequence[Tensor], slice_outputs: Sequence[int], slice_offsets: Sequence[int]
-) -> list[Tensor]:
-    """What each slice adds to, `[T, W]`."""
-    return [
-        outputs[position].narrow(1, offset, b.shape[1])
-        for b, position, offset in zip(lora_b, slice_outputs, slice_offsets, strict=True)
-    ]
 
 
 def _sizes(rows: int, lora_b: Sequence[Tensor]) -> Sizes:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile.errors import KernelError
+from xpu_lora_compile.kernels.call import Kernel, LoraCall
 from xpu_lora_compile.torch_internals import has_fake, hint_of, is_guarded, is_known, schema_of
 
 # What each op takes; `!` is what it writes to.
@@ -29,6 +30,51 @@ FAMILIES = {"lora": ("lora_shrink", "lora_expand"), "bgmv": ("bgmv_shrink", "bgm
 MOST_SLICES = 8
 # Their index arithmetic is of 32 bits.
 MOST_ELEMENTS = 2**31
+
+
+class Vendor(Kernel):
+    """All slices in one launch each way, or one slice each where an older release is there."""
+
+    name = "vendor"
+    devices = ("xpu",)
+    op = "vendor_add_lora"
+    prepares = "valid_slots"
+    needs_plain_slices = True
+    needs_whole_stacks = True
+    stores_b_by_rank = False
+
+    def problem(self, device: str) -> str:
+        """As `Kernel.problem`."""
+        why = super().problem(device)
+        return why or (f"vllm-xpu-kernels: {found}" if (found := family()[1]) else "")
+
+    def refusal(self, call: LoraCall) -> str:
+        """As `Kernel.refusal`."""
+        if not call.is_whole:
+            return "it takes calls that both shrink and expand"
+        if call.routing.has_tiles:
+            return "the graph was compiled for Triton"
+        written = [call.outputs[position] for position in call.slice_outputs]
+        return refusal(family()[0], written, call.inputs, call.lora_a, call.lora_b, call.routing.indices)
+
+    def add_lora(self, call: LoraCall) -> None:
+        """As `Kernel.add_lora`; no weight is copied."""
+        kind, stacks = family()[0], (call.lora_a, call.lora_b)
+        slots = valid_slots(call.routing.indices, call.routing.slots, kind == "lora")
+        places = call.slice_outputs, call.slice_offsets
+        add_lora(kind, call.outputs, call.inputs, *stacks, slots, *places, call.scaling)
+
+
+def valid_slots(indices: Tensor, slots: int, narrow: bool) -> Tensor:
+    """Return the indices as the ops want them, -1 wherever there is no slot.
+
+    Args:
+        indices: `[T]`.
+        slots: K.
+        narrow: whether as int32, for "lora"; else int64.
+    """
+    is_none = (indices < 0) | (indices >= slots)
+    return indices.masked_fill(is_none, -1).to(torch.int32 if narrow else torch.int64)
 
 
 def op(name: str) -> torch._ops.OpOverload:
@@ -119,7 +165,7 @@ def add_lora(
     slice_offsets: Sequence[int],
     scaling: float,
 ) -> None:
-    """As `entry.add_lora`, by the ops of a family whose rules hold; no weight is copied.
+    """Run a call by the ops of a family whose rules hold; no weight is copied.
 
     Args:
         kind: of FAMILIES.
@@ -149,7 +195,7 @@ def add_lora(
             column += b[end].shape[-2]
             end += 1
         if not (_lies_in_a_stack(stack) if stored else all(one.is_contiguous() for one in b[start:end])):
-            raise KernelError("vllm-xpu-kernels", "B stored as the graph said", "another view", "Report it.")
+            raise KernelError("vllm-xpu-kernels", "B stored as the graph said", "another view", "Compile anew.")
         if stored:
             # All rows that are in memory into a scratch, and those that are wanted from there: once a call, T rows.
             slot_count, width, rank = stack.shape

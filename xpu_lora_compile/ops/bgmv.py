@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from xpu_lora_compile.kernels import entry
+from xpu_lora_compile.kernels import takes_native
 from xpu_lora_compile.kernels.native import TRY_EXPAND, TRY_SHRINK
-from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.checks import without_slice_dim
+from xpu_lora_compile.ops.internal import expand, shrink
 from xpu_lora_compile.torch_internals import check_before_autograd, note_write, runs_plainly
 
 
@@ -57,7 +57,7 @@ def bgmv_shrink(
     operands = (output_tensor, inputs, lora_a_weights, lora_indices_tensor)
     if is_compiling() or not runs_plainly(*operands):
         BGMV_SHRINK(*operands, scaling)
-    elif not (entry.takes_native(output_tensor) and TRY_SHRINK(*operands, scaling)):
+    elif not (takes_native(output_tensor) and TRY_SHRINK(*operands, scaling)):
         _shrink_eagerly(*operands, scaling)
         note_write(output_tensor)
 
@@ -100,7 +100,7 @@ def bgmv_expand(
     operands = (output_tensor, inputs, lora_b_weights, lora_indices_tensor)
     if is_compiling() or not runs_plainly(*operands):
         BGMV_EXPAND(*operands, add_inputs)
-    elif not (entry.takes_native(output_tensor) and _expand_natively(*operands, add_inputs)):
+    elif not (takes_native(output_tensor) and _expand_natively(*operands, add_inputs)):
         _expand_eagerly(*operands, add_inputs)
         note_write(output_tensor)
 
@@ -149,9 +149,7 @@ def bgmv_expand_slice(
     operands = (output_tensor, inputs, lora_b_weights, lora_indices_tensor)
     if is_compiling() or not runs_plainly(*operands):
         BGMV_EXPAND_SLICE(*operands, slice_offset, slice_size, add_inputs)
-    elif not (
-        entry.takes_native(output_tensor) and _expand_slice_natively(*operands, slice_offset, slice_size, add_inputs)
-    ):
+    elif not (takes_native(output_tensor) and _expand_slice_natively(*operands, slice_offset, slice_size, add_inputs)):
         _expand_slice_eagerly(*operands, slice_offset, slice_size, add_inputs)
         note_write(output_tensor)
 
@@ -161,7 +159,7 @@ def _shrink_eagerly(
 ) -> None:
     checks.check_shrink(output_tensor, inputs, lora_a_weights, lora_indices_tensor)
     weights = without_slice_dim(lora_a_weights)
-    entry.shrink(output_tensor, inputs, weights, Routing(lora_indices_tensor, len(weights)), scaling)
+    shrink(output_tensor, inputs, weights, lora_indices_tensor, scaling)
 
 
 def _expand_eagerly(
@@ -170,8 +168,7 @@ def _expand_eagerly(
     checks.check_expand(output_tensor, inputs, lora_b_weights, lora_indices_tensor)
     weights = without_slice_dim(lora_b_weights)
     columns = min(weights.shape[1], output_tensor.shape[1])
-    routing = Routing(lora_indices_tensor, len(weights))
-    entry.expand(output_tensor[:, :columns], inputs, weights[:, :columns], routing, add_inputs)
+    expand(output_tensor[:, :columns], inputs, weights[:, :columns], lora_indices_tensor, add_inputs)
 
 
 def _expand_slice_eagerly(
@@ -185,7 +182,7 @@ def _expand_slice_eagerly(
 ) -> None:
     checks.check_expand_slice(output_tensor, inputs, lora_b_weights, lora_indices_tensor, slice_offset, slice_size)
     columns, weights = output_tensor.narrow(1, slice_offset, slice_size), without_slice_dim(lora_b_weights)
-    entry.expand(columns, inputs, weights, Routing(lora_indices_tensor, len(weights)), add_inputs)
+    expand(columns, inputs, weights, lora_indices_tensor, add_inputs)
 
 
 def _expand_natively(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, add: bool) -> bool:

@@ -96,13 +96,13 @@ def check_lora_linears(
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     indices: Tensor,
-    slice_bases: Sequence[int],
+    slice_outputs: Sequence[int],
     slice_offsets: Sequence[int],
     ranks: Tensor | None = None,
 ) -> None:
-    """Check a call with several bases; `slice_bases` says for each slice which one it is added to."""
+    """Check a call with several bases; `slice_outputs` says for each slice which one it is added to."""
     op = "lora_linear"
-    if not len(lora_a) == len(lora_b) == len(slice_offsets) == len(slice_bases) > 0:
+    if not len(lora_a) == len(lora_b) == len(slice_offsets) == len(slice_outputs) > 0:
         raise ShapeError(
             op,
             "for each slice one A, one B and one offset, and at least one slice",
@@ -111,7 +111,7 @@ def check_lora_linears(
         )
     names = ["base"] if len(bases) == 1 else [f"bases[{position}]" for position in range(len(bases))]
     _check_rows(op, indices, **dict(zip(names, bases, strict=True)), inputs=inputs)
-    for s, (a, b, base, offset) in enumerate(zip(lora_a, lora_b, slice_bases, slice_offsets, strict=True)):
+    for s, (a, b, base, offset) in enumerate(zip(lora_a, lora_b, slice_outputs, slice_offsets, strict=True)):
         _check_weights(op, f"lora_a[{s}]", a, inputs)
         _check_weights(op, f"lora_b[{s}]", b, inputs, columns=without_slice_dim(a).shape[1])
         if not holds(a.shape[0] == b.shape[0]):

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xpu_lora_compile.kernels import entry, triton_launch, vendor
+from xpu_lora_compile import kernels
+from xpu_lora_compile.kernels import triton_launch, vendor
+from xpu_lora_compile.kernels.call import LoraCall, accumulator, without_autocast
 from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.ops.checks import refuse_gradients, without_slice_dim
 
@@ -23,14 +25,26 @@ _LIBRARY = torch.library.Library("xpu_lora", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 
+def shrink(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, scaling: float) -> None:
+    """Run `Kernel.shrink` for operands that fit, A without vLLM's 1."""
+    call = LoraCall([output], inputs, [weights], [], Routing(indices, len(weights)), scaling=scaling)
+    kernels.kernel_for(call).shrink(call)
+
+
+def expand(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, add: bool) -> None:
+    """Run `Kernel.expand` for operands that fit, B without vLLM's 1."""
+    call = LoraCall([output], inputs, [], [weights], Routing(indices, len(weights)), add=add)
+    kernels.kernel_for(call).expand(call)
+
+
 def _shrink(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, scaling: float) -> None:
     _refuse_gradients("shrink", output, inputs, weights, replaces=True)
-    entry.shrink(output, inputs, without_slice_dim(weights), Routing(indices, len(weights)), scaling)
+    shrink(output, inputs, without_slice_dim(weights), indices, scaling)
 
 
 def _expand(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, add: bool) -> None:
     _refuse_gradients("expand", output, inputs, weights, replaces=not add)
-    entry.expand(output, inputs, without_slice_dim(weights), Routing(indices, len(weights)), add)
+    expand(output, inputs, without_slice_dim(weights), indices, add)
 
 
 def _expand_slice(
@@ -38,7 +52,7 @@ def _expand_slice(
 ) -> None:
     _refuse_gradients("expand_slice", output, inputs, weights, replaces=not add)
     columns = output.narrow(1, offset, size)
-    entry.expand(columns, inputs, without_slice_dim(weights), Routing(indices, len(weights)), add)
+    expand(columns, inputs, without_slice_dim(weights), indices, add)
 
 
 def _route(indices: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -61,7 +75,8 @@ def _add_lora(
                 refuse_gradients("add_lora", output, inputs, weights, replaces=False)
     stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
     known = _routing(routing, len(lora_a[0]))
-    entry.add_lora(outputs, inputs, stacks_a, stacks_b, known, slice_outputs, slice_offsets, scaling)
+    places = slice_outputs, slice_offsets
+    kernels.add_lora(LoraCall(outputs, inputs, stacks_a, stacks_b, known, *places, scaling))
 
 
 def _linear_lora(
@@ -77,8 +92,8 @@ def _linear_lora(
 ) -> list[Tensor]:
     stacks_a, stacks_b = [[without_slice_dim(one) for one in stacks] for stacks in (lora_a, lora_b)]
     known = _routing(routing, len(lora_a[0]))
-    arguments = (stacks_a, stacks_b, known, slice_outputs, slice_offsets, scaling)
-    return entry.linear_lora(inputs, weights, biases, *arguments)
+    call = LoraCall((), inputs, stacks_a, stacks_b, known, slice_outputs, slice_offsets, scaling)
+    return kernels.linear_lora(call, weights, biases)
 
 
 def _routing(given: Sequence[Tensor], slots: int) -> Routing:
@@ -98,11 +113,17 @@ def _route_tiles(indices: Tensor, slots: int) -> Tensor:
 
 
 def _slot_products(inputs: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-    return entry.slot_products(inputs, weights, Routing(indices, len(weights)))
+    return kernels.slot_products(inputs, weights, Routing(indices, len(weights)))
 
 
 def _outer_by_slot(left: Tensor, right: Tensor, indices: Tensor, slots: int) -> Tensor:
-    return entry.outer_by_slot(left, right, Routing(indices, slots))
+    # Both factors are masked: a NaN in the row of one adapter must not reach the gradient of another.
+    result = left.new_empty(slots, left.shape[1], right.shape[1])
+    with without_autocast(left.device.type):
+        for slot in range(slots):
+            mine = (indices == slot)[:, None]
+            torch.mm(torch.where(mine, left, 0.0).t(), torch.where(mine, right, 0.0), out=result[slot])
+    return result
 
 
 def _refuse_gradients(op: str, output: Tensor, inputs: Tensor, weights: Tensor, replaces: bool) -> None:
@@ -134,7 +155,7 @@ def _fake_linear_lora(inputs: Tensor, weights: Sequence[Tensor], *_: object) -> 
 
 
 def _fake_slot_products(inputs: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-    return inputs.new_empty(inputs.shape[0], weights.shape[1], dtype=entry.accumulator(inputs, weights))
+    return inputs.new_empty(inputs.shape[0], weights.shape[1], dtype=accumulator(inputs, weights))
 
 
 def _fake_outer_by_slot(left: Tensor, right: Tensor, indices: Tensor, slots: int) -> Tensor:
@@ -181,11 +202,6 @@ for _schema, _kernel, _fake in (
     torch.library.register_fake(f"xpu_lora::{_name}", _fake, lib=_LIBRARY)
 
 
-def _valid_slots(indices: Tensor, slots: int, narrow: bool) -> Tensor:
-    is_none = (indices < 0) | (indices >= slots)
-    return indices.masked_fill(is_none, -1).to(torch.int32 if narrow else torch.int64)
-
-
 def _vendor_add_lora(
     outputs: Sequence[Tensor],
     inputs: Tensor,
@@ -204,7 +220,7 @@ def _vendor_add_lora(
 _VENDOR = f"{_LISTS}, Tensor slots, int[] slice_outputs, int[] slice_offsets, float scaling, str kind"
 # The indices as the vendor's ops want them: int32 if narrow, else int64; -1 wherever there is no slot.
 _LIBRARY.define("valid_slots(Tensor indices, SymInt slots, bool narrow) -> Tensor", tags=_TAGS)
-_LIBRARY.impl("valid_slots", _valid_slots, "CompositeImplicitAutograd")
+_LIBRARY.impl("valid_slots", vendor.valid_slots, "CompositeImplicitAutograd")
 _LIBRARY.define(f"vendor_add_lora({_VENDOR}) -> ()", tags=_TAGS)
 _LIBRARY.impl("vendor_add_lora", _vendor_add_lora, "CompositeImplicitAutograd")
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from xpu_lora_compile.errors import ShapeError
-from xpu_lora_compile.kernels import entry
+from xpu_lora_compile.kernels import add_lora, takes_native
+from xpu_lora_compile.kernels.call import LoraCall, accumulator
 from xpu_lora_compile.kernels.native import TRY_ADD_LORA
 from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.ops import checks
@@ -79,7 +80,7 @@ def lora_linear(
     offsets = list(slice_offsets)
     if not is_compiling() and runs_plainly(base, inputs, *lora_a, *lora_b, lora_indices_tensor):
         # What the native kernel does not ask for is checked all the same.
-        if ranks is None and entry.takes_native(base) and base.layout is torch.strided:
+        if ranks is None and takes_native(base) and base.layout is torch.strided:
             added = base.clone(memory_format=torch.contiguous_format)
             if TRY_ADD_LORA([added], *operands, [0] * len(offsets), offsets, scaling):
                 return added
@@ -98,9 +99,9 @@ def add_lora_eagerly(
     if is_compiling() or not runs_plainly(output, inputs, lora_a, lora_b, indices):
         return False
     b = lora_b if lora_b.shape[1] == columns else lora_b[:, :columns]
-    if entry.takes_native(output) and TRY_ADD_LORA([output], inputs, [lora_a], [b], indices, [0], [0], 1.0):
+    if takes_native(output) and TRY_ADD_LORA([output], inputs, [lora_a], [b], indices, [0], [0], 1.0):
         return True
-    entry.add_lora([output], inputs, [lora_a], [b], Routing(indices, lora_a.shape[0], ranks), [0], [0], 1.0)
+    add_lora(LoraCall([output], inputs, [lora_a], [b], Routing(indices, lora_a.shape[0], ranks)))
     return True
 
 
@@ -120,7 +121,7 @@ def add_slices_eagerly(
     if is_compiling() or not runs_plainly(output, inputs, *lora_a, *lora_b, indices):
         return False
     operands = (inputs, lora_a, lora_b, indices, [0] * len(slice_offsets), slice_offsets, scaling)
-    return entry.takes_native(output) and bool(TRY_ADD_LORA([output], *operands))
+    return takes_native(output) and bool(TRY_ADD_LORA([output], *operands))
 
 
 def _lora_linear_eagerly(
@@ -146,14 +147,14 @@ def _lora_linears(
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     lora_indices_tensor: Tensor,
-    slice_bases: Sequence[int],
+    slice_outputs: Sequence[int],
     slice_offsets: Sequence[int],
     scaling: float = 1.0,
     ranks: Tensor | None = None,
 ) -> list[Tensor]:
-    checks.check_lora_linears(bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_bases, slice_offsets, ranks)
+    checks.check_lora_linears(bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_outputs, slice_offsets, ranks)
     results = [base.clone(memory_format=torch.contiguous_format) for base in bases]
-    _add(results, inputs, lora_a, lora_b, lora_indices_tensor, slice_bases, slice_offsets, scaling, ranks)
+    _add(results, inputs, lora_a, lora_b, lora_indices_tensor, slice_outputs, slice_offsets, scaling, ranks)
     return results
 
 
@@ -163,27 +164,29 @@ def _add(
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     indices: Tensor,
-    slice_bases: Sequence[int],
+    slice_outputs: Sequence[int],
     slice_offsets: Sequence[int],
     scaling: float,
     ranks: Tensor | None,
 ) -> None:
     """Add every slice in place, those of each number of slots K together: a routing is for one K."""
     stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
-    dtype = entry.accumulator(*results, inputs, *stacks_a, *stacks_b)
+    dtype = accumulator(*results, inputs, *stacks_a, *stacks_b)
     # With several K, columns that two of them share are still rounded once.
     sums = results if len({len(a) for a in stacks_a}) == 1 else [result.to(dtype) for result in results]
     for slots in dict.fromkeys(len(a) for a in stacks_a):
         mine = [s for s, a in enumerate(stacks_a) if len(a) == slots]
-        entry.add_lora(
-            sums,
-            inputs,
-            [stacks_a[s] for s in mine],
-            [stacks_b[s] for s in mine],
-            Routing(indices, slots, ranks),
-            [slice_bases[s] for s in mine],
-            [slice_offsets[s] for s in mine],
-            scaling,
+        add_lora(
+            LoraCall(
+                sums,
+                inputs,
+                [stacks_a[s] for s in mine],
+                [stacks_b[s] for s in mine],
+                Routing(indices, slots, ranks),
+                [slice_outputs[s] for s in mine],
+                [slice_offsets[s] for s in mine],
+                scaling,
+            )
         )
     for result, total in zip(results, sums, strict=True):
         if total is not result:
@@ -210,23 +213,23 @@ def _fake_lora_linears(
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     lora_indices_tensor: Tensor,
-    slice_bases: Sequence[int],
+    slice_outputs: Sequence[int],
     slice_offsets: Sequence[int],
     scaling: float = 1.0,
     ranks: Tensor | None = None,
 ) -> list[Tensor]:
-    checks.check_lora_linears(bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_bases, slice_offsets, ranks)
+    checks.check_lora_linears(bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_outputs, slice_offsets, ranks)
     return [torch.empty_like(base, memory_format=torch.contiguous_format) for base in bases]
 
 
 def _setup_one(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _base, rows, lora_a, lora_b, indices, ctx.slice_offsets, ctx.scaling, _ranks = inputs
-    ctx.slice_bases = [0] * len(lora_a)
+    ctx.slice_outputs = [0] * len(lora_a)
     ctx.save_for_backward(rows, indices, *lora_a, *lora_b)
 
 
 def _setup_several(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _bases, rows, lora_a, lora_b, indices, ctx.slice_bases, ctx.slice_offsets, ctx.scaling, _ranks = inputs
+    _bases, rows, lora_a, lora_b, indices, ctx.slice_outputs, ctx.slice_offsets, ctx.scaling, _ranks = inputs
     ctx.save_for_backward(rows, indices, *lora_a, *lora_b)
 
 
@@ -248,14 +251,14 @@ def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Tensor, list[Tens
     """
     rows, indices, *weights = ctx.saved_tensors
     slices = len(ctx.slice_offsets)
-    grad_rows = rows.new_zeros(rows.shape, dtype=entry.accumulator(*grads_out, rows, *weights))
+    grad_rows = rows.new_zeros(rows.shape, dtype=accumulator(*grads_out, rows, *weights))
     grads_a: list[Tensor] = []
     grads_b: list[Tensor] = []
     for s in range(slices):
         stored_a, stored_b, offset = weights[s], weights[slices + s], ctx.slice_offsets[s]
-        grad = grads_out[ctx.slice_bases[s]]
+        grad = grads_out[ctx.slice_outputs[s]]
         a, b = without_slice_dim(stored_a), without_slice_dim(stored_b)
-        dtype = entry.accumulator(grad, rows, a, b)
+        dtype = accumulator(grad, rows, a, b)
         grad_slice = grad[:, offset : offset + b.shape[1]].to(dtype)
         hidden = ctx.scaling * SLOT_PRODUCTS(rows, a, indices).to(dtype)
         grad_hidden = ctx.scaling * SLOT_PRODUCTS(grad_slice, b.transpose(1, 2), indices)

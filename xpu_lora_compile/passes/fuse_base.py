@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from xpu_lora_compile.kernels.entry import computes_base
+from xpu_lora_compile.kernels import kernel_named
 from xpu_lora_compile.ops import ADD_LORA, LINEAR_LORA, ROUTE_TILES
+from xpu_lora_compile.passes.calls import LoraNode
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
-from xpu_lora_compile.passes.editing import arguments_of, calls_to, insert_before, is_subgraph, may_rewrite, value_of
+from xpu_lora_compile.passes.editing import calls_to, insert_before, is_subgraph, may_rewrite, value_of
 from xpu_lora_compile.passes.memory import is_barrier, knows_its_views, region_of, storage_of, storages_of, written_by
 from xpu_lora_compile.torch_internals import is_known, is_wrapper
 
@@ -60,7 +61,10 @@ def fuse_base(graph: Graph) -> None:
     if not calls or _KEEPS.get() or is_subgraph(graph) or not knows_its_views(graph):
         return
     for call in calls:
-        outputs, inputs, *rest = arguments_of(call, ADD_LORA)
+        lora = LoraNode(call)
+        outputs, inputs = lora.outputs, lora.inputs
+        places = lora.slice_outputs, lora.slice_offsets
+        rest = [lora.lora_a, lora.lora_b, lora.routing, *places, lora.scaling]
         products = [_product(output, inputs, call) for output in outputs]
         if None in products:
             note(call, "fuse_base: left alone, since an output is not just a linear of the same input")
@@ -69,11 +73,11 @@ def fuse_base(graph: Graph) -> None:
 
 
 def _wants(call: Node) -> bool:
-    routing, offsets = call.args[4], call.args[6]
+    lora = LoraNode(call)
     return (
-        computes_base(value_of(call.args[1]).device.type)  # type: ignore[arg-type]
-        and any(one.target is ROUTE_TILES for one in routing)  # type: ignore[union-attr]
-        and all(isinstance(offset, int) for offset in offsets)  # type: ignore[union-attr]
+        value_of(lora.inputs).device.type in kernel_named("triton").computes_base_on
+        and any(node.target is ROUTE_TILES for node in lora.routing)
+        and all(isinstance(offset, int) for offset in lora.slice_offsets)
     )
 
 

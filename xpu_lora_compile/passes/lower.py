@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from xpu_lora_compile.kernels import vendor
-from xpu_lora_compile.kernels.choose import forced_kernel
-from xpu_lora_compile.kernels.entry import choice_for, outputs_with_shared_columns
+from xpu_lora_compile.kernels import KERNELS, choice_for, forced_kernel, refusal_of, vendor
+from xpu_lora_compile.kernels.call import Kernel, LoraCall
 from xpu_lora_compile.ops import (
-    ADD_LORA,
     BGMV_EXPAND_SLICE,
     BGMV_SHRINK,
     EXPAND_SLICE,
@@ -23,12 +21,11 @@ from xpu_lora_compile.ops import (
     LORA_LINEARS,
     NATIVE_ADD_LORA,
     ROUTE,
-    ROUTE_TILES,
     SHRINK,
     VALID_SLOTS,
     VENDOR_ADD_LORA,
 )
-from xpu_lora_compile.ops.checks import without_slice_dim
+from xpu_lora_compile.passes.calls import LoraNode
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
 from xpu_lora_compile.passes.editing import (
     arguments_of,
@@ -87,25 +84,20 @@ def lower(graph: Graph) -> None:
     if not (single or several):
         return
     nodes = _Nodes(graph)
-    for call in [node for node in graph.nodes if node in single | several]:
-        if call in single:
-            base, *rest, offsets, scaling, ranks = arguments_of(call, LORA_LINEAR)
-            arguments = ([base], *rest, [0] * len(offsets), offsets, scaling, ranks)
-        else:
-            arguments = tuple(arguments_of(call, LORA_LINEARS))
-        refusal = "a higher-order op cannot look into lists" if is_subgraph(graph) else _refusal(arguments)
+    for lora in [LoraNode(node) for node in graph.nodes if node in single | several]:
+        refusal = "a higher-order op cannot look into lists" if is_subgraph(graph) else _refusal(lora)
         if refusal:
-            note(call, f"lower: left functional, since {refusal}")
-        elif may_rewrite(call):
-            _lower(call, arguments, nodes)
+            note(lora.node, f"lower: left functional, since {refusal}")
+        elif may_rewrite(lora.node):
+            _lower(lora, nodes)
 
 
-def _refusal(arguments: tuple[Any, ...]) -> str:
-    bases, inputs, a, b, *_ = arguments
-    if any(value_of(one).requires_grad for one in (*bases, inputs, *a, *b)):
+def _refusal(call: LoraNode) -> str:
+    operands = (*call.outputs, call.inputs, *call.lora_a, *call.lora_b)
+    if any(value_of(operand).requires_grad for operand in operands):
         return "it carries gradients"
-    slots = [value_of(one).shape[0] for one in a]
-    if not all(is_guarded(one == slots[0]) for one in slots):
+    slots = [value_of(a).shape[0] for a in call.lora_a]
+    if not all(is_guarded(count == slots[0]) for count in slots):
         return f"its slices must have the same number of slots, and have {', '.join(map(str, slots))}"
     return ""
 
@@ -165,10 +157,10 @@ class _Nodes:
         )
 
 
-def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
-    bases, inputs, a, b, indices, slice_bases, offsets, scaling, ranks = arguments
+def _lower(lora: LoraNode, nodes: _Nodes) -> None:
+    call, bases, inputs, a, b, indices = lora.node, lora.outputs, lora.inputs, lora.lora_a, lora.lora_b, lora.indices
     outputs: list[Node] = []
-    is_single = call.target in (LORA_LINEAR, LORA_LINEAR.overloadpacket)
+    is_single = lora.op is LORA_LINEAR
     results: list[Tensor] = [value_of(call)] if is_single else value_of(call)
     written_back = _written_back(call, bases)
     if nodes.inputs is None or _share_memory(bases[0], (inputs, *a, *b, indices)):
@@ -184,24 +176,24 @@ def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
         else:
             nodes.unite(base, result)
         outputs.append(target)
-    stacks_a, stacks_b = ([without_slice_dim(value_of(one)) for one in stacks] for stacks in (a, b))
-    kernel = choice_for([value_of(base) for base in bases], value_of(inputs), stacks_a, stacks_b).kernel
-    # A program to be saved may run where there are other kernels.
-    here = is_compiling_for_this_process()
-    op, routing = ADD_LORA, cast("Any", [indices])
+    asked = lora.call(outputs=outputs)
+    kernel = _kernel_for(call, asked, b)
+    op: Any = getattr(torch.ops.xpu_lora, kernel.op if kernel else "add_lora").default
     more: list[Any] = []
-    kind = _vendor_kind(call, outputs, inputs, stacks_a, stacks_b, b, indices, slice_bases, offsets) if here else ""
-    if kind:
-        op, more = VENDOR_ADD_LORA, [kind]
+    routing: Node | list[Node]
+    if op is VENDOR_ADD_LORA:
+        kind = vendor.family()[0]
         (routing,) = _shared(VALID_SLOTS, indices, a[0], call, nodes, kind == "lora")
-    elif kernel == "native" and here and _fits_native(stacks_b, slice_bases, offsets):
-        op, routing, packed = NATIVE_ADD_LORA, _whole(indices), _packed(a, stacks_a, stacks_b, slice_bases, offsets)
+        more = [kind]
+    elif op is NATIVE_ADD_LORA:
+        routing, packed = _whole(indices), _packed(a, asked)
         more = [packed] if packed is not None else []
-    elif kernel == "triton" and here:
-        routing += [*_shared(ROUTE_TILES, indices, a[0], call, nodes), *([ranks] if ranks is not None else [])]
     else:
-        routing += _shared(ROUTE, indices, a[0], call, nodes)
-    lowered = insert_before(call, op, (outputs, inputs, a, b, routing, slice_bases, offsets, scaling, *more), None)
+        prepares = getattr(torch.ops.xpu_lora, kernel.prepares).default if kernel else ROUTE
+        routing = [indices, *_shared(prepares, indices, a[0], call, nodes)]
+        routing += [lora.ranks] if kernel and kernel.reads_ranks and lora.ranks is not None else []
+    places = lora.slice_outputs, lora.slice_offsets
+    lowered = insert_before(call, op, (outputs, inputs, a, b, routing, *places, lora.scaling, *more), None)
     set_decisions(lowered, decisions_on(call))
     if written_back is not None:
         call.graph.erase_node(written_back)
@@ -214,34 +206,35 @@ def _lower(call: Node, arguments: tuple[Any, ...], nodes: _Nodes) -> None:
     call.graph.erase_node(call)
 
 
-def _vendor_kind(
-    call: Node,
-    outputs: list[Node],
-    inputs: Node,
-    stacks_a: list[Tensor],
-    stacks_b: list[Tensor],
-    lora_b: list[Node],
-    indices: Node,
-    slice_outputs: list[int],
-    offsets: list[Any],
-) -> str:
-    """Which ops of vllm-xpu-kernels are to be called, on an Intel GPU; none where they are missing or a rule fails."""
-    if value_of(inputs).device.type != "xpu":
-        return ""
+def _kernel_for(node: Node, call: LoraCall, lora_b: list[Node]) -> Kernel | None:
+    """The first kernel that takes a call for all sizes of the graph; None where what it is shall be seen as it runs."""
+    # A program to be saved may run where there are other kernels.
+    if not is_compiling_for_this_process():
+        return None
     forced = forced_kernel()
-    kind, why = vendor.family() if forced is None else ("", f"{forced} was forced")
-    if kind:
-        written = [value_of(outputs[at]) for at in slice_outputs]
-        why = vendor.refusal(kind, written, value_of(inputs), stacks_a, stacks_b, value_of(indices))
-        if not why and not all(map(_is_stored, lora_b, stacks_b)):
-            why = "B must be contiguous, or the leading rows of a stack that is contiguous in the graph"
-        if not all(isinstance(offset, int) for offset in offsets):
-            why = "offsets must be known while compiling"
-        elif outputs_with_shared_columns(stacks_b, slice_outputs, offsets):
-            why = "slices must not share columns"
-    used = " and ".join(vendor.FAMILIES[kind]) if kind else ""
-    note(call, f"lower: vllm-xpu-kernels is not used: {why}" if why else f"lower: {used} of vllm-xpu-kernels")
-    return "" if why else kind
+    # That it cannot run the call is an error.
+    chosen = None if forced is None else choice_for(call).kernel
+    for kernel in KERNELS:
+        why = kernel.by_force_alone if forced is None else "" if kernel is chosen else f"{forced} was forced"
+        why = why or refusal_of(kernel, call) or _refusal_in_graph(kernel, call, lora_b)
+        if not why:
+            return kernel
+        # What is worth a word: a kernel for this device that comes first.
+        if kernel.op != "add_lora" and call.device in kernel.devices:
+            note(node, f"lower: kernel {kernel.name} is not used: {why}")
+    return None
+
+
+def _refusal_in_graph(kernel: Kernel, call: LoraCall, lora_b: list[Node]) -> str:
+    """Which rule of the op that a kernel is called by a call breaks; empty if none."""
+    if kernel.needs_plain_slices:
+        if not all(isinstance(offset, int) for offset in call.slice_offsets):
+            return "offsets must be known while compiling"
+        if call.shared_outputs():
+            return "slices must not share columns"
+    if kernel.needs_whole_stacks and not all(map(_is_stored, lora_b, call.lora_b)):
+        return "B must be contiguous, or the leading rows of a stack that is contiguous in the graph"
+    return ""
 
 
 def _is_stored(node: Node, stack: Tensor) -> bool:
@@ -281,15 +274,18 @@ def _whole(indices: Node) -> Node:
     return found
 
 
-def _packed(
-    lora_a: list[Node], stacks_a: list[Tensor], stacks_b: list[Tensor], slice_bases: list[int], offsets: list[int]
-) -> Node | None:
+def _packed(lora_a: list[Node], call: LoraCall) -> Node | None:
     """The tensor whose columns are all A and then all B of a call to one output, as `native_add_packed` reads it."""
-    widths = [b.shape[1] for b in stacks_b]
-    side_by_side = [at == before for at, before in zip(offsets, accumulate(widths, initial=0), strict=False)]
-    if any(slice_bases) or len(offsets) > 3 or not all(map(is_known, (*side_by_side, *(one > 0 for one in widths)))):
+    widths = [b.shape[1] for b in call.lora_b]
+    starts = accumulate(widths, initial=0)
+    side_by_side = [at == before for at, before in zip(call.slice_offsets, starts, strict=False)]
+    if (
+        any(call.slice_outputs)
+        or len(widths) > 3
+        or not all(map(is_known, (*side_by_side, *(one > 0 for one in widths))))
+    ):
         return None
-    by_rank = [*stacks_a, *(b.transpose(1, 2) for b in stacks_b)]
+    by_rank = [*call.lora_a, *(b.transpose(1, 2) for b in call.lora_b)]
     return next((node for node in _viewed(lora_a[0]) if _are_columns(by_rank, value_of(node))), None)
 
 
@@ -307,13 +303,6 @@ def _are_columns(stacks: list[Tensor], whole: Tensor) -> bool:
         rules += [left == right for left, right in zip(stack.stride(), (of_slot, of_rank, of_column), strict=True)]
         rules += [stack.storage_offset() == whole.storage_offset() + start * of_column]
     return all(map(is_known, rules))
-
-
-def _fits_native(stacks_b: list[Tensor], slice_bases: list[int], offsets: list[Any]) -> bool:
-    """Whether the native op may be called, which leaves all checks to us."""
-    return all(isinstance(offset, int) for offset in offsets) and (
-        len(stacks_b) == 1 or not outputs_with_shared_columns(stacks_b, slice_bases, offsets)
-    )
 
 
 def _written_back(call: Node, bases: list[Node]) -> Node | None:

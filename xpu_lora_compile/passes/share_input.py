@@ -8,8 +8,9 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from xpu_lora_compile.ops import LORA_LINEAR, LORA_LINEARS
+from xpu_lora_compile.passes.calls import LoraNode
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
-from xpu_lora_compile.passes.editing import arguments_of, calls_to, insert_before, may_rewrite, value_of
+from xpu_lora_compile.passes.editing import calls_to, insert_before, may_rewrite, value_of
 from xpu_lora_compile.passes.memory import (
     is_barrier,
     is_pure,
@@ -72,10 +73,11 @@ def _find_groups(graph: Graph) -> list[list[Node]]:
             if read & written:
                 del opened[key]
         if node in calls:
-            _, inputs, _, _, indices, _, scaling, ranks = arguments_of(node, LORA_LINEAR)
+            call = LoraNode(node)
+            inputs, indices, ranks = call.inputs, call.indices, call.ranks
             # The same elements, detached, get no gradient.
             of_inputs = region_of(value_of(inputs)), value_of(inputs).requires_grad
-            key = of_inputs, region_of(value_of(indices)), scaling, ranks and region_of(value_of(ranks))
+            key = of_inputs, region_of(value_of(indices)), call.scaling, ranks and region_of(value_of(ranks))
             if key not in opened:
                 read = storages_of(inputs) | storages_of(indices) | (storages_of(ranks) if ranks else set())
                 opened[key] = read, []
@@ -112,20 +114,20 @@ def _moves(call: Node, first: Node) -> list[Node] | None:
 def _merge(members: list[Node]) -> None:
     """Put one call in the place of the first; its results in the place of theirs."""
     first = members[0]
-    arguments = [arguments_of(call, LORA_LINEAR) for call in members]
-    _, inputs, _, _, indices, _, scaling, ranks = arguments[0]
+    calls = [LoraNode(call) for call in members]
+    ranks = calls[0].ranks
     merged = insert_before(
         first,
         LORA_LINEARS,
         (
-            [one[0] for one in arguments],
-            inputs,
-            [a for one in arguments for a in one[2]],
-            [b for one in arguments for b in one[3]],
-            indices,
-            [position for position, one in enumerate(arguments) for _ in one[2]],
-            [offset for one in arguments for offset in one[5]],
-            scaling,
+            [base for call in calls for base in call.outputs],
+            calls[0].inputs,
+            [a for call in calls for a in call.lora_a],
+            [b for call in calls for b in call.lora_b],
+            calls[0].indices,
+            [position for position, call in enumerate(calls) for _ in call.lora_a],
+            [offset for call in calls for offset in call.slice_offsets],
+            calls[0].scaling,
             *([ranks] if ranks is not None else []),
         ),
         [value_of(call) for call in members],

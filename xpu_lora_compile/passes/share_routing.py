@@ -8,15 +8,22 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, EXPAND, EXPAND_SLICE, LORA_LINEAR, SHRINK
-from xpu_lora_compile.passes.editing import arguments_of, calls_to, erase_unused, may_rewrite, value_of
+from xpu_lora_compile.ops import (
+    BGMV_EXPAND,
+    BGMV_EXPAND_SLICE,
+    BGMV_SHRINK,
+    EXPAND,
+    EXPAND_SLICE,
+    LORA_LINEAR,
+    LORA_LINEARS,
+    SHRINK,
+)
+from xpu_lora_compile.passes.calls import LoraNode
+from xpu_lora_compile.passes.editing import calls_to, erase_unused, may_rewrite, value_of
 from xpu_lora_compile.passes.memory import input_storages, is_pure, read_by, storages_of, written_by
 
-# The ops that take indices, and the position where they take them.
-_TAKE_INDICES = {
-    **dict.fromkeys((BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, EXPAND, EXPAND_SLICE, SHRINK), 3),
-    LORA_LINEAR: 4,
-}
+# The ops that take indices.
+_TAKE_INDICES = (BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, EXPAND, EXPAND_SLICE, SHRINK, LORA_LINEAR, LORA_LINEARS)
 
 
 def share_routing(graph: Graph) -> None:
@@ -42,9 +49,9 @@ def share_routing(graph: Graph) -> None:
     returned = {storage for node in graph.nodes if node.op == "output" for storage in read_by(node)}
     returned -= input_storages(graph)
     wanted: set[Node] = set()
-    for op, position in _TAKE_INDICES.items():
+    for op in _TAKE_INDICES:
         for call in calls_to(graph, op):
-            wanted |= _ancestry(arguments_of(call, op)[position])
+            wanted |= _ancestry(LoraNode(call).indices)
     first: dict[Hashable, Node] = {}
     doubles: list[Node] = []
     for node in graph.nodes:

@@ -1,0 +1,209 @@
+"""Which kernel runs a call: the first of `KERNELS` that does not refuse it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import xpu_c
+from torch import Tensor
+
+from xpu_lora_compile.errors import KernelError
+from xpu_lora_compile.kernels import (
+    KERNELS,
+    choice_for,
+    force_kernel,
+    forced_kernel,
+    kernel_for,
+    kernel_named,
+    native,
+    portable,
+    preferred_on,
+    reads_ranks,
+    triton_launch,
+)
+from xpu_lora_compile.kernels.call import LoraCall
+from xpu_lora_compile.kernels.routing import Routing
+from xpu_lora_compile.torch_internals import without_memory
+
+NO_TRITON = "Triton is not installed"
+
+
+def call_on(device: str, rows: int = 4, dtype: torch.dtype = torch.bfloat16) -> LoraCall:
+    """A whole call that breaks no rule; on another device than the CPU to be made `without_memory`."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device=device, dtype=dtype)
+
+    indices = torch.zeros(rows, device=device, dtype=torch.int64)
+    return LoraCall([empty(rows, 6)], empty(rows, 8), [empty(3, 2, 8)], [empty(3, 6, 2)], Routing(indices, 3))
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_problem_once", lambda: "there is no C++ compiler")
+
+
+@pytest.fixture
+def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "problem", lambda _device: NO_TRITON)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 400])
+def test_on_a_cpu_the_native_kernel_comes_first(rows: int, no_triton: None) -> None:
+    choice = choice_for(call_on("cpu", rows))
+    assert choice.kernel.name == "native"
+    assert choice.because == "it is the first that takes this call"
+    assert choice.others == {
+        "vendor": "it is for xpu, not for cpu",
+        "triton": NO_TRITON,
+        "grouped": "native comes first",
+        "gather": "native comes first",
+        "ipex": choice.others["ipex"],
+    }
+
+
+def test_without_a_compiler_groups_are_multiplied(no_compiler: None, no_triton: None) -> None:
+    choice = choice_for(call_on("cpu"))
+    assert choice.kernel.name == "grouped"
+    assert choice.others["native"] == "there is no C++ compiler"
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_on_a_gpu_triton_runs_where_it_can(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with without_memory():
+        call = call_on(device)
+        monkeypatch.setattr(triton_launch, "problem", lambda _device: "")
+        assert kernel_for(call).name == "triton"
+        monkeypatch.setattr(triton_launch, "problem", lambda _device: NO_TRITON)
+        choice = choice_for(call)
+    assert choice.kernel.name == "gather"
+    assert choice.others["grouped"] == f"it is for cpu, not for {device}"
+    assert choice.others["triton"] == NO_TRITON
+
+
+@pytest.mark.parametrize("groups", [(xpu_c.LORA,), (xpu_c.BGMV,)], ids=["new", "old"])
+def test_the_vendors_kernel_comes_first_on_an_intel_gpu_and_takes_whole_calls(
+    groups: tuple[dict[str, str], ...],
+) -> None:
+    with xpu_c.installed(*groups), without_memory():
+        call = call_on("xpu")
+        assert kernel_for(call).name == "vendor"
+        halves = LoraCall(call.outputs, call.inputs, call.lora_a, [], call.routing)
+        assert choice_for(halves).others["vendor"] == "it takes calls that both shrink and expand"
+        assert choice_for(call_on("xpu", dtype=torch.float32)).others["vendor"].startswith("weights must be float16")
+        with force_kernel("vendor"), pytest.raises(KernelError, match="cannot: weights must be float16"):
+            kernel_for(call_on("xpu", dtype=torch.float32))
+        # Of a graph that was compiled for Triton, whose table of tiles is there.
+        tiled = Routing(call.routing.indices, 3, tiles=call.routing.indices)
+        compiled = LoraCall(call.outputs, call.inputs, call.lora_a, call.lora_b, tiled)
+        assert kernel_for(compiled).name == "triton"
+
+
+@pytest.mark.parametrize("kernel", ["native", "triton"])
+def test_float64_is_not_for_the_kernels_that_compute_in_float32(kernel: str) -> None:
+    with without_memory():
+        call = call_on("cpu" if kernel == "native" else "cuda", dtype=torch.float64)
+        choice = choice_for(call)
+    assert choice.kernel.name != kernel
+    assert kernel_named(kernel).refusal(call) == "it computes in float32"
+
+
+@pytest.mark.parametrize(
+    ("device", "interpreted", "says"),
+    [
+        ("mtia", True, "Triton was tried on CUDA and XPU, not on mtia"),
+        ("cpu", False, "Triton compiles for no CPU (TRITON_INTERPRET=1 has its interpreter run them, slowly)"),
+        ("cpu", True, ""),
+        ("cuda", False, ""),
+        ("xpu", False, ""),
+    ],
+)
+def test_where_triton_can_run(device: str, interpreted: bool, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not the function that remembers.
+    problem = triton_launch.problem.__wrapped__
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
+    monkeypatch.setattr(triton_launch, "find_spec", lambda _name: object())
+    assert problem(device) == says
+    monkeypatch.setattr(triton_launch, "find_spec", lambda _name: None)
+    assert problem(device) == NO_TRITON
+
+
+def test_a_forced_kernel_is_taken() -> None:
+    with force_kernel("gather"):
+        choice = choice_for(call_on("cpu"))
+    assert (choice.kernel.name, choice.because) == ("gather", "it was forced")
+    assert choice.others["native"] == "another was forced"
+
+
+@pytest.mark.parametrize(
+    ("device", "forced", "message"),
+    [
+        ("cpu", "native", "'native', which cannot: there is no C++ compiler. Force none, or one of grouped, gather"),
+        ("cpu", "triton", "'triton', which cannot: Triton is not installed. Force none, or one of grouped, gather"),
+        ("cuda", "grouped", "'grouped', which cannot: it is for cpu, not for cuda. Force none, or one of gather"),
+        ("cpu", "vendor", "'vendor', which cannot: it is for xpu, not for cpu"),
+    ],
+)
+def test_a_forced_kernel_that_cannot_run_is_an_error(
+    device: str, forced: str, message: str, no_compiler: None, no_triton: None
+) -> None:
+    with without_memory(), force_kernel(forced), pytest.raises(KernelError, match=message):
+        kernel_for(call_on(device))
+
+
+def test_force_kernel_ends_with_its_block_and_refuses_unknown_names() -> None:
+    with force_kernel("grouped"):
+        with force_kernel("gather"):
+            assert forced_kernel() == "gather"
+        assert forced_kernel() == "grouped"
+    message = "wanted one of vendor, native, triton, grouped, gather, ipex; got 'fast'. Pass one of these names"
+    with pytest.raises(KernelError, match=message), force_kernel("fast"):
+        pass
+    assert forced_kernel() is None
+
+
+def test_the_environment_forces_a_kernel_for_the_whole_process() -> None:
+    code = "from xpu_lora_compile.kernels import forced_kernel; print(forced_kernel())"
+    environment = os.environ | {"XPU_LORA_KERNEL": "gather"}
+    ran = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout == "gather\n"
+
+
+def test_the_kernel_of_a_device_says_how_weights_are_stored() -> None:
+    by_rank = {device: preferred_on(device).stores_b_by_rank for device in ("cpu", "cuda", "xpu", "mtia")}
+    assert by_rank == {"cpu": True, "cuda": True, "xpu": False, "mtia": True}
+    with force_kernel("ipex"):
+        assert not preferred_on("cpu").stores_b_by_rank
+    assert [device for device in ("cpu", "cuda", "xpu") if reads_ranks(device)] == ["cuda", "xpu"]
+
+
+def test_each_kernel_has_a_name_of_its_own_and_an_op_that_exists() -> None:
+    assert len({kernel.name for kernel in KERNELS}) == len(KERNELS)
+    for kernel in KERNELS:
+        assert hasattr(torch.ops.xpu_lora, kernel.op)
+        assert not kernel.prepares or hasattr(torch.ops.xpu_lora, kernel.prepares)
+
+
+def test_gather_copies_weights_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no call takes memory for the weights of all its rows."""
+    weights, inputs = torch.randn(3, 5, 7), torch.randn(11, 7)
+    routing = Routing(torch.tensor([0, 2, 1, 1, 0, 2, -1, 0, 3, 2, 1]), 3)
+    whole = kernel_named("gather").products(inputs, weights, routing)  # type: ignore[attr-defined]
+    monkeypatch.setattr(portable, "LARGEST_COPY", 3 * 5 * 7)
+    largest = 0
+    real = torch.bmm
+
+    def watched(copied: Tensor, rows: Tensor) -> Tensor:
+        nonlocal largest
+        largest = max(largest, copied.numel())
+        return real(copied, rows)
+
+    monkeypatch.setattr(torch, "bmm", watched)
+    torch.testing.assert_close(kernel_named("gather").products(inputs, weights, routing), whole)  # type: ignore[attr-defined]
+    assert largest == 3 * 5 * 7

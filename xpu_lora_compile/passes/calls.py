@@ -1,0 +1,133 @@
+"""`LoraNode`: the one reader of calls of our ops in a graph, by the names of their schemas."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from xpu_lora_compile.kernels.call import LoraCall
+from xpu_lora_compile.kernels.routing import Routing
+from xpu_lora_compile.ops import (
+    ADD_LORA,
+    BGMV_EXPAND,
+    BGMV_EXPAND_SLICE,
+    BGMV_SHRINK,
+    EXPAND,
+    EXPAND_SLICE,
+    LINEAR_LORA,
+    LORA_LINEAR,
+    LORA_LINEARS,
+    NATIVE_ADD_LORA,
+    SHRINK,
+    VENDOR_ADD_LORA,
+)
+from xpu_lora_compile.ops.checks import without_slice_dim
+from xpu_lora_compile.passes.editing import arguments_of, value_of
+
+SHRINKS = (BGMV_SHRINK, SHRINK)
+EXPANDS = (BGMV_EXPAND, BGMV_EXPAND_SLICE, EXPAND, EXPAND_SLICE)
+# Those that both shrink and expand, of one slice or several.
+WHOLE = (LORA_LINEAR, LORA_LINEARS, ADD_LORA, NATIVE_ADD_LORA, VENDOR_ADD_LORA, LINEAR_LORA)
+LORA_OPS = (*SHRINKS, *EXPANDS, *WHOLE)
+
+
+class LoraNode:
+    """One call of an op of `LORA_OPS`, whichever it is.
+
+    Attributes:
+        node: the call.
+        op: its overload.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.op: torch._ops.OpOverload = overload_of(node)
+        names = [argument.name for argument in self.op._schema.arguments]
+        self._given = dict(zip(names, arguments_of(node, self.op), strict=True))
+
+    def _first(self, *names: str, default: Any = None) -> Any:
+        return next((self._given[name] for name in names if name in self._given), default)
+
+    @property
+    def outputs(self) -> list[Node]:
+        """What LoRA is added to, `[T, H]` each, in place or not; none of a call that computes the base products."""
+        found = self._first("outputs", "bases", "output", "output_tensor", "base", default=[])
+        return list(found) if isinstance(found, list | tuple) else [found]
+
+    @property
+    def inputs(self) -> Node:
+        """The rows, `[T, D]`; of an expand the rank vectors, `[T, R]`."""
+        return cast("Node", self._given["inputs"])
+
+    @property
+    def lora_a(self) -> list[Node]:
+        """A of each slice; none of an expand."""
+        if self.op in SHRINKS:
+            return [self._first("lora_a_weights", "weights")]
+        return list(self._given.get("lora_a", ()))
+
+    @property
+    def lora_b(self) -> list[Node]:
+        """B of each slice; none of a shrink."""
+        if self.op in EXPANDS:
+            return [self._first("lora_b_weights", "weights")]
+        return list(self._given.get("lora_b", ()))
+
+    @property
+    def indices(self) -> Node:
+        """The slot of each row, `[T]`: as they came, or as the vendor's ops want them."""
+        found = self._first("lora_indices_tensor", "indices", "slots", "routing")
+        return cast("Node", found[0] if isinstance(found, list | tuple) else found)
+
+    @property
+    def routing(self) -> list[Node]:
+        """The indices, and what was computed from them once for all calls."""
+        found = self._given.get("routing")
+        return list(found) if found else [self.indices]
+
+    @property
+    def slice_outputs(self) -> list[int]:
+        """The position of each slice's output."""
+        return list(self._given.get("slice_outputs") or [0] * max(1, len(self.lora_b)))
+
+    @property
+    def slice_offsets(self) -> list[Any]:
+        """The first column of each slice, an int or a node."""
+        if self.op in WHOLE:
+            return list(self._given["slice_offsets"])
+        return [self._first("slice_offset", "offset", default=0)]
+
+    @property
+    def scaling(self) -> float:
+        """The factor on what A makes of the inputs."""
+        return cast("float", self._given.get("scaling", 1.0))
+
+    @property
+    def ranks(self) -> Node | None:
+        """The rank of each slot's adapter, if the call says it."""
+        return self._given.get("ranks")
+
+    def call(self, slices: slice = slice(None), outputs: list[Node] | None = None) -> LoraCall:
+        """Return the call with fake tensors, to ask kernels about.
+
+        Args:
+            slices: which of the slices.
+            outputs: what stands for the outputs.
+        """
+        a, b = (
+            [without_slice_dim(cast("Tensor", value_of(weights))) for weights in stacks[slices]]
+            for stacks in (self.lora_a, self.lora_b)
+        )
+        slots = (a or b)[0].shape[0]
+        targets, inputs = [value_of(one) for one in outputs or self.outputs], value_of(self.inputs)
+        places = self.slice_outputs[slices], self.slice_offsets[slices]
+        return LoraCall(targets, inputs, a, b, Routing(value_of(self.indices), slots), *places, self.scaling)
+
+
+def overload_of(node: Node) -> torch._ops.OpOverload:
+    """Return the overload that a node calls, also where it names the packet."""
+    target: Any = node.target
+    return cast("torch._ops.OpOverload", target if isinstance(target, torch._ops.OpOverload) else target.default)
