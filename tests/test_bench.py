@@ -16,10 +16,9 @@ from typer.testing import CliRunner
 
 from xpu_lora_compile.bench import forms, layer, model, ops, show
 from xpu_lora_compile.bench import measure as measure_module
-from xpu_lora_compile.bench.measure import Timing, geometric_mean, machine, measure
+from xpu_lora_compile.bench.measure import Timing, geometric_mean, measure
 from xpu_lora_compile.cli import app
 from xpu_lora_compile.errors import BenchError
-from xpu_lora_compile.kernels import choose
 
 SMALL = ops.Point("float32", 5, 64, (48, 32), 4, 3)
 
@@ -161,20 +160,6 @@ def test_a_command_that_cannot_be_is_refused_before_anything_runs(arguments: lis
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
-
-
-def test_tuning_writes_a_table_that_keeps_other_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = tmp_path / "measured.json"
-    table.write_text(json.dumps({"provenance": {"cuda": "there"}, "points": [{"device": "cuda"}]}))
-    monkeypatch.setattr(ops, "TABLE", table)
-    monkeypatch.setattr(ops, "product", lambda *_: [("float32", 4, (64, 32), (4, 2))])
-    ops.tune("cpu", lambda _: None)
-    written = json.loads(table.read_text())
-    assert [point["device"] for point in written["points"]] == ["cuda", "cpu"]
-    # What interprets kernels is none to choose.
-    assert set(written["points"][1]["us"]) == set(choose.KERNELS) - {"triton", "ipex"}
-    assert written["provenance"]["cuda"] == "there"
-    assert machine("cpu") in written["provenance"]["cpu"]
 
 
 def test_a_model_is_timed_from_cold(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import xpu_lora_compile as xlc
 from xpu_lora_compile import doctor
 from xpu_lora_compile.doctor import Diagnosis, Finding
 from xpu_lora_compile.errors import DeviceError, KernelError, OptionError
-from xpu_lora_compile.kernels import entry, force_kernel, ipex
+from xpu_lora_compile.kernels import force_kernel, ipex
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_a_forced_kernel_that_cannot_run_is_said_in_a_line_each(monkeypatch: pyt
         raise KernelError("forced kernel", "one that can run this call", "'ipex', which cannot", "Force none.")
 
     # Bare, inside an error of opcheck's, and inside one of Dynamo's.
-    monkeypatch.setattr(entry, "choose", refuse)
+    monkeypatch.setattr(kernels, "kernel_for", refuse)
     parts = (doctor.sweep, doctor.opchecks, doctor.speed)
     with force_kernel("gather"):
         found = [one for look in parts for one in doctor._guarded("part", look, DEVICE.type)]

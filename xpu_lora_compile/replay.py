@@ -21,6 +21,7 @@ from xpu_lora_compile.ops import (
     VENDOR_ADD_LORA,
 )
 from xpu_lora_compile.ops.budget import Budget, budget_of
+from xpu_lora_compile.passes.calls import LoraNode
 
 # How far, relative to its norm, an operand may be from that of the eager run when everything before it has been given
 # the eager run's values: only differences between two runs of the same ops remain.

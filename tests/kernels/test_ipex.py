@@ -12,12 +12,12 @@ import pytest
 import torch
 from support.cases import BF16, DEVICE, EXPAND, F16, I32, LORA_LINEAR, OPS, Case, build, cases_of, same_bits
 from torch import Tensor
-from xpu_lora_compile.kernels.choose import Call, choose, force_kernel
-from xpu_lora_compile.kernels.entry import choice_for
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.errors import KernelError
-from xpu_lora_compile.kernels import ipex
+from xpu_lora_compile.kernels import choice_for, force_kernel, ipex, kernel_for
+from xpu_lora_compile.kernels.call import LoraCall
+from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.ops import reference
 from xpu_lora_compile.ops.budget import budget_of
 
@@ -47,24 +47,29 @@ MORE = (
 )
 
 
-def test_it_is_chosen_by_force_alone() -> None:
-    call = Call("cpu", "bfloat16", 1, 8, 16, 4096, 4096)
-    choice = choose(call, ipex_problem="")
-    assert choice.kernel != "ipex"
-    assert choice.others["ipex"] == "it rounds oftener than the contract allows: it has to be forced"
-    assert choose(call, forced="ipex", ipex_problem="").kernel == "ipex"
-    assert choose(call._replace(device="cuda")).others["ipex"] == "it is for a CPU, not for cuda"
+def call() -> LoraCall:
+    x, a, b = torch.zeros(2, 4, dtype=BF16), torch.zeros(3, 2, 4, dtype=BF16), torch.zeros(3, 5, 2, dtype=BF16)
+    return LoraCall([torch.zeros(2, 5, dtype=BF16)], x, [a], [b], Routing(torch.zeros(2, dtype=torch.int64), 3))
 
 
-def test_its_schemas_are_looked_up_only_where_a_kernel_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_chosen_by_force_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ipex, "problem", lambda: "")
+    choice = choice_for(call())
+    assert choice.kernel.name != "ipex"
+    assert choice.others["ipex"] == "it rounds more often than the contract allows: it has to be forced"
+    with force_kernel("ipex"):
+        assert choice_for(call()).kernel.name == "ipex"
+    assert ipex.Ipex().problem("cuda") == "it is for cpu, not for cuda"
+
+
+def test_its_schemas_are_looked_up_only_where_a_kernel_is_forced_or_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_up: list[str] = []
     monkeypatch.setitem(ipex.sys.modules, ipex.PACKAGE, ipex)
     monkeypatch.setattr(ipex, "schema_of", looked_up.append)
-    x, weights = torch.zeros(2, 4, dtype=BF16), torch.zeros(3, 2, 4, dtype=BF16)
-    choice_for((), x, (weights,), ())
+    kernel_for(call())
     assert looked_up == []
     with force_kernel("ipex"), pytest.raises(KernelError, match="it has no punica_bgmv_shrink"):
-        choice_for((), x, (weights,), ())
+        kernel_for(call())
     assert looked_up == [f"torch_ipex::{name}" for name in ipex.OPS]
 
 
