@@ -14,9 +14,10 @@ import torch
 from support.cases import DEVICE
 
 import xpu_lora_compile as xlc
-from xpu_lora_compile import doctor, kernels
-from xpu_lora_compile.doctor import Diagnosis, Finding
+from xpu_lora_compile import kernels
 from xpu_lora_compile.errors import DeviceError, KernelError, OptionError
+from xpu_lora_compile.inspect import doctor
+from xpu_lora_compile.inspect.doctor import Diagnosis, Finding
 from xpu_lora_compile.kernels import force_kernel, ipex
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from expecttest import assert_expected_inline
 
-from xpu_lora_compile.explain import _ROUTES
-from xpu_lora_compile.report import GraphReport, NodeReport, Report, SiteReport
+from xpu_lora_compile.inspect.explain import _ROUTES
+from xpu_lora_compile.inspect.report import GraphReport, NodeReport, Report, SiteReport
 
 Q_PROJ = SiteReport(
     module="layers.0.attn.q_proj",

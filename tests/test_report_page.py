@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.errors import DeadAdapterError
+from xpu_lora_compile.inspect.report import Report
 from xpu_lora_compile.kernels import force_kernel
-from xpu_lora_compile.report import Report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 EVIL = "</script><img src=x onerror=alert(1)><!--<script>"

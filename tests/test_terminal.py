@@ -9,9 +9,9 @@ from rich.console import Console
 
 from xpu_lora_compile.bench.measure import Timing
 from xpu_lora_compile.bench.show import timings_table
-from xpu_lora_compile.doctor import Finding
+from xpu_lora_compile.inspect.doctor import Finding
+from xpu_lora_compile.inspect.verify import SiteError, Verification
 from xpu_lora_compile.terminal import wrapped
-from xpu_lora_compile.verify import SiteError, Verification
 
 NAMES = ("ours, compiled", "ours, eager", "gather, Inductor", "loop as PEFT's", "vLLM's, Inductor")
 

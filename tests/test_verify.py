@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 import xpu_lora_compile as xlc
-from xpu_lora_compile import passes, replay
+from xpu_lora_compile import passes
 from xpu_lora_compile.errors import KernelError, VerificationError
+from xpu_lora_compile.inspect import replay
+from xpu_lora_compile.inspect.verify import _random_adapters
 from xpu_lora_compile.kernels import force_kernel
 from xpu_lora_compile.ops import NATIVE_ADD_LORA
 from xpu_lora_compile.passes.editing import calls_to
 from xpu_lora_compile.rows import rules
 from xpu_lora_compile.rows.layout import Layout
-from xpu_lora_compile.verify import _random_adapters
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head", "embed_tokens"]
 TOKENS = torch.arange(10).reshape(2, 5)

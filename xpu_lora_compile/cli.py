@@ -24,7 +24,7 @@ from xpu_lora_compile.errors import (
     VerificationError,
     own_error,
 )
-from xpu_lora_compile.report import Report
+from xpu_lora_compile.inspect.report import Report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -56,7 +56,7 @@ def explain(
     grad: Grad = False,
 ) -> None:
     """Compile a model, and show what became of every call that adds LoRA."""
-    from xpu_lora_compile.explain import explain
+    from xpu_lora_compile.inspect.explain import explain
 
     console = _console()
     dead: DeadAdapterError | None = None
@@ -87,7 +87,7 @@ def verify(
     grad: Grad = False,
 ) -> None:
     """Compare every call that adds LoRA with its exact value, in the rewritten graph and in the generated code."""
-    from xpu_lora_compile.verify import verify
+    from xpu_lora_compile.inspect.verify import verify
 
     with _reported(), _made(factory, grad) as (model, args, kwargs):
         result = verify(model, seed=seed, generate_code=generate_code)(*args, **kwargs)
@@ -125,8 +125,8 @@ def doctor(
 
     Without --device it examines the accelerator that PyTorch finds, or the CPU.
     """
-    from xpu_lora_compile import doctor as examination
     from xpu_lora_compile.bench import show
+    from xpu_lora_compile.inspect import doctor as examination
 
     with _reported():
         import torch

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from xpu_lora_compile.report import Report
-    from xpu_lora_compile.verify import Verification
+from typing import Any
 
 
 class LoraError(Exception):
@@ -74,7 +70,7 @@ class DeadAdapterError(LoraError):
     Its attribute `report` is the `Report` that would have been returned.
     """
 
-    report: Report
+    report: Any
 
 
 class VerificationError(LoraError, AssertionError):
@@ -83,7 +79,7 @@ class VerificationError(LoraError, AssertionError):
     Its attribute `verification` is the `Verification` that would have been returned.
     """
 
-    verification: Verification
+    verification: Any
 
 
 class FactoryError(LoraError, ValueError):

@@ -23,7 +23,7 @@ from xpu_lora_compile.adapters.files import few
 from xpu_lora_compile.adapters.names import BaseModel, output_embedding, plain_name
 from xpu_lora_compile.adapters.needs import naming, needs_of
 from xpu_lora_compile.errors import AttachError
-from xpu_lora_compile.integrations.generation import follow_generation, generating_methods
+from xpu_lora_compile.generation import follow_generation, generating_methods
 from xpu_lora_compile.kernels import preferred_on
 from xpu_lora_compile.ops import bgmv_expand, bgmv_shrink, lora_linear
 from xpu_lora_compile.ops.lora_linear import add_lora_eagerly

@@ -16,7 +16,7 @@ class Routing:
         indices: `[T]`, int32 or int64; a row has an adapter where its index is in `[0, K)`.
         slots: K.
         ranks: `[K]`, int32 or int64: from where on each slot's weights are zeros, if that is known.
-        tiles: what `tiles` returns, if that was computed before.
+        tiles: the table that the Triton kernels read, if that was computed before: see `triton_kernels`.
     """
 
     def __init__(self, indices: Tensor, slots: int, ranks: Tensor | None = None, tiles: Tensor | None = None) -> None:
@@ -24,20 +24,7 @@ class Routing:
         self.slots = slots
         # Kernels step through them one by one.
         self.ranks = None if ranks is None else ranks.contiguous()
-        if tiles is not None:
-            self.__dict__["tiles"] = tiles
-
-    @property
-    def has_tiles(self) -> bool:
-        """Whether `tiles` was computed before."""
-        return "tiles" in self.__dict__
-
-    @cached_property
-    def tiles(self) -> Tensor:
-        """The table that the Triton kernels read: see `triton_kernels`."""
-        from xpu_lora_compile.kernels import triton_launch
-
-        return triton_launch.route(self.indices, self.slots)
+        self.tiles = tiles
 
     @classmethod
     def of(cls, indices: Tensor, slot: Tensor, has_adapter: Tensor, order: Tensor, starts: Tensor) -> Routing:

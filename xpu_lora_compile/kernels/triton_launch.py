@@ -79,6 +79,13 @@ def route(indices: Tensor, slots: int) -> Tensor:
     return tiles
 
 
+def _tiles_of(routing: Routing) -> Tensor:
+    """The table of a routing, made when it is first asked for."""
+    if routing.tiles is None:
+        routing.tiles = route(routing.indices, routing.slots)
+    return routing.tiles
+
+
 def table_length(rows: Any, slots: Any) -> Any:
     """Enough for every height of tiles: `count * (1 + height)`."""
     return 2 * rows + 33 * (slots + 1)
@@ -152,7 +159,7 @@ def _linear_lora(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Ten
             torch.addmm(output, inputs, weight.t(), out=output)
         return outputs
     # Made before the streams part.
-    routing.tiles  # noqa: B018
+    _tiles_of(routing)
     hidden = _empty_hidden(inputs, lora_a, routing)
     # In a captured graph a second stream costs no time of the host's.
     aside = _side_stream(inputs.device) if _is_captured(inputs.device) else None
@@ -241,7 +248,7 @@ def _shrink(
         *inputs.stride(),
         rows,
         *_with_strides(lora_a, common=2),
-        routing.tiles,
+        _tiles_of(routing),
         count,
         routing.ranks,
         tuple(ranks),
@@ -295,7 +302,7 @@ def _expand(
         *hidden.sums.stride()[1:],
         rows,
         *_with_strides(lora_b, common=1),
-        routing.tiles,
+        _tiles_of(routing),
         count,
         blocks,
         routing.ranks,

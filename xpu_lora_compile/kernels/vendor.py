@@ -52,7 +52,7 @@ class Vendor(Kernel):
         """As `Kernel.refusal`."""
         if not call.is_whole:
             return "it takes calls that both shrink and expand"
-        if call.routing.has_tiles:
+        if call.routing.tiles is not None:
             return "the graph was compiled for Triton"
         written = [call.outputs[position] for position in call.slice_outputs]
         return refusal(family()[0], written, call.inputs, call.lora_a, call.lora_b, call.routing.indices)

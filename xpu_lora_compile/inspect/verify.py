@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule
 
 from xpu_lora_compile.adapters.bank import NO_ADAPTER
 from xpu_lora_compile.errors import KernelError, OptionError, VerificationError
+from xpu_lora_compile.inspect.replay import Eager, Forced, Taps, copy_of, is_close, tensors_in
 from xpu_lora_compile.kernels import forced_kernel
 from xpu_lora_compile.layers import LoraEmbedding, LoraLinear
 from xpu_lora_compile.passes import check_environment, rewrite
@@ -22,7 +23,6 @@ from xpu_lora_compile.passes.decisions import Decision, decisions_on
 from xpu_lora_compile.passes.find_sites import find_sites
 from xpu_lora_compile.passes.fuse_base import keep_bases
 from xpu_lora_compile.passes.memory import input_storages, storages_of, written_by
-from xpu_lora_compile.replay import Eager, Forced, Taps, copy_of, is_close, tensors_in
 from xpu_lora_compile.rows.routing import Routing
 from xpu_lora_compile.terminal import wrapped
 from xpu_lora_compile.torch_internals import fresh_compilation

@@ -24,12 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import xpu_lora_compile as xlc
+from xpu_lora_compile import ops
 from xpu_lora_compile.adapters.folders import write_adapter
 from xpu_lora_compile.errors import DeviceError, OptionError, own_error
+from xpu_lora_compile.inspect.verify import verify
 from xpu_lora_compile.kernels import choice_for, ipex, native, vendor
 from xpu_lora_compile.kernels.call import LoraCall
 from xpu_lora_compile.kernels.routing import Routing
+from xpu_lora_compile.layers import attach
 from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, LORA_LINEAR
 from xpu_lora_compile.ops.budget import budget_of
 from xpu_lora_compile.terminal import wrapped
@@ -264,7 +266,7 @@ def _excess(op: str, arguments: dict[str, Any]) -> float:
     budget = budget_of(op, arguments)
     given = arguments | {first: arguments[first].clone()}
     with torch.no_grad():
-        result = getattr(xlc, op)(**given)
+        result = getattr(ops, op)(**given)
     excess = budget.excess(given[first] if result is None else result)
     return float(excess.max()) if excess.numel() else 0.0
 
@@ -300,10 +302,10 @@ def compiled_model(device: str) -> Iterator[Finding]:
     torch.compiler.reset()
     torch.manual_seed(0)
     model = nn.Sequential(*(_Block(64, device) for _ in range(2))).requires_grad_(False)
-    bank = xlc.attach(model, slots=3, max_rank=8)
+    bank = attach(model, slots=3, max_rank=8)
     x = torch.randn(4, 3, 64, device=device)
     with torch.no_grad():
-        found = xlc.verify(model)(x)
+        found = verify(model)(x)
         worst = max(max(site.rewritten, site.compiled or 0.0) for site in found.sites)
         text = f"{len(found.sites)} sites, the worst error is {worst:.2f} of what rounding allows"
         yield Finding("compiled code", text, all(site.is_right for site in found.sites))
@@ -329,7 +331,7 @@ def speed(device: str) -> Iterator[Finding]:
     torch.compiler.reset()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     layer = nn.Sequential(nn.Linear(2048, 2048, bias=False, device=device, dtype=dtype)).requires_grad_(False)
-    bank = xlc.attach(layer, slots=8, max_rank=16)
+    bank = attach(layer, slots=8, max_rank=16)
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(Path(folder), bank.sites, 16)
         bank.load("one", folder)

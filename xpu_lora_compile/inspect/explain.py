@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from xpu_lora_compile.errors import DeadAdapterError, OptionError
+from xpu_lora_compile.inspect.report import GraphReport, NodeReport, Report, SiteReport
 from xpu_lora_compile.kernels import choice_for
 from xpu_lora_compile.layers import LoraEmbedding, LoraLinear
 from xpu_lora_compile.ops import (
@@ -39,7 +40,6 @@ from xpu_lora_compile.passes.fuse_base import keep_bases
 from xpu_lora_compile.passes.liveness import live_nodes
 from xpu_lora_compile.passes.memory import read_by, storage_of, storages_of, written_by
 from xpu_lora_compile.passes.text import dtype_of, lines_of
-from xpu_lora_compile.report import GraphReport, NodeReport, Report, SiteReport
 from xpu_lora_compile.torch_internals import fresh_compilation, hint_of, source_of
 
 _LORA_LINEARS: tuple[Any, ...] = (LORA_LINEAR, LORA_LINEARS, ADD_LORA, NATIVE_ADD_LORA, VENDOR_ADD_LORA)

@@ -188,7 +188,7 @@ class Report:
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
         """Write one page that needs nothing else: the table, and the graphs before and after, drawn."""
-        page = (files("xpu_lora_compile") / "report.html").read_text(encoding="utf-8")
+        page = (files("xpu_lora_compile.inspect") / "report.html").read_text(encoding="utf-8")
         # "</script>" or "<!--" inside the data would change where the script ends.
         data = self.to_json().replace("<", "\\u003c")
         Path(path).write_text(page.replace("/*REPORT*/null", data), encoding="utf-8")
