@@ -48,7 +48,7 @@ def test_the_backend_is_listed_without_being_loaded() -> None:
 DIRECTION = (
     *("errors", "terminal", "torch_internals", "inductor_internals"),
     *("kernels", "ops", "passes", "backend", "rows", "adapters", "generation", "layers", "inspect", "__init__"),
-    *("integrations", "bench", "cli"),
+    *("command", "integrations", "bench", "cli"),
 )
 ROOT = Path(xpu_lora_compile.__file__).parent
 

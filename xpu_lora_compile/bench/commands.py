@@ -1,0 +1,204 @@
+"""The commands `xpu-lora bench ...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from xpu_lora_compile.command import print_parts, reported
+from xpu_lora_compile.errors import BenchError
+
+bench = typer.Typer(no_args_is_help=True, help="Time our kernels beside their peers, after checking the numbers.")
+
+Json = Annotated[Path | None, typer.Option(help="Write all that was measured as JSON here.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of PyTorch, whatever OMP_NUM_THREADS says.")]
+Seconds = Annotated[float, typer.Option(help="For each contender at each point.")]
+Dtypes = Annotated[
+    list[str] | None,
+    typer.Option(help="float32, bfloat16, float16; several times for several. By default the first two."),
+]
+Rows = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="T; several times for several. By default 1, 8, 32 and 256; of gpu 1, 8, 32, 128, 1024 and 4096."
+    ),
+]
+Rank = Annotated[int, typer.Option(help="R of every adapter.")]
+Slots = Annotated[int, typer.Option(help="K, and as many adapters.")]
+Suite = Literal["main", "wide"]
+
+
+@bench.command("ops")
+def bench_ops(
+    suite: Annotated[Suite, typer.Option(help="main: 4096x4096; wide: ranks, slots, sizes and qkv slices.")] = "main",
+    dtype: Dtypes = None,
+    rows: Rows = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or xpu.")] = "cpu",
+    seconds: Seconds = 0.3,
+    threads: Threads = 2,
+    json: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time against T as a PNG here.")] = None,
+) -> None:
+    """Shrink and expand alone: ours, vLLM's and PEFT's ways, plain forms through Inductor, and a floor."""
+    from xpu_lora_compile.bench import measure, ops, show
+
+    dtypes, rows = dtype or ["float32", "bfloat16"], rows or [1, 8, 32, 256]
+    with reported(), measure.pinned(threads):
+        show.check(device, dtypes, rows, json, plot)
+        points = ops.suite(suite, dtypes, rows)
+        with show.progress(len(points)) as advance:
+            run = ops.run(points, device, seconds, advance)
+        title = f"a step of {ops.LAYERS} layers, by layer; {run.machine}"
+        places = {
+            f"{one.point}; floor {one.floor:.0f} us, memory {one.peak_memory >> 10} KiB": one.timings
+            for one in run.results
+        }
+        print_parts(
+            show.timings_table(title, "point", ops.OURS[0], places),
+            show.summary_table(run.summary, ours_is_faster=True),
+        )
+        print_parts(show.noise(places.values()))
+        show.save(run, json)
+        if plot is not None:
+            show.plot(run.results, plot)
+
+
+@bench.command("gpu")
+def bench_gpu(
+    rows: Rows = None,
+    output: Annotated[list[str] | None, typer.Option(help="a: 4096; b: 4096+1024+1024; c: 14336+14336.")] = None,
+    bank: Annotated[
+        list[int] | None, typer.Option(min=0, max=3, help="K, R: 0: 8, 16; 1: 32, 16; 2: 8, 64; 3: 64, mixed 8-64.")
+    ] = None,
+    peers: Annotated[
+        Path | None, typer.Option(help="A folder with sources of vLLM, SGLang or LMDeploy, for comparison.")
+    ] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="Only these of the peers.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain PyTorch forms, too: seconds more a point.")] = False,
+    rounds: Annotated[int, typer.Option(min=2, help="Replays of each graph.")] = 15,
+    json: Json = None,
+) -> None:
+    """Base product and LoRA in a CUDA graph of 12 layers: ours, the base alone, peers, plain forms, launch floors."""
+    from xpu_lora_compile.bench import gpu, show
+
+    rows, outputs = rows or [1, 8, 32, 128, 1024, 4096], output or list(gpu.OUTPUTS)
+    with reported():
+        show.check("cpu", [], rows, json)
+        if unknown := [one for one in outputs if one not in gpu.OUTPUTS]:
+            raise BenchError("bench gpu: --output", ", ".join(gpu.OUTPUTS), str(unknown), "Correct it.")
+        points = gpu.suite(outputs, bank or list(range(len(gpu.BANKS))), rows)
+        with show.progress(len(points)) as advance:
+            run = gpu.run(points, peers, peer or [], plain, rounds, advance)
+        places = {str(one.point): one.timings for one in run.results}
+        floors = " and ".join(f"{floor:.1f}" for floor in run.launch_floors)
+        title = f"a layer of {gpu.LAYERS} in a CUDA graph; {run.machine}; one and two launches of nothing: {floors} us"
+        print_parts(show.timings_table(title, "point", gpu.BASE, places), show.summary_table(run.summary))
+        print_parts(show.noise(places.values()))
+        show.save(run, json)
+
+
+@bench.command("gpu-model")
+def bench_gpu_model(
+    shape: Annotated[str, typer.Option(help="smollm2, or llama-8b (8 of its layers).")] = "smollm2",
+    batch: Annotated[int, typer.Option(help="Rows.")] = 32,
+    rank: Rank = 16,
+    slots: Slots = 8,
+    rounds: Annotated[int, typer.Option(min=2, help="Replays of each graph.")] = 30,
+    json: Json = None,
+) -> None:
+    """A decoding step of a model in a CUDA graph, on random weights: mixed adapters, and the base model."""
+    from xpu_lora_compile.bench import gpu_model, model, show
+
+    with reported():
+        show.check("cpu", [], [batch, rank, slots], json)
+        with show.progress() as advance:
+            run = gpu_model.run(shape, batch, rank, slots, rounds, "cuda", advance)
+        print_parts(
+            show.timings_table(f"a decoding step; {run.machine}", "model", model.BASE, {run.what: run.timings}),
+            show.summary_table(run.summary),
+            show.noise([run.timings]),
+        )
+        show.save(run, json)
+
+
+@bench.command("layer")
+def bench_layer(
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    rows: Rows = None,
+    features: Annotated[int, typer.Option(help="D.")] = 4096,
+    width: Annotated[int, typer.Option(help="W.")] = 4096,
+    rank: Rank = 16,
+    slots: Slots = 8,
+    seconds: Seconds = 0.5,
+    threads: Threads = 2,
+    json: Json = None,
+) -> None:
+    """One linear layer with its base product: ours, PEFT's layer, and the gather form written into the module."""
+    from xpu_lora_compile.bench import layer, measure, show
+
+    rows = rows or [1, 8, 32, 256]
+    with reported(), measure.pinned(threads):
+        show.check("cpu", [dtype], [*rows, features, width, rank, slots], json)
+        with show.progress(len(rows)) as advance:
+            run = layer.run(dtype, rows, features, width, rank, slots, seconds, advance)
+        places = {f"T{one.rows}": one.timings for one in run.results}
+        print_parts(
+            show.timings_table(f"{run.what}; {run.machine}", "rows", layer.BASE, places), show.noise(places.values())
+        )
+        show.save(run, json)
+
+
+@bench.command("model")
+def bench_model(
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    batch: Annotated[int, typer.Option(help="Rows.")] = 16,
+    new_tokens: Annotated[int, typer.Option(min=2, help="For each row, after a prompt of 8 tokens.")] = 32,
+    rank: Rank = 16,
+    slots: Slots = 4,
+    layers: Annotated[int, typer.Option(help="Of SmolLM2-135M's 30.")] = 30,
+    runs: Annotated[int, typer.Option(min=2, help="Of each contender, interleaved.")] = 5,
+    threads: Threads = 2,
+    json: Json = None,
+) -> None:
+    """A model of SmolLM2-135M's shape, decoding with mixed adapters: beside itself without LoRA, and PEFT."""
+    from xpu_lora_compile.bench import measure, model, show
+
+    with reported(), measure.pinned(threads):
+        show.check("cpu", [dtype], [batch, new_tokens, rank, slots, layers], json)
+        with show.progress() as advance:
+            run = model.run(dtype, batch, new_tokens, rank, slots, layers, runs, advance)
+        print_parts(
+            show.timings_table(f"a decoding step; {run.machine}", "model", model.BASE, {run.what: run.timings}),
+            show.summary_table(run.summary),
+            show.noise([run.timings]),
+        )
+        show.save(run, json)
+
+
+@bench.command("vllm")
+def bench_vllm(
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    batch: Annotated[int, typer.Option(help="Requests, all at once.")] = 16,
+    rank: Rank = 16,
+    slots: Slots = 2,
+    layers: Annotated[int, typer.Option(help="Of SmolLM2-135M's 30.")] = 30,
+    runs: Annotated[int, typer.Option(min=2, help="Of each contender, interleaved.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="OMP_NUM_THREADS of each engine.")] = 1,
+    eager: Annotated[bool, typer.Option("--eager", help="All engines with enforce_eager.")] = False,
+    json: Json = None,
+) -> None:
+    """The engine of vLLM on a CPU, SmolLM2-135M's shape: base model; mixed adapters with the plugin, and without."""
+    from xpu_lora_compile.bench import model, show, vllm
+
+    with reported():
+        show.check("cpu", [dtype], [batch, rank, slots, layers], json)
+        with show.progress() as advance:
+            run = vllm.run(dtype, batch, rank, slots, layers, runs, threads, eager, advance)
+        print_parts(
+            show.timings_table(f"a batch; {run.what}; {run.machine}", "workload", model.BASE, run.timings),
+            show.summary_table(run.summary),
+            show.noise(run.timings.values()),
+        )
+        show.save(run, json)
