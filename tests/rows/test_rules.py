@@ -413,6 +413,10 @@ OPS: dict[str, Function] = {
     "attention to others": lambda x: f.scaled_dot_product_attention(x, x.flip(0), x),
     "attention to values of others": lambda x: f.scaled_dot_product_attention(x, x, x.flip(0)),
     "attention with a mask of others": lambda x: f.scaled_dot_product_attention(x, x, x, x.flip(0)[..., :T]),
+    "attention of heads with a mask": lambda x: f.scaled_dot_product_attention(*[x[:, None]] * 3, x[:, None, :, :T]),
+    "attention of heads with a mask of others": lambda x: f.scaled_dot_product_attention(
+        *[x[:, None]] * 3, x.flip(0)[:, None, :, :T]
+    ),
     "attention of grouped heads": lambda x: f.scaled_dot_product_attention(
         x.view(B, T, 2, 3).transpose(1, 2), x[:, None, :, :3], x[:, None, :, 3:], enable_gqa=True
     ),

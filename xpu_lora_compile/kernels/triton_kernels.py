@@ -62,10 +62,11 @@ def route_kernel(
         is_used = ((tile - first) % step == 0) & ((tile - first) // step * BM < mine)
         tl.store(tiles + tile, tl.where(is_used, code, NO_TILE), mask=tile < end)
     table = tiles + tile_count
-    # The rows that the last tile lacks.
+    # The rows that the last tile lacks. One comparison: Triton's interpreter (3.9) makes no mask of a scalar one.
+    lacking = (BM - mine % BM) % BM
     lane = tl.arange(0, BM)
     last = first + (mine // BM) * step
-    tl.store(table + last * BM + lane, -1, mask=(mine % BM > 0) & (lane >= mine % BM))
+    tl.store(table + last * BM + lane, -1, mask=lane >= BM - lacking)
     found = 0
     for start in range(0, rows, CHUNK):
         t = start + lanes

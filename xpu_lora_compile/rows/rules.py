@@ -424,7 +424,7 @@ def pooled(step: Step) -> Tensor:
     """
 )
 def attention(step: Step) -> list[Tensor]:
-    """Each query meets all keys and values of its head."""
+    """Each query meets all keys and values of its head, and its row of a mask."""
     query, key, value = step.tensors[:3]
     asking = fold(step.owners(query), [-1])
     asked = []
@@ -433,6 +433,14 @@ def attention(step: Step) -> list[Tensor]:
         # Queries may have several times as many heads as keys.
         apart = [at for at in range(other.dim() - 2) if other.shape[at] != query.shape[at]]
         asked.append(fold(owners, apart))
+    for name in ("attn_mask", "attn_bias"):
+        mask = step.argument(name)
+        if mask is not None:
+            asked.append(fold(step.owners(mask), [-1]))
+    # The op whose mask is named so has heads behind the queries.
+    bias = step.argument("bias")
+    if bias is not None:
+        asked.append(fold(step.owners(bias), range(1, bias.dim())))
     owners = attend(step, asking, *asked)
     return [owners if result.dim() == query.dim() else constant(SHARED, result.dim()) for result in step.results]
 

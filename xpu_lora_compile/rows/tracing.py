@@ -64,7 +64,7 @@ def _note_inputs(routing: Any, module: nn.Module, name: Any, value: Any, depth: 
     elif depth < 3 and isinstance(value, dict):
         for key, item in value.items():
             _note_inputs(routing, module, f"{name}.{key}", item, depth + 1)
-    elif depth < 3 and isinstance(value, list | tuple):
+    elif depth < 3 and isinstance(value, (list, tuple)):
         for item in value:
             _note_inputs(routing, module, f"{name}[]", item, depth + 1)
 
