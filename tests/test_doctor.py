@@ -14,7 +14,7 @@ import torch
 from support.cases import DEVICE
 
 import xpu_lora_compile as xlc
-from xpu_lora_compile import kernels
+from xpu_lora_compile import kernels, ops
 from xpu_lora_compile.errors import DeviceError, KernelError, OptionError
 from xpu_lora_compile.inspect import doctor
 from xpu_lora_compile.inspect.doctor import Diagnosis, Finding
@@ -68,7 +68,7 @@ def test_a_wrong_op_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         right(output_tensor, *args, **kwargs)  # type: ignore[arg-type]
         output_tensor[kwargs["lora_indices_tensor"] < 0] = 0  # type: ignore[operator]
 
-    monkeypatch.setattr(xlc, "bgmv_expand", forgets_rows_without_an_adapter)
+    monkeypatch.setattr(ops, "bgmv_expand", forgets_rows_without_an_adapter)
     assert not any(one.is_right for one in doctor.sweep(DEVICE.type))
 
 

@@ -573,7 +573,9 @@ class Driver:
 
 
 driver.set_active(Driver())
+from dataclasses import replace
 from xpu_lora_compile.kernels import triton_kernels, triton_launch
+from xpu_lora_compile.kernels.call import LoraCall
 from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.kernels.sizes import Sizes
 
@@ -608,13 +610,13 @@ def compile_all(rows, dtype, R, widths, has_base):
     b = [torch.empty(K, R, w, dtype=dtype).transpose(1, 2) for w in widths]
     routing = Routing(indices, K, torch.full((K,), R, dtype=torch.int32))
     outputs = [torch.empty(rows, w, dtype=dtype) for w in widths]
-    triton_launch.add_lora(outputs, x, a, b, routing, slices, [0] * len(widths), 0.5)
-    triton_launch.shrink(torch.empty(rows, R), x, a[0], routing, 1.0)
-    triton_launch.expand(outputs[0], torch.empty(rows, R), b[0], routing, True)
+    call, kernel = LoraCall(outputs, x, a, b, routing, slices, [0] * len(widths), 0.5), triton_launch.Triton()
+    kernel.add_lora(call)
+    kernel.shrink(LoraCall([torch.empty(rows, R)], x, a[:1], [], routing))
+    kernel.expand(LoraCall(outputs[:1], torch.empty(rows, R), [], b[:1], routing))
     if has_base:
         weights = [torch.empty(w, D, dtype=dtype) for w in widths]
-        nothing = [None] * len(widths)
-        triton_launch.linear_lora(x, weights, nothing, a, b, routing, slices, [0] * len(widths), 0.5)
+        kernel.linear_lora(replace(call, outputs=()), weights, [None] * len(widths))
 
 
 for rows, dtype, *rest in json.loads(sys.argv[2]):

@@ -45,8 +45,7 @@ class Vendor(Kernel):
 
     def problem(self, device: str) -> str:
         """As `Kernel.problem`."""
-        why = super().problem(device)
-        return why or (f"vllm-xpu-kernels: {found}" if (found := family()[1]) else "")
+        return super().problem(device) or family()[1].replace("it ", "vllm-xpu-kernels ", 1)
 
     def refusal(self, call: LoraCall) -> str:
         """As `Kernel.refusal`."""

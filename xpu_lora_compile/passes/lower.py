@@ -84,7 +84,9 @@ def lower(graph: Graph) -> None:
     if not (single or several):
         return
     nodes = _Nodes(graph)
-    for lora in [LoraNode(node) for node in graph.nodes if node in single | several]:
+    for node in [node for node in graph.nodes if node in single | several]:
+        # Read here: a call before it may have become another.
+        lora = LoraNode(node)
         refusal = "a higher-order op cannot look into lists" if is_subgraph(graph) else _refusal(lora)
         if refusal:
             note(lora.node, f"lower: left functional, since {refusal}")
