@@ -191,6 +191,15 @@ def decomposed(op: Any, args: Any, kwargs: Any) -> Any:
     return op.decompose(*args, **kwargs)
 
 
+def schemas_of(namespace: str) -> list[str]:
+    """The names of all ops of a namespace."""
+    return sorted(
+        schema.name.split("::")[1]
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith(f"{namespace}::")
+    )
+
+
 def schema_of(name: str) -> Any:
     """The schema of an op that may not be there, by its full name; None where it is not."""
     found = torch._C._jit_get_schemas_for_operator(name)

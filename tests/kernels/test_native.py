@@ -108,10 +108,10 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
 
 
 def test_a_compiler_that_works_is_no_warning() -> None:
-    native._problem_once.cache_clear()
+    native.warned_problem.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert native._problem_once() == ""
+        assert native.warned_problem() == ""
 
 
 # PyTorch 2.11's profiler, about itself.

@@ -45,7 +45,7 @@ def call_on(device: str, rows: int = 4, dtype: torch.dtype = torch.bfloat16) -> 
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_problem_once", lambda: "there is no C++ compiler")
+    monkeypatch.setattr(native, "warned_problem", lambda: "there is no C++ compiler")
 
 
 @pytest.fixture

@@ -15,24 +15,9 @@ from xpu_lora_compile.errors import DeadAdapterError, OptionError
 from xpu_lora_compile.inspect.report import GraphReport, NodeReport, Report, SiteReport
 from xpu_lora_compile.kernels import choice_for
 from xpu_lora_compile.layers import LoraEmbedding, LoraLinear
-from xpu_lora_compile.ops import (
-    ADD_LORA,
-    BGMV_EXPAND,
-    BGMV_EXPAND_SLICE,
-    BGMV_SHRINK,
-    EXPAND,
-    EXPAND_SLICE,
-    LORA_LINEAR,
-    LORA_LINEARS,
-    NATIVE_ADD_LORA,
-    ROUTE,
-    ROUTE_TILES,
-    SHRINK,
-    VALID_SLOTS,
-    VENDOR_ADD_LORA,
-)
+from xpu_lora_compile.ops import ROUTE, ROUTE_TILES, VALID_SLOTS
 from xpu_lora_compile.passes import check_environment, rewrite
-from xpu_lora_compile.passes.calls import LoraNode
+from xpu_lora_compile.passes.calls import LORA_OPS, LoraNode
 from xpu_lora_compile.passes.decisions import Decision, decisions_on
 from xpu_lora_compile.passes.editing import arguments_of, graphs_of, origin_of, value_of
 from xpu_lora_compile.passes.find_sites import find_sites
@@ -42,9 +27,7 @@ from xpu_lora_compile.passes.memory import read_by, storage_of, storages_of, wri
 from xpu_lora_compile.passes.text import dtype_of, lines_of
 from xpu_lora_compile.torch_internals import fresh_compilation, hint_of, source_of
 
-_LORA_LINEARS: tuple[Any, ...] = (LORA_LINEAR, LORA_LINEARS, ADD_LORA, NATIVE_ADD_LORA, VENDOR_ADD_LORA)
 _ROUTES: tuple[Any, ...] = (ROUTE, ROUTE_TILES, VALID_SLOTS)
-_LORA: tuple[Any, ...] = (BGMV_SHRINK, BGMV_EXPAND, BGMV_EXPAND_SLICE, SHRINK, EXPAND, EXPAND_SLICE, *_LORA_LINEARS)
 
 
 def explain(
@@ -286,7 +269,7 @@ def _size(size: int | torch.SymInt) -> str:
 def _roles(node: Node, operands: list[Node]) -> list[str]:
     """What our op calls each operand; the first of its names where it is given twice."""
     op: Any = getattr(node.target, "default", node.target)
-    if op not in _LORA and op not in _ROUTES:
+    if op not in LORA_OPS and op not in _ROUTES:
         return []
     names: dict[Node, str] = {}
     for argument, value in zip(op._schema.arguments, arguments_of(node, op), strict=True):
@@ -302,7 +285,7 @@ def _kind(node: Node) -> str:
         return "input"
     if node.op == "output":
         return "output"
-    if target in _LORA:
+    if target in LORA_OPS:
         return "lora"
     if target in _ROUTES or any(one.target in _ROUTES for one in node.all_input_nodes):
         return "routing"
@@ -316,7 +299,7 @@ def _count(graphs: list[Graph]) -> dict[str, int]:
     for graph in graphs:
         for node in graph.nodes:
             target = getattr(node.target, "default", node.target)
-            if target in _LORA or target in _ROUTES:
+            if target in LORA_OPS or target in _ROUTES:
                 counts[target._schema.name.split("::")[1]] += 1
             elif target in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default) or target in ("clone", "copy_"):
                 counts["clone" if "clone" in str(target) else "copy_"] += 1

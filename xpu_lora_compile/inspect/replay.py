@@ -11,17 +11,14 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from xpu_lora_compile.ops import (
-    ADD_LORA,
     BGMV_EXPAND,
     BGMV_EXPAND_SLICE,
     BGMV_SHRINK,
     LORA_LINEAR,
     LORA_LINEARS,
-    NATIVE_ADD_LORA,
-    VENDOR_ADD_LORA,
 )
 from xpu_lora_compile.ops.budget import Budget, budget_of
-from xpu_lora_compile.passes.calls import LoraNode
+from xpu_lora_compile.passes.calls import EXPANDS, LoraNode
 
 # How far, relative to its norm, an operand may be from that of the eager run when everything before it has been given
 # the eager run's values: only differences between two runs of the same ops remain.
@@ -149,7 +146,7 @@ class Layout:
     """Which columns of which outputs of a final call belong to which site."""
 
     def __init__(self, op: Any, given: dict[str, Any], numbers: list[int], sites: list[Site]) -> None:
-        self.is_expand = op not in (ADD_LORA, NATIVE_ADD_LORA, VENDOR_ADD_LORA, LORA_LINEAR, LORA_LINEARS)
+        self.is_expand = op in EXPANDS
         first = next(iter(given.values()))
         self.bases: list[Tensor] = list(first) if isinstance(first, list | tuple) else [first]
         self.inputs: Tensor = given["inputs"]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile.errors import KernelError
+from xpu_lora_compile.kernels import native
 from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator
 from xpu_lora_compile.kernels.ipex import Ipex
 from xpu_lora_compile.kernels.native import Native
@@ -24,8 +25,7 @@ from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.kernels.triton_launch import Triton
 from xpu_lora_compile.kernels.vendor import Vendor
 
-NATIVE = Native()
-KERNELS: tuple[Kernel, ...] = (Vendor(), NATIVE, Triton(), Grouped(), Gather(), Ipex())
+KERNELS: tuple[Kernel, ...] = (Vendor(), Native(), Triton(), Grouped(), Gather(), Ipex())
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def force_kernel(kernel: str) -> Iterator[None]:
 
 def takes_native(output: Tensor) -> bool:
     """Return whether an eager call on this output may go to the native kernel without more questions."""
-    return output.device.type == "cpu" and forced_kernel() is None and not NATIVE.problem("cpu")
+    return output.device.type == "cpu" and forced_kernel() is None and not native.warned_problem()
 
 
 def add_lora(call: LoraCall) -> None:

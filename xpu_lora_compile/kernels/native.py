@@ -56,7 +56,7 @@ def problem() -> str:
 
 
 @cache
-def _problem_once() -> str:
+def warned_problem() -> str:
     """The same, for good, with a warning."""
     why = problem()
     if why:
@@ -78,7 +78,7 @@ class Native(Kernel):
 
     def problem(self, device: str) -> str:
         """As `Kernel.problem`; warns the first time that there is one on a CPU."""
-        return super().problem(device) or _problem_once()
+        return super().problem(device) or warned_problem()
 
     def refusal(self, call: LoraCall) -> str:
         """As `Kernel.refusal`."""
