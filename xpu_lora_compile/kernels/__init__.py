@@ -190,12 +190,11 @@ def slot_products(inputs: Tensor, weights: Tensor, routing: Routing) -> Tensor:
         weights: `[K, rows, columns]`, any strides.
         routing: of the T rows among K slots.
     """
+    forced = forced_kernel()
+    if forced is not None and kernel_named(forced).by_force_alone:
+        wanted = "one that computes gradients"
+        raise KernelError("forced kernel", wanted, repr(forced), "Force none for a backward pass.")
     result = inputs.new_empty(len(inputs), weights.shape[1], dtype=accumulator(inputs, weights))
     call = LoraCall([result], inputs, [weights], [], routing)
-    kernel = kernel_for(call)
-    if kernel.by_force_alone:
-        raise KernelError(
-            "forced kernel", "one that computes gradients", repr(kernel.name), "Force none for a backward pass."
-        )
-    kernel.shrink(call)
+    kernel_for(call).shrink(call)
     return result
