@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -47,10 +48,20 @@ def kernel_for(call: LoraCall) -> Kernel:
     if forced is not None:
         return choice_for(call).kernel
     device = call.device
-    for kernel in KERNELS:
-        if not (kernel.by_force_alone or kernel.problem(device) or kernel.refusal(call)):
+    for kernel in _candidates(device):
+        if not (kernel.problem(device) or kernel.refusal(call)):
             return kernel
     raise AssertionError("gather refuses nothing")
+
+
+@cache
+def _candidates(device: str) -> tuple[Kernel, ...]:
+    """The kernels that may be chosen on a type of device."""
+    return tuple(
+        kernel
+        for kernel in KERNELS
+        if not kernel.by_force_alone and (not kernel.devices or device in kernel.devices or not kernel.problem(device))
+    )
 
 
 def choice_for(call: LoraCall) -> Choice:

@@ -14,7 +14,7 @@ from torch import Tensor
 from xpu_lora_compile.kernels.routing import Routing
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class LoraCall:
     """`outputs[o][t, columns of s] += B_s[i] @ (scaling * A_s[i] @ inputs[t])` for each slice s, rounded once.
 

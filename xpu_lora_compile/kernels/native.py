@@ -78,7 +78,7 @@ class Native(Kernel):
 
     def problem(self, device: str) -> str:
         """As `Kernel.problem`; warns the first time that there is one on a CPU."""
-        return super().problem(device) or warned_problem()
+        return warned_problem() if device == "cpu" else super().problem(device)
 
     def refusal(self, call: LoraCall) -> str:
         """As `Kernel.refusal`."""
