@@ -47,9 +47,8 @@ def kernel_for(call: LoraCall) -> Kernel:
     forced = forced_kernel()
     if forced is not None:
         return choice_for(call).kernel
-    device = call.device
-    for kernel in _candidates(device):
-        if not (kernel.problem(device) or kernel.refusal(call)):
+    for kernel in _candidates(call.device):
+        if not refusal_of(kernel, call):
             return kernel
     raise AssertionError("gather refuses nothing")
 
@@ -91,7 +90,7 @@ def choice_for(call: LoraCall) -> Choice:
 
 def _others(chosen: Kernel, refused: Mapping[str, str], otherwise: str) -> dict[str, str]:
     return {
-        kernel.name: refused.get(kernel.name) or (kernel.by_force_alone and f"{kernel.by_force_alone}") or otherwise
+        kernel.name: refused.get(kernel.name) or kernel.by_force_alone or otherwise
         for kernel in KERNELS
         if kernel is not chosen
     }

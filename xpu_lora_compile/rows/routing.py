@@ -235,7 +235,8 @@ class Routing:
             try:
                 if result is not None:
                     self._check_result(watch, module, result)
-                    if watch.looked_at_masks and kind is not None and not self._looks(kind):
+                    if watch.looked_at_masks and isinstance(kind, tuple) and kind[0] not in self._kinds_that_look:
+                        # Else it says already what its masks look like.
                         self._kinds_that_look.add(kind)
                         kind = kind, _masks_of(inputs)
                     if kind is not None and not watch.looked_at_values:
@@ -251,10 +252,6 @@ class Routing:
                 watch.forget()
         # What follows is no part of this call.
         self._proof = {}
-
-    def _looks(self, kind: Hashable) -> bool:
-        """Whether a kind says already what its masks look like."""
-        return isinstance(kind, tuple) and len(kind) == 2
 
     def note_read(self, layer: Any) -> None:
         """The weight of a layer is read in eager code, by the layer or by something else."""
