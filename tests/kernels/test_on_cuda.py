@@ -158,18 +158,17 @@ def test_a_block_does_not_wait_for_the_device_and_verify_leaves_its_bank_as_it_w
     bank.load("pirate", folders["pirate"])
     bank.load("haiku", folders["haiku"])
     tokens = torch.randint(70, (3, 6), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    layer, hidden = model.model.layers[0].self_attn.q_proj, normal(3, 6, 32, dtype=torch.float32)
     results = []
     with torch.no_grad():
         for names in (["pirate", None, "haiku"], ["haiku", "haiku", None]):
             with bank.use(names):
-                results.append(layer(hidden))
+                results.append(model(tokens, use_cache=False).logits)
         # The device has a second or two of work; whoever waits for it finds it done.
         torch.cuda._sleep(3_000_000_000)
         done = torch.cuda.Event()
         done.record()
         with bank.use(["pirate", None, "haiku"]):
-            again = layer(hidden)
+            again = model(tokens, use_cache=False).logits
         bank.drop("haiku")
         assert not done.query()
     assert torch.equal(again, results[0])
@@ -177,7 +176,7 @@ def test_a_block_does_not_wait_for_the_device_and_verify_leaves_its_bank_as_it_w
     # Their slots' ranks have been written by now, and every slot is filled meanwhile.
     assert xlc.verify(model)(tokens, use_cache=False).sites
     with torch.no_grad(), bank.use(["pirate", None, None]):
-        assert torch.equal(layer(hidden)[0], results[0][0])
+        torch.testing.assert_close(model(tokens, use_cache=False).logits[0], results[0][0])
 
 
 @pytest.mark.parametrize("rank", [16, 33, 64])
