@@ -124,7 +124,7 @@ def test_a_long_batch_takes_no_memory_of_the_size_of_its_products() -> None:
     indices = torch.randint(-1, slots, (rows,))
 
     def call() -> None:
-        ADD_LORA([output], inputs, [a], [b], [indices], [0], [0], 1.0)
+        ADD_LORA([output], inputs, [a], [b], indices, [0], [0], 1.0)
 
     call()
     limit = 4 * rows * width * rank // 100

@@ -53,17 +53,17 @@ class Layer:
             stack[slot, :rank] = torch.randn(rank, stack.shape[2], generator=generator).to(stack) / 4
             stack[slot, rank:] = torch.nan
 
-    def routing(self) -> list[Tensor]:
-        return [self.indices, ROUTE_TILES(self.indices, K), self.ranks]
+    def prepared(self) -> dict[str, Tensor]:
+        return {"tiles": ROUTE_TILES(self.indices, K), "ranks": self.ranks}
 
     def add_lora(self) -> list[Tensor]:
         outputs = [nn.functional.linear(self.x, *pair) for pair in zip(self.weights, self.biases, strict=True)]
-        ADD_LORA(outputs, self.x, self.a, self.b, self.routing(), [0, 1], [0, 0], 0.5)
+        ADD_LORA(outputs, self.x, self.a, self.b, self.indices, [0, 1], [0, 0], 0.5, **self.prepared())
         return outputs
 
     def linear_lora(self) -> list[Tensor]:
-        lora = (self.a, self.b, self.routing(), [0, 1], [0, 0], 0.5)
-        results: list[Tensor] = LINEAR_LORA(self.x, self.weights, self.biases, *lora)
+        lora = (self.a, self.b, self.indices, [0, 1], [0, 0], 0.5)
+        results: list[Tensor] = LINEAR_LORA(self.x, self.weights, self.biases, *lora, **self.prepared())
         return results
 
     def check(self, results: list[Tensor], what: str) -> None:
@@ -220,8 +220,9 @@ def test_a_row_has_the_same_bits_in_every_batch_of_a_product_with_lora_inside(ra
     indices = torch.tensor([0, -1, 2, 1] * 4, device=DEVICE)
 
     def run(rows: slice) -> list[Tensor]:
-        routing = [indices[rows], ROUTE_TILES(indices[rows], 3)]
-        results: list[Tensor] = LINEAR_LORA(x[rows], weights, [None, None], a, b, routing, [0, 1], [0, 0], 0.5)
+        lora = (a, b, indices[rows], [0, 1], [0, 0], 0.5)
+        tiles = ROUTE_TILES(indices[rows], 3)
+        results: list[Tensor] = LINEAR_LORA(x[rows], weights, [None, None], *lora, tiles=tiles)
         return results
 
     with torch.no_grad(), force_kernel("triton"):
@@ -247,8 +248,8 @@ def test_operands_need_not_be_on_the_current_device(rows: int) -> None:
     def results(device: torch.device) -> list[Tensor]:
         # By way of the host: a copy from device to device would let each read the other's memory.
         there = [one.cpu().to(device) for one in (x, weight, a, b, indices)]
-        routing = [there[4], ROUTE_TILES(there[4], K)]
-        (added,) = LINEAR_LORA(there[0], [there[1]], [None], [there[2]], [there[3]], routing, [0], [0], 0.5)
+        lora = ([there[2]], [there[3]], there[4], [0], [0], 0.5)
+        (added,) = LINEAR_LORA(there[0], [there[1]], [None], *lora, tiles=ROUTE_TILES(there[4], K))
         hidden, base = torch.zeros(rows, R, device=device), added.clone()
         xlc.bgmv_shrink(hidden, there[0], there[2], there[4], 0.5)
         xlc.bgmv_expand(base, hidden, there[3], there[4], add_inputs=True)
@@ -270,7 +271,7 @@ def test_an_output_of_more_than_2_to_the_31_elements() -> None:
     output = torch.ones(rows, width, dtype=BF16, device=DEVICE)
     assert output.numel() > 2**31
     with torch.no_grad(), force_kernel("triton"):
-        ADD_LORA([output], x, [a], [b], [indices, ROUTE_TILES(indices, 2)], [0], [0], 0.5)
+        ADD_LORA([output], x, [a], [b], indices, [0], [0], 0.5, tiles=ROUTE_TILES(indices, 2))
         expected = reference.lora_linear(
             torch.ones(len(some), width), x[some].cpu(), [a.cpu()], [b.cpu()], indices[some].cpu(), [0], 0.5
         )
@@ -303,9 +304,9 @@ def test_a_stack_of_more_than_2_to_the_31_elements() -> None:
         0.5,
     )
     with torch.no_grad(), force_kernel("triton"):
-        routing = [indices, ROUTE_TILES(indices, slots)]
+        tiles = ROUTE_TILES(indices, slots)
         output = torch.zeros(4, 32, dtype=BF16, device=DEVICE)
-        ADD_LORA([output], x, [a], [b], routing, [0], [0], 0.5)
-        (result,) = LINEAR_LORA(x, [weight], [None], [a], [b], routing, [0], [0], 0.5)
+        ADD_LORA([output], x, [a], [b], indices, [0], [0], 0.5, tiles=tiles)
+        (result,) = LINEAR_LORA(x, [weight], [None], [a], [b], indices, [0], [0], 0.5, tiles=tiles)
     for got in (output, result):
         torch.testing.assert_close(got.cpu().float(), expected, atol=2**-6, rtol=2**-6)

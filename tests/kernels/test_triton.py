@@ -218,14 +218,13 @@ class Operands:
             [at for _, at, *_ in layer.slices],
         )
 
-    def routing(self) -> list[Tensor]:
-        given = [] if self.ranks is None else [self.ranks]
-        return [self.indices, ROUTE_TILES(self.indices, len(self.a[0])), *given]
+    def prepared(self) -> dict[str, Tensor | None]:
+        return {"tiles": ROUTE_TILES(self.indices, len(self.a[0])), "ranks": self.ranks}
 
     def linear_lora(self) -> list[Tensor]:
-        lora = (self.a, self.b, self.routing(), self.products, self.offsets, self.scaling)
+        lora = (self.a, self.b, self.indices, self.products, self.offsets, self.scaling)
         with torch.no_grad(), force_kernel("triton"):
-            results: list[Tensor] = LINEAR_LORA(self.x, self.weights, self.biases, *lora)
+            results: list[Tensor] = LINEAR_LORA(self.x, self.weights, self.biases, *lora, **self.prepared())
         return results
 
     def bases(self) -> list[Tensor]:
@@ -233,9 +232,9 @@ class Operands:
         return [torch.nn.functional.linear(self.x, *pair) for pair in pairs]
 
     def add_lora(self, outputs: list[Tensor]) -> list[Tensor]:
-        lora = (self.a, self.b, self.routing(), self.products, self.offsets, self.scaling)
+        lora = (self.a, self.b, self.indices, self.products, self.offsets, self.scaling)
         with torch.no_grad(), force_kernel("triton"):
-            ADD_LORA(outputs, self.x, *lora)
+            ADD_LORA(outputs, self.x, *lora, **self.prepared())
         return outputs
 
     def _exact(self, product: int, base: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:

@@ -88,9 +88,8 @@ def _several(case: Case) -> dict[Any, tuple[Any, ...]]:
     base, inputs, a, b, indices, *_ = build(LORA_LINEAR, replace(case, H=10)).args.values()
     outputs = [base.contiguous(), base.clone()]
     rest = ([0, 0, 1], [0, 1, case.offset], 0.5)
-    routing = [indices, *ROUTE(indices, case.K)]
     return {
-        ADD_LORA: (outputs, inputs, a * 3, b * 3, routing, *rest),
+        ADD_LORA: (outputs, inputs, a * 3, b * 3, indices, *rest, *ROUTE(indices, case.K)),
         LORA_LINEARS: (outputs, inputs, a * 3, b * 3, indices, *rest),
     }
 
@@ -106,7 +105,7 @@ def _ranked(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     base, inputs, (a,), (b,), indices, offsets, scaling = build(LORA_LINEAR, replace(case, H=10)).args.values()
     ranks = torch.tensor([case.R, 0, 1, case.R][: case.K], dtype=torch.int32, device=DEVICE)
     outputs, rest = [base.contiguous(), base.clone()], ([0, 1], [0, case.offset], 0.5)
-    tiles = ROUTE_TILES(indices, case.K)
+    tiles = (None, None, None, None, ROUTE_TILES(indices, case.K))
     weights = [
         torch.ones(10, case.D, dtype=case.inputs, device=DEVICE),
         torch.ones(9, case.D, device=DEVICE).to(inputs),
@@ -114,10 +113,10 @@ def _ranked(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     biases = [None, torch.ones(9, device=DEVICE).to(inputs)]
     lora = ([a, a], [b, b])
     return {
-        "add_lora-tiles": (ADD_LORA, (outputs, inputs, *lora, [indices, tiles], *rest)),
-        "add_lora-tiles-ranks": (ADD_LORA, (outputs, inputs, *lora, [indices, tiles, ranks], *rest)),
-        "linear_lora": (LINEAR_LORA, (inputs, weights, biases, *lora, [indices, tiles], *rest)),
-        "linear_lora-ranks": (LINEAR_LORA, (inputs, weights, biases, *lora, [indices, tiles, ranks], *rest)),
+        "add_lora-tiles": (ADD_LORA, (outputs, inputs, *lora, indices, *rest, *tiles)),
+        "add_lora-tiles-ranks": (ADD_LORA, (outputs, inputs, *lora, indices, *rest, *tiles, ranks)),
+        "linear_lora": (LINEAR_LORA, (inputs, weights, biases, *lora, indices, *rest, *tiles)),
+        "linear_lora-ranks": (LINEAR_LORA, (inputs, weights, biases, *lora, indices, *rest, *tiles, ranks)),
         "lora_linear-ranks": (LORA_LINEAR_OP, (base, inputs, [a], [b], indices, offsets, scaling, ranks)),
         "lora_linears-ranks": (LORA_LINEARS, (outputs, inputs, *lora, indices, *rest, ranks)),
     }

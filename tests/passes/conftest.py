@@ -10,6 +10,7 @@ from support.structure import check_structure
 from torch.fx import Graph
 
 from xpu_lora_compile import passes
+from xpu_lora_compile.passes.graph import Rewrite
 
 
 @pytest.fixture(autouse=True)
@@ -17,10 +18,10 @@ def _structure_is_checked_between_passes(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(passes, "PIPELINE", tuple(map(_checked, passes.PIPELINE)))
 
 
-def _checked(transform: Callable[[Graph], None]) -> Callable[[Graph], None]:
+def _checked(transform: Callable[[Graph, Rewrite], None]) -> Callable[[Graph, Rewrite], None]:
     @functools.wraps(transform)
-    def run(graph: Graph) -> None:
-        transform(graph)
+    def run(graph: Graph, rewrite: Rewrite) -> None:
+        transform(graph, rewrite)
         check_structure(graph)
 
     return run

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from xpu_lora_compile.inspect import explain
+from xpu_lora_compile.kernels import KERNELS
+from xpu_lora_compile.kernels.routing import Routing
 from xpu_lora_compile.ops import LORA_LINEAR
-from xpu_lora_compile.passes.calls import EXPANDS, LORA_OPS, SHRINKS, WHOLE, LoraNode
+from xpu_lora_compile.passes.calls import EXPANDS, LORA_OPS, ROUTINGS, SHRINKS, WHOLE, LoraNode, name_of
 from xpu_lora_compile.torch_internals import schemas_of
 
 # Parts of kernels, which no graph of our passes has: what a composite op becomes, what eager calls try, gradients.
@@ -17,9 +18,8 @@ PARTS = {"native_add_slices", "native_add_packed", "slot_products", "outer_by_sl
 
 def test_every_op_that_adds_lora_is_known_to_whoever_reads_graphs() -> None:
     ops = {name for name in schemas_of("xpu_lora") if not name.startswith("native_try_")} - PARTS
-    routes = {op._schema.name.split("::")[1] for op in explain._ROUTES}
-    known = {op._schema.name.split("::")[1] for op in LORA_OPS}
-    assert ops == known | routes
+    assert ops == {name_of(op) for op in (*LORA_OPS, *ROUTINGS)}
+    assert {name_of(op) for op in ROUTINGS} == {kernel.prepares for kernel in KERNELS if kernel.prepares}
 
 
 @pytest.mark.parametrize("op", LORA_OPS, ids=lambda op: op._schema.name.split("::")[1])
@@ -34,10 +34,11 @@ def test_operands_are_read_by_name_whichever_op_it_is(op: torch._ops.OpOverload)
     assert call.inputs is given["inputs"]
     assert len(call.lora_a) == (op not in EXPANDS)
     assert len(call.lora_b) == (op not in SHRINKS)
-    assert call.indices.name in ("lora_indices_tensor", "indices", "slots", "routing")
+    assert call.indices.name in ("lora_indices_tensor", "indices", "valid")
     if op in WHOLE:
         assert (call.lora_a, call.lora_b) == ([given["lora_a"]], [given["lora_b"]])
         assert call.scaling is given["scaling"]
+    assert call.prepared == {name: given[name] for name in Routing.PREPARED if name in given}
     outputs = {node.name for node in call.outputs}
     assert outputs <= {"outputs", "bases", "output", "output_tensor", "base"}
     assert bool(outputs) == ("weights" not in given or op not in WHOLE)
@@ -48,4 +49,4 @@ def test_arguments_that_are_left_out_have_their_defaults() -> None:
     base, x, a, b, indices = (graph.placeholder(name) for name in ("base", "x", "a", "b", "indices"))
     call = LoraNode(graph.call_function(LORA_LINEAR.overloadpacket, (base, x, [a], [b], indices, [3])))
     assert (call.op, call.outputs, call.slice_outputs, call.slice_offsets) == (LORA_LINEAR, [base], [0], [3])
-    assert (call.scaling, call.ranks, call.routing) == (1.0, None, [indices])
+    assert (call.scaling, call.ranks, call.prepared, call.indices) == (1.0, None, {}, indices)

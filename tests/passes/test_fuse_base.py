@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from torch.fx import GraphModule
 import xpu_lora_compile as xlc
 from xpu_lora_compile.kernels import force_kernel
 from xpu_lora_compile.passes import Decision
-from xpu_lora_compile.passes.fuse_base import keep_bases
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -112,7 +112,7 @@ def test_products_and_lora_become_one_call() -> None:
         ours(text),
         """\
 %9: i32[tiles] = xpu_lora.route_tiles(%0, 3)
-xpu_lora.linear_lora(%1, (%2, %3), (%4, None), (%5, %6), (%7, %8), (%0, %9), (0, 1), (0, 0), 0.5)""",
+xpu_lora.linear_lora(%1, (%2, %3), (%4, None), (%5, %6), (%7, %8), %0, (0, 1), (0, 0), 0.5, tiles=%9)""",
     )
 
 
@@ -125,7 +125,7 @@ def test_the_ranks_of_the_slots_go_with_it() -> None:
         ours(text),
         """\
 %6: i32[tiles] = xpu_lora.route_tiles(%0, 3)
-xpu_lora.linear_lora(%1, (%2), (None), (%3), (%4), (%0, %6, %5), (0), (0), 0.5)""",
+xpu_lora.linear_lora(%1, (%2), (None), (%3), (%4), %0, (0), (0), 0.5, tiles=%6, ranks=%5)""",
     )
     with torch.no_grad(), force_kernel("gather"):
         expected = ranked(ROWS, WQ, RANKS)
@@ -305,8 +305,8 @@ def test_a_product_that_is_used_afterwards_means_its_sum() -> None:
 
 
 def test_products_stay_where_somebody_looks_at_what_lora_is_added_to() -> None:
-    with keep_bases():
-        (text,) = graphs_of_compiling(query_and_key, ROWS, WQ, WK, BIAS)
+    keeping = partial(xlc.rewrite, keep_bases=True)
+    (text,) = graphs_of_compiling(query_and_key, ROWS, WQ, WK, BIAS, passes=keeping)
     assert (calls_in(text, "linear_lora"), calls_in(text, "add_lora")) == (0, 1)
 
 

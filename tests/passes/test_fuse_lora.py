@@ -18,6 +18,7 @@ import xpu_lora_compile as xlc
 from xpu_lora_compile.ops.budget import budget_of
 from xpu_lora_compile.passes import Decision, find_sites, fuse_lora, resolve_width
 from xpu_lora_compile.passes.editing import graphs_of
+from xpu_lora_compile.passes.graph import Rewrite
 
 fused = only(find_sites, resolve_width, fuse_lora)
 
@@ -641,6 +642,6 @@ def test_running_twice_changes_nothing() -> None:
         fused(module)
         texts.append(as_text(module))
         for graph in graphs_of(module):
-            fuse_lora(graph)
+            fuse_lora(graph, Rewrite())
 
     assert graphs_of_compiling(add_lora_linear_of(w), w.y, w.x, passes=twice) == texts

@@ -73,9 +73,9 @@ def test_lora_linears_add_in_place_and_share_one_routing() -> None:
         """\
 %5: f32[3, 8] = add(%0, 1)
 xpu_lora.route(%1, 2)
-xpu_lora.add_lora((%5), %2, (%3), (%4), (%1, %7, %8, %9, %10), (0), (3), 1.0)
+xpu_lora.add_lora((%5), %2, (%3), (%4), %1, (0), (3), 1.0, slot=%7, has_adapter=%8, order=%9, starts=%10)
 %12: f32[3, 8] = mul(%5, 2)
-xpu_lora.add_lora((%12), %2, (%3), (%4), (%1, %7, %8, %9, %10), (0), (0), 1.0)
+xpu_lora.add_lora((%12), %2, (%3), (%4), %1, (0), (0), 1.0, slot=%7, has_adapter=%8, order=%9, starts=%10)
 return (%12)""",
     )
 
@@ -158,7 +158,7 @@ def test_the_native_kernel_gets_the_tensor_that_its_operands_are_views_of() -> N
 %1: i64[9] = input
 %2: f32[3, 8] = input
 %3: f32[3, 6] = input
-xpu_lora.native_add_lora((%12), %3, (%5, %6), (%9, %10), %1, (0, 0), (0, 5), 0.5, %0)""",
+xpu_lora.native_add_lora((%12), %3, (%5, %6), (%9, %10), %1, (0, 0), (0, 5), 0.5, packed=%0)""",
     )
 
 
@@ -218,7 +218,7 @@ def test_views_of_anything_else_stay_views(case: str) -> None:
     packed, indices = (re.search(rf"(%\d+): {size} = input", text) for size in (r"f32\[2, 1, 4, 19\]", r"i64\[9\]"))
     assert packed is not None
     assert indices is not None
-    assert call.endswith(f"0.5, {packed[1]})") == (case in OTHER_INDICES)
+    assert call.endswith(f"0.5, packed={packed[1]})") == (case in OTHER_INDICES)
     assert (f"{indices[1]}, (" in call) == (case in OTHER_WEIGHTS)
     compiled = compiled_with(xlc.rewrite, function)
     with torch.no_grad():
@@ -254,8 +254,8 @@ def test_the_triton_kernels_get_one_table_of_tiles_and_the_ranks() -> None:
         re.sub(r"i32\[\d+\]", "i32[tiles]", calls),
         """\
 %7: i32[tiles] = xpu_lora.route_tiles(%1, 2)
-xpu_lora.add_lora((%6), %2, (%3), (%4), (%1, %7, %5), (0), (3), 1.0)
-xpu_lora.add_lora((%9), %2, (%3), (%4), (%1, %7, %5), (0), (0), 1.0)""",
+xpu_lora.add_lora((%6), %2, (%3), (%4), %1, (0), (3), 1.0, tiles=%7, ranks=%5)
+xpu_lora.add_lora((%9), %2, (%3), (%4), %1, (0), (0), 1.0, tiles=%7, ranks=%5)""",
     )
 
 

@@ -17,6 +17,7 @@ import xpu_lora_compile as xlc
 from xpu_lora_compile.ops import reference
 from xpu_lora_compile.passes import Decision, find_sites, share_input
 from xpu_lora_compile.passes.editing import graphs_of
+from xpu_lora_compile.passes.graph import Rewrite
 
 shared = only(find_sites, share_input)
 
@@ -324,6 +325,6 @@ def test_running_twice_changes_nothing() -> None:
         shared(module)
         texts.append(as_text(module))
         for graph in graphs_of(module):
-            share_input(graph)
+            share_input(graph, Rewrite())
 
     assert graphs_of_compiling(query_and_key, X, WQ, WK, passes=twice) == texts

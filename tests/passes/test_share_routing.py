@@ -18,6 +18,7 @@ import xpu_lora_compile as xlc
 from xpu_lora_compile.ops import reference
 from xpu_lora_compile.passes import find_sites, share_routing
 from xpu_lora_compile.passes.editing import graphs_of
+from xpu_lora_compile.passes.graph import Rewrite
 
 shared = only(find_sites, share_routing)
 
@@ -179,6 +180,6 @@ def test_running_twice_changes_nothing() -> None:
         shared(module)
         texts.append(as_text(module))
         for graph in graphs_of(module):
-            share_routing(graph)
+            share_routing(graph, Rewrite())
 
     assert graphs_of_compiling(two_layers, X, SLOTS, A, B, passes=twice) == texts

@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.passes.editing import graphs_of
+from xpu_lora_compile.passes.graph import Rewrite
 from xpu_lora_compile.passes.text import as_text
 
 
@@ -31,14 +32,14 @@ def graphs_of_compiling(
     return texts
 
 
-def only(*transforms: Callable[[Graph], None]) -> Callable[[GraphModule], None]:
+def only(*transforms: Callable[[Graph, Rewrite], None]) -> Callable[[GraphModule], None]:
     """These passes alone, over a module's graph and its subgraphs."""
 
     def run(module: GraphModule) -> None:
         graphs = list(graphs_of(module))
         for transform in transforms:
             for graph in graphs:
-                transform(graph)
+                transform(graph, Rewrite())
                 check_structure(graph)
 
     return run

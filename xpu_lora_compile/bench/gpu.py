@@ -199,11 +199,10 @@ def _measure(point: Point, found: Mapping[str, peers.Peer], plain: bool, rounds:
 def _contenders(operands: Operands, found: Mapping[str, peers.Peer], plain: bool) -> dict[str, tuple[Layer, bool]]:
     """By name: a function of a layer's number; and whether it adds to the outputs, instead of computing them."""
     b, offsets = operands.rows_of_b(), operands.offsets
-    routing = [
-        operands.indices,
-        ROUTE_TILES(operands.indices, len(operands.ranks)),
-        torch.tensor(operands.ranks, dtype=torch.int32, device="cuda"),
-    ]
+    prepared = {
+        "tiles": ROUTE_TILES(operands.indices, len(operands.ranks)),
+        "ranks": torch.tensor(operands.ranks, dtype=torch.int32, device="cuda"),
+    }
     slices = [0] * len(offsets)
 
     def base(layer: int) -> Tensor:
@@ -211,13 +210,14 @@ def _contenders(operands: Operands, found: Mapping[str, peers.Peer], plain: bool
 
     def ours(layer: int) -> Tensor:
         weights = [operands.base[layer]]
-        arguments = (operands.a[layer], b[layer], routing, slices, offsets, 1.0)
-        (result,) = LINEAR_LORA(operands.inputs, weights, [None], *arguments)
+        arguments = (operands.a[layer], b[layer], operands.indices, slices, offsets, 1.0)
+        (result,) = LINEAR_LORA(operands.inputs, weights, [None], *arguments, **prepared)
         return cast("Tensor", result)
 
     def alone(layer: int) -> Tensor:
         output = operands.outputs[layer]
-        ADD_LORA([output], operands.inputs, operands.a[layer], b[layer], routing, slices, offsets, 1.0)
+        arguments = (operands.a[layer], b[layer], operands.indices, slices, offsets, 1.0)
+        ADD_LORA([output], operands.inputs, *arguments, **prepared)
         return output
 
     def with_base(form: Any, stacks: Any, layer: int) -> Tensor:

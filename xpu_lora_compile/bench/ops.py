@@ -285,7 +285,7 @@ def _check(point: Point, operands: _Operands, b: Any, contenders: dict[str, Call
 
 def _peak_memory(operands: _Operands, b: Any) -> int:
     """Bytes that one call of ours holds at most beside its operands: the allocator's, and the native kernel's own."""
-    arguments = (operands.outputs[:1], operands.inputs, operands.a[0], b[0], [operands.indices])
+    arguments = (operands.outputs[:1], operands.inputs, operands.a[0], b[0], operands.indices)
     with without_stderr(), torch.profiler.profile(profile_memory=True) as profile:
         ADD_LORA(*arguments, [0] * len(b[0]), operands.offsets, 1.0)
     held = peak = 0

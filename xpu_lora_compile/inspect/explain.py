@@ -15,19 +15,16 @@ from xpu_lora_compile.errors import DeadAdapterError, OptionError
 from xpu_lora_compile.inspect.report import GraphReport, NodeReport, Report, SiteReport
 from xpu_lora_compile.kernels import choice_for
 from xpu_lora_compile.layers import LoraEmbedding, LoraLinear
-from xpu_lora_compile.ops import ROUTE, ROUTE_TILES, VALID_SLOTS
 from xpu_lora_compile.passes import check_environment, rewrite
-from xpu_lora_compile.passes.calls import LORA_OPS, LoraNode
+from xpu_lora_compile.passes.calls import LORA_OPS, ROUTINGS, LoraNode, name_of
 from xpu_lora_compile.passes.decisions import Decision, decisions_on
 from xpu_lora_compile.passes.editing import arguments_of, graphs_of, origin_of, value_of
 from xpu_lora_compile.passes.find_sites import find_sites
-from xpu_lora_compile.passes.fuse_base import keep_bases
+from xpu_lora_compile.passes.graph import Rewrite
 from xpu_lora_compile.passes.liveness import live_nodes
 from xpu_lora_compile.passes.memory import read_by, storage_of, storages_of, written_by
 from xpu_lora_compile.passes.text import dtype_of, lines_of
 from xpu_lora_compile.torch_internals import fresh_compilation, hint_of, source_of
-
-_ROUTES: tuple[Any, ...] = (ROUTE, ROUTE_TILES, VALID_SLOTS)
 
 
 def explain(
@@ -118,7 +115,7 @@ class _Captured:
         self.first_site = first_site
         graphs = list(graphs_of(module))
         for graph in graphs:
-            find_sites(graph)
+            find_sites(graph, Rewrite())
         decided = [(node, decision) for graph in graphs for node in graph.nodes for decision in decisions_on(node)]
         self.decisions: list[Decision] = [decision for _, decision in decided]
         live = set().union(*(live_nodes(graph) for graph in graphs))
@@ -126,8 +123,7 @@ class _Captured:
         before, calls_before = self._nodes(module), _count(graphs)
         start = time.perf_counter()
         # With its base product inside, a call would not say what it adds to.
-        with keep_bases():
-            rewrite(module)
+        rewrite(module, keep_bases=True)
         self.seconds = time.perf_counter() - start
         self.report = GraphReport(before, self._nodes(module), calls_before, _count(graphs))
         # The calls that do the sites' work, by the position of the site, each with its number.
@@ -250,7 +246,7 @@ def _site(
         | {"B": dtype_of(b[0])},
         relation=decision.relation,
         guard=decision.guard,
-        call=f"{lora.op._schema.name.split('::')[1]} {number}",
+        call=f"{lora.name} {number}",
         fused_with=others,
         kernel=choice.kernel.name,
         because=choice.because,
@@ -269,7 +265,7 @@ def _size(size: int | torch.SymInt) -> str:
 def _roles(node: Node, operands: list[Node]) -> list[str]:
     """What our op calls each operand; the first of its names where it is given twice."""
     op: Any = getattr(node.target, "default", node.target)
-    if op not in LORA_OPS and op not in _ROUTES:
+    if op not in LORA_OPS and op not in ROUTINGS:
         return []
     names: dict[Node, str] = {}
     for argument, value in zip(op._schema.arguments, arguments_of(node, op), strict=True):
@@ -287,7 +283,7 @@ def _kind(node: Node) -> str:
         return "output"
     if target in LORA_OPS:
         return "lora"
-    if target in _ROUTES or any(one.target in _ROUTES for one in node.all_input_nodes):
+    if target in ROUTINGS or any(one.target in ROUTINGS for one in node.all_input_nodes):
         return "routing"
     shares = storages_of(node) and storages_of(node) <= set().union(*map(storages_of, node.all_input_nodes))
     return "view" if shares and not written_by(node) else "other"
@@ -299,8 +295,8 @@ def _count(graphs: list[Graph]) -> dict[str, int]:
     for graph in graphs:
         for node in graph.nodes:
             target = getattr(node.target, "default", node.target)
-            if target in LORA_OPS or target in _ROUTES:
-                counts[target._schema.name.split("::")[1]] += 1
+            if target in LORA_OPS or target in ROUTINGS:
+                counts[name_of(target)] += 1
             elif target in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default) or target in ("clone", "copy_"):
                 counts["clone" if "clone" in str(target) else "copy_"] += 1
     return dict(counts)

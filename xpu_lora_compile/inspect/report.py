@@ -12,11 +12,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from xpu_lora_compile.passes.calls import ROUTINGS, name_of
 from xpu_lora_compile.terminal import FirstThatFits, plain_table, terminal_width, wrapped
-
-# The ops that compute from the indices what the calls of a graph share: for PyTorch's and the native kernels, for
-# Triton's, and for the vendor's.
-_ROUTINGS = ("route", "route_tiles", "valid_slots")
 
 _SIZES = "T x D -> R -> W in H"
 # The columns of the widest table: the facts that each one holds, in lines of a cell.
@@ -173,7 +170,7 @@ class Report:
         return {
             "sites": len(self.sites),
             "calls": len({site.call for site in self.sites}),
-            "routings": sum(calls.get(op, 0) for calls in after for op in _ROUTINGS),
+            "routings": sum(calls.get(name_of(op), 0) for calls in after for op in ROUTINGS),
             "graphs": len(self.graphs),
         }
 

@@ -21,7 +21,7 @@ from xpu_lora_compile.layers import LoraEmbedding, LoraLinear
 from xpu_lora_compile.passes import check_environment, rewrite
 from xpu_lora_compile.passes.decisions import Decision, decisions_on
 from xpu_lora_compile.passes.find_sites import find_sites
-from xpu_lora_compile.passes.fuse_base import keep_bases
+from xpu_lora_compile.passes.graph import Rewrite
 from xpu_lora_compile.passes.memory import input_storages, storages_of, written_by
 from xpu_lora_compile.rows.routing import Routing
 from xpu_lora_compile.terminal import wrapped
@@ -218,14 +218,13 @@ class _Check:
     """One graph of Dynamo: rewritten and compiled, and each of its calls compared when it runs."""
 
     def __init__(self, module: GraphModule, inputs: Sequence[Tensor], generate_code: bool) -> None:
-        find_sites(module.graph)
+        find_sites(module.graph, Rewrite())
         decisions = _decisions(module.graph)
         self.places = [decision.place for decision in decisions]
         self.changed = _changed_inputs(module.graph)
         self.original = copy_of(module)
         # A base product that its LoRA computes would have no value to compare with.
-        with keep_bases():
-            self.unchecked = len(rewrite(module)) - len(decisions)
+        self.unchecked = len(rewrite(module, keep_bases=True)) - len(decisions)
         # The calls that do the sites' work, each with the numbers of its sites.
         numbers = {id(decision): number for number, decision in enumerate(decisions)}
         self.work = {

@@ -92,9 +92,12 @@ class Kernel:
         by_force_alone: why nothing but force takes it; empty for a kernel that may be chosen.
         op: the op of `torch.ops.xpu_lora` that `lower` emits for it: "add_lora" asks for a kernel when it runs.
         prepares: the op whose results all its calls of one graph share, made of the indices and K; empty for none.
+            `op` gets them as the arguments of the same names.
         needs_plain_slices: whether `op` takes offsets that are known while compiling, and slices that share no
             columns: it leaves both checks to `lower`.
         needs_whole_stacks: whether B must lie in memory as a whole for all sizes of a graph.
+        takes_wholes: whether `op` takes tensors that reach further than the call: indices whose first T count, and
+            `packed`, whose columns are all A and then all B.
         reads_ranks: whether it makes use of the rank of each slot's adapter.
         stores_b_by_rank: whether it reads B fastest with the columns of one rank side by side.
         computes_base_on: the types of devices on which it can compute base products with their LoRA (`linear_lora`).
@@ -107,6 +110,7 @@ class Kernel:
     prepares: str = "route"
     needs_plain_slices: bool = False
     needs_whole_stacks: bool = False
+    takes_wholes: bool = False
     reads_ranks: bool = False
     stores_b_by_rank: bool = True
     computes_base_on: tuple[str, ...] = ()
@@ -122,6 +126,10 @@ class Kernel:
     def refusal(self, call: LoraCall) -> str:
         """Return which of its rules a call breaks, for all sizes of a graph; empty if none."""
         return ""
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of `op` and of `prepares` that are the kernel's own, by name."""
+        return {}
 
     def add_lora(self, call: LoraCall) -> None:
         """Run a call that is whole and whose slices share no columns."""

@@ -75,6 +75,7 @@ class Native(Kernel):
     op = "native_add_lora"
     prepares = ""
     needs_plain_slices = True
+    takes_wholes = True
 
     def problem(self, device: str) -> str:
         """As `Kernel.problem`; warns the first time that there is one on a CPU."""

@@ -19,6 +19,9 @@ class Routing:
         tiles: the table that the Triton kernels read, if that was computed before: see `triton_kernels`.
     """
 
+    # What the calls of one graph may hand on, by name.
+    PREPARED = ("slot", "has_adapter", "order", "starts", "tiles", "ranks")
+
     def __init__(self, indices: Tensor, slots: int, ranks: Tensor | None = None, tiles: Tensor | None = None) -> None:
         self.indices = indices
         self.slots = slots
@@ -27,14 +30,15 @@ class Routing:
         self.tiles = tiles
 
     @classmethod
-    def of(cls, indices: Tensor, slot: Tensor, has_adapter: Tensor, order: Tensor, starts: Tensor) -> Routing:
-        """A routing that was computed before, by `tensors`."""
-        routing = cls(indices, starts.shape[0] - 2)
-        routing.__dict__.update(slot=slot, has_adapter=has_adapter, order=order, starts=starts)
+    def of(cls, indices: Tensor, slots: int, *prepared: Tensor | None) -> Routing:
+        """Build a Routing, of which the parts named `PREPARED` may have been computed before."""
+        given = dict(zip(cls.PREPARED, prepared, strict=False))
+        routing = cls(indices, slots, given.pop("ranks", None), given.pop("tiles", None))
+        routing.__dict__.update((name, tensor) for name, tensor in given.items() if tensor is not None)
         return routing
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What `of` takes beside the indices."""
+        """The first four of `PREPARED`."""
         return self.slot, self.has_adapter, self.order, self.starts
 
     @cached_property

@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,11 @@ class Vendor(Kernel):
             return "the graph was compiled for Triton"
         written = [call.outputs[position] for position in call.slice_outputs]
         return refusal(family()[0], written, call.inputs, call.lora_a, call.lora_b, call.routing.indices)
+
+    def options(self) -> dict[str, Any]:
+        """As `Kernel.options`: which family of ops to call, and whether it wants int32."""
+        kind = family()[0]
+        return {"kind": kind, "narrow": kind == "lora"}
 
     def add_lora(self, call: LoraCall) -> None:
         """As `Kernel.add_lora`; no weight is copied."""

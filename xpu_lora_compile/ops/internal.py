@@ -64,19 +64,20 @@ def _add_lora(
     inputs: Tensor,
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
-    routing: Sequence[Tensor],
+    indices: Tensor,
     slice_outputs: Sequence[int],
     slice_offsets: Sequence[int],
     scaling: float,
+    *prepared: Tensor | None,
 ) -> None:
     if torch.is_grad_enabled():
         for output in outputs:
             for weights in (*lora_a, *lora_b):
                 refuse_gradients("add_lora", output, inputs, weights, replaces=False)
     stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
-    known = _routing(routing, len(lora_a[0]))
+    routing = Routing.of(indices, len(lora_a[0]), *prepared)
     places = slice_outputs, slice_offsets
-    kernels.add_lora(LoraCall(outputs, inputs, stacks_a, stacks_b, known, *places, scaling))
+    kernels.add_lora(LoraCall(outputs, inputs, stacks_a, stacks_b, routing, *places, scaling))
 
 
 def _linear_lora(
@@ -85,27 +86,16 @@ def _linear_lora(
     biases: Sequence[Tensor | None],
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
-    routing: Sequence[Tensor],
+    indices: Tensor,
     slice_outputs: Sequence[int],
     slice_offsets: Sequence[int],
     scaling: float,
+    *prepared: Tensor | None,
 ) -> list[Tensor]:
-    stacks_a, stacks_b = [[without_slice_dim(one) for one in stacks] for stacks in (lora_a, lora_b)]
-    known = _routing(routing, len(lora_a[0]))
-    call = LoraCall((), inputs, stacks_a, stacks_b, known, slice_outputs, slice_offsets, scaling)
+    stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
+    routing = Routing.of(indices, len(lora_a[0]), *prepared)
+    call = LoraCall((), inputs, stacks_a, stacks_b, routing, slice_outputs, slice_offsets, scaling)
     return kernels.linear_lora(call, weights, biases)
-
-
-def _routing(given: Sequence[Tensor], slots: int) -> Routing:
-    """Of the indices alone; or with what `route` has made of them; or with the Triton kernels' tiles, and ranks."""
-    if len(given) == _ROUTED:
-        return Routing.of(*given)
-    tiles, ranks = ([*given[1:], None, None])[:2]
-    return Routing(given[0], slots, ranks, tiles)
-
-
-# The indices and the four results of `route`.
-_ROUTED = 5
 
 
 def _route_tiles(indices: Tensor, slots: int) -> Tensor:
@@ -163,29 +153,32 @@ def _fake_outer_by_slot(left: Tensor, right: Tensor, indices: Tensor, slots: int
 
 
 _ROW_OPERANDS = "Tensor(a!) output, Tensor inputs, Tensor weights, Tensor indices"
-_PRODUCTS = "Tensor inputs, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b, Tensor[] routing"
+_PRODUCTS = "Tensor inputs, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b"
 _LISTS = "Tensor(a!)[] outputs, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b"
+_PLACES = "int[] slice_outputs, SymInt[] slice_offsets, float scaling"
+# The results of `route`, or of `route_tiles` and the ranks; without them a kernel computes what it needs.
+_PREPARED = ", ".join(f"Tensor? {name}=None" for name in Routing.PREPARED)
 
 for _schema, _kernel, _fake in (
     (f"shrink({_ROW_OPERANDS}, float scaling) -> ()", _shrink, _no_result),
     (f"expand({_ROW_OPERANDS}, bool add) -> ()", _expand, _no_result),
     (f"expand_slice({_ROW_OPERANDS}, SymInt offset, SymInt size, bool add) -> ()", _expand_slice, _no_result),
-    # What every call of one graph shares: `Routing.tensors`.
-    ("route(Tensor indices, SymInt slots) -> (Tensor, Tensor, Tensor, Tensor)", _route, _fake_route),
+    # What every call of one graph shares: `Routing.tensors`. The passes hand results on by their names.
+    (
+        "route(Tensor indices, SymInt slots) -> (Tensor slot, Tensor has_adapter, Tensor order, Tensor starts)",
+        _route,
+        _fake_route,
+    ),
     # The same for the Triton kernels.
-    ("route_tiles(Tensor indices, SymInt slots) -> Tensor", _route_tiles, _fake_route_tiles),
+    ("route_tiles(Tensor indices, SymInt slots) -> (Tensor tiles)", _route_tiles, _fake_route_tiles),
     # The base products of one input, with what `add_lora` adds to them.
     (
-        f"linear_lora({_PRODUCTS}, int[] slice_outputs, int[] slice_offsets, float scaling) -> Tensor[]",
+        f"linear_lora({_PRODUCTS}, Tensor indices, {_PLACES}, {_PREPARED}) -> Tensor[]",
         _linear_lora,
         _fake_linear_lora,
     ),
-    # `lora_linears` in place; routing holds the indices, and what `route` or `route_tiles` returns: see `_routing`.
-    (
-        f"add_lora({_LISTS}, Tensor[] routing, int[] slice_outputs, SymInt[] slice_offsets, float scaling) -> ()",
-        _add_lora,
-        _no_result,
-    ),
+    # `lora_linears` in place.
+    (f"add_lora({_LISTS}, Tensor indices, {_PLACES}, {_PREPARED}) -> ()", _add_lora, _no_result),
     # For the gradients of `lora_linear`.
     ("slot_products(Tensor inputs, Tensor weights, Tensor indices) -> Tensor", _slot_products, _fake_slot_products),
     (
@@ -207,19 +200,19 @@ def _vendor_add_lora(
     inputs: Tensor,
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
-    slots: Tensor,
+    valid: Tensor,
     slice_outputs: Sequence[int],
     slice_offsets: Sequence[int],
     scaling: float,
     kind: str,
 ) -> None:
-    vendor.add_lora(kind, outputs, inputs, lora_a, lora_b, slots, slice_outputs, slice_offsets, scaling)
+    vendor.add_lora(kind, outputs, inputs, lora_a, lora_b, valid, slice_outputs, slice_offsets, scaling)
 
 
 # Composite: one call in the graph that our passes see, and the vendor's own ops in the one that Inductor gets.
-_VENDOR = f"{_LISTS}, Tensor slots, int[] slice_outputs, int[] slice_offsets, float scaling, str kind"
+_VENDOR = f"{_LISTS}, Tensor valid, int[] slice_outputs, int[] slice_offsets, float scaling, str kind"
 # The indices as the vendor's ops want them: int32 if narrow, else int64; -1 wherever there is no slot.
-_LIBRARY.define("valid_slots(Tensor indices, SymInt slots, bool narrow) -> Tensor", tags=_TAGS)
+_LIBRARY.define("valid_slots(Tensor indices, SymInt slots, bool narrow) -> (Tensor valid)", tags=_TAGS)
 _LIBRARY.impl("valid_slots", vendor.valid_slots, "CompositeImplicitAutograd")
 _LIBRARY.define(f"vendor_add_lora({_VENDOR}) -> ()", tags=_TAGS)
 _LIBRARY.impl("vendor_add_lora", _vendor_add_lora, "CompositeImplicitAutograd")

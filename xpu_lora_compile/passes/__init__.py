@@ -13,10 +13,11 @@ from torch.fx import GraphModule, Node
 
 from xpu_lora_compile.errors import ContractError, OptionError
 from xpu_lora_compile.passes.decisions import Decision, record_decisions
-from xpu_lora_compile.passes.editing import graphs_of, limited_to
+from xpu_lora_compile.passes.editing import graphs_of
 from xpu_lora_compile.passes.find_sites import find_sites
 from xpu_lora_compile.passes.fuse_base import fuse_base
 from xpu_lora_compile.passes.fuse_lora import fuse_lora
+from xpu_lora_compile.passes.graph import Rewrite
 from xpu_lora_compile.passes.lower import lower
 from xpu_lora_compile.passes.resolve_width import resolve_width
 from xpu_lora_compile.passes.share_input import share_input
@@ -39,7 +40,7 @@ FUEL, DUMP = "XPU_LORA_FUEL", "XPU_LORA_DUMP"
 _programs = itertools.count()
 
 
-def rewrite(program: GraphModule | ExportedProgram) -> list[Decision]:
+def rewrite(program: GraphModule | ExportedProgram, *, keep_bases: bool = False) -> list[Decision]:
     """Run the passes over a graph and its subgraphs, in place; what the graph computes stays the same.
 
     The environment variable `XPU_LORA_FUEL=n` stops after n rewrites of each program, and `XPU_LORA_DUMP=folder`
@@ -48,6 +49,7 @@ def rewrite(program: GraphModule | ExportedProgram) -> list[Decision]:
     Args:
         program: what Dynamo gives a backend, or what `torch.export.export` returns. An exported program is decided
             by constants alone, since nobody would check a guard when it runs.
+        keep_bases: leave base products as they are, so that what LoRA is added to can be looked at.
 
     Returns:
         The decisions taken, in the order of the graph; none for a graph without shapes, which is left as it is.
@@ -62,22 +64,22 @@ def rewrite(program: GraphModule | ExportedProgram) -> list[Decision]:
             "rewrite", "a GraphModule or an ExportedProgram", type(module).__name__, "Compile or export the model."
         )
     folder = _dump_folder()
-    with record_decisions() as decisions, limited_to(fuel()):
-        graphs = list(graphs_of(module))
-        for position, transform in enumerate(PIPELINE):
-            name = f"{position}-{transform.__name__}"
-            _dump(folder, f"{name}-before.txt", module)
-            for graph in graphs:
-                transform(graph)
-            _dump(folder, f"{name}-after.txt", module)
+    run = Rewrite(fuel(), keep_bases)
+    graphs = list(graphs_of(module))
+    for position, transform in enumerate(PIPELINE):
+        name = f"{position}-{transform.__name__}"
+        _dump(folder, f"{name}-before.txt", module)
         for graph in graphs:
-            graph.lint()
+            transform(graph, run)
+        _dump(folder, f"{name}-after.txt", module)
+    for graph in graphs:
+        graph.lint()
     for child in module.modules():
         if isinstance(child, GraphModule):
             child.recompile()
     if isinstance(program, ExportedProgram):
         _rename_outputs(program)
-    return decisions
+    return run.decisions
 
 
 def _rename_outputs(program: ExportedProgram) -> None:

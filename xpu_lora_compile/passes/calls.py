@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from xpu_lora_compile.kernels.call import LoraCall
 from xpu_lora_compile.kernels.routing import Routing
@@ -21,17 +21,28 @@ from xpu_lora_compile.ops import (
     LORA_LINEAR,
     LORA_LINEARS,
     NATIVE_ADD_LORA,
+    ROUTE,
+    ROUTE_TILES,
     SHRINK,
+    VALID_SLOTS,
     VENDOR_ADD_LORA,
 )
 from xpu_lora_compile.ops.checks import without_slice_dim
-from xpu_lora_compile.passes.editing import arguments_of, value_of
+from xpu_lora_compile.passes.editing import arguments_of, calls_to, value_of
 
 SHRINKS = (BGMV_SHRINK, SHRINK)
 EXPANDS = (BGMV_EXPAND, BGMV_EXPAND_SLICE, EXPAND, EXPAND_SLICE)
 # Those that both shrink and expand, of one slice or several.
 WHOLE = (LORA_LINEAR, LORA_LINEARS, ADD_LORA, NATIVE_ADD_LORA, VENDOR_ADD_LORA, LINEAR_LORA)
 LORA_OPS = (*SHRINKS, *EXPANDS, *WHOLE)
+# Those that compute from the indices what several calls share.
+ROUTINGS = (ROUTE, ROUTE_TILES, VALID_SLOTS)
+
+
+def lora_calls(graph: Graph, *ops: torch._ops.OpOverload) -> list[LoraNode]:
+    """Return the graph's calls of these ops whose operands' shapes are known, in the order of the graph."""
+    calls = {node for op in ops for node in calls_to(graph, op)}
+    return [LoraNode(node) for node in graph.nodes if node in calls]
 
 
 class LoraNode:
@@ -47,6 +58,11 @@ class LoraNode:
         self.op: torch._ops.OpOverload = overload_of(node)
         names = [argument.name for argument in self.op._schema.arguments]
         self._given = dict(zip(names, arguments_of(node, self.op), strict=True))
+
+    @property
+    def name(self) -> str:
+        """The op's name without its namespace."""
+        return name_of(self.op)
 
     def _first(self, *names: str, default: Any = None) -> Any:
         return next((self._given[name] for name in names if name in self._given), default)
@@ -79,14 +95,12 @@ class LoraNode:
     @property
     def indices(self) -> Node:
         """The slot of each row, `[T]`: as they came, or as the vendor's ops want them."""
-        found = self._first("lora_indices_tensor", "indices", "slots", "routing")
-        return cast("Node", found[0] if isinstance(found, list | tuple) else found)
+        return cast("Node", self._first("lora_indices_tensor", "indices", "valid"))
 
     @property
-    def routing(self) -> list[Node]:
-        """The indices, and what was computed from them once for all calls."""
-        found = self._given.get("routing")
-        return list(found) if found else [self.indices]
+    def prepared(self) -> dict[str, Node]:
+        """What was computed from the indices once for all calls, and the ranks, by the names of `Routing`."""
+        return {name: self._given[name] for name in Routing.PREPARED if self._given.get(name) is not None}
 
     @property
     def slice_outputs(self) -> list[int]:
@@ -104,6 +118,11 @@ class LoraNode:
     def scaling(self) -> float:
         """The factor on what A makes of the inputs."""
         return cast("float", self._given.get("scaling", 1.0))
+
+    @property
+    def add(self) -> bool:
+        """Whether an expand adds to its columns; if not, it replaces them."""
+        return cast("bool", self._first("add_inputs", "add", default=True))
 
     @property
     def ranks(self) -> Node | None:
@@ -125,6 +144,11 @@ class LoraNode:
         targets, inputs = [value_of(one) for one in outputs or self.outputs], value_of(self.inputs)
         places = self.slice_outputs[slices], self.slice_offsets[slices]
         return LoraCall(targets, inputs, a, b, Routing(value_of(self.indices), slots), *places, self.scaling)
+
+
+def name_of(op: torch._ops.OpOverload) -> str:
+    """Return an op's name without its namespace."""
+    return op._schema.name.split("::")[1]
 
 
 def overload_of(node: Node) -> torch._ops.OpOverload:

@@ -103,8 +103,8 @@ def record_decisions() -> Iterator[list[Decision]]:
         _RECORDS.reset(token)
 
 
-def record(decision: Decision) -> None:
-    """Give a decision, once, to every block of `record_decisions` that is open."""
-    for records in _RECORDS.get():
-        if not any(one is decision for one in records):
+def record(decision: Decision, *lists: list[Decision]) -> None:
+    """Add a decision, once, to these lists and to those of the blocks of `record_decisions` that are open."""
+    for records in (*lists, *_RECORDS.get()):
+        if not any(known is decision for known in records):
             records.append(decision)

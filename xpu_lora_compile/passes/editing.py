@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
+from xpu_lora_compile.passes.decisions import decisions_on, set_decisions
 from xpu_lora_compile.torch_internals import path_of
 
 # What of a node's meta tells where it comes from. Never the rest: Inductor keeps notes there that belong to the
@@ -85,10 +83,10 @@ def size_of(tensor: Node, dim: int, before: Node) -> int | Node:
     return insert_before(before, torch.ops.aten.sym_size.int, (tensor, dim), size)
 
 
-def insert_before(node: Node, op: Any, args: tuple[Any, ...], value: Any) -> Node:
+def insert_before(node: Node, op: Any, args: tuple[Any, ...], value: Any, **kwargs: Any) -> Node:
     """A new call in front of `node` that comes from the same source line and stands for `value`."""
     with node.graph.inserting_before(node):
-        new = node.graph.call_function(op, args)
+        new = node.graph.call_function(op, args, kwargs)
     new.meta.update({key: node.meta[key] for key in _ORIGIN if key in node.meta})
     key = "val" if "val" in node.meta else "example_value"
     new.meta[key] = value
@@ -111,30 +109,6 @@ def erase_unused(nodes: list[Node]) -> None:
             node.graph.erase_node(node)
 
 
-@contextmanager
-def limited_to(rewrites: int | None) -> Iterator[None]:
-    """Have `may_rewrite` say yes this often and then no; None is without limit."""
-    token = _FUEL.set(None if rewrites is None else [rewrites])
-    try:
-        yield
-    finally:
-        _FUEL.reset(token)
-
-
-def may_rewrite(node: Node) -> bool:
-    """Whether one more rewrite may happen; every pass asks before each, for the node that it would replace."""
-    fuel = _FUEL.get()
-    if fuel is None:
-        return True
-    fuel[0] -= 1
-    if fuel[0] < 0:
-        note(node, "left as it is: XPU_LORA_FUEL has run out")
-    return fuel[0] >= 0
-
-
-_FUEL: ContextVar[list[int] | None] = ContextVar("fuel", default=None)
-
-
 def _hand_values_down(module: GraphModule) -> None:
     """Tell the inputs of subgraphs what they stand for, as newer versions of torch do themselves (2.8 does not).
 
@@ -146,14 +120,14 @@ def _hand_values_down(module: GraphModule) -> None:
         child = getattr(module, str(node.target), None) if node.op == "get_attr" else None
         if not isinstance(child, GraphModule):
             continue
-        inputs = [one for one in child.graph.nodes if one.op == "placeholder"]
+        inputs = [inner for inner in child.graph.nodes if inner.op == "placeholder"]
         for call in node.users:
             # The operands come last, singly or as a tuple.
             operands = list(_nodes_in(call.args))[-len(inputs) :] if call.target in plain else []
-            for one, operand in zip(inputs, operands, strict=False):
+            for placeholder, operand in zip(inputs, operands, strict=False):
                 for key in _VALUES:
                     if key in operand.meta:
-                        one.meta.setdefault(key, operand.meta[key])
+                        placeholder.meta.setdefault(key, operand.meta[key])
 
 
 def _nodes_in(args: Any) -> Iterator[Node]:

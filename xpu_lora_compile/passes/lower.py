@@ -11,37 +11,18 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from xpu_lora_compile.kernels import KERNELS, choice_for, forced_kernel, refusal_of, vendor
+from xpu_lora_compile.kernels import KERNELS, choice_for, forced_kernel, refusal_of
 from xpu_lora_compile.kernels.call import Kernel, LoraCall
-from xpu_lora_compile.ops import (
-    BGMV_EXPAND_SLICE,
-    BGMV_SHRINK,
-    EXPAND_SLICE,
-    LORA_LINEAR,
-    LORA_LINEARS,
-    NATIVE_ADD_LORA,
-    ROUTE,
-    SHRINK,
-    VALID_SLOTS,
-    VENDOR_ADD_LORA,
-)
-from xpu_lora_compile.passes.calls import LoraNode
+from xpu_lora_compile.ops import BGMV_EXPAND_SLICE, BGMV_SHRINK, EXPAND_SLICE, LORA_LINEAR, LORA_LINEARS, SHRINK
+from xpu_lora_compile.passes.calls import LoraNode, lora_calls
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
-from xpu_lora_compile.passes.editing import (
-    arguments_of,
-    calls_to,
-    insert_before,
-    is_subgraph,
-    may_rewrite,
-    replace,
-    size_of,
-    value_of,
-)
-from xpu_lora_compile.passes.memory import input_storages, knows_its_views, overlap, storage_of, storages_of, written_by
+from xpu_lora_compile.passes.editing import arguments_of, insert_before, is_subgraph, replace, size_of, value_of
+from xpu_lora_compile.passes.graph import Memory, Rewrite
+from xpu_lora_compile.passes.memory import overlap, storage_of, storages_of
 from xpu_lora_compile.torch_internals import is_compiling_for_this_process, is_guarded, is_known
 
 
-def lower(graph: Graph) -> None:
+def lower(graph: Graph, rewrite: Rewrite) -> None:
     """Replace what is left of the contract's ops by internal ones: their fakes checked each call while tracing.
 
     Before:
@@ -51,9 +32,9 @@ def lower(graph: Graph) -> None:
         bgmv_expand_slice(output, inputs, b, indices, offset, size, add)
 
     After:
-        routing = [indices, *route(indices, K)]                             once for all calls on these indices
-        add_lora([base], inputs, a, b, routing, [0], offsets, scaling)      the base itself is the result
-        add_lora([base_1, base_2], inputs, a, b, routing, outputs, offsets, scaling)
+        slot, has_adapter, order, starts = route(indices, K)                once for all calls on these indices
+        add_lora([base], inputs, a, b, indices, [0], offsets, scaling, slot=slot, …)      the base is the result
+        add_lora([base_1, base_2], inputs, a, b, indices, outputs, offsets, scaling, slot=slot, …)
         shrink(output, inputs, a, indices, scaling)
         expand_slice(output, inputs, b, indices, offset, size, add)
 
@@ -77,21 +58,19 @@ def lower(graph: Graph) -> None:
     Runs on: graphs of Dynamo and of `torch.export`, before functionalization.
     """
     for public, internal in ((BGMV_SHRINK, SHRINK), (BGMV_EXPAND_SLICE, EXPAND_SLICE)):
-        for call in calls_to(graph, public):
-            if may_rewrite(call):
-                replace(call, internal, tuple(arguments_of(call, public)))
-    single, several = set(calls_to(graph, LORA_LINEAR)), set(calls_to(graph, LORA_LINEARS))
-    if not (single or several):
-        return
-    nodes = _Nodes(graph)
-    for node in [node for node in graph.nodes if node in single | several]:
+        for call in lora_calls(graph, public):
+            if rewrite.takes_fuel(call.node):
+                replace(call.node, internal, tuple(arguments_of(call.node, public)))
+    calls = [call.node for call in lora_calls(graph, LORA_LINEAR, LORA_LINEARS)]
+    memory = Memory(graph) if calls else None
+    for node in calls:
         # Read here: a call before it may have become another.
-        lora = LoraNode(node)
-        refusal = "a higher-order op cannot look into lists" if is_subgraph(graph) else _refusal(lora)
+        call = LoraNode(node)
+        refusal = "a higher-order op cannot look into lists" if is_subgraph(graph) else _refusal(call)
         if refusal:
-            note(lora.node, f"lower: left functional, since {refusal}")
-        elif may_rewrite(lora.node):
-            _lower(lora, nodes)
+            note(node, f"lower: left functional, since {refusal}")
+        elif rewrite.takes_fuel(node):
+            _lower(call, cast("Memory", memory))
 
 
 def _refusal(call: LoraNode) -> str:
@@ -104,115 +83,82 @@ def _refusal(call: LoraNode) -> str:
     return ""
 
 
-class _Nodes:
-    """What `lower` asks of a graph: the order of its nodes, and who has which memory."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.order: dict[Node, float] = {node: at for at, node in enumerate(graph.nodes)}
-        self.inputs = input_storages(graph) if knows_its_views(graph) else None
-        self.has_gradients = any(
-            isinstance(value_of(node), Tensor) and value_of(node).requires_grad
-            for node in graph.nodes
-            if node.op.startswith("call")
-        )
-        self.aliases: dict[int, list[Node]] = {}
-        self.writes: dict[int, list[float]] = {}
-        for node in graph.nodes:
-            for storage in storages_of(node):
-                self.aliases.setdefault(storage, []).append(node)
-            for storage in written_by(node):
-                self.writes.setdefault(storage, []).append(self.order[node])
-
-    def add(self, node: Node, call: Node) -> None:
-        """Take note of a new node in front of `call`."""
-        self.order[node] = self.order[call] - 0.5
-        for storage in storages_of(node):
-            self.aliases.setdefault(storage, []).append(node)
-
-    def unite(self, base: Node, result: Tensor) -> None:
-        """Take note that the memory of `base` is now that of `result`, too."""
-        mine, its = storage_of(value_of(base)), storage_of(result)
-        if mine != its:
-            self.aliases[mine] = self.aliases[its] = [*self.aliases[mine], *self.aliases.get(its, [])]
-
-    def is_unchanged(self, tensor: Node, since: Node, until: Node) -> bool:
-        """Whether nothing writes to a tensor between two nodes."""
-        if self.inputs is None:
-            return False
-        writes = [at for storage in storages_of(tensor) for at in self.writes.get(storage, [])]
-        return not any(self.order[since] < at < self.order[until] for at in writes)
-
-    def is_seen_after(self, base: Node, call: Node) -> bool:
-        """Whether the content that the base has now may be seen after the call."""
-        value, at = value_of(base), self.order[call]
-        # What autograd has saved is seen by a backward pass that is not in the graph yet.
-        if self.has_gradients:
-            return True
-        if self.inputs is None or storage_of(value) in self.inputs or not value.is_contiguous():
-            return True
-        results = {call, *(user for user in call.users if user.target is operator.getitem)}
-        return any(
-            self.order.get(user, -1) > at
-            for alias in self.aliases[storage_of(value)]
-            if alias not in results and self.order[alias] < at
-            for user in alias.users
-        )
-
-
-def _lower(lora: LoraNode, nodes: _Nodes) -> None:
-    call, bases, inputs, a, b, indices = lora.node, lora.outputs, lora.inputs, lora.lora_a, lora.lora_b, lora.indices
-    outputs: list[Node] = []
+def _lower(lora: LoraNode, memory: Memory) -> None:
+    node, bases, others = lora.node, lora.outputs, (lora.inputs, *lora.lora_a, *lora.lora_b, lora.indices)
     is_single = lora.op is LORA_LINEAR
-    results: list[Tensor] = [value_of(call)] if is_single else value_of(call)
-    written_back = _written_back(call, bases)
-    if nodes.inputs is None or _share_memory(bases[0], (inputs, *a, *b, indices)):
+    results: list[Tensor] = [value_of(node)] if is_single else value_of(node)
+    written_back = _written_back(node, bases)
+    if not memory.knows_views or _share_memory(bases[0], others):
         written_back = None
+    outputs: list[Node] = []
     for base, result in zip(bases, results, strict=True):
-        target = base
-        is_seen = written_back is None and nodes.is_seen_after(base, call)
-        if is_seen or _share_memory(base, (inputs, *a, *b, indices, *outputs)):
-            target = insert_before(call, torch.ops.aten.clone.default, (base,), result)
+        is_seen = written_back is None and memory.is_seen_after(base, node)
+        if is_seen or _share_memory(base, (*others, *outputs)):
+            target = insert_before(node, torch.ops.aten.clone.default, (base,), result)
             target.kwargs = {"memory_format": torch.contiguous_format}
-            nodes.add(target, call)
-            note(call, "lower: on a copy of the base, which is seen again")
+            memory.add(target, node)
+            note(node, "lower: on a copy of the base, which is seen again")
         else:
-            nodes.unite(base, result)
+            target = base
+            memory.unite(base, result)
         outputs.append(target)
-    asked = lora.call(outputs=outputs)
-    kernel = _kernel_for(call, asked, b)
-    op: Any = getattr(torch.ops.xpu_lora, kernel.op if kernel else "add_lora").default
-    more: list[Any] = []
-    routing: Node | list[Node]
-    if op is VENDOR_ADD_LORA:
-        kind = vendor.family()[0]
-        (routing,) = _shared(VALID_SLOTS, indices, a[0], call, nodes, kind == "lora")
-        more = [kind]
-    elif op is NATIVE_ADD_LORA:
-        routing, packed = _whole(indices), _packed(a, asked)
-        more = [packed] if packed is not None else []
-    else:
-        prepares = getattr(torch.ops.xpu_lora, kernel.prepares).default if kernel else ROUTE
-        routing = [indices, *_shared(prepares, indices, a[0], call, nodes)]
-        routing += [lora.ranks] if kernel and kernel.reads_ranks and lora.ranks is not None else []
-    places = lora.slice_outputs, lora.slice_offsets
-    lowered = insert_before(call, op, (outputs, inputs, a, b, routing, *places, lora.scaling, *more), None)
-    set_decisions(lowered, decisions_on(call))
+    lowered = _emit(lora, outputs, memory)
+    set_decisions(lowered, decisions_on(node))
     if written_back is not None:
-        call.graph.erase_node(written_back)
+        node.graph.erase_node(written_back)
     if is_single:
-        call.replace_all_uses_with(outputs[0])
+        node.replace_all_uses_with(outputs[0])
     else:
-        for user in list(call.users):
+        for user in list(node.users):
             user.replace_all_uses_with(outputs[cast("int", user.args[1])])
             user.graph.erase_node(user)
-    call.graph.erase_node(call)
+    node.graph.erase_node(node)
 
 
-def _kernel_for(node: Node, call: LoraCall, lora_b: list[Node]) -> Kernel | None:
-    """The first kernel that takes a call for all sizes of the graph; None where what it is shall be seen as it runs."""
+def _emit(lora: LoraNode, outputs: list[Node], memory: Memory) -> Node:
+    """Put the op of the first kernel that takes the call in front of it: its schema names what it wants."""
+    call = lora.call(outputs=outputs)
+    kernel = _kernel_for(lora.node, call, lora.lora_b)
+    options = kernel.options()
+    given: dict[str, Any] = {
+        "outputs": outputs,
+        "inputs": lora.inputs,
+        "lora_a": lora.lora_a,
+        "lora_b": lora.lora_b,
+        "indices": lora.indices,
+        "slice_outputs": lora.slice_outputs,
+        "slice_offsets": lora.slice_offsets,
+        "scaling": lora.scaling,
+        "ranks": lora.ranks if kernel.reads_ranks else None,
+        **options,
+    }
+    if kernel.prepares:
+        given |= _prepared(_op(kernel.prepares), lora, options, memory)
+    if kernel.takes_wholes:
+        given |= {"indices": _whole(lora.indices), "packed": _packed(lora.lora_a, call)}
+    args, optional = [], {}
+    for argument in _op(kernel.op)._schema.arguments:
+        if not argument.has_default_value():
+            args.append(given[argument.name])
+        elif given.get(argument.name) is not None:
+            optional[argument.name] = given[argument.name]
+    return insert_before(lora.node, _op(kernel.op), tuple(args), None, **optional)
+
+
+def _op(name: str) -> torch._ops.OpOverload:
+    op: torch._ops.OpOverload = getattr(torch.ops.xpu_lora, name).default
+    return op
+
+
+# Stands for the kernels whose op chooses one of them when it runs.
+_ANY = Kernel()
+
+
+def _kernel_for(node: Node, call: LoraCall, lora_b: list[Node]) -> Kernel:
+    """The first kernel that takes a call for all sizes of the graph; `_ANY` where the op has to choose as it runs."""
     # A program to be saved may run where there are other kernels.
     if not is_compiling_for_this_process():
-        return None
+        return _ANY
     forced = forced_kernel()
     # That it cannot run the call is an error.
     chosen = None if forced is None else choice_for(call).kernel
@@ -224,7 +170,7 @@ def _kernel_for(node: Node, call: LoraCall, lora_b: list[Node]) -> Kernel | None
         # What is worth a word: a kernel for this device that comes first.
         if kernel.op != "add_lora" and call.device in kernel.devices:
             note(node, f"lower: kernel {kernel.name} is not used: {why}")
-    return None
+    return _ANY
 
 
 def _refusal_in_graph(kernel: Kernel, call: LoraCall, lora_b: list[Node]) -> str:
@@ -259,7 +205,7 @@ def _is_stored(node: Node, stack: Tensor) -> bool:
 def _viewed(view: Node) -> Iterator[Node]:
     """The tensors that a view was made of, further and further up in the graph."""
     storage, node = storage_of(value_of(view)), view
-    while above := [one for one in node.all_input_nodes if storage in storages_of(one)]:
+    while above := [source for source in node.all_input_nodes if storage in storages_of(source)]:
         node = above[0]
         if isinstance(value_of(node), Tensor):
             yield node
@@ -284,7 +230,7 @@ def _packed(lora_a: list[Node], call: LoraCall) -> Node | None:
     if (
         any(call.slice_outputs)
         or len(widths) > 3
-        or not all(map(is_known, (*side_by_side, *(one > 0 for one in widths))))
+        or not all(map(is_known, (*side_by_side, *(width > 0 for width in widths))))
     ):
         return None
     by_rank = [*call.lora_a, *(b.transpose(1, 2) for b in call.lora_b)]
@@ -295,7 +241,7 @@ def _are_columns(stacks: list[Tensor], whole: Tensor) -> bool:
     """Whether stacks `[K, R, columns]` are in turn all columns of `[K, R, columns]`, perhaps with vLLM's 1."""
     if whole.dim() != 3 and not (whole.dim() == 4 and is_known(whole.shape[1] == 1)):
         return False
-    if len({(storage_of(one), one.dtype, one.is_neg()) for one in (whole, *stacks)}) > 1:
+    if len({(storage_of(tensor), tensor.dtype, tensor.is_neg()) for tensor in (whole, *stacks)}) > 1:
         return False
     (slots, *_, ranks, columns), (of_slot, *_, of_rank, of_column) = whole.shape, whole.stride()
     starts = list(accumulate((stack.shape[2] for stack in stacks), initial=0))
@@ -318,28 +264,28 @@ def _share_memory(base: Node, others: tuple[Node, ...]) -> bool:
     return any(overlap(value_of(base), value_of(other)) for other in others)
 
 
-def _shared(
-    op: torch._ops.OpOverload, indices: Node, weights: Node, before: Node, nodes: _Nodes, *more: bool
-) -> list[Node]:
-    """What the one call of `op` for these indices and this number of slots returns, made if there is none."""
-    slots = value_of(weights).shape[0]
+def _prepared(op: torch._ops.OpOverload, lora: LoraNode, options: dict[str, Any], memory: Memory) -> dict[str, Node]:
+    """Results of the one call of `op` for these indices and this number of slots, by name; made if there is none."""
+    indices, slots = lora.indices, value_of(lora.lora_a[0]).shape[0]
+    more = tuple(options[argument.name] for argument in op._schema.arguments[2:])
+    names = [result.name for result in op._schema.returns]
     for user in indices.users:
         same = user.target is op and user.args[2:] == more and is_guarded(slots == _size(user.args[1]))
-        if same and nodes.is_unchanged(indices, user, before):
-            return _results(user)
+        if same and memory.is_unchanged(indices, user, lora.node):
+            return dict(zip(names, _results(user), strict=True))
     value = op(value_of(indices), slots, *more)
-    made = insert_before(before, op, (indices, size_of(weights, 0, before), *more), value)
-    nodes.add(made, before)
+    made = insert_before(lora.node, op, (indices, size_of(lora.lora_a[0], 0, lora.node), *more), value)
+    memory.add(made, lora.node)
     if isinstance(value, tuple | list):
-        for at, one in enumerate(value):
-            insert_before(before, operator.getitem, (made, at), one)
-    return _results(made)
+        for position, tensor in enumerate(value):
+            insert_before(lora.node, operator.getitem, (made, position), tensor)
+    return dict(zip(names, _results(made), strict=True))
 
 
 def _results(made: Node) -> list[Node]:
     if isinstance(value_of(made), Tensor):
         return [made]
-    return sorted(made.users, key=lambda one: cast("int", one.args[1]))
+    return sorted(made.users, key=lambda user: cast("int", user.args[1]))
 
 
 def _size(size: Any) -> int | torch.SymInt:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, EXPAND, EXPAND_SLICE, SHRINK
-from xpu_lora_compile.passes.editing import arguments_of, calls_to, erase_unused, value_of
+from xpu_lora_compile.ops import BGMV_EXPAND
+from xpu_lora_compile.passes.calls import EXPANDS, SHRINKS, LoraNode, lora_calls
+from xpu_lora_compile.passes.editing import erase_unused, value_of
 from xpu_lora_compile.passes.memory import (
     Region,
     input_storages,
@@ -24,54 +24,49 @@ from xpu_lora_compile.passes.memory import (
 )
 from xpu_lora_compile.torch_internals import is_guarded
 
-OpOverload: TypeAlias = torch._ops.OpOverload
-
 
 @dataclass(eq=False)
 class Shrink:
     """One call of shrink, and the memory of the buffers that its result has been written to."""
 
-    call: Node
-    op: OpOverload
+    node: Node
     buffers: set[int]
     # The memory of what it reads.
     operands: set[int]
 
-    # Read from the call each time: fusing one chain changes the arguments of the next.
     @property
-    def inputs(self) -> Node:
-        """The rows, `[T, D]`."""
-        return cast("Node", arguments_of(self.call, self.op)[1])
-
-    @property
-    def a(self) -> Node:
-        """A, `[K, R, D]`."""
-        return cast("Node", arguments_of(self.call, self.op)[2])
-
-    @property
-    def indices(self) -> Node:
-        """The indices, `[T]`."""
-        return cast("Node", arguments_of(self.call, self.op)[3])
-
-    @property
-    def scaling(self) -> float:
-        """The factor on the result."""
-        return cast("float", arguments_of(self.call, self.op)[4])
+    def lora(self) -> LoraNode:
+        """The call, read from its node each time: fusing one chain changes the arguments of the next."""
+        return LoraNode(self.node)
 
 
 @dataclass(eq=False)
 class Expand:
     """One call of expand with its shrink, or with the reason why it is left alone."""
 
-    call: Node
-    output: Node
-    hidden: Node
-    b: Node
-    indices: Node
-    offset: int | Node
-    adds: bool
+    lora: LoraNode
     shrink: Shrink | None = None
     refusal: str = ""
+
+    @property
+    def call(self) -> Node:
+        """Its node."""
+        return self.lora.node
+
+    @property
+    def output(self) -> Node:
+        """The columns that it adds to."""
+        return self.lora.outputs[0]
+
+    @property
+    def b(self) -> Node:
+        """B, `[K, W, R]`."""
+        return self.lora.lora_b[0]
+
+    @property
+    def indices(self) -> Node:
+        """The indices, `[T]`."""
+        return self.lora.indices
 
     @property
     def writes(self) -> int:
@@ -89,8 +84,8 @@ class RankBuffers:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.shrinks = {call: op for op in (BGMV_SHRINK, SHRINK) for call in calls_to(graph, op)}
-        self.storages = {storage_of(value_of(arguments_of(call, op)[0])) for call, op in self.shrinks.items()}
+        self.shrinks = {call.node: call for call in lora_calls(graph, *SHRINKS)}
+        self.storages = {storage_of(value_of(call.outputs[0])) for call in self.shrinks.values()}
         self.strangers: dict[int, str] = dict.fromkeys(
             input_storages(graph), "the rank buffer is an input of the graph"
         )
@@ -104,12 +99,7 @@ class RankBuffers:
 
     def erase_unused(self) -> None:
         """Erase the buffers that no call reads any more, and what filled them."""
-        read = {
-            storage
-            for op, position in ((EXPAND, 1), (EXPAND_SLICE, 1), (BGMV_EXPAND_SLICE, 1), (BGMV_EXPAND, 1))
-            for call in calls_to(self.graph, op)
-            for storage in storages_of(arguments_of(call, op)[position])
-        }
+        read = {storage for call in lora_calls(self.graph, *EXPANDS) for storage in storages_of(call.inputs)}
         unused = self.storages - read - set(self.strangers)
         doomed = []
         for node in self.graph.nodes:
@@ -121,25 +111,21 @@ class RankBuffers:
 
 def find_expands(graph: Graph, buffers: RankBuffers) -> dict[Node, Expand]:
     """Every expand with its shrink, found by following what each region of the buffers holds from call to call."""
-    expands: dict[Node, Expand] = {}
-    for op in (EXPAND, EXPAND_SLICE, BGMV_EXPAND_SLICE, BGMV_EXPAND):
-        for call in calls_to(graph, op):
-            output, hidden, b, indices, *rest = arguments_of(call, op)
-            expands[call] = Expand(call, output, hidden, b, indices, rest[0] if len(rest) == 3 else 0, rest[-1])
-            if op is BGMV_EXPAND:
-                expands[call].refusal = "its width is decided when it runs"
+    expands = {call.node: Expand(call) for call in lora_calls(graph, *EXPANDS)}
+    for expand in expands.values():
+        if expand.lora.op is BGMV_EXPAND:
+            expand.refusal = "its width is decided when it runs"
     # Before regions are compared: the guard on a rank may give the same size another name.
-    targets = {call: _hidden_of(call, op) for call, op in buffers.shrinks.items()}
+    targets = {node: _hidden_of(call) for node, call in buffers.shrinks.items()}
     # What each region of the buffers holds, and the tensor that it was written as.
     content: dict[Region, tuple[Tensor, Shrink]] = {}
     for node in graph.nodes:
         written: set[int] = set()
         target: Tensor | None = None
         if node in buffers.shrinks:
-            _, inputs, a, indices, _ = arguments_of(node, buffers.shrinks[node])
-            target = targets[node]
-            operands = storages_of(inputs) | storages_of(a) | storages_of(indices)
-            source = Shrink(node, buffers.shrinks[node], {storage_of(target)}, operands)
+            call, target = buffers.shrinks[node], targets[node]
+            operands = storages_of(call.inputs) | storages_of(call.lora_a[0]) | storages_of(call.indices)
+            source = Shrink(node, {storage_of(target)}, operands)
             buffers.used_by(node, source.operands)
         elif (copied := _copied(node, content)) is not None:
             target, source = copied
@@ -147,7 +133,7 @@ def find_expands(graph: Graph, buffers: RankBuffers) -> dict[Node, Expand]:
             buffers.storages.add(storage_of(target))
         elif node in expands:
             expand = expands[node]
-            _, expand.shrink = content.get(region_of(value_of(expand.hidden)), (None, None))
+            _, expand.shrink = content.get(region_of(value_of(expand.lora.inputs)), (None, None))
             expand.refusal = expand.refusal or _refusal(expand)
             written = {expand.writes}
             buffers.used_by(node, storages_of(expand.b) | storages_of(expand.indices) | written)
@@ -168,11 +154,10 @@ def find_expands(graph: Graph, buffers: RankBuffers) -> dict[Node, Expand]:
     return expands
 
 
-def _hidden_of(call: Node, op: OpOverload) -> Tensor:
+def _hidden_of(call: LoraNode) -> Tensor:
     """What a shrink writes to: the first R columns of its output, which has no more in most graphs."""
-    output, _, a, *_ = arguments_of(call, op)
-    whole: Tensor = value_of(output)
-    rank = value_of(a).shape[-2]
+    whole: Tensor = value_of(call.outputs[0])
+    rank = value_of(call.lora_a[0]).shape[-2]
     return whole if is_guarded(whole.shape[1] == rank) else whole.narrow(1, 0, rank)
 
 
@@ -180,9 +165,9 @@ def _copied(node: Node, content: dict[Region, tuple[Tensor, Shrink]]) -> tuple[T
     """The tensor that a `copy_` fills with what a shrink computed, and that shrink."""
     is_copy = node.target == "copy_" if node.op == "call_method" else node.target is torch.ops.aten.copy_.default
     operands = node.args[:2]
-    if not is_copy or len(operands) < 2 or not all(isinstance(one, Node) for one in operands):
+    if not is_copy or len(operands) < 2 or not all(isinstance(operand, Node) for operand in operands):
         return None
-    target, source = (value_of(one) for one in operands if isinstance(one, Node))
+    target, source = (value_of(operand) for operand in operands if isinstance(operand, Node))
     if not (isinstance(target, Tensor) and isinstance(source, Tensor) and target.is_floating_point()):
         return None
     _, shrink = content.get(region_of(source), (None, None))
@@ -194,11 +179,11 @@ def _refusal(expand: Expand) -> str:
     shrink = expand.shrink
     if shrink is None:
         return "its input is not, whole and unchanged, what a bgmv_shrink of this graph wrote"
-    if not expand.adds:
+    if not expand.lora.add:
         return "it replaces its columns instead of adding to them"
-    if not same_elements(shrink.indices, expand.indices):
+    if not same_elements(shrink.lora.indices, expand.indices):
         return "shrink and expand have different indices"
-    of_a, of_b = value_of(shrink.a).shape[0], value_of(expand.b).shape[0]
+    of_a, of_b = value_of(shrink.lora.lora_a[0]).shape[0], value_of(expand.b).shape[0]
     if not is_guarded(of_a == of_b):
         return f"A and B must have the same number of slots, and have {of_a} and {of_b}"
     return ""
@@ -215,14 +200,14 @@ def _refuse_shared(expands: dict[Node, Expand], buffers: RankBuffers) -> None:
         for expand in expands.values():
             if expand.shrink is None or expand.refusal:
                 continue
-            strangers = [buffers.strangers[one] for one in expand.shrink.buffers if one in buffers.strangers]
+            strangers = [buffers.strangers[memory] for memory in expand.shrink.buffers if memory in buffers.strangers]
             if strangers:
                 expand.refusal, changed = strangers[0], True
                 _keep(expand, buffers)
 
 
 def _keep(expand: Expand, buffers: RankBuffers) -> None:
-    shared = storages_of(expand.hidden) | (expand.shrink.buffers if expand.shrink else set())
+    shared = storages_of(expand.lora.inputs) | (expand.shrink.buffers if expand.shrink else set())
     for storage in shared:
         buffers.strangers.setdefault(
             storage, f"the rank buffer is read by a call that cannot be fused: {expand.refusal}"

@@ -6,21 +6,15 @@ import torch
 from torch.fx import Graph
 
 from xpu_lora_compile.ops import BGMV_EXPAND, EXPAND, EXPAND_SLICE
+from xpu_lora_compile.passes.calls import lora_calls
 from xpu_lora_compile.passes.decisions import Relation
-from xpu_lora_compile.passes.editing import (
-    arguments_of,
-    calls_to,
-    insert_before,
-    may_rewrite,
-    replace,
-    size_of,
-    value_of,
-)
+from xpu_lora_compile.passes.editing import insert_before, replace, size_of, value_of
 from xpu_lora_compile.passes.find_sites import decision_of
+from xpu_lora_compile.passes.graph import Rewrite
 from xpu_lora_compile.torch_internals import is_guarded, is_known
 
 
-def resolve_width(graph: Graph) -> None:
+def resolve_width(graph: Graph, rewrite: Rewrite) -> None:
     """Settle every `bgmv_expand` while compiling, so that nothing is decided when it runs.
 
     Before:
@@ -37,22 +31,23 @@ def resolve_width(graph: Graph) -> None:
 
     Runs on: graphs of Dynamo and of `torch.export`, before functionalization.
     """
-    for call in calls_to(graph, BGMV_EXPAND):
-        output, inputs, weights, indices, add = arguments_of(call, BGMV_EXPAND)
-        decision = decision_of(call, BGMV_EXPAND)
+    for call in lora_calls(graph, BGMV_EXPAND):
+        (output,), (weights,) = call.outputs, call.lora_b
+        decision = decision_of(call)
         decision.relation, decision.guard = _relation(value_of(weights).shape[-2], value_of(output).shape[1])
-        if decision.relation == "undecided" or not may_rewrite(call):
+        if decision.relation == "undecided" or not rewrite.takes_fuel(call.node):
             continue
-        operands = (output, inputs, weights, indices)
         if decision.relation == "equal":
-            replace(call, EXPAND, (*operands, add))
-        elif decision.relation == "narrower":
-            replace(call, EXPAND_SLICE, (*operands, 0, size_of(weights, -2, call), add))
+            replace(call.node, EXPAND, (output, call.inputs, weights, call.indices, call.add))
+            continue
+        if decision.relation == "narrower":
+            columns = size_of(weights, -2, call.node)
         else:
-            columns = size_of(output, 1, call)
-            view_value = value_of(weights).narrow(-2, 0, value_of(output).shape[1])
-            view = insert_before(call, torch.ops.aten.slice.Tensor, (weights, -2, 0, columns), view_value)
-            replace(call, EXPAND_SLICE, (output, inputs, view, indices, 0, columns, add))
+            columns = size_of(output, 1, call.node)
+            leading_rows = value_of(weights).narrow(-2, 0, value_of(output).shape[1])
+            args = (weights, -2, 0, columns)
+            weights = insert_before(call.node, torch.ops.aten.slice.Tensor, args, leading_rows)
+        replace(call.node, EXPAND_SLICE, (output, call.inputs, weights, call.indices, 0, columns, call.add))
 
 
 def _relation(width: int | torch.SymInt, columns: int | torch.SymInt) -> tuple[Relation, str | None]:

@@ -8,9 +8,10 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from xpu_lora_compile.ops import LORA_LINEAR, LORA_LINEARS
-from xpu_lora_compile.passes.calls import LoraNode
+from xpu_lora_compile.passes.calls import LoraNode, lora_calls
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
-from xpu_lora_compile.passes.editing import calls_to, insert_before, may_rewrite, value_of
+from xpu_lora_compile.passes.editing import insert_before, value_of
+from xpu_lora_compile.passes.graph import Rewrite
 from xpu_lora_compile.passes.memory import (
     is_barrier,
     is_pure,
@@ -22,7 +23,7 @@ from xpu_lora_compile.passes.memory import (
 )
 
 
-def share_input(graph: Graph) -> None:
+def share_input(graph: Graph, rewrite: Rewrite) -> None:
     """Make one call of the `lora_linear`s that read the same input with the same indices and scaling.
 
     Before:
@@ -52,7 +53,7 @@ def share_input(graph: Graph) -> None:
             moves = _moves(call, group[0])
             if moves is None:
                 note(call, "share_input: left alone, since its base cannot move up to the first call on this input")
-            elif may_rewrite(call):
+            elif rewrite.takes_fuel(call):
                 for node in moves:
                     group[0].prepend(node)
                 members.append(call)
@@ -64,7 +65,7 @@ def _find_groups(graph: Graph) -> list[list[Node]]:
     """Calls on the same input, indices and scaling, between which nothing writes to those."""
     groups: list[list[Node]] = []
     opened: dict[Any, tuple[set[int], list[Node]]] = {}
-    calls = set(calls_to(graph, LORA_LINEAR))
+    calls = {call.node: call for call in lora_calls(graph, LORA_LINEAR)}
     for node in graph.nodes:
         written = written_by(node)
         if is_barrier(node):
@@ -73,7 +74,7 @@ def _find_groups(graph: Graph) -> list[list[Node]]:
             if read & written:
                 del opened[key]
         if node in calls:
-            call = LoraNode(node)
+            call = calls[node]
             inputs, indices, ranks = call.inputs, call.indices, call.ranks
             # The same elements, detached, get no gradient.
             of_inputs = region_of(value_of(inputs)), value_of(inputs).requires_grad

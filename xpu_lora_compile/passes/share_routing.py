@@ -8,25 +8,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from xpu_lora_compile.ops import (
-    BGMV_EXPAND,
-    BGMV_EXPAND_SLICE,
-    BGMV_SHRINK,
-    EXPAND,
-    EXPAND_SLICE,
-    LORA_LINEAR,
-    LORA_LINEARS,
-    SHRINK,
-)
-from xpu_lora_compile.passes.calls import LoraNode
-from xpu_lora_compile.passes.editing import calls_to, erase_unused, may_rewrite, value_of
+from xpu_lora_compile.ops import LORA_LINEAR, LORA_LINEARS
+from xpu_lora_compile.passes.calls import EXPANDS, SHRINKS, lora_calls
+from xpu_lora_compile.passes.editing import erase_unused, value_of
+from xpu_lora_compile.passes.graph import Rewrite
 from xpu_lora_compile.passes.memory import input_storages, is_pure, read_by, storages_of, written_by
 
-# The ops that take indices.
-_TAKE_INDICES = (BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, EXPAND, EXPAND_SLICE, SHRINK, LORA_LINEAR, LORA_LINEARS)
 
-
-def share_routing(graph: Graph) -> None:
+def share_routing(graph: Graph, rewrite: Rewrite) -> None:
     """Compute once what several layers compute from the same indices by the same calls.
 
     Before:
@@ -49,18 +38,17 @@ def share_routing(graph: Graph) -> None:
     returned = {storage for node in graph.nodes if node.op == "output" for storage in read_by(node)}
     returned -= input_storages(graph)
     wanted: set[Node] = set()
-    for op in _TAKE_INDICES:
-        for call in calls_to(graph, op):
-            wanted |= _ancestry(LoraNode(call).indices)
+    for call in lora_calls(graph, *SHRINKS, *EXPANDS, LORA_LINEAR, LORA_LINEARS):
+        wanted |= _ancestry(call.indices)
     first: dict[Hashable, Node] = {}
     doubles: list[Node] = []
     for node in graph.nodes:
         if node not in wanted or node.op.startswith("placeholder") or not is_pure(node):
             continue
-        if storages_of(node) & written or any(storages_of(one) & written for one in node.all_input_nodes):
+        if storages_of(node) & written or any(storages_of(operand) & written for operand in node.all_input_nodes):
             continue
         original = first.setdefault(_what_it_computes(node), node)
-        if original is not node and not storages_of(node) & returned and may_rewrite(node):
+        if original is not node and not storages_of(node) & returned and rewrite.takes_fuel(node):
             node.replace_all_uses_with(original)
             doubles.append(node)
     erase_unused(doubles)
