@@ -206,7 +206,7 @@ class _Requests:
             runner.supports_logits_to_keep = lambda _: False
 
         def prepare_batch_tensors(requests_in_batch: Any, *args: Any, **kwargs: Any) -> Any:
-            self.in_step = [(one.state.request_id, one.query_length) for one in requests_in_batch]
+            self.in_step = [(request.state.request_id, request.query_length) for request in requests_in_batch]
             return prepare(requests_in_batch, *args, **kwargs)
 
         def generation_step(model: nn.Module) -> Any:

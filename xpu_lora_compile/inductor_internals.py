@@ -56,12 +56,12 @@ class InTurn(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         """Run each."""
-        for one in self.passes:
-            one(graph)
+        for transform in self.passes:
+            transform(graph)
 
     def uuid(self) -> Any:
         """All identities together, or None, which keeps Inductor from caching."""
-        uuids = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self.passes]
+        uuids = [transform.uuid() if isinstance(transform, CustomGraphPass) else None for transform in self.passes]
         return None if None in uuids else tuple(uuids)
 
 

@@ -72,7 +72,7 @@ def runs_plainly(*operands: Any) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
         and not torch._C._is_torch_function_mode_enabled()
-        and all(type(one) in _PLAIN and not one.is_meta and not one.is_neg() for one in operands)
+        and all(type(operand) in _PLAIN and not operand.is_meta and not operand.is_neg() for operand in operands)
     )
 
 
@@ -111,18 +111,22 @@ def fresh_compilation(model: Any) -> Iterator[Any]:
     # A wrapped module hands attributes on to the one inside; a wrapped function has one of its own.
     wrapped = "_orig_mod" if isinstance(model, torch.nn.Module) else "_torchdynamo_orig_callable"
     model = getattr(model, wrapped, model)
-    modules = [one for one in model.modules() if one._compiled_call_impl] if isinstance(model, torch.nn.Module) else []
-    calls = [one._compiled_call_impl for one in modules]
+    modules = (
+        [module for module in model.modules() if module._compiled_call_impl]
+        if isinstance(model, torch.nn.Module)
+        else []
+    )
+    calls = [module._compiled_call_impl for module in modules]
     try:
-        for one in modules:
-            one._compiled_call_impl = None
+        for module in modules:
+            module._compiled_call_impl = None
         many = 1 << 16
         patch: Any = config.patch
         with patch(recompile_limit=many, accumulated_recompile_limit=many, fail_on_recompile_limit_hit=True):
             yield model
     finally:
-        for one, call in zip(modules, calls, strict=True):
-            one._compiled_call_impl = call
+        for module, call in zip(modules, calls, strict=True):
+            module._compiled_call_impl = call
 
 
 def is_known(condition: bool | torch.SymBool) -> bool:
@@ -289,7 +293,7 @@ def prepare_for_tracing() -> None:
 
     def constant(value: Any) -> Any:
         if isinstance(value, tuple):
-            return TupleVariable([constant(one) for one in value])
+            return TupleVariable([constant(item) for item in value])
         return ConstantVariable.create(value)
 
     def plain(variable: Any) -> Any:

@@ -141,8 +141,8 @@ class _Captured:
             for decision in decisions:
                 slices = slice(done, done + decision.slices)
                 done += decision.slices
-                at = next(at for at, one in enumerate(self.decisions) if one is decision)
-                others = [one.place for one in decisions if one is not decision]
+                at = next(at for at, recorded in enumerate(self.decisions) if recorded is decision)
+                others = [other.place for other in decisions if other is not decision]
                 found[at] = _site(node, number, decision, slices, others, self.live[at])
         return [found[at] for at in sorted(found)]
 
@@ -157,19 +157,19 @@ class _Captured:
         position = {id(decision): at for at, decision in enumerate(self.decisions, start=self.first_site)}
         for node, name, type_, text in lines_of(module):
             order[node] = len(order)
-            mine = sorted(position[id(one)] for one in decisions_on(node))
-            operands = [one for one in node.all_input_nodes if one in order]
+            mine = sorted(position[id(decision)] for decision in decisions_on(node))
+            operands = [operand for operand in node.all_input_nodes if operand in order]
             read, written = read_by(node) | written_by(node), written_by(node)
             after = {
                 at
-                for one in operands
-                for span in _spans_of(one)
+                for operand in operands
+                for span in _spans_of(operand)
                 if span.storage in read
                 for other, at in writers.get(span.storage, {}).items()
                 if span.overlaps(other)
             }
-            changed = [one for one in operands if storages_of(one) & written]
-            inputs = [order[one] for one in operands]
+            changed = [operand for operand in operands if storages_of(operand) & written]
+            inputs = [order[operand] for operand in operands]
             reports.append(
                 NodeReport(
                     name=name,
@@ -180,12 +180,12 @@ class _Captured:
                     subgraph=subgraphs.get(node.graph, ""),
                     inputs=inputs,
                     roles=_roles(node, operands),
-                    writes=[order[one] for one in changed],
+                    writes=[order[operand] for operand in changed],
                     after=sorted(after - set(inputs)),
                     sites=mine,
                 )
             )
-            for span in (span for one in changed for span in _spans_of(one)):
+            for span in (span for operand in changed for span in _spans_of(operand)):
                 writers.setdefault(span.storage, {})[span] = order[node]
         return reports
 
@@ -206,11 +206,11 @@ def _spans_of(node: Node) -> list[_Span]:
     """The memory of each tensor that a node stands for."""
     value = value_of(node)
     spans = []
-    for one in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(one, Tensor) and one.layout is torch.strided:
-            start = hint_of(one.storage_offset())
-            steps = ((hint_of(n) - 1) * hint_of(step) for n, step in zip(one.shape, one.stride(), strict=True))
-            spans.append(_Span(storage_of(one), start, start + sum(steps)))
+    for tensor in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+            start = hint_of(tensor.storage_offset())
+            steps = ((hint_of(n) - 1) * hint_of(step) for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+            spans.append(_Span(storage_of(tensor), start, start + sum(steps)))
     return spans
 
 
@@ -223,12 +223,12 @@ def _site(
     output, total = call.outputs[call.slice_outputs[0]], len(lora.lora_b)
     rows, slots = hint_of(inputs.shape[0]), hint_of(b[0].shape[0])
     used = min(rows, slots)
-    size = sum(used * hint_of(one.shape[-1]) * hint_of(one.shape[-2]) * one.element_size() for one in (*a, *b))
-    columns = sum(min(hint_of(one.shape[-2]), hint_of(output.shape[1])) for one in b)
+    size = sum(used * hint_of(stack.shape[-1]) * hint_of(stack.shape[-2]) * stack.element_size() for stack in (*a, *b))
+    columns = sum(min(hint_of(stack.shape[-2]), hint_of(output.shape[1])) for stack in b)
     size += 2 * rows * columns * output.element_size()
     size += rows * hint_of(inputs.shape[1]) * inputs.element_size() * len(b) // total
     choice = choice_for(call)
-    ranks = [one.shape[-1] for one in b]
+    ranks = [stack.shape[-1] for stack in b]
     return SiteReport(
         module=decision.module,
         source=decision.source,
@@ -238,7 +238,7 @@ def _site(
             "D": _size(inputs.shape[1]) if a else "-",
             "R": "+".join(map(_size, ranks)),
             "K": _size(b[0].shape[0]),
-            "W": decision.width if len(b) == 1 else "+".join(_size(one.shape[-2]) for one in b),
+            "W": decision.width if len(b) == 1 else "+".join(_size(stack.shape[-2]) for stack in b),
             "H": decision.columns,
         },
         dtypes={"output": dtype_of(output), "inputs": dtype_of(inputs)}
@@ -269,10 +269,10 @@ def _roles(node: Node, operands: list[Node]) -> list[str]:
         return []
     names: dict[Node, str] = {}
     for argument, value in zip(op._schema.arguments, arguments_of(node, op), strict=True):
-        for one in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(one, Node):
-                names.setdefault(one, argument.name)
-    return [names[one] for one in operands]
+        for operand in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(operand, Node):
+                names.setdefault(operand, argument.name)
+    return [names[operand] for operand in operands]
 
 
 def _kind(node: Node) -> str:
@@ -283,7 +283,7 @@ def _kind(node: Node) -> str:
         return "output"
     if target in LORA_OPS:
         return "lora"
-    if target in ROUTINGS or any(one.target in ROUTINGS for one in node.all_input_nodes):
+    if target in ROUTINGS or any(operand.target in ROUTINGS for operand in node.all_input_nodes):
         return "routing"
     shares = storages_of(node) and storages_of(node) <= set().union(*map(storages_of, node.all_input_nodes))
     return "view" if shares and not written_by(node) else "other"

@@ -236,7 +236,7 @@ class Taps:
             call = LoraNode(node)
             op, inputs, bases = call.op, call.inputs, call.outputs
             with graph.inserting_before(node):
-                taps += [graph.call_function(torch.clone, (one,)) for one in (inputs, *bases)]
+                taps += [graph.call_function(torch.clone, (operand,)) for operand in (inputs, *bases)]
             with graph.inserting_after(node):
                 if op is LORA_LINEARS:
                     results = [graph.call_function(operator.getitem, (node, at)) for at in range(len(bases))]
@@ -245,7 +245,7 @@ class Taps:
             last = max((node, *results), key=list(graph.nodes).index) if op is LORA_LINEARS else node
             with graph.inserting_after(last):
                 # Each is put in front of the one before.
-                taps += reversed([graph.call_function(torch.clone, (one,)) for one in reversed(results)])
+                taps += reversed([graph.call_function(torch.clone, (result,)) for result in reversed(results)])
             self.counts.append(len(bases))
         output = next(node for node in reversed(graph.nodes) if node.op == "output")
         self.own = len(output.args[0])
@@ -273,7 +273,9 @@ def copy_of(module: GraphModule) -> GraphModule:
 def _bind(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """All arguments by name."""
     given = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False))
-    defaults = {one.name: one.default_value for one in op._schema.arguments if one.has_default_value()}
+    defaults = {
+        argument.name: argument.default_value for argument in op._schema.arguments if argument.has_default_value()
+    }
     return {argument.name: {**defaults, **given, **kwargs}[argument.name] for argument in op._schema.arguments}
 
 
@@ -304,8 +306,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from tensors_in(one)
+        for item in value.values():
+            yield from tensors_in(item)
     elif isinstance(value, tuple | list):
-        for one in value:
-            yield from tensors_in(one)
+        for item in value:
+            yield from tensors_in(item)

@@ -371,7 +371,7 @@ def _merged(reasons: Iterable[str]) -> list[str]:
     merged = []
     for same in alike.values():
         figures = [
-            sorted(set(each), key=float) for each in zip(*(re.findall(_FIGURE, one) for one in same), strict=True)
+            sorted(set(each), key=float) for each in zip(*(re.findall(_FIGURE, line) for line in same), strict=True)
         ]
         ranges = iter([each[0] if len(each) == 1 else f"{each[0]} to {each[-1]}" for each in figures])
         merged.append(re.sub(_FIGURE, lambda _, ranges=ranges: next(ranges), same[0]))  # type: ignore[misc]

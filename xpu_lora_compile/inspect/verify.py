@@ -228,7 +228,7 @@ class _Check:
         # The calls that do the sites' work, each with the numbers of its sites.
         numbers = {id(decision): number for number, decision in enumerate(decisions)}
         self.work = {
-            node.name: [numbers[id(one)] for one in decisions_on(node)]
+            node.name: [numbers[id(decision)] for decision in decisions_on(node)]
             for node in module.graph.nodes
             if decisions_on(node)
         }
@@ -256,7 +256,7 @@ class _Check:
             got = forced.run(*more_copies)
         # Results and changed inputs: each call was given right values, so that nothing else may differ.
         pairs = zip(tensors_in((got, more_copies)), tensors_in((wanted, copies)), strict=True)
-        self.returns_the_same = self.returns_the_same and all(is_close(one, other) for one, other in pairs)
+        self.returns_the_same = self.returns_the_same and all(is_close(result, other) for result, other in pairs)
         torch.random.set_rng_state(state)
         results = self.compiled(*args)
         generated: dict[int, tuple[float, tuple[int, int]]] = {}
@@ -277,7 +277,7 @@ class _Check:
         ]
         # A graph may run several times; the worst run counts.
         pairs_of_runs = zip(self.errors, found, strict=True) if self.errors else ()
-        self.errors = [max(one, other, key=_badness) for one, other in pairs_of_runs] or found
+        self.errors = [max(site, other, key=_badness) for site, other in pairs_of_runs] or found
         return results
 
     def _copies(self, args: tuple[Any, ...]) -> list[Any]:
@@ -308,7 +308,7 @@ def _random_adapters(model: object, inputs: Any, seed: int) -> Iterator[Draw | N
     routings = list(dict.fromkeys(layer.lora_routing for layer in layers))
     before = [(routing, routing.slots, routing.block, routing.lengths) for routing in routings]
     stacks = [(layer.lora_a.clone(), layer.lora_b.clone()) for layer in layers]
-    first_size = next((len(one) for one in tensors_in(inputs) if one.dim()), 1)
+    first_size = next((len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), 1)
     random = torch.Generator().manual_seed(seed)
     # On accelerators kernels read no further than the rank of a slot.
     ranks = routings[0].ranks
@@ -457,9 +457,9 @@ def _changed_inputs(graph: Graph) -> set[int]:
 def _difference(got: Any, wanted: Any) -> float:
     pairs = list(zip(tensors_in(got), tensors_in(wanted), strict=True))
     floats = [
-        (one.detach().double(), other.detach().double())
-        for one, other in pairs
+        (result.detach().double(), other.detach().double())
+        for result, other in pairs
         if other.is_floating_point() and other.numel()
     ]
     largest = max((float(other.abs().max()) for _, other in floats), default=1.0)
-    return max((float((one - other).abs().max()) for one, other in floats), default=0.0) / (largest or 1.0)
+    return max((float((result - other).abs().max()) for result, other in floats), default=0.0) / (largest or 1.0)

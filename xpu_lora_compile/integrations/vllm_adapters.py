@@ -61,7 +61,7 @@ def check_adapter(manager: Any, adapter: Any, name: str) -> None:
         pair = (weights.lora_a, weights.lora_b)
         for tensor in filter(_is_tensor, pair):
             _check_finite(name, module, tensor)
-        if any(module == one or module.startswith(f"{one}.") for one in experts):
+        if any(module == expert or module.startswith(f"{expert}.") for expert in experts):
             matched = True
         elif (layer := layers.get(module) or layers.get(f"model.{module}" if manager.is_pooling_model else "")) is None:
             # What adds nothing may be missing: vLLM leaves layers out whose output a model does not read.

@@ -56,7 +56,7 @@ class Encoders:
 
     def __init__(self, manager: Any, cross_attention: CrossAttentionWrapper | None) -> None:
         self.manager, self.cross_attention = manager, cross_attention
-        wrappers = {id(one): one for one in manager.punica_wrapper_mapping.values()}
+        wrappers = {id(wrapper): wrapper for wrapper in manager.punica_wrapper_mapping.values()}
         self.wrappers: list[XpuLoraPunicaWrapper] = list(wrappers.values())
         # The slot of the adapter whose items are encoded now.
         self._slot: int | None = None
@@ -146,7 +146,11 @@ def _cross_attention(manager: Any) -> CrossAttentionWrapper | None:
         name: module for name, module in manager.model.named_modules() if getattr(module, "attn_type", None) == decoder
     }
     known = [name for name, module in attentions.items() if isinstance(module, whisper.WhisperCrossAttention)]
-    others = [name for name in attentions if not any(name == one or name.startswith(f"{one}.") for one in known)]
+    others = [
+        name
+        for name in attentions
+        if not any(name == known_name or name.startswith(f"{known_name}.") for known_name in known)
+    ]
     if others or not known:
         module: nn.Module = manager.model
         raise AttachError(

@@ -93,14 +93,14 @@ def refusal(outputs: Sequence[Tensor], inputs: Tensor, weights: Sequence[Tensor]
     """
     if why := problem():
         return why
-    dtypes = {one.dtype for one in (*outputs, inputs, *weights)}
+    dtypes = {tensor.dtype for tensor in (*outputs, inputs, *weights)}
     if dtypes not in ({torch.bfloat16}, {torch.float16}):
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         why = f"all operands must be bfloat16, or all float16, not {names}"
         # Nobody passed the float32 that an attached layer computes in.
         is_mixed = torch.float32 in dtypes and len(dtypes) > 1
         return f"{why} ({_WHOSE_FLOAT32})" if is_mixed else why
-    if not all(one.is_contiguous() for one in weights):
+    if not all(stack.is_contiguous() for stack in weights):
         return "weights must be contiguous, as B is where it was forced before `attach`"
     return ""
 

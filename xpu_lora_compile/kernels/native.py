@@ -138,7 +138,11 @@ def _load_with(named: str | None) -> str:
         sources = [source.read_bytes() for source in _SOURCES]
         parts = (*sources, shlex.join((*compiler, *_FLAGS)).encode(), version, torch.__version__.encode(), _cpu())
         name, folder = f"native-{_hash(b'|'.join(parts))}", _own_folder()
-        made = [one for one in folder.glob(f"{name}-*.so") if one.stem == f"{name}-{_hash(one.read_bytes())}"]
+        made = [
+            library
+            for library in folder.glob(f"{name}-*.so")
+            if library.stem == f"{name}-{_hash(library.read_bytes())}"
+        ]
         torch.ops.load_library(made[0] if made else _compiled(folder, name, compiler))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
@@ -254,7 +258,7 @@ def _add_lora(
         return
     calls: list[list[int]] = [[0]]
     for s, to in enumerate(slice_outputs[1:], start=1):
-        first, *others = [slice_outputs[one] for one in calls[-1]]
+        first, *others = [slice_outputs[earlier] for earlier in calls[-1]]
         if len(others) == 2 or (to != first and to in others):
             calls.append([])
         calls[-1].append(s)

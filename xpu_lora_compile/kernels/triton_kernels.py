@@ -316,9 +316,9 @@ def expand_kernel(
     s = 0
     first = block
     passed = 0
-    for one in tl.static_range(slices - 1):
-        passed += tl.cdiv(width[one], BN * PER)
-        s = tl.where(block >= passed, one + 1, s)
+    for earlier in tl.static_range(slices - 1):
+        passed += tl.cdiv(width[earlier], BN * PER)
+        s = tl.where(block >= passed, earlier + 1, s)
         first = tl.where(block >= passed, block - passed, first)
     # A row without an adapter reads no weights.
     known = tl.maximum(slot, 0)
@@ -407,17 +407,21 @@ def linear_kernel(
     p = 0
     mine = block
     passed = 0
-    for one in tl.static_range(products - 1):
-        passed += tl.cdiv(widths[one], BN)
-        p = tl.where(block >= passed, one + 1, p)
+    for earlier in tl.static_range(products - 1):
+        passed += tl.cdiv(widths[earlier], BN)
+        p = tl.where(block >= passed, earlier + 1, p)
         mine = tl.where(block >= passed, block - passed, mine)
     columns = _pick(widths, p)
     # Which slice, if any.
     s = 0
     has_slice = False
-    for one in tl.static_range(slices):
-        covers = (p == product[one]) & (mine * BN >= start[one]) & (mine * BN < start[one] + width[one])
-        s = tl.where(covers, one, s)
+    for candidate in tl.static_range(slices):
+        covers = (
+            (p == product[candidate])
+            & (mine * BN >= start[candidate])
+            & (mine * BN < start[candidate] + width[candidate])
+        )
+        s = tl.where(covers, candidate, s)
         has_slice = has_slice | covers
     t = tl.program_id(1) * BM + tl.arange(0, BM)
     is_row = t < count

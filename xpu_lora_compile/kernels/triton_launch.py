@@ -293,10 +293,10 @@ def _expand(
     height, count = tile_rows(rows, routing.slots), tile_count(rows, routing.slots)
     width = sizes.expand_columns
     each = sizes.expand_blocks
-    blocks = sum(-(-one // (width * each)) for one in widths)
+    blocks = sum(-(-columns_of_slice // (width * each)) for columns_of_slice in widths)
     _kernels().expand_kernel[(blocks * count,)](
         tuple(columns),
-        tuple(one.stride(0) for one in columns),
+        tuple(output.stride(0) for output in columns),
         columns[0].stride(1),
         hidden.sums,
         *hidden.sums.stride()[1:],
@@ -333,7 +333,7 @@ def _fits_linears(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Te
     """Whether `_linears` can compute these base products, and is faster than their own kernels and ours."""
     inputs, lora_a, lora_b = call.inputs, call.lora_a, call.lora_b
     rows = len(inputs)
-    bias = [one for one in biases if one is not None]
+    bias = [bias for bias in biases if bias is not None]
     is_small = sum(weight.numel() for weight in weights) <= sizes.linear_small
     is_narrow = sum(map(len, weights)) <= sizes.linear_width
     most = sizes.linear_rows_if_small if is_small else sizes.linear_rows if is_narrow else 0
@@ -341,8 +341,8 @@ def _fits_linears(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Te
         0 < rows <= most
         and max(b.shape[2] for b in lora_b) <= sizes.linear_rank
         and inputs.dtype in (torch.bfloat16, torch.float16)
-        and all(one.dtype == inputs.dtype for one in (*weights, *bias, *lora_a, *lora_b))
-        and all(one.stride(-1) == 1 for one in (inputs, *weights, *bias))
+        and all(operand.dtype == inputs.dtype for operand in (*weights, *bias, *lora_a, *lora_b))
+        and all(operand.stride(-1) == 1 for operand in (inputs, *weights, *bias))
         and len(bias) in (0, len(biases))
         and all(offset % sizes.linear_columns == 0 for offset in call.slice_offsets)
         and _are_alike(lora_a, 2)
@@ -366,8 +366,8 @@ def _linears(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor 
         inputs,
         inputs.stride(0),
         tuple(weights),
-        tuple(one.stride(0) for one in weights),
-        tuple(inputs if one is None else one for one in biases),
+        tuple(weight.stride(0) for weight in weights),
+        tuple(inputs if bias is None else bias for bias in biases),
         features,
         rows,
         tuple(len(weight) for weight in weights),
@@ -379,9 +379,9 @@ def _linears(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor 
         routing.ranks,
         call.scaling,
         *_with_strides(lora_b, common=1),
-        tuple(one.shape[2] for one in lora_b),
+        tuple(b.shape[2] for b in lora_b),
         tuple(call.slice_offsets),
-        tuple(one.shape[1] for one in lora_b),
+        tuple(b.shape[1] for b in lora_b),
         tuple(call.slice_outputs),
         biases[0] is not None,
         routing.ranks is not None,
@@ -418,7 +418,7 @@ def _empty_hidden(inputs: Tensor, lora_a: Sequence[Tensor], routing: Routing) ->
 
 def _are_alike(operands: Sequence[Tensor], dim: int) -> bool:
     """Whether the kernels can pick one of these as they run: of one dtype, and one stride in a dimension."""
-    return len({(one.dtype, one.stride(dim), one.shape[0]) for one in operands}) == 1
+    return len({(operand.dtype, operand.stride(dim), operand.shape[0]) for operand in operands}) == 1
 
 
 def _is_captured(device: torch.device) -> bool:
@@ -438,7 +438,7 @@ def _rank_block(rank: int, dtype: torch.dtype) -> int:
 
 def _with_strides(stacks: Sequence[Tensor], common: int) -> tuple[Any, ...]:
     """The stacks, and their three strides; `common` is the dimension in which all have the same."""
-    strides: list[Any] = [tuple(one.stride(at) for one in stacks) for at in range(3)]
+    strides: list[Any] = [tuple(stack.stride(at) for stack in stacks) for at in range(3)]
     strides[common] = stacks[0].stride(common)
     return (tuple(stacks), *strides)
 

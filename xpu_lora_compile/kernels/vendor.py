@@ -121,13 +121,13 @@ def refusal(
     """
     half = (torch.float16, torch.bfloat16)
     weights = [*lora_a, *lora_b]
-    if any(one.dtype not in half for one in weights):
+    if any(stack.dtype not in half for stack in weights):
         return "weights must be float16 or bfloat16"
-    if any(one.dtype not in (*half, torch.float32) for one in (inputs, *outputs)):
+    if any(matrix.dtype not in (*half, torch.float32) for matrix in (inputs, *outputs)):
         return "inputs and outputs must be float16, bfloat16 or float32"
     if inputs.dtype != torch.float32 and any(a.dtype != inputs.dtype for a in lora_a):
         return "A must have the inputs' dtype"
-    if not all(one.is_contiguous() for one in (inputs, *outputs, indices)):
+    if not all(tensor.is_contiguous() for tensor in (inputs, *outputs, indices)):
         return "inputs, outputs and indices must be contiguous"
     if not all(a.is_contiguous() for a in lora_a):
         return "A must be contiguous, [K, R, D]"
@@ -139,21 +139,21 @@ def refusal(
     if not all(is_guarded(a.shape[1] == lora_a[0].shape[1]) for a in lora_a):
         return "the slices of a call must have the same rank"
     # A launch for all slices reads them as one type, and nobody says of which slice.
-    if kind == "lora" and any(len({one.dtype for one in stacks}) > 1 for stacks in (lora_a, lora_b)):
+    if kind == "lora" and any(len({stack.dtype for stack in stacks}) > 1 for stacks in (lora_a, lora_b)):
         return "the slices of a call must have the same dtype"
     if kind == "lora" and len(lora_a) > MOST_SLICES:
         return f"at most {MOST_SLICES} slices"
     # Nothing is published about what they make of one.
-    if not all(is_guarded(size > 0) for one in (inputs, *outputs, *weights) for size in one.shape):
+    if not all(is_guarded(size > 0) for tensor in (inputs, *outputs, *weights) for size in tensor.shape):
         return "no operand may be empty"
     widths = [rows_stored(b) or b.shape[1] for b in lora_b]
     if kind == "bgmv" and not all(is_known(width == hint_of(width)) for width in widths):
         return "W must be known while compiling, since bgmv_expand_slice takes it as an int"
     rows = inputs.shape[0]
-    sizes: list[int | torch.SymInt] = [one.shape[0] * one.shape[1] for one in (inputs, *outputs)]
+    sizes: list[int | torch.SymInt] = [matrix.shape[0] * matrix.shape[1] for matrix in (inputs, *outputs)]
     # The rank vectors of all slices, and what a wider stack is expanded into before it is trimmed.
     sizes += [len(lora_a) * rows * lora_a[0].shape[1], *(rows * rows_stored(b) for b in lora_b)]
-    sizes += [one.shape[0] * (rows_stored(one) or one.shape[1]) * one.shape[2] for one in weights]
+    sizes += [stack.shape[0] * (rows_stored(stack) or stack.shape[1]) * stack.shape[2] for stack in weights]
     if not all(is_guarded(size < MOST_ELEMENTS) for size in sizes):
         return "tensors must have less than 2**31 elements"
     return ""
@@ -199,7 +199,7 @@ def add_lora(
                 break
             column += b[end].shape[-2]
             end += 1
-        if not (_lies_in_a_stack(stack) if stored else all(one.is_contiguous() for one in b[start:end])):
+        if not (_lies_in_a_stack(stack) if stored else all(stack.is_contiguous() for stack in b[start:end])):
             raise KernelError("vllm-xpu-kernels", "B stored as the graph said", "another view", "Compile anew.")
         if stored:
             # All rows that are in memory into a scratch, and those that are wanted from there: once a call, T rows.
@@ -222,8 +222,8 @@ def _shrunk(kind: str, inputs: Tensor, a: Sequence[Tensor], slots: Tensor, scali
         op("lora_shrink")(inputs, a, hidden, slots, scaling)
         return hidden
     hidden = inputs.new_zeros(shape, dtype=torch.float32)
-    for s, one in enumerate(a):
-        op("bgmv_shrink")(hidden.select(0, s), inputs, one, slots, scaling)
+    for s, stack in enumerate(a):
+        op("bgmv_shrink")(hidden.select(0, s), inputs, stack, slots, scaling)
     return hidden
 
 
@@ -231,8 +231,8 @@ def _expand(kind: str, output: Tensor, hidden: Tensor, b: Sequence[Tensor], slot
     if kind == "lora":
         op("lora_expand")(hidden, b, output, slots, offset, True)
         return
-    for s, one in enumerate(b):
-        op("bgmv_expand_slice")(output, hidden.select(0, s), one, slots, offset, one.shape[-2], True)
+    for s, stack in enumerate(b):
+        op("bgmv_expand_slice")(output, hidden.select(0, s), stack, slots, offset, stack.shape[-2], True)
 
 
 def _stack(weights: Tensor) -> Tensor:
@@ -279,8 +279,8 @@ def problem_of(name: str) -> str:
     if schema is None:
         return f"it has no {name}"
     given = tuple(
-        str(one.type) + ("!" if one.alias_info is not None and one.alias_info.is_write else "")
-        for one in schema.arguments
+        str(argument.type) + ("!" if argument.alias_info is not None and argument.alias_info.is_write else "")
+        for argument in schema.arguments
     )
     return "" if given == _KNOWN[name] and not schema.returns else f"its {name} has another schema: {schema}"
 

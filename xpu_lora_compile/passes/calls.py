@@ -141,7 +141,7 @@ class LoraNode:
             for stacks in (self.lora_a, self.lora_b)
         )
         slots = (a or b)[0].shape[0]
-        targets, inputs = [value_of(one) for one in outputs or self.outputs], value_of(self.inputs)
+        targets, inputs = [value_of(output) for output in outputs or self.outputs], value_of(self.inputs)
         places = self.slice_outputs[slices], self.slice_offsets[slices]
         return LoraCall(targets, inputs, a, b, Routing(value_of(self.indices), slots), *places, self.scaling)
 

@@ -45,5 +45,5 @@ def _replaced_by(node: Node) -> set[int]:
         return set()
     value = value_of(target)
     is_whole = is_known(value.numel() * value.element_size() == value.untyped_storage().nbytes())
-    sources = set().union(*(storages_of(one) for one in node.all_input_nodes if one is not target))
+    sources = set().union(*(storages_of(operand) for operand in node.all_input_nodes if operand is not target))
     return storages_of(target) - sources if is_whole else set()

@@ -69,8 +69,8 @@ def storages_of(node: Node) -> set[int]:
 def knows_its_views(graph: Graph) -> bool:
     """Whether the graph's values share memory as its tensors will; those of an unpickled ExportedProgram do not."""
     for node in graph.nodes:
-        tensors = [one for one in _flat(value_of(node)) if isinstance(one, Tensor)]
-        if not all(one.layout is torch.strided and _has_storage(one) for one in tensors):
+        tensors = [item for item in _flat(value_of(node)) if isinstance(item, Tensor)]
+        if not all(tensor.layout is torch.strided and _has_storage(tensor) for tensor in tensors):
             return False
         if isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
             source = node.all_input_nodes[0]
@@ -100,7 +100,7 @@ def read_by(node: Node) -> set[int]:
 
 def is_barrier(node: Node) -> bool:
     """Whether nothing may be moved across a node: it has no values, and may switch autocast or the grad mode."""
-    known = [value_of(one) is not None for one in (node, *node.all_input_nodes)]
+    known = [value_of(operand) is not None for operand in (node, *node.all_input_nodes)]
     return node.op.startswith("call") and not any(known) and _schemas(node) is None
 
 
@@ -149,7 +149,7 @@ def _bounds(tensor: Tensor) -> tuple[int | torch.SymInt, int | torch.SymInt]:
 def _written_operands(node: Node) -> list[Node]:
     if node.op not in ("call_function", "call_method"):
         return []
-    into = any(isinstance(one, Node) for one in _flat(node.kwargs.get("out")))
+    into = any(isinstance(operand, Node) for operand in _flat(node.kwargs.get("out")))
     if into or _is_asked_to_write(node) or _name_of(node) in _WRITES_UNSAID:
         return node.all_input_nodes
     if _operator(node) is not None:
@@ -165,7 +165,7 @@ def _written_operands(node: Node) -> list[Node]:
             # An overload with `out` is another function's.
             if argument.alias_info is not None and argument.alias_info.is_write and not argument.is_out:
                 value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-                written += [one for one in _flat(value) if isinstance(one, Node)]
+                written += [operand for operand in _flat(value) if isinstance(operand, Node)]
     return written
 
 
@@ -216,9 +216,9 @@ def _overloads(packet: torch._ops.OpOverloadPacket) -> list[torch._ops.OpOverloa
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
-    for one in _flat(value):
-        if isinstance(one, Tensor) and one.layout is torch.strided and _has_storage(one):
-            yield one
+    for tensor in _flat(value):
+        if isinstance(tensor, Tensor) and tensor.layout is torch.strided and _has_storage(tensor):
+            yield tensor
 
 
 def _has_storage(tensor: Tensor) -> bool:
@@ -232,7 +232,7 @@ def _has_storage(tensor: Tensor) -> bool:
 
 def _flat(value: Any) -> Iterator[Any]:
     if isinstance(value, tuple | list):
-        for one in value:
-            yield from _flat(one)
+        for item in value:
+            yield from _flat(item)
     else:
         yield value

@@ -16,7 +16,9 @@ def only_looks(frame: FrameType) -> bool:
     """Whether the attribute that a frame is reading is asked for its dtype, device or shape and no more."""
     place = frame.f_code, frame.f_lasti
     if place not in _known:
-        later = (one for one in dis.get_instructions(frame.f_code) if one.offset > frame.f_lasti)
+        later = (
+            instruction for instruction in dis.get_instructions(frame.f_code) if instruction.offset > frame.f_lasti
+        )
         following = next(later, None)
         reads = following is not None and following.opname in ("LOAD_ATTR", "LOAD_METHOD")
         _known[place] = reads and following is not None and following.argval in _HARMLESS

@@ -345,7 +345,7 @@ class Routing:
         size = self.slots.shape[0]
         tensors = [value for _, value in inputs if isinstance(value, Tensor) and value.dim()]
         # The last dimension holds features, but for tokens.
-        shapes = [one.shape[:-1] if one.is_floating_point() else one.shape for one in tensors]
+        shapes = [tensor.shape[:-1] if tensor.is_floating_point() else tensor.shape for tensor in tensors]
         return not tensors or (size > 1 and (any(size in shape for shape in shapes) or len(tensors) == size))
 
     def _batched(self, module: nn.Module, inputs: list[tuple[str, Any]]) -> dict[str, int]:
@@ -485,7 +485,7 @@ class Routing:
         for name, value in inputs:
             if isinstance(value, Tensor):
                 # Lengths by powers of two, since a model may do something else with long inputs.
-                sizes = tuple("batch" if one == size else one.bit_length() for one in value.shape)
+                sizes = tuple("batch" if length == size else length.bit_length() for length in value.shape)
                 if sizes.count("batch") > (name in batched):
                     return None
                 described.append((name, sizes, value.dtype))

@@ -209,7 +209,7 @@ def rearranged(step: Step) -> list[Tensor]:
             return [guess]
         return [constant(value, result.dim()) for result in step.results]
     out = step.func(*replaced(step, {id(source): owners.expand(source.shape)}), **_without_dtype(step.kwargs))
-    return [compress(one) for one in (out if isinstance(out, tuple | list) else [out])]
+    return [compress(result) for result in (out if isinstance(out, tuple | list) else [out])]
 
 
 def _guess(step: Step, source: Tensor) -> Tensor | None:
@@ -252,14 +252,14 @@ def joined(step: Step) -> Tensor:
     parts = [tensor for tensor in tensors if tensor.dim() == result.dim() or "stack" in step.func._schema.name]
     owners = [step.owners(part) for part in parts]
     if "stack" in step.func._schema.name:
-        owners = [one.unsqueeze(dimension) for one in owners]
+        owners = [indices.unsqueeze(dimension) for indices in owners]
         sizes = [1] * len(parts)
     else:
         sizes = [part.shape[dimension] for part in parts]
-    width = [max(one.shape[at] for one in owners) for at in range(result.dim())]
+    width = [max(indices.shape[at] for indices in owners) for at in range(result.dim())]
     full = [
-        one.expand([size if at == dimension else width[at] for at in range(result.dim())])
-        for one, size in zip(owners, sizes, strict=True)
+        indices.expand([size if at == dimension else width[at] for at in range(result.dim())])
+        for indices, size in zip(owners, sizes, strict=True)
     ]
     return compress(torch.cat(full, dimension))
 
@@ -477,7 +477,7 @@ def gathered(step: Step) -> Tensor:
     if int(owners.max()) < 0 and not bool((owners == MIXED).any()):
         value = int(owners.min())
         asked = [step.owners(index) for index in indices]
-        whole = merge([constant(value, 1), *(fold(one, range(one.dim())).reshape(1) for one in asked)])
+        whole = merge([constant(value, 1), *(fold(owners, range(owners.dim())).reshape(1) for owners in asked)])
         if name == "gather":
             return merge([constant(value, source.dim()), *asked])
         if name in ("index", "_unsafe_index"):
@@ -560,7 +560,7 @@ def written(step: Step) -> Tensor:
     if not isinstance(source, Tensor):
         # A number is written where an index says.
         asked = [step.owners(index) for index in rest if index.dim() == target.dim()]
-        return merge([owners, *(fold(one, [step.argument("dim", 0)]) for one in asked)])
+        return merge([owners, *(fold(owners, [step.argument("dim", 0)]) for owners in asked)])
     given = step.owners(source)
     is_owned = bool(((owners >= 0) & (owners < GUESS)).all())
     if not bool(((given >= 0) & (given < GUESS) | (given == MIXED)).any()):
@@ -571,7 +571,7 @@ def written(step: Step) -> Tensor:
         return merge([owners.clamp(max=GUESS - 1), constant(UNKNOWN, owners.dim())]) if unknown else owners
     owners = torch.where(owners >= GUESS, SHARED, owners)
     dims = _written_dims(step, name, target)
-    indices = [one for one in rest if one is not source]
+    indices = [tensor for tensor in rest if tensor is not source]
     moves = any(owners.shape[at] > 1 for at in dims) or any(
         given.shape[at - target.dim() + given.dim()] > 1 for at in dims if at - target.dim() + given.dim() >= 0
     )

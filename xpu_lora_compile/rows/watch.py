@@ -182,7 +182,7 @@ class Watch(TorchDispatchMode):
         rule = rules.rule_for(func)
         packed = self.lengths is not None
         step = rules.Step(func, args, kwargs, results, self.known, self.batch, packed, from_sizes=self.is_from_sizes)
-        if func is not torch.ops.aten.lift_fresh.default and all(self.is_from_sizes(one) for one in step.tensors):
+        if func is not torch.ops.aten.lift_fresh.default and all(self.is_from_sizes(tensor) for tensor in step.tensors):
             self._from_sizes |= {id(result): weakref.ref(result) for result in results}
         known = [owned for tensor in step.tensors if (owned := self.known(tensor)) is not None]
         if torch.Tag.nondeterministic_seeded in func.tags and not known:
@@ -283,10 +283,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _is_by_data(rule: Callable[..., Any] | None, known: list[Owned]) -> bool:
     """Whether values decide the order of the rows of a result."""
-    owned = [one for one in known if bool((one.owners >= 0).any())]
-    if not any(one.by_data for one in owned):
+    owned = [tensor for tensor in known if bool((tensor.owners >= 0).any())]
+    if not any(tensor.by_data for tensor in owned):
         return False
     if rule in _MEETING:
-        real = [one for one in owned if not one.by_data]
-        return not any(bool(((one.owners >= 0) & (one.owners < GUESS)).all()) for one in real)
+        real = [tensor for tensor in owned if not tensor.by_data]
+        return not any(bool(((tensor.owners >= 0) & (tensor.owners < GUESS)).all()) for tensor in real)
     return True
