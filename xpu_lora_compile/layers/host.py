@@ -124,5 +124,5 @@ class Host:
         return cast("Tensor", module._parameters["weight"]).device
 
     def layer(self, module: nn.Module) -> type[LoraLayer]:
-        """Return the class that a module gets, and with it the forward pass that adds LoRA."""
+        """Return the class that a module gets, each time the same, and with it the forward pass that adds LoRA."""
         raise NotImplementedError(self.name)
