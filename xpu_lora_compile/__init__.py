@@ -15,7 +15,7 @@ from xpu_lora_compile.inspect.explain import explain
 from xpu_lora_compile.inspect.report import Report
 from xpu_lora_compile.inspect.verify import verify
 from xpu_lora_compile.kernels import force_kernel
-from xpu_lora_compile.layers import attach, detach
+from xpu_lora_compile.layers.attach import attach, detach
 from xpu_lora_compile.ops import bgmv_expand, bgmv_expand_slice, bgmv_shrink, lora_linear
 from xpu_lora_compile.passes import Decision, record_decisions, rewrite
 

@@ -41,10 +41,11 @@ from xpu_lora_compile.errors import (
     UnmatchedTensorError,
     UnsupportedAdapterError,
 )
+from xpu_lora_compile.layers import HOSTS
 
 MODEL = tiny_llama()
 SITES = sites_of(MODEL)
-BASE = BaseModel.of(MODEL)
+BASE = BaseModel.of(MODEL, HOSTS)
 
 Q0 = "model.layers.0.self_attn.q_proj"
 A0 = f"base_model.model.{Q0}.lora_A.weight"

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 import xpu_lora_compile as xlc
 from xpu_lora_compile.adapters.folders import write_adapter
 from xpu_lora_compile.errors import AttachError, CopiedModelError, own_error
-from xpu_lora_compile.layers import LoraLinear
+from xpu_lora_compile.layers.host import LoraLayer
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 
@@ -144,7 +144,7 @@ def test_detach_makes_a_copy_plain(
     base = model(X)
     other = copied(model)
     xlc.detach(other)
-    assert not any(isinstance(module, LoraLinear) for module in other.modules())
+    assert not any(isinstance(module, LoraLayer) for module in other.modules())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in other.modules())
     assert not dict(other.named_buffers())
     assert torch.equal(other(X), base)

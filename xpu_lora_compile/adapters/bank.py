@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from xpu_lora_compile.adapters.checkpoint import Site, read_checkpoint
 from xpu_lora_compile.adapters.config import read_config
-from xpu_lora_compile.adapters.names import BaseModel, plain_name
+from xpu_lora_compile.adapters.names import BaseModel, Host, plain_name
 from xpu_lora_compile.adapters.needs import folder_path
 from xpu_lora_compile.errors import (
     AdapterError,
@@ -111,12 +111,14 @@ class AdapterBank:
         routing: Routing,
         slots: int,
         max_rank: int,
+        hosts: Sequence[Host],
         undo: list[Callable[[], None]] | None = None,
     ) -> None:
         self._model = model
         self._layers = dict(layers)
         # Of the model, under the name "", and of the parts that a block has named.
         self._routings = {"": routing}
+        self._hosts = hosts
         self._undo = [] if undo is None else undo
         self._edges = _edges(model, self._layers)
         self._slots: list[str | None] = [None] * slots
@@ -178,7 +180,7 @@ class AdapterBank:
             path,
             read_config(path),
             self.sites,
-            BaseModel.of(self._model),
+            BaseModel.of(self._model, self._hosts),
             self._max_rank,
             min(dtypes, key=lambda dtype: torch.finfo(dtype).max),
         )

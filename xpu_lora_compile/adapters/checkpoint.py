@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xpu_lora_compile.adapters.config import MERGE, AdapterConfig
 from xpu_lora_compile.adapters.files import few, opened_safetensors, reading, shown
@@ -253,12 +253,14 @@ def _unmatched(
         and _targets(config, name, name != base.output_embedding, base)
     }:
         other = [
-            f"{name} ({kind.__name__})" for name, kind in uncovered.items() if kind not in (nn.Linear, nn.Embedding)
+            f"{name} ({kind.__name__})"
+            for name, kind in uncovered.items()
+            if not any(host.takes_class(kind) for host in base.hosts)
         ]
         if other:
             remedy = REPLACE_CONV1D if any(kind.__name__ == "Conv1D" for kind in uncovered.values()) else MERGE
-            got = f"LoRA on {few(other)}"
-            return UnsupportedAdapterError(str(path), "LoRA on nn.Linear and nn.Embedding modules", got, remedy)
+            kinds = " and ".join(host.name for host in base.hosts)
+            return UnsupportedAdapterError(str(path), f"LoRA on {kinds} modules", f"LoRA on {few(other)}", remedy)
         return UnmatchedTensorError(
             str(path),
             wanted,

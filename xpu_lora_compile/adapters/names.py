@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -73,12 +74,22 @@ def parse_key(key: str) -> Key:
     return Key(module, part, False, None, has_prefix)
 
 
+class Host(Protocol):
+    """A kind of module that can carry LoRA, as far as errors speak of it; `layers.HOSTS` has all of them."""
+
+    name: str
+
+    def takes_class(self, kind: type[nn.Module]) -> bool:
+        """Whether modules of exactly this class are of this kind."""
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """The model that an adapter is for, as far as its files name parts of it.
 
     Args:
         modules: the class of each module, by the module's plain name.
+        hosts: the kinds of modules that can carry LoRA.
         parameters: parameters and buffers, by plain name.
         output_embedding: the name of the layer that makes the logits, where the model says which it is.
         tied: names of modules that share their weight with an embedding, one set for each embedding.
@@ -89,6 +100,7 @@ class BaseModel:
     """
 
     modules: Mapping[str, type[nn.Module]]
+    hosts: Sequence[Host]
     parameters: Mapping[str, Tensor]
     output_embedding: str | None = None
     tied: tuple[frozenset[str], ...] = ()
@@ -97,7 +109,7 @@ class BaseModel:
     rename: Callable[[str], str] | None = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> BaseModel:
+    def of(cls, model: nn.Module, hosts: Sequence[Host]) -> BaseModel:
         """Describe a model, which may hold wrapped modules."""
         modules = {plain_name(name): module for name, module in model.named_modules()}
         values = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -106,6 +118,7 @@ class BaseModel:
         head = output_embedding(model)
         return cls(
             output_embedding=next((name for name, module in modules.items() if module is head), None),
+            hosts=hosts,
             modules={name: type(module) for name, module in modules.items()},
             parameters={plain_name(name): value for name, value in values},
             tied=tuple(_tied(modules)),
@@ -163,11 +176,11 @@ class BaseModel:
             yield name.removeprefix(f"{self.prefix}.")
 
 
-def output_embedding(model: nn.Module) -> nn.Linear | None:
+def output_embedding(model: nn.Module) -> nn.Module | None:
     """Return the layer that makes the logits, where the model is a transformer that says so."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find else None
-    return head if isinstance(head, nn.Linear) else None
+    return head if isinstance(head, nn.Module) else None
 
 
 def _tied(modules: Mapping[str, nn.Module]) -> Iterator[frozenset[str]]:

@@ -31,7 +31,7 @@ from xpu_lora_compile.inspect.verify import verify
 from xpu_lora_compile.kernels import choice_for, ipex, native, vendor
 from xpu_lora_compile.kernels.call import LoraCall
 from xpu_lora_compile.kernels.routing import Routing
-from xpu_lora_compile.layers import attach
+from xpu_lora_compile.layers.attach import attach
 from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, LORA_LINEAR
 from xpu_lora_compile.ops.budget import budget_of
 from xpu_lora_compile.terminal import wrapped

@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from xpu_lora_compile.errors import DeadAdapterError, OptionError
 from xpu_lora_compile.inspect.report import GraphReport, NodeReport, Report, SiteReport
 from xpu_lora_compile.kernels import choice_for
-from xpu_lora_compile.layers import LoraEmbedding, LoraLinear
+from xpu_lora_compile.layers.host import LoraLayer
 from xpu_lora_compile.passes import check_environment, rewrite
 from xpu_lora_compile.passes.calls import LORA_OPS, ROUTINGS, LoraNode, name_of
 from xpu_lora_compile.passes.decisions import Decision, decisions_on
@@ -356,10 +356,10 @@ def _unreached(model: object, report: Report) -> list[str]:
     return [name for name in _layers(model) if not any(name == path or name.endswith(f".{path}") for path in reached)]
 
 
-def _layers(model: object) -> dict[str, LoraLinear | LoraEmbedding]:
+def _layers(model: object) -> dict[str, LoraLayer]:
     """The layers with LoRA of a model, by name."""
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
-    return {name: module for name, module in modules if isinstance(module, LoraLinear | LoraEmbedding)}
+    return {name: module for name, module in modules if isinstance(module, LoraLayer)}
 
 
 def _eager_calls(model: object) -> dict[str, int]:

@@ -17,7 +17,7 @@ from xpu_lora_compile.adapters.bank import NO_ADAPTER
 from xpu_lora_compile.errors import KernelError, OptionError, VerificationError
 from xpu_lora_compile.inspect.replay import Eager, Forced, Taps, copy_of, is_close, tensors_in
 from xpu_lora_compile.kernels import forced_kernel
-from xpu_lora_compile.layers import LoraEmbedding, LoraLinear
+from xpu_lora_compile.layers.host import LoraLayer
 from xpu_lora_compile.passes import check_environment, rewrite
 from xpu_lora_compile.passes.decisions import Decision, decisions_on
 from xpu_lora_compile.passes.find_sites import find_sites
@@ -301,7 +301,7 @@ def _buffers_kept(model: object) -> Iterator[None]:
 def _random_adapters(model: object, inputs: Any, seed: int) -> Iterator[Draw | None]:
     """Random weights in every slot, and a random slot or none for each sequence, while the block is open."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    layers = [module for module in modules if isinstance(module, LoraLinear | LoraEmbedding)]
+    layers = [module for module in modules if isinstance(module, LoraLayer)]
     if not layers:
         yield None
         return
@@ -394,7 +394,7 @@ def _isolation(model: object, draw: Draw | None, run: Callable[[], Any]) -> dict
     """Of each layer, how many rows of other sequences have other bits once one sequence has another adapter."""
     if draw is None or not isinstance(model, nn.Module):
         return {}
-    layers = [module for module in model.modules() if isinstance(module, LoraLinear | LoraEmbedding)]
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     found: dict[str, int] = {}
     wanted = _digests(layers, run)
     for part in draw.parts:
@@ -418,15 +418,16 @@ def _isolation(model: object, draw: Draw | None, run: Callable[[], Any]) -> dict
 _SEQUENCES = 4
 
 
-def _digests(layers: Sequence[Any], run: Callable[[], Any]) -> dict[tuple[str, int, str], tuple[Tensor | None, Tensor]]:
+def _digests(
+    layers: Sequence[LoraLayer], run: Callable[[], Any]
+) -> dict[tuple[str, int, str], tuple[Tensor | None, Tensor]]:
     """Of each call of a layer: the owner of each row, and a number that other bits of the row would make another."""
     found: dict[tuple[str, int, str], tuple[Tensor | None, Tensor]] = {}
     calls: dict[str, int] = {}
 
     def note(layer: Any, args: Any, kwargs: Any, output: Tensor) -> None:
         inputs = args[0] if args else kwargs["input"]
-        features = 1 if isinstance(layer, LoraLinear) else 0
-        owners = layer.lora_routing.owners_of(layer, inputs, features)
+        owners = layer.lora_routing.owners_of(layer, inputs, layer.lora_features)
         calls[layer.lora_name] = number = calls.get(layer.lora_name, 0) + 1
         bits = output.detach().reshape(-1, output.shape[-1]).contiguous()
         whole = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()]).long()

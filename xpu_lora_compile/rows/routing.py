@@ -260,7 +260,7 @@ class Routing:
             self.named
             and name not in self.block.called
             and name not in self.block.read
-            and not only_looks(sys._getframe(3))
+            and not only_looks(sys._getframe(2))
         ):
             self.block.read.add(name)
 

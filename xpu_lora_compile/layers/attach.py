@@ -1,0 +1,276 @@
+"""LoRA in a user's model: its modules that can carry LoRA become ones that add each row's own adapter.
+
+A module keeps its place, its parameters and its names in `state_dict`. Its class changes, and it gains buffers with the
+stacked weights of all slots, which move with the model and are not saved with it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from xpu_lora_compile.adapters.bank import AdapterBank
+from xpu_lora_compile.adapters.checkpoint import Site
+from xpu_lora_compile.adapters.config import ALL_LINEAR, pattern_problem
+from xpu_lora_compile.adapters.names import BaseModel, output_embedding, plain_name
+from xpu_lora_compile.adapters.needs import naming, needs_of
+from xpu_lora_compile.errors import AttachError
+from xpu_lora_compile.generation import follow_generation, generating_methods
+from xpu_lora_compile.kernels import preferred_on
+from xpu_lora_compile.layers import HOSTS
+from xpu_lora_compile.layers.host import Host, LoraLayer
+from xpu_lora_compile.layers.targets import carriers_in, find_targets
+from xpu_lora_compile.rows.routing import Entry, LostRouting, Routing
+from xpu_lora_compile.torch_internals import prepare_for_tracing
+
+
+class _Unsaid(str):
+    """The value of an argument that the caller left out."""
+
+    __slots__ = ()
+
+
+def attach(
+    model: nn.Module,
+    *,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    slots: int | None = None,
+    max_rank: int | None = None,
+    target_modules: str | Collection[str] = _Unsaid(ALL_LINEAR),
+    exclude_modules: str | Collection[str] = (),
+    vocab_size: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> AdapterBank:
+    """Make a model ready for adapters, and return the bank that holds them.
+
+    Args:
+        model: changed in place; `bank.detach()` undoes it. Outside `bank.use` it computes what it did before. Of what
+            torch.compile, DataParallel or DDP returned, the model inside is changed.
+        adapters: PEFT folders to load at once, by the names that `use` and `drop` will call them. The arguments below
+            that are left out are then read from the folders; where one folder cannot be loaded, the model stays as it
+            was.
+        slots: K, how many adapters the bank holds at a time; by default 8, or more where `adapters` are more.
+        max_rank: R, the highest rank it takes; adapters of lower rank are padded with zeros. By default the highest of
+            `adapters`, or 16 without any.
+        target_modules: which modules, by PEFT's rules: a list of names or ends of names, a regular expression for the
+            whole name, or "all-linear": every `nn.Linear` but the output embedding. By default the modules that
+            `adapters` have LoRA on, or "all-linear" without any.
+        exclude_modules: modules to leave out, as a list or a regular expression.
+        vocab_size: rows of the vocabulary that the adapters were trained with, where the model's has been padded
+            since: LoRA on the output embedding then covers the first `vocab_size` logits. By default the most rows
+            that one of `adapters` has, or all of the model's without any.
+        dtype: of the stored adapters; by default that of each module's weight.
+
+    Raises:
+        AttachError: nothing matches, a module that matches is of a kind that carries no LoRA, LoRA is attached
+            already, or a number is below 1.
+        AdapterError: one of `adapters` cannot be loaded; the error names it.
+    """
+    model = _unwrapped(model)
+    adapters = _check_arguments(
+        model, adapters, target_modules, exclude_modules, dtype, slots=slots, max_rank=max_rank, vocab_size=vocab_size
+    )
+    if any(map(_is_lost, model.modules())):
+        detach(model)
+    head = output_embedding(model)
+    if adapters:
+        plain = {plain_name(name): carrier for name, carrier in carriers_in(model).items()}
+        able = {name: _site(host, module, head) for name, (host, module) in plain.items()}
+        needs = needs_of(adapters, able, BaseModel.of(model, HOSTS))
+        max_rank = max_rank or needs.max_rank
+        if isinstance(target_modules, _Unsaid):
+            target_modules = "|".join(map(re.escape, needs.modules))
+        for name in needs.modules:
+            _, module = plain[name]
+            if module is head and 0 < needs.rows[name] < able[name].out_features:
+                vocab_size = vocab_size or needs.rows[name]
+    targets = find_targets(model, head, target_modules, exclude_modules)
+    sites = {name: _site(host, module, head, vocab_size) for name, (host, module) in targets.items()}
+    if vocab_size is not None and not any(site.kind == "linear" and site.padded for site in sites.values()):
+        raise AttachError(
+            "attach: vocab_size",
+            "an output embedding among target_modules",
+            ", ".join(list(targets)[:3]) + ", ...",
+            "Name it in target_modules, or leave vocab_size out.",
+        )
+    slots, max_rank = slots or max(8, len(adapters)), max_rank or 16
+    prepare_for_tracing()
+    # All memory is taken before the first module changes.
+    stacks = {
+        name: _empty_stacks(host, module, sites[name], slots, max_rank, dtype)
+        for name, (host, module) in targets.items()
+    }
+    routing = Routing(getattr(model, "main_input_name", None))
+    layers: dict[str, LoraLayer] = {}
+    for name, (host, module) in targets.items():
+        module.__class__ = host.layer(module)
+        layers[name] = layer = cast("LoraLayer", module)
+        layer.lora_site, layer.lora_name, layer.lora_routing = sites[name], name, routing
+        for buffer, stack in stacks[name].items():
+            layer.register_buffer(buffer, stack, persistent=False)
+    undo = _hook_entries(model, layers, routing) + _have_parents_call(model, layers)
+    bank = AdapterBank(model, layers, routing, slots, max_rank, HOSTS, undo)
+    undo += follow_generation(model, bank)
+    try:
+        for name, folder in adapters.items():
+            with naming(name):
+                bank.load(name, folder)
+    except BaseException:
+        bank.detach()
+        raise
+    return bank
+
+
+def _empty_stacks(
+    host: Host, module: nn.Module, site: Site, slots: int, rank: int, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Zeros for A and B of every slot, beside the module's weight."""
+    dtype, device = dtype or host.dtype(module), host.device(module)
+    # The columns of one rank side by side, or the ranks of one column: as the kernel reads B.
+    by_rank = preferred_on(device.type).stores_b_by_rank
+    b = (rank, site.out_features) if by_rank else (site.out_features, rank)
+    shapes = {"lora_a": (slots, *host.layer(module).shape_of_a(site, rank)), "lora_b": (slots, *b)}
+    # A buffer made in inference mode could not be written outside of it.
+    with torch.inference_mode(False):
+        stacks = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        return stacks | {"lora_b": stacks["lora_b"].transpose(1, 2)} if by_rank else stacks
+
+
+def _hook_entries(model: nn.Module, layers: Mapping[str, nn.Module], routing: Routing) -> list[Callable[[], None]]:
+    """Hook the modules that people call and that hold layers: those that are not one of a list of blocks."""
+    entries: dict[str, nn.Module] = {"": model}
+    for name in layers:
+        parent, path = model, ""
+        for key in name.split(".")[:-1]:
+            if isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+                break
+            parent, path = parent.get_submodule(key), f"{path}.{key}" if path else key
+            if not isinstance(parent, nn.ModuleList | nn.ModuleDict):
+                entries[path] = parent
+    embedding = _input_embedding(model)
+    routing.entries = entries
+    routing.parts = [path for path, module in entries.items() if path and embedding not in list(module.modules())]
+    return [handle.remove for path, module in entries.items() for handle in Entry(path, routing).hook(module)]
+
+
+def _input_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer that reads the tokens, where the model is a transformer that says so."""
+    try:
+        found = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _have_parents_call(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[Callable[[], None]]:
+    """Keep PyTorch's transformer layers from reading the weights of layers instead of calling them, for speed."""
+    undo: list[Callable[[], None]] = []
+    for name, module in model.named_modules():
+        if not any(layer.startswith(f"{name}." if name else "") for layer in layers):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            undo.append(partial(setattr, module, "activation_relu_or_gelu", module.activation_relu_or_gelu))
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            undo.append(partial(setattr, module, "use_nested_tensor", module.use_nested_tensor))
+            module.use_nested_tensor = False
+    return undo
+
+
+def detach(model: nn.Module) -> None:
+    """Take LoRA out of a copied or unpickled model, which belongs to no bank.
+
+    Raises:
+        AttachError: the model has no LoRA, or has a bank, whose `detach` does it.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if not layers or not all(isinstance(layer.lora_routing, LostRouting) for layer in layers):
+        got, remedy = (
+            ("a model with a bank", "Call `bank.detach()`.") if layers else ("a plain model", "Use it as it is.")
+        )
+        raise AttachError("detach", "a copy of a model that LoRA was attached to", got, remedy)
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), Entry):
+                    hooks.pop(key)
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+                    module._forward_hooks_always_called.pop(key, None)
+        for name in generating_methods(module):
+            vars(module).pop(name)
+    for layer in layers:
+        layer.restore()
+
+
+def _site(host: Host, module: nn.Module, head: nn.Module | None, vocab_size: int | None = None) -> Site:
+    site = host.site(module)
+    if module is not head or site.kind != "linear":
+        return site
+    return replace(site, out_features=vocab_size or site.out_features, padded=True)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside of what torch.compile, DataParallel and DDP return."""
+    while isinstance(model, nn.Module):
+        # The class of torch.compile's wrapper is not public.
+        inner = model._modules.get("_orig_mod")
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def _check_arguments(
+    model: nn.Module,
+    adapters: Mapping[str, str | os.PathLike[str]] | None,
+    target_modules: object,
+    exclude_modules: object,
+    dtype: torch.dtype | None,
+    **numbers: int | None,
+) -> dict[str, str | os.PathLike[str]]:
+    """Return the adapters, having checked the arguments."""
+    if not isinstance(model, nn.Module):
+        raise AttachError("attach: model", "a torch.nn.Module", type(model).__name__, "Pass the model itself.")
+    for name, number in numbers.items():
+        if number is not None and (type(number) is not int or number < 1):
+            raise AttachError(f"attach: {name}", "an integer of at least 1", repr(number), "Pass such a number.")
+    if adapters is not None and not isinstance(adapters, Mapping):
+        remedy = 'Write adapters={"a name": "path/to/folder"}.'
+        raise AttachError("attach: adapters", "a mapping of names and folders", type(adapters).__name__, remedy)
+    adapters = dict(adapters or {})
+    slots = numbers["slots"]
+    if slots is not None and slots < len(adapters):
+        remedy = f"Pass slots={len(adapters)}, or leave it out."
+        raise AttachError("attach: slots", f"a slot for each of {len(adapters)} adapters", str(slots), remedy)
+    if hasattr(model, "peft_config"):
+        remedy = "Load the model without adapters, or take them off: model = peft_model.unload()."
+        raise AttachError("attach: model", "the plain base model", "one that PEFT has wrapped", remedy)
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise AttachError(
+            "attach: model", "a model with its weights", "one that FSDP has cut up", "Load it without FSDP."
+        )
+    for name, rule in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
+        if not isinstance(rule, str | list | tuple | set | frozenset):
+            remedy = 'Pass a list such as ["q_proj", "v_proj"].'
+            raise AttachError(f"attach: {name}", "a list of names or a string", repr(rule), remedy)
+        if isinstance(rule, str) and (problem := pattern_problem(rule)):
+            remedy = "Pass a list of names, or an expression that re.compile() takes."
+            raise AttachError(f"attach: {name}", "a regular expression", f"{rule!r}: {problem}", remedy)
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise AttachError("attach: dtype", "float32, bfloat16 or float16", str(dtype), "Leave it out for the model's.")
+    if any(isinstance(module, LoraLayer) for module in model.modules() if not _is_lost(module)):
+        raise AttachError("attach", "a model without LoRA", "one that has it", "Call `bank.detach()` first.")
+    return adapters
+
+
+def _is_lost(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "lora_routing", None), LostRouting)

@@ -1,0 +1,59 @@
+"""`nn.Embedding`."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from xpu_lora_compile.adapters.checkpoint import Site
+from xpu_lora_compile.layers.host import Host, LoraLayer
+from xpu_lora_compile.ops import bgmv_expand
+
+
+class LoraEmbedding(LoraLayer, nn.Embedding):  # type: ignore[override]
+    """An Embedding that adds `B[i] @ A[i][:, token]` to the rows of adapter i.
+
+    Buffers: `lora_a` `[K, V, R]`, one row a token; `lora_b` `[K, W, R]`, with scaling folded in.
+    """
+
+    lora_features = 0
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, for calls by keyword
+        """The base layer's output, with each row's adapter added while a `bank.use` block runs."""
+        indices = self.lora_routing.rows_of(self, input, 0)
+        if indices is None:
+            return nn.Embedding.forward(self, input)
+        tokens = input.reshape(-1)
+        output = nn.Embedding.forward(self, tokens)
+        # A row without an adapter may read any slot: the op below drops what it computed.
+        hidden = self.lora_a[indices.clamp(min=0), tokens]
+        bgmv_expand(output, hidden, self.lora_b, indices)
+        return output.view(*input.shape, output.shape[1])
+
+    @staticmethod
+    def shape_of_a(site: Site, rank: int) -> tuple[int, int]:
+        """Shape of A in one slot: one row a token."""
+        return site.in_features, rank
+
+    def store(self, slot: int, a: Tensor, b: Tensor) -> None:
+        """Copy A `[r, V']` and B `[W, r]` into an empty slot."""
+        self.lora_a[slot, : a.shape[1], : a.shape[0]].copy_(a.t())
+        self.lora_b[slot, :, : b.shape[1]].copy_(b)
+
+
+class Embedding(Host):
+    """A table of tokens with a floating weight; no subclass, which may compute something else."""
+
+    name = "nn.Embedding"
+
+    def takes_class(self, kind: type[nn.Module]) -> bool:
+        """Return whether it is nn.Embedding itself."""
+        return kind is nn.Embedding
+
+    def site(self, module: nn.Module) -> Site:
+        """Return the rows and columns of the table."""
+        assert isinstance(module, nn.Embedding)  # noqa: S101 - for the type checker
+        return Site("embedding", module.num_embeddings, module.embedding_dim, padded=True)
+
+    def layer(self, module: nn.Module) -> type[LoraLayer]:
+        """Return `LoraEmbedding`."""
+        return LoraEmbedding

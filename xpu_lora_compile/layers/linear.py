@@ -1,0 +1,31 @@
+"""`nn.Linear`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from xpu_lora_compile.adapters.checkpoint import Site
+from xpu_lora_compile.layers.host import Host, LoraLayer
+
+
+class LoraLinear(LoraLayer, nn.Linear):  # type: ignore[override]
+    """A Linear that adds LoRA."""
+
+
+class Linear(Host):
+    """A linear layer with a floating weight; no subclass, which may compute something else."""
+
+    name = "nn.Linear"
+
+    def takes_class(self, kind: type[nn.Module]) -> bool:
+        """Return whether it is nn.Linear itself."""
+        return kind is nn.Linear
+
+    def site(self, module: nn.Module) -> Site:
+        """Return D and the columns of the output."""
+        assert isinstance(module, nn.Linear)  # noqa: S101 - for the type checker
+        return Site("linear", module.in_features, module.out_features, padded=False)
+
+    def layer(self, module: nn.Module) -> type[LoraLayer]:
+        """Return `LoraLinear`."""
+        return LoraLinear
