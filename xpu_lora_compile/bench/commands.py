@@ -73,7 +73,7 @@ def bench_gpu(
         list[int] | None, typer.Option(min=0, max=3, help="K, R: 0: 8, 16; 1: 32, 16; 2: 8, 64; 3: 64, mixed 8-64.")
     ] = None,
     peers: Annotated[
-        Path | None, typer.Option(help="A folder with sources of vLLM, SGLang or LMDeploy, for comparison.")
+        Path | None, typer.Option(help="A folder with sources of vLLM, SGLang or LMDeploy; in a checkout.")
     ] = None,
     peer: Annotated[list[str] | None, typer.Option(help="Only these of the peers.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Plain PyTorch forms, too: seconds more a point.")] = False,

@@ -96,7 +96,7 @@ def run(
     Raises:
         BenchError: there is no such GPU or peer, or a contender computes something else than the reference.
     """
-    found = peers.find(folder) if folder is not None else {}
+    found = peers.peers_of(folder) if folder is not None else {}
     if unknown := [name for name in names if name not in found]:
         known = ", ".join(found) or "no name without --peers"
         raise BenchError("bench gpu: --peer", known, str(unknown), "Correct it.")
