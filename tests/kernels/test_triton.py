@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from support.cases import BF16, DEVICE, F16, F32, I32, I64, Case, build, same_bi
 from torch import Tensor
 
 from xpu_lora_compile import lora_linear
+from xpu_lora_compile.inspect.operands import RandomOperands
 from xpu_lora_compile.kernels import force_kernel, triton_launch
 from xpu_lora_compile.kernels.sizes import Sizes
 from xpu_lora_compile.ops import ADD_LORA, LINEAR_LORA, ROUTE_TILES, reference
@@ -191,11 +193,7 @@ class Operands:
 
     @classmethod
     def of(cls, layer: Layer) -> Operands:
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device=DEVICE, dtype=layer.dtype) / 2
-
+        random = partial(RandomOperands(0, DEVICE).normal, dtype=layer.dtype, scale=0.5)
         indices = mix(layer.T, layer.K)
         a = [random(layer.K, r, layer.D) for *_, r in layer.slices]
         # As the bank stores them.

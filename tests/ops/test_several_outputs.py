@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from support.cases import BF16, DEVICE, F16, F32, F64, I32, I64, KERNELS_HERE, s
 from torch import Tensor
 
 from xpu_lora_compile.errors import ShapeError, SliceError
+from xpu_lora_compile.inspect.operands import RandomOperands, poison_unused_slots
 from xpu_lora_compile.kernels import force_kernel
 from xpu_lora_compile.ops import ADD_LORA, LORA_LINEARS, ROUTE
 from xpu_lora_compile.ops.budget import budget_of
@@ -36,17 +38,12 @@ class Slices:
 
     def arguments(self) -> tuple[Any, ...]:
         """Bases, inputs, A, B, indices, outputs, offsets, scaling; NaN in each slot that no row uses."""
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device=DEVICE, dtype=self.dtype) / 2
-
+        random = partial(RandomOperands(0, DEVICE).normal, dtype=self.dtype, scale=0.5)
         routing = torch.tensor([0, -1, 2, 7, 0], dtype=self.index, device=DEVICE).repeat(self.rows)[: self.rows]
         a = [random(k, r, 6) for *_, r, k in self.slices]
         b = [random(k, w, r) for _, _, w, r, k in self.slices]
         for weights in (*a, *b):
-            for slot in set(range(len(weights))) - set(routing.tolist()):
-                weights[slot] = torch.nan
+            poison_unused_slots(weights, routing.tolist())
         bases = [random(self.rows, width) for width in self.widths]
         outputs, offsets = [s[0] for s in self.slices], [s[1] for s in self.slices]
         return bases, random(self.rows, 6), a, b, routing, outputs, offsets, 0.75

@@ -22,6 +22,7 @@ from torch import Tensor
 from xpu_lora_compile.bench import forms, peers
 from xpu_lora_compile.bench.measure import Timing, geometric_mean, machine, timing_of
 from xpu_lora_compile.errors import BenchError
+from xpu_lora_compile.inspect.operands import RandomOperands
 from xpu_lora_compile.ops import ADD_LORA, LINEAR_LORA, ROUTE_TILES
 from xpu_lora_compile.ops.reference import lora_linear as reference
 
@@ -149,35 +150,21 @@ class Operands:
     """Random operands of a point, for all layers."""
 
     def __init__(self, point: Point) -> None:
-        generator = torch.Generator("cuda").manual_seed(0)
-
-        def random_of(*shape: int, scale: float = 1.0) -> Tensor:
-            values = torch.randn(*shape, generator=generator, device="cuda", dtype=torch.float32)
-            return (values * scale).to(torch.bfloat16)
-
-        features, widths, rank, slots = 4096, OUTPUTS[point.output], max(point.ranks), point.slots
-        self.ranks = [point.ranks[slot % len(point.ranks)] for slot in range(slots)]
+        draw = RandomOperands(0, "cuda", drawn_on="cuda")
+        normal = partial(draw.normal, dtype=torch.bfloat16)
+        features, widths = 4096, OUTPUTS[point.output]
+        self.ranks = [point.ranks[slot % len(point.ranks)] for slot in range(point.slots)]
         self.offsets = [sum(widths[:s]) for s in range(len(widths))]
-        self.inputs = random_of(point.rows, features)
-        self.base = [random_of(sum(widths), features, scale=features**-0.5) for _ in range(LAYERS)]
+        self.inputs = normal(point.rows, features)
+        self.base = [normal(sum(widths), features, scale=features**-0.5) for _ in range(LAYERS)]
         self.outputs = [torch.empty(point.rows, sum(widths), dtype=torch.bfloat16, device="cuda") for _ in self.base]
-        beyond = torch.arange(rank, device="cuda") >= torch.tensor(self.ranks, device="cuda")[:, None]
-        self.a = [
-            [random_of(slots, rank, features, scale=features**-0.5).masked_fill_(beyond[:, :, None], 0) for _ in widths]
-            for _ in self.base
-        ]
-        # By rank, as the bank stores it.
-        self.b = [
-            [random_of(slots, rank, w, scale=rank**-0.5).masked_fill_(beyond[:, :, None], 0) for w in widths]
-            for _ in self.base
-        ]
-        # 10 % of the rows have no adapter, but the first always has one.
-        self.indices = torch.randint(0, slots, (point.rows,), generator=generator, device="cuda")
-        self.indices[1:][torch.rand(point.rows - 1, generator=generator, device="cuda") < 0.1] = -1
+        stacks = [draw.stacks(features, widths, self.ranks, torch.bfloat16) for _ in self.base]
+        self.a, self.b_by_rank = map(list, zip(*stacks, strict=True))
+        self.indices = draw.indices(point.rows, point.slots)
 
-    def rows_of_b(self) -> list[list[Tensor]]:
-        """B `[K, W, R]`, views."""
-        return [[one.transpose(1, 2) for one in each] for each in self.b]
+    def b(self) -> list[list[Tensor]]:
+        """B, `[K, W, R]`: views."""
+        return [[stack.transpose(1, 2) for stack in slices] for slices in self.b_by_rank]
 
 
 def _measure(point: Point, found: Mapping[str, peers.Peer], plain: bool, rounds: int) -> dict[str, Timing]:
@@ -198,7 +185,7 @@ def _measure(point: Point, found: Mapping[str, peers.Peer], plain: bool, rounds:
 
 def _contenders(operands: Operands, found: Mapping[str, peers.Peer], plain: bool) -> dict[str, tuple[Layer, bool]]:
     """By name: a function of a layer's number; and whether it adds to the outputs, instead of computing them."""
-    b, offsets = operands.rows_of_b(), operands.offsets
+    b, offsets = operands.b(), operands.offsets
     routing = [
         operands.indices,
         ROUTE_TILES(operands.indices, len(operands.ranks)),
@@ -233,7 +220,7 @@ def _contenders(operands: Operands, found: Mapping[str, peers.Peer], plain: bool
         contenders[name] = peer.prepare_in_situ(given, base), False
         contenders[f"{name}, alone"] = peer.prepare(given), True
     if plain:
-        contenders["dense, plain PyTorch"] = partial(with_base, forms.dense, operands.b), False
+        contenders["dense, plain PyTorch"] = partial(with_base, forms.dense, operands.b_by_rank), False
         # Beyond, it copies weights for minutes.
         if len(operands.inputs) <= 32:
             gather = torch.compile(forms.gather, fullgraph=True, dynamic=False)
@@ -244,7 +231,7 @@ def _contenders(operands: Operands, found: Mapping[str, peers.Peer], plain: bool
 def _exact(operands: Operands) -> Tensor:
     """The first rows of the first layer, in float64."""
     rows = operands.inputs[:64].double()
-    a, b = ([one.double() for one in stacks[0]] for stacks in (operands.a, operands.rows_of_b()))
+    a, b = ([one.double() for one in stacks[0]] for stacks in (operands.a, operands.b()))
     product = rows @ operands.base[0].double().t()
     return reference(product, rows, a, b, operands.indices[:64], operands.offsets)
 

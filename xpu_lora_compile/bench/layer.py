@@ -17,6 +17,7 @@ import xpu_lora_compile as xlc
 from xpu_lora_compile.bench import forms
 from xpu_lora_compile.bench.measure import Timing, machine, measure
 from xpu_lora_compile.errors import BenchError
+from xpu_lora_compile.inspect.operands import RandomOperands
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,10 @@ def run(
             bank.load(name, Path(folder) / name)
         ours, without = torch.compile(served, backend="xpu_lora"), torch.compile(base)
         layer: Any = served[0]
+        draw = RandomOperands(0)
         for count in rows:
-            chosen = [names[slot] if slot < slots else None for slot in torch.randint(0, slots + 1, (count,)).tolist()]
-            inputs = torch.randn(count, features).to(layer.weight.dtype)
-            indices = torch.tensor([-1 if name is None else names.index(name) for name in chosen])
+            inputs, indices = draw.normal(count, features, dtype=layer.weight.dtype), draw.indices(count, slots)
+            chosen = [names[slot] if slot >= 0 else None for slot in indices.tolist()]
             stacked_b = layer.lora_b.contiguous()
             plain = torch.compile(_Plain(base[0], layer.lora_a, stacked_b, indices), fullgraph=True)
             with bank.use(chosen):

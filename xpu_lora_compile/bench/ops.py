@@ -16,6 +16,7 @@ import xpu_lora_compile as xlc
 from xpu_lora_compile.bench import forms
 from xpu_lora_compile.bench.measure import BEYOND_CACHES, Timing, geometric_mean, machine, measure, without_stderr
 from xpu_lora_compile.errors import BenchError
+from xpu_lora_compile.inspect.operands import RandomOperands
 from xpu_lora_compile.kernels import native
 from xpu_lora_compile.ops.internal import ADD_LORA
 from xpu_lora_compile.ops.reference import lora_linear as reference
@@ -146,32 +147,19 @@ class _Operands:
     """Random operands of a point, as many sets as go beyond the caches."""
 
     def __init__(self, point: Point, device: str) -> None:
-        torch.manual_seed(0)
+        draw = RandomOperands(0, device, drawn_on=device)
         dtype = getattr(torch, point.dtype)
         size = sum(point.slots * point.rank * (point.features + width) * dtype.itemsize for width in point.widths)
         self.sets = min(16, -(-BEYOND_CACHES // (LAYERS * size))) * LAYERS
         self.offsets = [sum(point.widths[:s]) for s in range(len(point.widths))]
-
-        def random_of(*shape: int) -> Tensor:
-            return torch.randn(shape, device=device)
-
-        self.inputs = random_of(point.rows, point.features).to(dtype)
+        self.inputs = draw.normal(point.rows, point.features, dtype=dtype)
         # What the layers' base products would be: added to, and the next layer's input from its first columns on.
-        self.bases = [random_of(point.rows, sum(point.widths)).to(dtype) for _ in range(LAYERS)]
+        self.bases = [draw.normal(point.rows, sum(point.widths), dtype=dtype) for _ in range(LAYERS)]
         self.outputs = [base.clone() for base in self.bases]
-        # 10 % of the rows have no adapter, but the first always has one.
-        indices = torch.randint(0, point.slots, (point.rows,))
-        indices[1:][torch.rand(point.rows - 1) < 0.1] = -1
-        self.indices = indices.to(device)
-        self.a = [
-            [(random_of(point.slots, point.rank, point.features) / point.features**0.5).to(dtype) for _ in point.widths]
-            for _ in range(self.sets)
-        ]
-        # By rank, as the bank stores it.
-        self.b_by_rank = [
-            [(random_of(point.slots, point.rank, width) / point.rank**0.5).to(dtype) for width in point.widths]
-            for _ in range(self.sets)
-        ]
+        self.indices = draw.indices(point.rows, point.slots)
+        ranks = [point.rank] * point.slots
+        stacks = [draw.stacks(point.features, point.widths, ranks, dtype) for _ in range(self.sets)]
+        self.a, self.b_by_rank = map(list, zip(*stacks, strict=True))
 
     def reset(self) -> None:
         """Have the outputs be as the base products have just left them."""
