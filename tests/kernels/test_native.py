@@ -344,7 +344,7 @@ def test_a_damaged_library_is_made_anew(tmp_path: Path, damage: str) -> None:
     damaged = set(folder.iterdir())
     assert start(tmp_path).communicate() == ("native\n", "")
     # One of the old name, which is whole again, or one beside them.
-    made = [one for one in folder.iterdir() if native._hash(one.read_bytes()) in one.name]
+    made = [file for file in folder.iterdir() if native._hash(file.read_bytes()) in file.name]
     assert len(made) == 1
     assert set(folder.iterdir()) >= damaged
 

@@ -113,7 +113,7 @@ def test_every_row_is_in_one_tile_of_its_slot(rows: int, slots: int) -> None:
 
 def test_every_height_of_tiles_is_seen() -> None:
     sizes = [(rows, slots) for rows in (1, 65, 300) for slots in (1, 3, 10, 64)]
-    assert {triton_launch.tile_rows(*one) for one in sizes} == {16, 32}
+    assert {triton_launch.tile_rows(rows, slots) for rows, slots in sizes} == {16, 32}
 
 
 @pytest.mark.parametrize("index", [-1, 0, 6, 7, 2**31 - 1, -(2**31)])
@@ -371,7 +371,7 @@ def test_nothing_beyond_the_rank_of_a_slot_is_read_by_the_public_op(layer: Layer
     results = []
     for p, base in enumerate(bases):
         mine = [s for s, product in enumerate(operands.products) if product == p]
-        a, b, offsets = ([one[s] for s in mine] for one in (operands.a, operands.b, operands.offsets))
+        a, b, offsets = ([of_slice[s] for s in mine] for of_slice in (operands.a, operands.b, operands.offsets))
         lora = (a, b, operands.indices, offsets, operands.scaling, operands.ranks)
         with torch.no_grad(), force_kernel("triton"):
             results.append(lora_linear(base, operands.x, *lora))

@@ -113,7 +113,7 @@ def test_gradients_are_right(case: str) -> None:
     known = {**CASES, **SEVERAL_K}[case]
     arguments = Slices(known.widths, known.slices, dtype=F64).arguments()
     bases, inputs, a, b, indices, *rest = arguments
-    operands = [one.nan_to_num().requires_grad_() for one in (*bases, inputs, *a, *b)]
+    operands = [tensor.nan_to_num().requires_grad_() for tensor in (*bases, inputs, *a, *b)]
     n, s = len(bases), len(a)
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -125,7 +125,7 @@ def test_gradients_are_right(case: str) -> None:
 
 def test_a_loss_of_one_output_gives_the_others_no_gradient() -> None:
     bases, inputs, a, b, indices, *rest = CASES["two-outputs"].arguments()
-    a, b = ([one.nan_to_num().requires_grad_() for one in weights] for weights in (a, b))
+    a, b = ([stack.nan_to_num().requires_grad_() for stack in stacks] for stacks in (a, b))
     _, second = LORA_LINEARS(bases, inputs, a, b, indices, *rest)
     grads = torch.autograd.grad(second.sum(), [*a, *b])
     assert [bool(grad.any()) for grad in grads] == [False, True, False, True]

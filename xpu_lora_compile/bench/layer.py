@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.bench import forms
-from xpu_lora_compile.bench.measure import Timing, machine, measure
+from xpu_lora_compile.bench.measure import Timing, check_error, machine, measure
 from xpu_lora_compile.errors import BenchError
 from xpu_lora_compile.inspect.operands import RandomOperands
 
@@ -140,5 +140,4 @@ def _check(contenders: dict[str, Callable[[int], Any]], dtype: str) -> None:
     allowed = first.abs().max().item() * (1e-4 if dtype == "float32" else 5e-2)
     for name, result in results.items():
         error = (result.float() - first.float()).abs().max().item()
-        if not error <= allowed:
-            raise BenchError(f"bench layer: {name}", f"ours to within {allowed:.1e}", f"{error:.1e}", "Report it.")
+        check_error(f"bench layer: {name}, beside ours", error, allowed)

@@ -65,13 +65,13 @@ class Diagnosis:
     @property
     def is_right(self) -> bool:
         """Whether nothing was wrong."""
-        return all(one.is_right is not False for each in self.findings.values() for one in each)
+        return all(found.is_right is not False for part in self.findings.values() for found in part)
 
     @property
     def verdict(self) -> str:
         """In a sentence."""
-        checks = [one for each in self.findings.values() for one in each if one.is_right is not None]
-        wrong = [one.what for one in checks if not one.is_right]
+        checks = [found for part in self.findings.values() for found in part if found.is_right is not None]
+        wrong = [check.what for check in checks if not check.is_right]
         if wrong:
             return f"{len(wrong)} of {len(checks)} checks failed on {self.device}: {', '.join(wrong)}."
         return f"All {len(checks)} checks passed on {self.device}."
@@ -111,7 +111,7 @@ def examine(device: str, on_done: Callable[[str], None] = lambda _: None) -> Dia
         DeviceError: another type of device.
     """
     if device not in ("cpu", "cuda", "xpu"):
-        raise DeviceError("doctor: device", "cpu, cuda or xpu", repr(device), "Correct it.")
+        raise DeviceError("doctor: device", "cpu, cuda or xpu", repr(device), "Choose one of these.")
     diagnosis = Diagnosis(device)
     parts: dict[str, Callable[[str], Iterator[Finding]]] = {
         "installed": installed,
@@ -272,7 +272,7 @@ def opchecks(device: str) -> Iterator[Finding]:
     for op, arguments in operands.calls(10):
         with torch.no_grad():
             result = torch.library.opcheck(handles[op], tuple(arguments.values()))
-        yield Finding(op, ", ".join(result), all(one == "SUCCESS" for one in result.values()))
+        yield Finding(op, ", ".join(result), all(said == "SUCCESS" for said in result.values()))
 
 
 class _Block(nn.Module):
