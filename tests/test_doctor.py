@@ -40,7 +40,7 @@ def test_all_is_right_here(diagnosis: Diagnosis) -> None:
 
 
 def test_it_says_what_is_installed_and_what_is_not(diagnosis: Diagnosis) -> None:
-    found = {one.what: one.text for one in diagnosis.findings["installed"]}
+    found = {finding.what: finding.text for finding in diagnosis.findings["installed"]}
     assert found["torch"] == torch.__version__
     assert found["vllm-xpu-kernels"] == "not installed"
     # A distribution may spell its name with underscores.
@@ -50,15 +50,15 @@ def test_it_says_what_is_installed_and_what_is_not(diagnosis: Diagnosis) -> None
 
 def test_it_says_which_kernel_and_why_not_the_others(diagnosis: Diagnosis) -> None:
     (title,) = (title for title in diagnosis.findings if title.startswith("what will be used"))
-    for one in diagnosis.findings[title]:
-        assert "Not " in one.text
-        assert "gather: " in one.text
+    for finding in diagnosis.findings[title]:
+        assert "Not " in finding.text
+        assert "gather: " in finding.text
 
 
 def test_every_contract_op_is_swept_with_nan_in_unused_slots(diagnosis: Diagnosis) -> None:
     checks = diagnosis.findings["ops against the float64 reference"]
-    assert [one.what for one in checks] == ["float32", "bfloat16", "float16"]
-    assert all(int(one.text.split()[0]) >= 400 for one in checks)
+    assert [finding.what for finding in checks] == ["float32", "bfloat16", "float16"]
+    assert all(int(finding.text.split()[0]) >= 400 for finding in checks)
 
 
 def test_a_wrong_op_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_a_wrong_op_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         output_tensor[kwargs["lora_indices_tensor"] < 0] = 0  # type: ignore[operator]
 
     monkeypatch.setattr(ops, "bgmv_expand", forgets_rows_without_an_adapter)
-    assert not any(one.is_right for one in doctor.sweep(DEVICE.type))
+    assert not any(finding.is_right for finding in doctor.sweep(DEVICE.type))
 
 
 def test_what_a_part_raises_is_a_failed_check() -> None:
@@ -78,13 +78,13 @@ def test_what_a_part_raises_is_a_failed_check() -> None:
         raise RuntimeError("no such op")
 
     found = Diagnosis("cpu", {"part": list(doctor._guarded("part", look, "cpu"))})
-    assert [one.is_right for one in found.findings["part"]] == [True, False]
+    assert [finding.is_right for finding in found.findings["part"]] == [True, False]
     assert "RuntimeError: no such op" in str(found)
     assert found.verdict == "1 of 2 checks failed on cpu: part."
 
 
 def test_a_device_that_is_not_there_is_said_plainly(tmp_path: Path) -> None:
-    missing = next(one for one in ("xpu", "cuda") if not torch.get_device_module(one).is_available())
+    missing = next(kind for kind in ("xpu", "cuda") if not torch.get_device_module(kind).is_available())
     report = tmp_path / "report.txt"
     ran = run("--device", missing, "--report", str(report))
     assert ran.returncode == 1
@@ -93,7 +93,7 @@ def test_a_device_that_is_not_there_is_said_plainly(tmp_path: Path) -> None:
     assert f"torch: {torch.__version__}" in text
     assert f"device: none that PyTorch {torch.__version__} can use: no device, no driver" in text
     assert text.endswith(f"verdict 1 of 1 checks failed on {missing}: device.")
-    with pytest.raises(DeviceError, match="cpu, cuda or xpu"):
+    with pytest.raises(DeviceError, match=r"wanted cpu, cuda or xpu; got 'tpu'\. Choose one of these"):
         doctor.examine("tpu")
 
 
@@ -120,16 +120,16 @@ def test_a_forced_kernel_that_cannot_run_is_said_in_a_line_each(monkeypatch: pyt
     monkeypatch.setattr(kernels, "kernel_for", refuse)
     parts = (doctor.sweep, doctor.opchecks, doctor.speed)
     with force_kernel("gather"):
-        found = [one for look in parts for one in doctor._guarded("part", look, DEVICE.type)]
+        found = [finding for look in parts for finding in doctor._guarded("part", look, DEVICE.type)]
     wanted = "forced kernel: wanted one that can run this call; got 'ipex', which cannot. Force none."
-    assert [one.what for one in found] == ["float32", "bfloat16", "float16", "part", "part"]
-    assert {one.text for one in found} == {wanted}
-    assert not any(one.is_right for one in found)
+    assert [finding.what for finding in found] == ["float32", "bfloat16", "float16", "part", "part"]
+    assert {finding.text for finding in found} == {wanted}
+    assert not any(finding.is_right for finding in found)
 
 
 def test_the_compiler_is_the_one_that_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     def compiler() -> str:
-        return next(one.text for one in doctor.installed("cpu") if one.what == "C++ compiler")
+        return next(finding.text for finding in doctor.installed("cpu") if finding.what == "C++ compiler")
 
     monkeypatch.setenv("CXX", "clang++ -O1")
     assert compiler() == "'clang++ -O1', from CXX"
@@ -167,5 +167,5 @@ def test_an_ipex_that_cannot_be_imported_does_not_end_the_examination(
 
     monkeypatch.setattr(doctor, "_version", lambda _package: torch.__version__)
     monkeypatch.setattr(doctor.importlib, "import_module", broken)
-    found = {one.what for one in doctor.installed("cpu")}
+    found = {finding.what for finding in doctor.installed("cpu")}
     assert "_xpu_C.lora_expand (lora)" in found

@@ -110,7 +110,7 @@ def doctor(
 
         show.check("cpu", [], [])
         examination.check_report(report)
-        found = next((one for one in ("xpu", "cuda") if torch.get_device_module(one).is_available()), "cpu")
+        found = next((kind for kind in ("xpu", "cuda") if torch.get_device_module(kind).is_available()), "cpu")
         with show.progress() as advance:
             diagnosis = examination.examine(device or found, advance)
         print_parts(str(diagnosis))
@@ -149,7 +149,7 @@ def _found(factory: str) -> Any:
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found):
-        functions = ", ".join(one for one, value in vars(sys.modules[module]).items() if callable(value)) or "none"
+        functions = ", ".join(name for name, value in vars(sys.modules[module]).items() if callable(value)) or "none"
         raise FactoryError("factory", f"a function of {module}", repr(name), f"It has {functions}.")
     return found
 
@@ -162,7 +162,7 @@ def _checked(factory: str, made: object) -> tuple[Any, tuple[Any, ...], dict[str
     raise FactoryError(
         f"factory {factory}",
         "(model, args) or (model, args, kwargs), with a tuple and a dict",
-        f"a tuple of {', '.join(type(one).__name__ for one in made)}"
+        f"a tuple of {', '.join(type(part).__name__ for part in made)}"
         if isinstance(made, tuple)
         else type(made).__name__,
         "Return what is to be called, and what to call it with.",

@@ -1,5 +1,6 @@
-"""What `--peers` does without sources of anyone. That their kernels compute what ours do, the benchmark checks."""
+"""`--peers` where there are no sources. That the kernels of peers compute what ours do, the benchmark checks."""
 
+import ast
 import enum
 import importlib
 import sys
@@ -8,9 +9,37 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from xpu_lora_compile.bench import peer_sources, peers
+from benchmarks import peers
+from benchmarks.peers import sources
+from xpu_lora_compile.bench.peers import peers_of
+from xpu_lora_compile.cli import app
 from xpu_lora_compile.errors import BenchError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_wheel_has_the_package_alone_and_the_package_has_no_peers() -> None:
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert '[tool.hatch.build.targets.wheel]\npackages = ["xpu_lora_compile"]\n\n' in settings
+    for file in (ROOT / "xpu_lora_compile").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                assert not [base for base in node.bases if ast.unparse(base) in ("Peer", "peers.Peer")], file
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert "benchmarks" not in ast.unparse(node), file
+
+
+def test_an_install_without_the_repository_says_which_peers_are_missing_and_how_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "benchmarks.peers", None)
+    result = CliRunner().invoke(app, ["bench", "gpu", "--peers", str(tmp_path)])
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2
+    assert "benchmarks/peers, which calls vLLM's, SGLang's and LMDeploy's kernels and is in no wheel; got" in said
+    assert "In a checkout of the repository, run: python -m xpu_lora_compile.cli bench gpu --peers DIR." in said
 
 
 @pytest.mark.parametrize("name", ["nowhere", "."])
@@ -18,7 +47,7 @@ def test_a_folder_without_peers_is_an_error_that_says_how_to_get_them(tmp_path: 
     with pytest.raises(
         BenchError, match=r"a folder that holds vllm, sglang or lmdeploy; got .*python -m zipfile -e WHEEL DIR"
     ):
-        peers.find(tmp_path / name)
+        peers_of(tmp_path / name)
 
 
 @pytest.mark.parametrize("package", ["vllm", "sglang", "lmdeploy"])
@@ -26,7 +55,7 @@ def test_sources_laid_out_otherwise_are_an_error_that_names_what_is_missing(tmp_
     (tmp_path / package / "lora").mkdir(parents=True)
     before = list(sys.meta_path)
     with pytest.raises(BenchError, match=rf"{package}: wanted .*{package}/.*lora.*Give the sources of"):
-        peers.find(tmp_path)
+        peers_of(tmp_path)
     assert sys.meta_path == before
     assert package not in sys.modules
 
@@ -42,12 +71,12 @@ class Colour(str, enum.Enum):
     RED = "red"
 
 
-class Part(peer_sources._Model):
+class Part(sources._Model):
     sizes: dict[str, int] = lambda: {"one": 1}  # type: ignore[assignment]
     colour: Colour = Colour.RED
 
 
-class Whole(peer_sources._Model):
+class Whole(sources._Model):
     name: str
     part: Part
     colours: list[Colour] | None = None
@@ -66,11 +95,11 @@ def test_a_table_is_read_without_pydantic(raw: dict[str, Any], colours: Any, siz
     whole = Whole.model_validate(raw)
     assert (whole.name, whole.colours, whole.most) == ("a", colours, None)
     assert whole.part.model_dump() == {"sizes": sizes, "colour": Colour.RED}
-    assert all(isinstance(one, Colour) for one in whole.colours or [])
+    assert all(isinstance(colour, Colour) for colour in whole.colours or [])
 
 
 def test_stand_ins_for_third_parties_are_gone_once_modules_are_loaded() -> None:
     before = {name: sys.modules.get(name) for name in ("msgspec", "pydantic", "transformers")}
-    with peer_sources._third_parties():
+    with sources._third_parties():
         assert importlib.import_module("msgspec").Struct
     assert {name: sys.modules.get(name) for name in before} == before

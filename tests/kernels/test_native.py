@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.errors import ContractError, DtypeError, LoraError, SliceError
+from xpu_lora_compile.inspect.operands import RandomOperands
 from xpu_lora_compile.kernels import native
 from xpu_lora_compile.ops import ADD_LORA, NATIVE_ADD_LORA, reference
 
@@ -119,9 +121,10 @@ def test_a_compiler_that_works_is_no_warning() -> None:
 def test_a_long_batch_takes_no_memory_of_the_size_of_its_products() -> None:
     """T = 4096: not even a hundredth of `[T, W, R]`, by PyTorch's allocator and by the process's own count."""
     rows, features, width, rank, slots = 4096, 512, 2048, 64, 8
-    inputs, output = torch.randn(rows, features), torch.zeros(rows, width)
-    a, b = torch.randn(slots, rank, features), torch.randn(slots, width, rank)
-    indices = torch.randint(-1, slots, (rows,))
+    draw = RandomOperands(0)
+    inputs, output = draw.normal(rows, features), torch.zeros(rows, width)
+    a, b = draw.normal(slots, rank, features), draw.normal(slots, width, rank)
+    indices = draw.indices(rows, slots)
 
     def call() -> None:
         ADD_LORA([output], inputs, [a], [b], indices, [0], [0], 1.0)
@@ -146,11 +149,7 @@ def peak_memory() -> int:
 
 @pytest.mark.parametrize("slices", [1, 2, 3, 4, 7])
 def test_any_number_of_slices_goes_to_any_outputs(slices: int) -> None:
-    generator = torch.Generator().manual_seed(slices)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
+    normal = RandomOperands(slices).normal
     x, indices = normal(5, 6), torch.tensor([0, -1, 1, 2, 1])
     a, b = [normal(2, 3, 6) for _ in range(slices)], [normal(2, 4, 3) for _ in range(slices)]
     to, offsets = [(2, 0, 0, 1, 2, 2, 0)[s] for s in range(slices)], [4 * s for s in range(slices)]
@@ -175,9 +174,9 @@ ADD_SLICES, ADD_PACKED = torch.ops.xpu_lora.native_add_slices, torch.ops.xpu_lor
 @pytest.mark.parametrize("layout", ["plain", "vllm's", "strided"])
 def test_packed_weights_are_those_of_their_slices(layout: str, widths: tuple[int, ...], dtype: torch.dtype) -> None:
     """Of more indices than rows the first count: those behind them would be slots, too."""
-    generator = torch.Generator().manual_seed(0)
+    normal = partial(RandomOperands(0).normal, dtype=dtype)
     slices, columns = len(widths), 6 * len(widths) + sum(widths)
-    packed = torch.randn(3, 4, columns, generator=generator).to(dtype)
+    packed = normal(3, 4, columns)
     if layout == "strided":
         packed = packed.transpose(1, 2).contiguous().transpose(1, 2)
     a, b = (
@@ -185,8 +184,8 @@ def test_packed_weights_are_those_of_their_slices(layout: str, widths: tuple[int
         list(packed[..., 6 * slices :].transpose(1, 2).split(widths, 1)),
     )
     packed = packed.unsqueeze(1) if layout == "vllm's" else packed
-    x, indices = torch.randn(5, 6, generator=generator).to(dtype), torch.tensor([0, -1, 2, 3, 1, 1, 0])
-    output = torch.randn(5, sum(widths) + 2, generator=generator).to(dtype)
+    x, indices = normal(5, 6), torch.tensor([0, -1, 2, 3, 1, 1, 0])
+    output = normal(5, sum(widths) + 2)
     offsets = [sum(widths[:s]) for s in range(slices)]
     wanted = reference.lora_linear(output, x, a, b, indices[:5], offsets, 0.5)
     one, other = output.clone(), output.clone()
@@ -345,7 +344,7 @@ def test_a_damaged_library_is_made_anew(tmp_path: Path, damage: str) -> None:
     damaged = set(folder.iterdir())
     assert start(tmp_path).communicate() == ("native\n", "")
     # One of the old name, which is whole again, or one beside them.
-    made = [one for one in folder.iterdir() if native._hash(one.read_bytes()) in one.name]
+    made = [file for file in folder.iterdir() if native._hash(file.read_bytes()) in file.name]
     assert len(made) == 1
     assert set(folder.iterdir()) >= damaged
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from support.cases import BF16, DEVICE, F16, F32, I32, I64, Case, build, same_bi
 from torch import Tensor
 
 from xpu_lora_compile import lora_linear
+from xpu_lora_compile.inspect.operands import RandomOperands
 from xpu_lora_compile.kernels import force_kernel, triton_launch
 from xpu_lora_compile.kernels.sizes import Sizes
 from xpu_lora_compile.ops import ADD_LORA, LINEAR_LORA, ROUTE_TILES, reference
@@ -111,7 +113,7 @@ def test_every_row_is_in_one_tile_of_its_slot(rows: int, slots: int) -> None:
 
 def test_every_height_of_tiles_is_seen() -> None:
     sizes = [(rows, slots) for rows in (1, 65, 300) for slots in (1, 3, 10, 64)]
-    assert {triton_launch.tile_rows(*one) for one in sizes} == {16, 32}
+    assert {triton_launch.tile_rows(rows, slots) for rows, slots in sizes} == {16, 32}
 
 
 @pytest.mark.parametrize("index", [-1, 0, 6, 7, 2**31 - 1, -(2**31)])
@@ -191,11 +193,7 @@ class Operands:
 
     @classmethod
     def of(cls, layer: Layer) -> Operands:
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device=DEVICE, dtype=layer.dtype) / 2
-
+        random = partial(RandomOperands(0, DEVICE).normal, dtype=layer.dtype, scale=0.5)
         indices = mix(layer.T, layer.K)
         a = [random(layer.K, r, layer.D) for *_, r in layer.slices]
         # As the bank stores them.
@@ -372,7 +370,7 @@ def test_nothing_beyond_the_rank_of_a_slot_is_read_by_the_public_op(layer: Layer
     results = []
     for p, base in enumerate(bases):
         mine = [s for s, product in enumerate(operands.products) if product == p]
-        a, b, offsets = ([one[s] for s in mine] for one in (operands.a, operands.b, operands.offsets))
+        a, b, offsets = ([of_slice[s] for s in mine] for of_slice in (operands.a, operands.b, operands.offsets))
         lora = (a, b, operands.indices, offsets, operands.scaling, operands.ranks)
         with torch.no_grad(), force_kernel("triton"):
             results.append(lora_linear(base, operands.x, *lora))

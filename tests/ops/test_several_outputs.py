@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from support.cases import BF16, DEVICE, F16, F32, F64, I32, I64, KERNELS_HERE, s
 from torch import Tensor
 
 from xpu_lora_compile.errors import ShapeError, SliceError
+from xpu_lora_compile.inspect.operands import RandomOperands, poison_unused_slots
 from xpu_lora_compile.kernels import force_kernel
 from xpu_lora_compile.ops import ADD_LORA, LORA_LINEARS, ROUTE
 from xpu_lora_compile.ops.budget import budget_of
@@ -36,17 +38,12 @@ class Slices:
 
     def arguments(self) -> tuple[Any, ...]:
         """Bases, inputs, A, B, indices, outputs, offsets, scaling; NaN in each slot that no row uses."""
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device=DEVICE, dtype=self.dtype) / 2
-
+        random = partial(RandomOperands(0, DEVICE).normal, dtype=self.dtype, scale=0.5)
         routing = torch.tensor([0, -1, 2, 7, 0], dtype=self.index, device=DEVICE).repeat(self.rows)[: self.rows]
         a = [random(k, r, 6) for *_, r, k in self.slices]
         b = [random(k, w, r) for _, _, w, r, k in self.slices]
         for weights in (*a, *b):
-            for slot in set(range(len(weights))) - set(routing.tolist()):
-                weights[slot] = torch.nan
+            poison_unused_slots(weights, routing.tolist())
         bases = [random(self.rows, width) for width in self.widths]
         outputs, offsets = [s[0] for s in self.slices], [s[1] for s in self.slices]
         return bases, random(self.rows, 6), a, b, routing, outputs, offsets, 0.75
@@ -116,7 +113,7 @@ def test_gradients_are_right(case: str) -> None:
     known = {**CASES, **SEVERAL_K}[case]
     arguments = Slices(known.widths, known.slices, dtype=F64).arguments()
     bases, inputs, a, b, indices, *rest = arguments
-    operands = [one.nan_to_num().requires_grad_() for one in (*bases, inputs, *a, *b)]
+    operands = [tensor.nan_to_num().requires_grad_() for tensor in (*bases, inputs, *a, *b)]
     n, s = len(bases), len(a)
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -128,7 +125,7 @@ def test_gradients_are_right(case: str) -> None:
 
 def test_a_loss_of_one_output_gives_the_others_no_gradient() -> None:
     bases, inputs, a, b, indices, *rest = CASES["two-outputs"].arguments()
-    a, b = ([one.nan_to_num().requires_grad_() for one in weights] for weights in (a, b))
+    a, b = ([stack.nan_to_num().requires_grad_() for stack in stacks] for stacks in (a, b))
     _, second = LORA_LINEARS(bases, inputs, a, b, indices, *rest)
     grads = torch.autograd.grad(second.sum(), [*a, *b])
     assert [bool(grad.any()) for grad in grads] == [False, True, False, True]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile import ops
+from xpu_lora_compile.inspect.operands import RandomOperands, every_kind_of_index, poison_unused_slots
 from xpu_lora_compile.kernels import KERNELS
 
 DEVICE = torch.device(os.environ.get("XPU_LORA_TEST_DEVICE", "cpu"))
@@ -87,9 +88,7 @@ class Case:
     @property
     def routing(self) -> tuple[int, ...]:
         """The adapter of each row."""
-        limits = torch.iinfo(self.index)
-        mix = (self.K - 1, -1, 0, self.K, 0, self.K + 1, self.K // 2, limits.max, limits.min)
-        return tuple(mix[t % len(mix)] for t in range(self.T)) if self.indices is None else self.indices
+        return every_kind_of_index(self.T, self.K, self.index) if self.indices is None else self.indices
 
     @property
     def has_adapter(self) -> list[bool]:
@@ -287,12 +286,12 @@ def build(op: str, case: Case, device: torch.device = DEVICE, seed: int = 0) -> 
     return Call(op, {**args, "add_inputs": case.add}, buffer, written, window)
 
 
-class _Random:
-    """Seeded tensors of one case."""
+class _Random(RandomOperands):
+    """Seeded tensors of one case, in its layouts, with NaN wherever the op must not read."""
 
     def __init__(self, case: Case, device: torch.device, seed: int) -> None:
-        self.case, self.device = case, device
-        self.generator = torch.Generator().manual_seed(seed)
+        super().__init__(seed, device)
+        self.case = case
 
     def buffer(self, width: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         rows, height = slice(1, 1 + self.case.T), self.case.T + 2
@@ -314,12 +313,10 @@ class _Random:
     def weights(self, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
         layout, slots = self.case.layout, self.case.K
         # Small enough for sums of products to stay inside fp16.
-        stack = self.normal(slots, rows, columns, dtype=dtype or self.case.weights) / 2
-        used = set(self.case.routing)
-        for slot in set(range(slots)) - used:
-            stack[slot] = torch.nan
+        stack = self.normal(slots, rows, columns, dtype=dtype or self.case.weights, scale=0.5)
+        poison_unused_slots(stack, self.case.routing)
         if layout == "expanded":
-            stack = stack[min(used & set(range(slots)), default=0)].expand(slots, rows, columns)
+            stack = stack[min(set(self.case.routing) & set(range(slots)), default=0)].expand(slots, rows, columns)
         elif layout == "transposed":
             stack = stack.transpose(1, 2).contiguous().transpose(1, 2)
         elif layout == "strided":
@@ -327,9 +324,6 @@ class _Random:
             around[1:-1, 1::2, 2:-1] = stack
             stack = around[1:-1, 1::2, 2:-1]
         return stack.unsqueeze(1) if self.case.with_slice_dim else stack
-
-    def normal(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(device=self.device, dtype=dtype)
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

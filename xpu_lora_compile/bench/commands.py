@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from xpu_lora_compile.command import print_parts, reported
+from xpu_lora_compile.command import reported
 from xpu_lora_compile.errors import BenchError
 
 bench = typer.Typer(no_args_is_help=True, help="Time our kernels beside their peers, after checking the numbers.")
@@ -50,17 +50,12 @@ def bench_ops(
         points = ops.suite(suite, dtypes, rows)
         with show.progress(len(points)) as advance:
             run = ops.run(points, device, seconds, advance)
-        title = f"a step of {ops.LAYERS} layers, by layer; {run.machine}"
         places = {
-            f"{one.point}; floor {one.floor:.0f} us, memory {one.peak_memory >> 10} KiB": one.timings
-            for one in run.results
+            f"{result.point}; floor {result.floor:.0f} us, memory {result.peak_memory >> 10} KiB": result.timings
+            for result in run.results
         }
-        print_parts(
-            show.timings_table(title, "point", ops.OURS[0], places),
-            show.summary_table(run.summary, ours_is_faster=True),
-        )
-        print_parts(show.noise(places.values()))
-        show.save(run, json)
+        title = f"a step of {ops.LAYERS} layers, by layer"
+        show.print_run(run, title, "point", ops.OURS[0], places, json, ours_is_faster=True)
         if plot is not None:
             show.plot(run.results, plot)
 
@@ -73,7 +68,7 @@ def bench_gpu(
         list[int] | None, typer.Option(min=0, max=3, help="K, R: 0: 8, 16; 1: 32, 16; 2: 8, 64; 3: 64, mixed 8-64.")
     ] = None,
     peers: Annotated[
-        Path | None, typer.Option(help="A folder with sources of vLLM, SGLang or LMDeploy, for comparison.")
+        Path | None, typer.Option(help="A folder with sources of vLLM, SGLang or LMDeploy; in a checkout.")
     ] = None,
     peer: Annotated[list[str] | None, typer.Option(help="Only these of the peers.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Plain PyTorch forms, too: seconds more a point.")] = False,
@@ -86,17 +81,15 @@ def bench_gpu(
     rows, outputs = rows or [1, 8, 32, 128, 1024, 4096], output or list(gpu.OUTPUTS)
     with reported():
         show.check("cpu", [], rows, json)
-        if unknown := [one for one in outputs if one not in gpu.OUTPUTS]:
-            raise BenchError("bench gpu: --output", ", ".join(gpu.OUTPUTS), str(unknown), "Correct it.")
+        if unknown := [name for name in outputs if name not in gpu.OUTPUTS]:
+            raise BenchError("bench gpu: --output", ", ".join(gpu.OUTPUTS), str(unknown), "Choose from these.")
         points = gpu.suite(outputs, bank or list(range(len(gpu.BANKS))), rows)
         with show.progress(len(points)) as advance:
             run = gpu.run(points, peers, peer or [], plain, rounds, advance)
-        places = {str(one.point): one.timings for one in run.results}
+        places = {str(result.point): result.timings for result in run.results}
         floors = " and ".join(f"{floor:.1f}" for floor in run.launch_floors)
-        title = f"a layer of {gpu.LAYERS} in a CUDA graph; {run.machine}; one and two launches of nothing: {floors} us"
-        print_parts(show.timings_table(title, "point", gpu.BASE, places), show.summary_table(run.summary))
-        print_parts(show.noise(places.values()))
-        show.save(run, json)
+        title = f"a layer of {gpu.LAYERS} in a CUDA graph; one and two launches of nothing: {floors} us"
+        show.print_run(run, title, "point", gpu.BASE, places, json)
 
 
 @bench.command("gpu-model")
@@ -115,12 +108,7 @@ def bench_gpu_model(
         show.check("cpu", [], [batch, rank, slots], json)
         with show.progress() as advance:
             run = gpu_model.run(shape, batch, rank, slots, rounds, "cuda", advance)
-        print_parts(
-            show.timings_table(f"a decoding step; {run.machine}", "model", model.BASE, {run.what: run.timings}),
-            show.summary_table(run.summary),
-            show.noise([run.timings]),
-        )
-        show.save(run, json)
+        show.print_run(run, "a decoding step", "model", model.BASE, {run.what: run.timings}, json)
 
 
 @bench.command("layer")
@@ -143,11 +131,8 @@ def bench_layer(
         show.check("cpu", [dtype], [*rows, features, width, rank, slots], json)
         with show.progress(len(rows)) as advance:
             run = layer.run(dtype, rows, features, width, rank, slots, seconds, advance)
-        places = {f"T{one.rows}": one.timings for one in run.results}
-        print_parts(
-            show.timings_table(f"{run.what}; {run.machine}", "rows", layer.BASE, places), show.noise(places.values())
-        )
-        show.save(run, json)
+        places = {f"T{result.rows}": result.timings for result in run.results}
+        show.print_run(run, run.what, "rows", layer.BASE, places, json)
 
 
 @bench.command("model")
@@ -169,12 +154,7 @@ def bench_model(
         show.check("cpu", [dtype], [batch, new_tokens, rank, slots, layers], json)
         with show.progress() as advance:
             run = model.run(dtype, batch, new_tokens, rank, slots, layers, runs, advance)
-        print_parts(
-            show.timings_table(f"a decoding step; {run.machine}", "model", model.BASE, {run.what: run.timings}),
-            show.summary_table(run.summary),
-            show.noise([run.timings]),
-        )
-        show.save(run, json)
+        show.print_run(run, "a decoding step", "model", model.BASE, {run.what: run.timings}, json)
 
 
 @bench.command("vllm")
@@ -196,9 +176,4 @@ def bench_vllm(
         show.check("cpu", [dtype], [batch, rank, slots, layers], json)
         with show.progress() as advance:
             run = vllm.run(dtype, batch, rank, slots, layers, runs, threads, eager, advance)
-        print_parts(
-            show.timings_table(f"a batch; {run.what}; {run.machine}", "workload", model.BASE, run.timings),
-            show.summary_table(run.summary),
-            show.noise(run.timings.values()),
-        )
-        show.save(run, json)
+        show.print_run(run, f"a batch; {run.what}", "workload", model.BASE, run.timings, json)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile.bench import forms, peers
-from xpu_lora_compile.bench.measure import Timing, geometric_mean, machine, timing_of
+from xpu_lora_compile.bench.measure import Timing, check_error, geometric_mean, machine, timing_of
 from xpu_lora_compile.errors import BenchError
+from xpu_lora_compile.inspect.operands import RandomOperands
 from xpu_lora_compile.ops import ADD_LORA, LINEAR_LORA, ROUTE_TILES
 from xpu_lora_compile.ops.reference import lora_linear as reference
 
@@ -96,10 +97,11 @@ def run(
     Raises:
         BenchError: there is no such GPU or peer, or a contender computes something else than the reference.
     """
-    found = peers.find(folder) if folder is not None else {}
+    found = peers.peers_of(folder) if folder is not None else {}
     if unknown := [name for name in names if name not in found]:
         known = ", ".join(found) or "no name without --peers"
-        raise BenchError("bench gpu: --peer", known, str(unknown), "Correct it.")
+        remedy = "Leave out --peer, or name a peer whose sources are in the folder of --peers."
+        raise BenchError("bench gpu: --peer", known, str(unknown), remedy)
     if not torch.cuda.is_available():
         raise BenchError("bench gpu", "a CUDA device", "none", "Run it on a machine that has one.")
     chosen = {name: peer for name, peer in found.items() if not names or name in names}
@@ -117,25 +119,25 @@ def run(
 def summary(results: Sequence[Result], floors: tuple[float, float]) -> dict[str, float]:
     """Medians of what LoRA adds to the base product, and geometric means of how many times more others add."""
     found: dict[str, float] = {}
-    for rows in sorted({one.point.rows for one in results}):
+    for rows in sorted({result.point.rows for result in results}):
         for bank in ("R 16", "all"):
-            mine = [one for one in results if one.point.rows == rows and (bank == "all" or one.point.ranks == (16,))]
+            mine = [at for at in results if at.point.rows == rows and (bank == "all" or at.point.ranks == (16,))]
             if mine:
-                added = median(_added(one, OURS) / one.timings[BASE].median for one in mine)
+                added = median(_added(result, OURS) / result.timings[BASE].median for result in mine)
                 found[f"T = {rows}, {bank}: added to the base product, median, %"] = 100 * added
-    others = sorted({name for one in results for name in one.timings} - {BASE, OURS, ALONE})
+    others = sorted({name for result in results for name in result.timings} - {BASE, OURS, ALONE})
     for other in (name for name in others if not name.endswith(", alone")):
-        mine = [one for one in results if other in one.timings]
+        mine = [result for result in results if other in result.timings]
         # What costs nothing counts as a kernel that does nothing.
-        ratios = [max(_added(one, other), floors[0]) / max(_added(one, OURS), floors[0]) for one in mine]
+        ratios = [max(_added(result, other), floors[0]) / max(_added(result, OURS), floors[0]) for result in mine]
         found[f"{other}: adds so many times what ours does (geometric mean)"] = geometric_mean(ratios)
-        whole = [one.timings[other].median / one.timings[OURS].median for one in mine]
+        whole = [result.timings[other].median / result.timings[OURS].median for result in mine]
         found[f"{other}: base with LoRA / ours"] = geometric_mean(whole)
         found[f"{other}: base with LoRA / ours, worst point"] = min(whole)
-        if all(f"{other}, alone" in one.timings for one in mine):
-            alone = [one.timings[f"{other}, alone"].median / one.timings[ALONE].median for one in mine]
+        if all(f"{other}, alone" in result.timings for result in mine):
+            alone = [result.timings[f"{other}, alone"].median / result.timings[ALONE].median for result in mine]
             found[f"{other}: alone / ours alone"] = geometric_mean(alone)
-    few = [one.timings[ALONE].median for one in results if one.point.rows <= 8 and one.point.output == "a"]
+    few = [at.timings[ALONE].median for at in results if at.point.rows <= 8 and at.point.output == "a"]
     if few:
         found["ours alone, one slice, T <= 8 / floor of two launches, worst"] = max(few) / floors[1]
     return found
@@ -149,35 +151,21 @@ class Operands:
     """Random operands of a point, for all layers."""
 
     def __init__(self, point: Point) -> None:
-        generator = torch.Generator("cuda").manual_seed(0)
-
-        def random_of(*shape: int, scale: float = 1.0) -> Tensor:
-            values = torch.randn(*shape, generator=generator, device="cuda", dtype=torch.float32)
-            return (values * scale).to(torch.bfloat16)
-
-        features, widths, rank, slots = 4096, OUTPUTS[point.output], max(point.ranks), point.slots
-        self.ranks = [point.ranks[slot % len(point.ranks)] for slot in range(slots)]
+        draw = RandomOperands(0, "cuda", drawn_on="cuda")
+        normal = partial(draw.normal, dtype=torch.bfloat16)
+        features, widths = 4096, OUTPUTS[point.output]
+        self.ranks = [point.ranks[slot % len(point.ranks)] for slot in range(point.slots)]
         self.offsets = [sum(widths[:s]) for s in range(len(widths))]
-        self.inputs = random_of(point.rows, features)
-        self.base = [random_of(sum(widths), features, scale=features**-0.5) for _ in range(LAYERS)]
+        self.inputs = normal(point.rows, features)
+        self.base = [normal(sum(widths), features, scale=features**-0.5) for _ in range(LAYERS)]
         self.outputs = [torch.empty(point.rows, sum(widths), dtype=torch.bfloat16, device="cuda") for _ in self.base]
-        beyond = torch.arange(rank, device="cuda") >= torch.tensor(self.ranks, device="cuda")[:, None]
-        self.a = [
-            [random_of(slots, rank, features, scale=features**-0.5).masked_fill_(beyond[:, :, None], 0) for _ in widths]
-            for _ in self.base
-        ]
-        # By rank, as the bank stores it.
-        self.b = [
-            [random_of(slots, rank, w, scale=rank**-0.5).masked_fill_(beyond[:, :, None], 0) for w in widths]
-            for _ in self.base
-        ]
-        # 10 % of the rows have no adapter, but the first always has one.
-        self.indices = torch.randint(0, slots, (point.rows,), generator=generator, device="cuda")
-        self.indices[1:][torch.rand(point.rows - 1, generator=generator, device="cuda") < 0.1] = -1
+        stacks = [draw.stacks(features, widths, self.ranks, torch.bfloat16) for _ in self.base]
+        self.a, self.b_by_rank = map(list, zip(*stacks, strict=True))
+        self.indices = draw.indices(point.rows, point.slots)
 
-    def rows_of_b(self) -> list[list[Tensor]]:
-        """B `[K, W, R]`, views."""
-        return [[one.transpose(1, 2) for one in each] for each in self.b]
+    def b(self) -> list[list[Tensor]]:
+        """B, `[K, W, R]`: views."""
+        return [[stack.transpose(1, 2) for stack in slices] for slices in self.b_by_rank]
 
 
 def _measure(point: Point, found: Mapping[str, peers.Peer], plain: bool, rounds: int) -> dict[str, Timing]:
@@ -198,7 +186,7 @@ def _measure(point: Point, found: Mapping[str, peers.Peer], plain: bool, rounds:
 
 def _contenders(operands: Operands, found: Mapping[str, peers.Peer], plain: bool) -> dict[str, tuple[Layer, bool]]:
     """By name: a function of a layer's number; and whether it adds to the outputs, instead of computing them."""
-    b, offsets = operands.rows_of_b(), operands.offsets
+    b, offsets = operands.b(), operands.offsets
     prepared = {
         "tiles": ROUTE_TILES(operands.indices, len(operands.ranks)),
         "ranks": torch.tensor(operands.ranks, dtype=torch.int32, device="cuda"),
@@ -226,14 +214,14 @@ def _contenders(operands: Operands, found: Mapping[str, peers.Peer], plain: bool
         return output
 
     contenders: dict[str, tuple[Layer, bool]] = {BASE: (base, False), OURS: (ours, False), ALONE: (alone, True)}
-    by_row = [[one.contiguous() for one in each] for each in b]
+    by_row = [[stack.contiguous() for stack in slices] for slices in b]
     given = peers.Operands(operands.inputs, operands.outputs, operands.a, by_row, operands.indices, operands.ranks)
     suited = {name: peer for name, peer in found.items() if len(operands.inputs) <= peer.most_rows}
     for name, peer in suited.items():
         contenders[name] = peer.prepare_in_situ(given, base), False
         contenders[f"{name}, alone"] = peer.prepare(given), True
     if plain:
-        contenders["dense, plain PyTorch"] = partial(with_base, forms.dense, operands.b), False
+        contenders["dense, plain PyTorch"] = partial(with_base, forms.dense, operands.b_by_rank), False
         # Beyond, it copies weights for minutes.
         if len(operands.inputs) <= 32:
             gather = torch.compile(forms.gather, fullgraph=True, dynamic=False)
@@ -244,7 +232,7 @@ def _contenders(operands: Operands, found: Mapping[str, peers.Peer], plain: bool
 def _exact(operands: Operands) -> Tensor:
     """The first rows of the first layer, in float64."""
     rows = operands.inputs[:64].double()
-    a, b = ([one.double() for one in stacks[0]] for stacks in (operands.a, operands.rows_of_b()))
+    a, b = ([stack.double() for stack in layers[0]] for layers in (operands.a, operands.b()))
     product = rows @ operands.base[0].double().t()
     return reference(product, rows, a, b, operands.indices[:64], operands.offsets)
 
@@ -253,10 +241,7 @@ def _check(name: str, point: Point, result: Tensor, exact: Tensor) -> None:
     # Others round in between; a wrong row or column is off by far more.
     allowed = 2e-2 * exact.abs().max().item()
     error = (result[: len(exact)].double() - exact).abs().max().item()
-    if not error <= allowed:
-        raise BenchError(
-            f"bench: {name} at {point}", f"an error of at most {allowed:.1e}", f"{error:.1e}", "Report it."
-        )
+    check_error(f"bench: {name} at {point}", error, allowed)
 
 
 def _captured(layer: Layer) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
@@ -299,12 +284,12 @@ def _timed(graphs: Mapping[str, tuple[torch.cuda.CUDAGraph, Any]], rounds: int) 
 
 def _launch_floors(rounds: int) -> tuple[float, float]:
     """Microseconds that one kernel, and two that depend on each other, take in a graph if they have nothing to do."""
-    one = torch.zeros(1, device="cuda")
+    number = torch.zeros(1, device="cuda")
 
     def launch(times: int, _: int) -> Tensor:
         for _ in range(times):
-            one.add_(1)
-        return one
+            number.add_(1)
+        return number
 
     first, second = timed_in_graphs({str(times): partial(launch, times) for times in (1, 2)}, rounds).values()
     return first.median, second.median

@@ -15,7 +15,7 @@ from torch import Tensor
 import xpu_lora_compile as xlc
 from xpu_lora_compile.adapters.bank import AdapterBank
 from xpu_lora_compile.adapters.folders import write_adapter
-from xpu_lora_compile.bench.measure import Timing, machine, timing_of
+from xpu_lora_compile.bench.measure import WRONG_NUMBERS, Timing, machine, timing_of
 from xpu_lora_compile.bench.model import BASE, MIXED, SMOLLM2, TARGETS
 from xpu_lora_compile.errors import BenchError
 
@@ -63,7 +63,7 @@ def run(
         BenchError: no such shape or device, the compiled logits are not the eager ones, or transformers is missing.
     """
     if shape not in SHAPES:
-        raise BenchError("bench gpu-model: --shape", ", ".join(SHAPES), repr(shape), "Correct it.")
+        raise BenchError("bench gpu-model: --shape", ", ".join(SHAPES), repr(shape), "Choose one of these.")
     if device != "cuda" or not torch.cuda.is_available():
         raise BenchError("bench gpu-model", "a CUDA device", "none", "Run it on a machine that has one.")
     model, bank, chosen = prepare(SHAPES[shape], batch, rank, slots, device)
@@ -85,7 +85,7 @@ def run(
         # Rounded to bfloat16 in every layer, at other places; without LoRA they are off by much more.
         if not error <= 1e-1 < 3e-1 < _difference(plain, eager):
             wanted = "the eager model's to within 1e-1"
-            raise BenchError("bench gpu-model: logits", wanted, f"{error:.1e}", "Report it.")
+            raise BenchError("bench gpu-model: logits", wanted, f"{error:.1e}", WRONG_NUMBERS)
         taken: dict[str, list[float]] = {BASE: [], MIXED: []}
         graphs = {BASE: base, MIXED: mixed}
         order = random.Random(0)  # noqa: S311

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.bench import forms
-from xpu_lora_compile.bench.measure import Timing, machine, measure
+from xpu_lora_compile.bench.measure import Timing, check_error, machine, measure
 from xpu_lora_compile.errors import BenchError
+from xpu_lora_compile.inspect.operands import RandomOperands
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,10 @@ def run(
             bank.load(name, Path(folder) / name)
         ours, without = torch.compile(served, backend="xpu_lora"), torch.compile(base)
         layer: Any = served[0]
+        draw = RandomOperands(0)
         for count in rows:
-            chosen = [names[slot] if slot < slots else None for slot in torch.randint(0, slots + 1, (count,)).tolist()]
-            inputs = torch.randn(count, features).to(layer.weight.dtype)
-            indices = torch.tensor([-1 if name is None else names.index(name) for name in chosen])
+            inputs, indices = draw.normal(count, features, dtype=layer.weight.dtype), draw.indices(count, slots)
+            chosen = [names[slot] if slot >= 0 else None for slot in indices.tolist()]
             stacked_b = layer.lora_b.contiguous()
             plain = torch.compile(_Plain(base[0], layer.lora_a, stacked_b, indices), fullgraph=True)
             with bank.use(chosen):
@@ -139,5 +140,4 @@ def _check(contenders: dict[str, Callable[[int], Any]], dtype: str) -> None:
     allowed = first.abs().max().item() * (1e-4 if dtype == "float32" else 5e-2)
     for name, result in results.items():
         error = (result.float() - first.float()).abs().max().item()
-        if not error <= allowed:
-            raise BenchError(f"bench layer: {name}", f"ours to within {allowed:.1e}", f"{error:.1e}", "Report it.")
+        check_error(f"bench layer: {name}, beside ours", error, allowed)

@@ -17,6 +17,11 @@ from pathlib import Path
 
 import torch
 
+from xpu_lora_compile.errors import BenchError
+
+# What to do where a contender's numbers are wrong: it is not timed.
+WRONG_NUMBERS = "Run `xpu-lora doctor` to see which of our ops are wrong here, and attach its report to an issue."
+
 # More than the caches hold: weights are rotated through at least so much memory.
 BEYOND_CACHES = 1 << 27
 
@@ -109,6 +114,16 @@ def timing_of(runs: list[float]) -> Timing:
     median = statistics.median(runs)
     first, _, third = statistics.quantiles(runs, n=4)
     return Timing(median * 1e6, (third - first) / 2 / median, len(runs))
+
+
+def check_error(where: str, error: float, allowed: float) -> None:
+    """Check that a contender computes what it should.
+
+    Raises:
+        BenchError: the error is more than what is allowed, or NaN.
+    """
+    if not error <= allowed:
+        raise BenchError(where, f"an error of at most {allowed:.1e}", f"{error:.1e}", WRONG_NUMBERS)
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -14,8 +14,16 @@ from torch import Tensor
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.bench import forms
-from xpu_lora_compile.bench.measure import BEYOND_CACHES, Timing, geometric_mean, machine, measure, without_stderr
-from xpu_lora_compile.errors import BenchError
+from xpu_lora_compile.bench.measure import (
+    BEYOND_CACHES,
+    Timing,
+    check_error,
+    geometric_mean,
+    machine,
+    measure,
+    without_stderr,
+)
+from xpu_lora_compile.inspect.operands import RandomOperands
 from xpu_lora_compile.kernels import native
 from xpu_lora_compile.ops.internal import ADD_LORA
 from xpu_lora_compile.ops.reference import lora_linear as reference
@@ -146,32 +154,19 @@ class _Operands:
     """Random operands of a point, as many sets as go beyond the caches."""
 
     def __init__(self, point: Point, device: str) -> None:
-        torch.manual_seed(0)
+        draw = RandomOperands(0, device, drawn_on=device)
         dtype = getattr(torch, point.dtype)
         size = sum(point.slots * point.rank * (point.features + width) * dtype.itemsize for width in point.widths)
         self.sets = min(16, -(-BEYOND_CACHES // (LAYERS * size))) * LAYERS
         self.offsets = [sum(point.widths[:s]) for s in range(len(point.widths))]
-
-        def random_of(*shape: int) -> Tensor:
-            return torch.randn(shape, device=device)
-
-        self.inputs = random_of(point.rows, point.features).to(dtype)
+        self.inputs = draw.normal(point.rows, point.features, dtype=dtype)
         # What the layers' base products would be: added to, and the next layer's input from its first columns on.
-        self.bases = [random_of(point.rows, sum(point.widths)).to(dtype) for _ in range(LAYERS)]
+        self.bases = [draw.normal(point.rows, sum(point.widths), dtype=dtype) for _ in range(LAYERS)]
         self.outputs = [base.clone() for base in self.bases]
-        # 10 % of the rows have no adapter, but the first always has one.
-        indices = torch.randint(0, point.slots, (point.rows,))
-        indices[1:][torch.rand(point.rows - 1) < 0.1] = -1
-        self.indices = indices.to(device)
-        self.a = [
-            [(random_of(point.slots, point.rank, point.features) / point.features**0.5).to(dtype) for _ in point.widths]
-            for _ in range(self.sets)
-        ]
-        # By rank, as the bank stores it.
-        self.b_by_rank = [
-            [(random_of(point.slots, point.rank, width) / point.rank**0.5).to(dtype) for width in point.widths]
-            for _ in range(self.sets)
-        ]
+        self.indices = draw.indices(point.rows, point.slots)
+        ranks = [point.rank] * point.slots
+        stacks = [draw.stacks(point.features, point.widths, ranks, dtype) for _ in range(self.sets)]
+        self.a, self.b_by_rank = map(list, zip(*stacks, strict=True))
 
     def reset(self) -> None:
         """Have the outputs be as the base products have just left them."""
@@ -180,18 +175,18 @@ class _Operands:
     def bytes_moved(self) -> int:
         """What one call must read and write at least: each used slot's weights, inputs, and outputs both ways."""
         used = [slot for slot in self.indices.unique().tolist() if slot >= 0]
-        weights: int = sum(one[used].nbytes for one in (*self.a[0], *self.b_by_rank[0]))
+        weights: int = sum(stack[used].nbytes for stack in (*self.a[0], *self.b_by_rank[0]))
         return weights + self.inputs.nbytes + 2 * self.outputs[0].nbytes
 
 
 def _measure(point: Point, device: str, seconds: float) -> Result:
     operands = _Operands(point, device)
-    b = [[one.transpose(1, 2) for one in each] for each in operands.b_by_rank]
-    by_row = [[one.contiguous() for one in each] for each in b]
+    b = [[stack.transpose(1, 2) for stack in slices] for slices in operands.b_by_rank]
+    by_row = [[stack.contiguous() for stack in slices] for slices in b]
     # Some need a slot of zeros for rows without an adapter.
     with_zeros = [
-        [[torch.cat([one, torch.zeros_like(one[:1])]) for one in each] for each in stacks]
-        for stacks in (operands.a, by_row)
+        [[torch.cat([stack, torch.zeros_like(stack[:1])]) for stack in slices] for slices in layers]
+        for layers in (operands.a, by_row)
     ]
     contenders: dict[str, Callable[[int], object]] = {
         OURS[0]: _call(_step(_ours, {"backend": "xpu_lora"}), operands, operands.a, b),
@@ -266,21 +261,18 @@ def _check(point: Point, operands: _Operands, b: Any, contenders: dict[str, Call
     """Compare every contender with the reference in float64, once."""
     exact, rows = [], operands.inputs.double()
     for base, a, layer_b in zip(operands.bases, operands.a[:LAYERS], b[:LAYERS], strict=True):
-        exact_a, exact_b = ([one.double() for one in stacks] for stacks in (a, layer_b))
+        exact_a, exact_b = ([stack.double() for stack in slices] for slices in (a, layer_b))
         exact.append(reference(base.double(), rows, exact_a, exact_b, operands.indices, operands.offsets))
         rows = exact[-1][:, : point.features]
     # Others round in between; a wrong row or column is off by far more.
-    allowed = max(one.abs().max().item() for one in exact) * (1e-4 if point.dtype == "float32" else 5e-2)
+    allowed = max(output.abs().max().item() for output in exact) * (1e-4 if point.dtype == "float32" else 5e-2)
     for name, contender in contenders.items():
         operands.reset()
         contender(0)
         error = max(
-            (output.double() - one).abs().max().item() for output, one in zip(operands.outputs, exact, strict=True)
+            (output.double() - right).abs().max().item() for output, right in zip(operands.outputs, exact, strict=True)
         )
-        if not error <= allowed:
-            raise BenchError(
-                f"bench: {name} at {point}", f"an error of at most {allowed:.1e}", f"{error:.1e}", "Report it."
-            )
+        check_error(f"bench: {name} at {point}", error, allowed)
 
 
 def _peak_memory(operands: _Operands, b: Any) -> int:
@@ -292,5 +284,5 @@ def _peak_memory(operands: _Operands, b: Any) -> int:
     for event in profile.events():
         held += event.self_cpu_memory_usage + event.self_device_memory_usage
         peak = max(peak, held)
-    ranks = sum(one.shape[1] for one in operands.a[0])
-    return int(peak) + native.scratch_bytes(len(operands.indices), ranks, max(one.shape[1] for one in operands.a[0]))
+    ranks = [stack.shape[1] for stack in operands.a[0]]
+    return int(peak) + native.scratch_bytes(len(operands.indices), sum(ranks), max(ranks))

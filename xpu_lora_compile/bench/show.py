@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from xpu_lora_compile.bench.measure import Timing, geometric_mean
+from xpu_lora_compile.command import print_parts
 from xpu_lora_compile.errors import BenchError
 from xpu_lora_compile.kernels import forced_kernel, kernel_named
 from xpu_lora_compile.terminal import FirstThatFits, plain_table
@@ -37,9 +38,9 @@ def check(device: str, dtypes: Sequence[str], sizes: Sequence[int], *files: Path
         kernel_named(forced)
     for dtype in dtypes:
         if dtype not in DTYPES:
-            raise BenchError("bench: dtype", ", ".join(DTYPES), repr(dtype), "Correct it.")
+            raise BenchError("bench: dtype", ", ".join(DTYPES), repr(dtype), "Choose one of these with --dtype.")
     if any(size < 1 for size in sizes):
-        raise BenchError("bench", "sizes of at least 1", str(list(sizes)), "Correct them.")
+        raise BenchError("bench", "sizes of at least 1", str(list(sizes)), "Give 1 or more for each.")
     if device not in ("cpu", "cuda", "xpu") or not (device == "cpu" or torch.get_device_module(device).is_available()):
         raise BenchError("bench: device", "cpu, or cuda or xpu where there is one", repr(device), "Choose another.")
     for file in files:
@@ -58,6 +59,33 @@ def progress(total: int | None = None) -> Iterator[Callable[[str], None]]:
             bar.update(task, advance=1, description=what)
 
         yield advance
+
+
+def print_run(
+    run: Any,
+    title: str,
+    first: str,
+    ours: str,
+    places: Mapping[str, Mapping[str, Timing]],
+    file: Path | None,
+    ours_is_faster: bool = False,
+) -> None:
+    """Print what was measured, with its machine and its summary, and write it as JSON if a file is given.
+
+    Args:
+        run: one of the benchmarks' runs.
+        title: what was timed.
+        first: what a place is.
+        ours: the contender of whose time the other times are multiples.
+        places: the timings of each contender at each place.
+        file: where the JSON goes.
+        ours_is_faster: whether "ours" in the summary is the faster of two ways to call ours.
+    """
+    print_parts(timings_table(f"{title}; {run.machine}", first, ours, places))
+    if summary := getattr(run, "summary", None):
+        print_parts(summary_table(summary, ours_is_faster))
+    print_parts(noise(places.values()))
+    save(run, file)
 
 
 def timings_table(title: str, first: str, ours: str, rows: Mapping[str, Mapping[str, Timing]]) -> FirstThatFits:
@@ -141,10 +169,9 @@ def plot(results: Sequence[Any], file: Path) -> None:
         rows = sorted(by_rows)
         for name in dict.fromkeys(name for each in by_rows.values() for result in each for name in result.timings):
             at = [t for t in rows if all(name in result.timings for result in by_rows[t])]
-            axes.plot(
-                at, [geometric_mean(one.timings[name].median for one in by_rows[t]) for t in at], "o-", label=name
-            )
-        floor = [geometric_mean(one.floor for one in by_rows[t]) for t in rows]
+            medians = [geometric_mean(result.timings[name].median for result in by_rows[t]) for t in at]
+            axes.plot(at, medians, "o-", label=name)
+        floor = [geometric_mean(result.floor for result in by_rows[t]) for t in rows]
         axes.plot(rows, floor, "k--", label="floor by bandwidth")
         axes.set(xscale="log", yscale="log", xlabel="T, rows", ylabel="microseconds a call")
         axes.set_title(f"{dtype}, {features} to {'+'.join(map(str, widths))}")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from xpu_lora_compile import ops
 from xpu_lora_compile.adapters.folders import write_adapter
 from xpu_lora_compile.errors import DeviceError, OptionError, own_error
+from xpu_lora_compile.inspect.operands import RandomOperands, every_kind_of_index, poison_unused_slots
 from xpu_lora_compile.inspect.verify import verify
 from xpu_lora_compile.kernels import choice_for, ipex, native, vendor
 from xpu_lora_compile.kernels.call import LoraCall
@@ -64,13 +65,13 @@ class Diagnosis:
     @property
     def is_right(self) -> bool:
         """Whether nothing was wrong."""
-        return all(one.is_right is not False for each in self.findings.values() for one in each)
+        return all(found.is_right is not False for part in self.findings.values() for found in part)
 
     @property
     def verdict(self) -> str:
         """In a sentence."""
-        checks = [one for each in self.findings.values() for one in each if one.is_right is not None]
-        wrong = [one.what for one in checks if not one.is_right]
+        checks = [found for part in self.findings.values() for found in part if found.is_right is not None]
+        wrong = [check.what for check in checks if not check.is_right]
         if wrong:
             return f"{len(wrong)} of {len(checks)} checks failed on {self.device}: {', '.join(wrong)}."
         return f"All {len(checks)} checks passed on {self.device}."
@@ -110,7 +111,7 @@ def examine(device: str, on_done: Callable[[str], None] = lambda _: None) -> Dia
         DeviceError: another type of device.
     """
     if device not in ("cpu", "cuda", "xpu"):
-        raise DeviceError("doctor: device", "cpu, cuda or xpu", repr(device), "Correct it.")
+        raise DeviceError("doctor: device", "cpu, cuda or xpu", repr(device), "Choose one of these.")
     diagnosis = Diagnosis(device)
     parts: dict[str, Callable[[str], Iterator[Finding]]] = {
         "installed": installed,
@@ -232,26 +233,19 @@ class _Operands:
     def __init__(
         self, rows: int, slots: int, rank: int, features: int, width: int, dtype: torch.dtype, device: str
     ) -> None:
-        generator = torch.Generator().manual_seed(rows + slots)
-
-        def random_of(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype)
-
-        kinds = (0, -1, slots, slots - 1, 2**40)
-        routing = [kinds[t % len(kinds)] for t in range(rows)]
+        self.normal = partial(RandomOperands(rows + slots, device).normal, dtype=dtype)
+        routing = every_kind_of_index(rows, slots)
         self.indices = torch.tensor(routing, device=device)
-        self.inputs, self.hidden = random_of(rows, features), random_of(rows, rank)
-        self.a, self.b = random_of(slots, rank, features) / 2, random_of(slots, width, rank) / 2
-        for slot in set(range(slots)) - set(routing):
-            self.a[slot], self.b[slot] = torch.nan, torch.nan
-        self.random_of = random_of
+        self.inputs, self.hidden = self.normal(rows, features), self.normal(rows, rank)
+        self.a = poison_unused_slots(self.normal(slots, rank, features, scale=0.5), routing)
+        self.b = poison_unused_slots(self.normal(slots, width, rank, scale=0.5), routing)
 
     def calls(self, columns: int) -> Iterator[tuple[str, dict[str, Any]]]:
         rows, width = len(self.inputs), self.b.shape[1]
         indices = {"lora_indices_tensor": self.indices}
-        rank_vectors = {"output_tensor": self.random_of(rows, self.a.shape[1]), "inputs": self.inputs}
+        rank_vectors = {"output_tensor": self.normal(rows, self.a.shape[1]), "inputs": self.inputs}
         yield "bgmv_shrink", rank_vectors | {"lora_a_weights": self.a} | indices | {"scaling": 0.5}
-        outputs = {"output_tensor": self.random_of(rows, columns), "inputs": self.hidden, "lora_b_weights": self.b}
+        outputs = {"output_tensor": self.normal(rows, columns), "inputs": self.hidden, "lora_b_weights": self.b}
         yield "bgmv_expand", outputs | indices | {"add_inputs": True}
         if columns >= width:
             where = {"slice_offset": columns - width, "slice_size": width}
@@ -278,7 +272,7 @@ def opchecks(device: str) -> Iterator[Finding]:
     for op, arguments in operands.calls(10):
         with torch.no_grad():
             result = torch.library.opcheck(handles[op], tuple(arguments.values()))
-        yield Finding(op, ", ".join(result), all(one == "SUCCESS" for one in result.values()))
+        yield Finding(op, ", ".join(result), all(said == "SUCCESS" for said in result.values()))
 
 
 class _Block(nn.Module):

@@ -96,7 +96,9 @@ def fuel() -> int | None:
     if not value:
         return None
     if not value.isdecimal():
-        raise OptionError(FUEL, "a number of rewrites, 0 or more", repr(value), "Correct it, or unset it.")
+        raise OptionError(
+            FUEL, "a number of rewrites, 0 or more", repr(value), "Give a number of rewrites, 0 or more, or unset it."
+        )
     return int(value)
 
 
@@ -113,7 +115,9 @@ def _dump_root() -> Path | None:
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OptionError(DUMP, "a folder that can be made", str(error), "Correct it, or unset it.") from error
+        raise OptionError(
+            DUMP, "a folder that can be made", str(error), "Name a folder you may write to, or unset it."
+        ) from error
     return Path(root)
 
 

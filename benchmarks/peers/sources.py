@@ -1,4 +1,4 @@
-"""Loads the few modules of vLLM, SGLang and LMDeploy that `peers` calls, from folders as their wheels or sdists unpack.
+"""Loads the few modules of vLLM, SGLang and LMDeploy that the peers call, from folders into which wheels were unpacked.
 
 They are the files themselves, run as they are. All else of these packages is stood in for, so that nothing that they
 depend on need be installed, and is infrastructure: loggers, questions about the platform, the registration of custom
@@ -223,10 +223,10 @@ class _Model:
 
 def _converted(hint: Any, value: Any) -> Any:
     # `X | None`, `list[X]`, `dict[str, X]`, or a class.
-    inner = [one for one in typing.get_args(hint) if one is not type(None)]
+    inner = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     if isinstance(value, list):
         (of,) = typing.get_args(inner[0]) or inner
-        return [_converted(of, one) for one in value]
+        return [_converted(of, item) for item in value]
     kind = hint if isinstance(hint, type) else inner[0]
     if isinstance(kind, type) and issubclass(kind, _Model) and isinstance(value, dict):
         return kind.model_validate(value)

@@ -1,0 +1,1 @@
+"""What the repository measures and no user installs."""
