@@ -9,9 +9,11 @@ from importlib.util import find_spec
 
 import pytest
 
-# Before torch is imported; the folder goes away with the process.
-_CACHE = tempfile.TemporaryDirectory(prefix="xpu-lora-tests-", ignore_cleanup_errors=True)
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
+# Before torch is imported; the folder goes away with the process. Those that pytest-xdist starts share their parent's:
+# precompiled headers and what the compiler says of the processor take as long to make as ten graphs.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="xpu-lora-tests-", ignore_cleanup_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Where there is no GPU to run them, Triton's interpreter runs the kernels. It is asked for as Triton is imported; a
 # process that a test starts sees it, too.

@@ -83,7 +83,7 @@ def test_the_generated_code_calls_the_internal_ops_and_copies_nothing(model: Mod
     options = {"backend": "xpu_lora"} if through == "backend" else {"options": xlc.inductor_options()}
     _, (code,) = run_and_get_code(torch.compile(model, fullgraph=True, **options), *batch())
     # On CUDA the base product is in the call; a CPU's is what `native_add_lora` is composed of.
-    op = {"cuda": "linear_lora", "cpu": "native_add_slices"}.get(DEVICE.type, ADD_HERE)
+    op = {"cuda": "linear_with_lora", "cpu": "native_add_slices"}.get(DEVICE.type, ADD_HERE)
     assert code.count(f"torch.ops.xpu_lora.{op}.default(") == 1
     route = "route_tiles" if DEVICE.type == "cuda" else "route"
     assert code.count(f"torch.ops.xpu_lora.{route}.default(") == ROUTINGS_HERE

@@ -28,7 +28,7 @@ from support.peft_folders import (
 from torch import Tensor
 
 from xpu_lora_compile.adapters import checkpoint
-from xpu_lora_compile.adapters.checkpoint import WEIGHTS_FILE, LoraWeights, Site, read_checkpoint
+from xpu_lora_compile.adapters.checkpoint import WEIGHTS_FILE, LoraWeights, ModuleSizes, read_checkpoint
 from xpu_lora_compile.adapters.config import read_config
 from xpu_lora_compile.adapters.files import PICKLE_FILE
 from xpu_lora_compile.adapters.names import BaseModel
@@ -55,7 +55,7 @@ HEAD_COPY = "base_model.model.lm_head.base_layer.weight"
 
 def read(
     folder: Path,
-    sites: Mapping[str, Site] = SITES,
+    sites: Mapping[str, ModuleSizes] = SITES,
     base: BaseModel = BASE,
     max_rank: int = 8,
     **options: Any,

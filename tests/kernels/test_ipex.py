@@ -17,7 +17,7 @@ import xpu_lora_compile as xlc
 from xpu_lora_compile.errors import KernelError
 from xpu_lora_compile.kernels import choice_for, force_kernel, ipex, kernel_for
 from xpu_lora_compile.kernels.call import LoraCall
-from xpu_lora_compile.kernels.routing import Routing
+from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.ops import reference
 from xpu_lora_compile.ops.budget import budget_of
 
@@ -49,7 +49,7 @@ MORE = (
 
 def call() -> LoraCall:
     x, a, b = torch.zeros(2, 4, dtype=BF16), torch.zeros(3, 2, 4, dtype=BF16), torch.zeros(3, 5, 2, dtype=BF16)
-    return LoraCall([torch.zeros(2, 5, dtype=BF16)], x, [a], [b], Routing(torch.zeros(2, dtype=torch.int64), 3))
+    return LoraCall([torch.zeros(2, 5, dtype=BF16)], x, [a], [b], RowRouting(torch.zeros(2, dtype=torch.int64), 3))
 
 
 def test_it_is_chosen_by_force_alone(monkeypatch: pytest.MonkeyPatch) -> None:

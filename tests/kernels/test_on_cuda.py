@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.kernels import force_kernel, triton_launch
-from xpu_lora_compile.ops import ADD_LORA, LINEAR_LORA, ROUTE_TILES, reference
+from xpu_lora_compile.ops import ADD_LORA, LINEAR_WITH_LORA, ROUTE_TILES, reference
 
 pytestmark = pytest.mark.skipif(
     DEVICE.type != "cuda" or bool(triton_launch.problem("cuda")),
@@ -61,9 +61,9 @@ class Layer:
         ADD_LORA(outputs, self.x, self.a, self.b, self.indices, [0, 1], [0, 0], 0.5, **self.prepared())
         return outputs
 
-    def linear_lora(self) -> list[Tensor]:
+    def linear_with_lora(self) -> list[Tensor]:
         lora = (self.a, self.b, self.indices, [0, 1], [0, 0], 0.5)
-        results: list[Tensor] = LINEAR_LORA(self.x, self.weights, self.biases, *lora, **self.prepared())
+        results: list[Tensor] = LINEAR_WITH_LORA(self.x, self.weights, self.biases, *lora, **self.prepared())
         return results
 
     def check(self, results: list[Tensor], what: str) -> None:
@@ -78,7 +78,7 @@ class Layer:
 
 
 @pytest.mark.parametrize("rows", [1, 8, 40, 300])
-@pytest.mark.parametrize("op", ["add_lora", "linear_lora"])
+@pytest.mark.parametrize("op", ["add_lora", "linear_with_lora"])
 def test_a_captured_graph_replays_with_other_rows_and_other_adapters(op: str, rows: int) -> None:
     layer = Layer(rows)
     call: Callable[[], list[Tensor]] = getattr(layer, op)
@@ -222,7 +222,7 @@ def test_a_row_has_the_same_bits_in_every_batch_of_a_product_with_lora_inside(ra
     def run(rows: slice) -> list[Tensor]:
         lora = (a, b, indices[rows], [0, 1], [0, 0], 0.5)
         tiles = ROUTE_TILES(indices[rows], 3)
-        results: list[Tensor] = LINEAR_LORA(x[rows], weights, [None, None], *lora, tiles=tiles)
+        results: list[Tensor] = LINEAR_WITH_LORA(x[rows], weights, [None, None], *lora, tiles=tiles)
         return results
 
     with torch.no_grad(), force_kernel("triton"):
@@ -249,7 +249,7 @@ def test_operands_need_not_be_on_the_current_device(rows: int) -> None:
         # By way of the host: a copy from device to device would let each read the other's memory.
         there = [one.cpu().to(device) for one in (x, weight, a, b, indices)]
         lora = ([there[2]], [there[3]], there[4], [0], [0], 0.5)
-        (added,) = LINEAR_LORA(there[0], [there[1]], [None], *lora, tiles=ROUTE_TILES(there[4], K))
+        (added,) = LINEAR_WITH_LORA(there[0], [there[1]], [None], *lora, tiles=ROUTE_TILES(there[4], K))
         hidden, base = torch.zeros(rows, R, device=device), added.clone()
         xlc.bgmv_shrink(hidden, there[0], there[2], there[4], 0.5)
         xlc.bgmv_expand(base, hidden, there[3], there[4], add_inputs=True)
@@ -292,7 +292,7 @@ def test_a_stack_of_more_than_2_to_the_31_elements() -> None:
     b = b.transpose(1, 2)
     x = normal(4, features, seed=5) / 32
     indices = torch.tensor([0, slots - 1, slots, -1], device=DEVICE)
-    # What `linear_lora` computes first is 0 here.
+    # What `linear_with_lora` computes first is 0 here.
     weight = torch.zeros(32, features, dtype=BF16, device=DEVICE)
     expected = reference.lora_linear(
         torch.zeros(4, 32),
@@ -307,6 +307,6 @@ def test_a_stack_of_more_than_2_to_the_31_elements() -> None:
         tiles = ROUTE_TILES(indices, slots)
         output = torch.zeros(4, 32, dtype=BF16, device=DEVICE)
         ADD_LORA([output], x, [a], [b], indices, [0], [0], 0.5, tiles=tiles)
-        (result,) = LINEAR_LORA(x, [weight], [None], [a], [b], indices, [0], [0], 0.5, tiles=tiles)
+        (result,) = LINEAR_WITH_LORA(x, [weight], [None], [a], [b], indices, [0], [0], 0.5, tiles=tiles)
     for got in (output, result):
         torch.testing.assert_close(got.cpu().float(), expected, atol=2**-6, rtol=2**-6)

@@ -28,7 +28,7 @@ from xpu_lora_compile.kernels import (
     triton_launch,
 )
 from xpu_lora_compile.kernels.call import LoraCall
-from xpu_lora_compile.kernels.routing import Routing
+from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.torch_internals import without_memory
 
 NO_TRITON = "Triton is not installed"
@@ -42,7 +42,7 @@ def call_on(device: str, rows: int = 4, dtype: torch.dtype = torch.bfloat16) -> 
         return torch.empty(shape, device=device, dtype=dtype)
 
     indices = torch.zeros(rows, device=device, dtype=torch.int64)
-    return LoraCall([empty(rows, 6)], empty(rows, 8), [empty(3, 2, 8)], [empty(3, 6, 2)], Routing(indices, 3))
+    return LoraCall([empty(rows, 6)], empty(rows, 8), [empty(3, 2, 8)], [empty(3, 6, 2)], RowRouting(indices, 3))
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_the_vendors_kernel_comes_first_on_an_intel_gpu_and_takes_whole_calls(
         with force_kernel("vendor"), pytest.raises(KernelError, match="cannot: weights must be float16"):
             kernel_for(call_on("xpu", dtype=torch.float32))
         # Of a graph that was compiled for Triton, whose table of tiles is there.
-        tiled = Routing(call.routing.indices, 3, tiles=call.routing.indices)
+        tiled = RowRouting(call.routing.indices, 3, tiles=call.routing.indices)
         compiled = LoraCall(call.outputs, call.inputs, call.lora_a, call.lora_b, tiled)
         assert kernel_for(compiled).name == "triton"
 
@@ -197,7 +197,7 @@ def test_each_kernel_has_a_name_of_its_own_and_an_op_that_exists() -> None:
 def test_gather_copies_weights_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no call takes memory for the weights of all its rows."""
     weights, inputs = torch.randn(3, 5, 7), torch.randn(11, 7)
-    routing = Routing(torch.tensor([0, 2, 1, 1, 0, 2, -1, 0, 3, 2, 1]), 3)
+    routing = RowRouting(torch.tensor([0, 2, 1, 1, 0, 2, -1, 0, 3, 2, 1]), 3)
     whole = kernel_named("gather").products(inputs, weights, routing)  # type: ignore[attr-defined]
     monkeypatch.setattr(portable, "LARGEST_COPY", 3 * 5 * 7)
     largest = 0

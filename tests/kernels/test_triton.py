@@ -24,7 +24,7 @@ from xpu_lora_compile import lora_linear
 from xpu_lora_compile.inspect.operands import RandomOperands
 from xpu_lora_compile.kernels import force_kernel, triton_launch
 from xpu_lora_compile.kernels.sizes import Sizes
-from xpu_lora_compile.ops import ADD_LORA, LINEAR_LORA, ROUTE_TILES, reference
+from xpu_lora_compile.ops import ADD_LORA, LINEAR_WITH_LORA, ROUTE_TILES, reference
 from xpu_lora_compile.ops.budget import Budget, _gamma, _half_ulp, budget_of
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -51,7 +51,7 @@ def _new_memory_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each linear_lora that runs, whether one kernel computed base products and LoRA."""
+    """For each linear_with_lora that runs, whether one kernel computed base products and LoRA."""
     answers: list[bool] = []
     real = triton_launch._fits_linears
 
@@ -219,10 +219,10 @@ class Operands:
     def prepared(self) -> dict[str, Tensor | None]:
         return {"tiles": ROUTE_TILES(self.indices, len(self.a[0])), "ranks": self.ranks}
 
-    def linear_lora(self) -> list[Tensor]:
+    def linear_with_lora(self) -> list[Tensor]:
         lora = (self.a, self.b, self.indices, self.products, self.offsets, self.scaling)
         with torch.no_grad(), force_kernel("triton"):
-            results: list[Tensor] = LINEAR_LORA(self.x, self.weights, self.biases, *lora, **self.prepared())
+            results: list[Tensor] = LINEAR_WITH_LORA(self.x, self.weights, self.biases, *lora, **self.prepared())
         return results
 
     def bases(self) -> list[Tensor]:
@@ -300,7 +300,7 @@ APART = (
 @pytest.mark.parametrize("layer", [*TOGETHER, *APART], ids=str)
 def test_linear_lora_is_a_linear_with_lora(layer: Layer, fused: list[bool]) -> None:
     operands = Operands.of(layer)
-    results = operands.linear_lora()
+    results = operands.linear_with_lora()
     assert fused == [layer in TOGETHER]
     check(results, operands, None, "" if layer in TOGETHER else "base")
 
@@ -331,7 +331,7 @@ def test_a_product_is_added_to_lora_of_all_columns(
     added: list[bool] = []
     real = triton_launch.expand_all
     monkeypatch.setattr(triton_launch, "expand_all", lambda *a, **k: (added.append(k.get("add", True)), real(*a, **k)))
-    results = operands.linear_lora()
+    results = operands.linear_with_lora()
     assert added == ([] if layer.T == 0 else [layer not in FIRST])
     check(results, operands, None, "delta" if layer in FIRST else "base")
 
@@ -350,7 +350,7 @@ ranked = pytest.mark.parametrize("layer", RANKED, ids=str)
 @ranked
 def test_nothing_beyond_the_rank_of_a_slot_is_read_beside_a_product(layer: Layer, fused: list[bool]) -> None:
     operands = Operands.of(layer)
-    results = operands.linear_lora()
+    results = operands.linear_with_lora()
     # A rank above 64 is not for the one kernel.
     assert fused == [layer.T <= 16 and max(layer.ranks or ()) <= 64]
     check(results, operands, None, "" if fused[0] else "base")
@@ -390,10 +390,10 @@ def test_nothing_beyond_the_rank_of_a_slot_is_read_by_the_public_op(layer: Layer
 )
 def test_a_rank_above_that_of_the_stack_counts_as_its_own(ranks: Tensor, layer: Layer, fused: list[bool]) -> None:
     operands = Operands.of(replace(layer, ranks=None))
-    exact = operands.linear_lora()
+    exact = operands.linear_with_lora()
     whole = ranks if ranks._base is None else ranks._base
     operands.ranks = whole.to(DEVICE).as_strided(ranks.shape, ranks.stride())
-    for got, wanted in zip(operands.linear_lora(), exact, strict=True):
+    for got, wanted in zip(operands.linear_with_lora(), exact, strict=True):
         assert same_bits(got, wanted)
 
 
@@ -410,9 +410,9 @@ def test_rows_without_an_adapter_have_the_bits_of_a_run_without_any(layer: Layer
     operands = Operands.of(layer)
     without = [not 0 <= i < layer.K for i in operands.indices.tolist()]
     assert any(without)
-    results = operands.linear_lora()
+    results = operands.linear_with_lora()
     operands.indices = torch.full_like(operands.indices, -1)
-    for got, plain in zip(results, operands.linear_lora(), strict=True):
+    for got, plain in zip(results, operands.linear_with_lora(), strict=True):
         assert same_bits(got[without], plain[without])
         # Columns that no slice covers, in all rows.
         covered = covered_by(layer, got)
@@ -423,12 +423,12 @@ def test_rows_without_an_adapter_have_the_bits_of_a_run_without_any(layer: Layer
 @pytest.mark.parametrize("layer", [TOGETHER[6], TOGETHER[8], APART[2], APART[3], RANKED[1]], ids=str)
 def test_nan_in_one_slot_stays_in_its_rows_and_columns(layer: Layer, fused: list[bool]) -> None:
     operands = Operands.of(layer)
-    clean = operands.linear_lora()
+    clean = operands.linear_with_lora()
     slot = max(i for i in operands.indices.tolist() if 0 <= i < layer.K)
     for stack in (*operands.a, *operands.b):
         stack[slot] = torch.nan
     mine = operands.indices == slot
-    for dirty, wanted in zip(operands.linear_lora(), clean, strict=True):
+    for dirty, wanted in zip(operands.linear_with_lora(), clean, strict=True):
         assert same_bits(dirty[~mine], wanted[~mine])
         covered = covered_by(layer, dirty)
         assert dirty[mine][:, covered].isnan().all()
@@ -466,7 +466,7 @@ def test_operands_that_are_not_stored_alike_are_read_rightly(
 ) -> None:
     operands = Operands.of(Layer(T=rows, **QKV))
     edit(operands)
-    check(operands.linear_lora(), operands, None, "base")
+    check(operands.linear_with_lora(), operands, None, "base")
     assert fused == [False]
     bases = operands.bases()
     check(operands.add_lora([base.clone() for base in bases]), operands, bases)
@@ -514,7 +514,7 @@ def test_no_size_of_a_tile_changes_a_bit(
     bases = operands.bases()
     for sizes in _settings():
         use(sizes, monkeypatch)
-        results = operands.linear_lora() + operands.add_lora([base.clone() for base in bases])
+        results = operands.linear_with_lora() + operands.add_lora([base.clone() for base in bases])
         check(results[:2], operands, None, "base")
         check(results[2:], operands, bases)
         first = first or results
@@ -573,7 +573,7 @@ driver.set_active(Driver())
 from dataclasses import replace
 from xpu_lora_compile.kernels import triton_kernels, triton_launch
 from xpu_lora_compile.kernels.call import LoraCall
-from xpu_lora_compile.kernels.routing import Routing
+from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.kernels.sizes import Sizes
 
 made = {}
@@ -605,7 +605,7 @@ def compile_all(rows, dtype, R, widths, has_base):
     x, indices = torch.empty(rows, D, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
     a = [torch.empty(K, R, D, dtype=dtype) for _ in widths]
     b = [torch.empty(K, R, w, dtype=dtype).transpose(1, 2) for w in widths]
-    routing = Routing(indices, K, torch.full((K,), R, dtype=torch.int32))
+    routing = RowRouting(indices, K, torch.full((K,), R, dtype=torch.int32))
     outputs = [torch.empty(rows, w, dtype=dtype) for w in widths]
     call, kernel = LoraCall(outputs, x, a, b, routing, slices, [0] * len(widths), 0.5), triton_launch.Triton()
     kernel.add_lora(call)
@@ -613,7 +613,7 @@ def compile_all(rows, dtype, R, widths, has_base):
     kernel.expand(LoraCall(outputs[:1], torch.empty(rows, R), [], b[:1], routing))
     if has_base:
         weights = [torch.empty(w, D, dtype=dtype) for w in widths]
-        kernel.linear_lora(replace(call, outputs=()), weights, [None] * len(widths))
+        kernel.linear_with_lora(replace(call, outputs=()), weights, [None] * len(widths))
 
 
 for rows, dtype, *rest in json.loads(sys.argv[2]):

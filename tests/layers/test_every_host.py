@@ -19,7 +19,7 @@ from xpu_lora_compile.adapters.folders import write_adapter
 from xpu_lora_compile.errors import AttachError, UnsupportedAdapterError
 from xpu_lora_compile.layers import HOSTS, Host, host_of
 from xpu_lora_compile.layers.host import LoraLayer
-from xpu_lora_compile.rows.routing import Routing
+from xpu_lora_compile.rows.routing import BatchRouting
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,13 @@ def test_a_layer_says_how_many_dimensions_of_its_input_are_no_rows(
     bank, layer = attached(model)
     bank._slots[0] = "a"
     said: list[int] = []
-    rows_of = Routing.rows_of
+    rows_of = BatchRouting.rows_of
 
-    def noted(self: Routing, layer: Any, inputs: Tensor, features: int) -> Tensor | None:
+    def noted(self: BatchRouting, layer: Any, inputs: Tensor, features: int) -> Tensor | None:
         said.append(features)
         return rows_of(self, layer, inputs, features)
 
-    monkeypatch.setattr(Routing, "rows_of", noted)
+    monkeypatch.setattr(BatchRouting, "rows_of", noted)
     with torch.no_grad(), bank.use(["a", None, "a"]):
         model(example.inputs)
     assert said == [layer.lora_features]

@@ -15,7 +15,7 @@ from xpu_lora_compile.ops import (
     ADD_LORA,
     EXPAND,
     EXPAND_SLICE,
-    LINEAR_LORA,
+    LINEAR_WITH_LORA,
     LORA_LINEARS,
     ROUTE,
     ROUTE_TILES,
@@ -115,8 +115,8 @@ def _ranked(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     return {
         "add_lora-tiles": (ADD_LORA, (outputs, inputs, *lora, indices, *rest, *tiles)),
         "add_lora-tiles-ranks": (ADD_LORA, (outputs, inputs, *lora, indices, *rest, *tiles, ranks)),
-        "linear_lora": (LINEAR_LORA, (inputs, weights, biases, *lora, indices, *rest, *tiles)),
-        "linear_lora-ranks": (LINEAR_LORA, (inputs, weights, biases, *lora, indices, *rest, *tiles, ranks)),
+        "linear_with_lora": (LINEAR_WITH_LORA, (inputs, weights, biases, *lora, indices, *rest, *tiles)),
+        "linear_with_lora-ranks": (LINEAR_WITH_LORA, (inputs, weights, biases, *lora, indices, *rest, *tiles, ranks)),
         "lora_linear-ranks": (LORA_LINEAR_OP, (base, inputs, [a], [b], indices, offsets, scaling, ranks)),
         "lora_linears-ranks": (LORA_LINEARS, (outputs, inputs, *lora, indices, *rest, ranks)),
     }
@@ -132,8 +132,8 @@ with_triton = pytest.mark.skipif("triton" not in KERNELS_HERE, reason="Triton is
     [
         "add_lora-tiles",
         "add_lora-tiles-ranks",
-        "linear_lora",
-        "linear_lora-ranks",
+        "linear_with_lora",
+        "linear_with_lora-ranks",
         "lora_linear-ranks",
         "lora_linears-ranks",
     ],

@@ -7,7 +7,7 @@ import torch
 from torch.fx import Graph
 
 from xpu_lora_compile.kernels import KERNELS
-from xpu_lora_compile.kernels.routing import Routing
+from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.ops import LORA_LINEAR
 from xpu_lora_compile.passes.calls import EXPANDS, LORA_OPS, ROUTINGS, SHRINKS, WHOLE, LoraNode, name_of
 from xpu_lora_compile.torch_internals import schemas_of
@@ -38,7 +38,7 @@ def test_operands_are_read_by_name_whichever_op_it_is(op: torch._ops.OpOverload)
     if op in WHOLE:
         assert (call.lora_a, call.lora_b) == ([given["lora_a"]], [given["lora_b"]])
         assert call.scaling is given["scaling"]
-    assert call.prepared == {name: given[name] for name in Routing.PREPARED if name in given}
+    assert call.prepared == {name: given[name] for name in RowRouting.PREPARED if name in given}
     outputs = {node.name for node in call.outputs}
     assert outputs <= {"outputs", "bases", "output", "output_tensor", "base"}
     assert bool(outputs) == ("weights" not in given or op not in WHOLE)

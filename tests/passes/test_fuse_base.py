@@ -74,8 +74,8 @@ def test_a_layer_of_a_model_computes_base_and_lora_in_one_call() -> None:
     model, bank = attached()
     with bank.use(NAMES):
         (text,) = graphs_of_compiling(model, X)
-    assert "linear(%" not in text.replace("linear_lora(", "")
-    assert calls_in(text, "route_tiles") == calls_in(text, "linear_lora") == 1
+    assert "linear(%" not in text.replace("linear_with_lora(", "")
+    assert calls_in(text, "route_tiles") == calls_in(text, "linear_with_lora") == 1
     assert calls_in(text, "add_lora") == 0
 
 
@@ -112,7 +112,7 @@ def test_products_and_lora_become_one_call() -> None:
         ours(text),
         """\
 %9: i32[tiles] = xpu_lora.route_tiles(%0, 3)
-xpu_lora.linear_lora(%1, (%2, %3), (%4, None), (%5, %6), (%7, %8), %0, (0, 1), (0, 0), 0.5, tiles=%9)""",
+xpu_lora.linear_with_lora(%1, (%2, %3), (%4, None), (%5, %6), (%7, %8), %0, (0, 1), (0, 0), 0.5, tiles=%9)""",
     )
 
 
@@ -125,7 +125,7 @@ def test_the_ranks_of_the_slots_go_with_it() -> None:
         ours(text),
         """\
 %6: i32[tiles] = xpu_lora.route_tiles(%0, 3)
-xpu_lora.linear_lora(%1, (%2), (None), (%3), (%4), %0, (0), (0), 0.5, tiles=%6, ranks=%5)""",
+xpu_lora.linear_with_lora(%1, (%2), (None), (%3), (%4), %0, (0), (0), 0.5, tiles=%6, ranks=%5)""",
     )
     with torch.no_grad(), force_kernel("gather"):
         expected = ranked(ROWS, WQ, RANKS)
@@ -234,7 +234,7 @@ def test_what_is_more_than_a_product_of_the_same_input_is_left_alone(function: C
     with torch.no_grad(), xlc.record_decisions() as decisions:
         got = compiled_with(passes, function)(ROWS, WQ, BIAS)
     assert calls_in(texts[0], "add_lora") == 1
-    assert calls_in(texts[0], "linear_lora") == 0
+    assert calls_in(texts[0], "linear_with_lora") == 0
     assert all(NOT_JUST in one.notes for one in decisions)
     with torch.no_grad(), force_kernel("gather"):
         expected = function(ROWS, WQ, BIAS)
@@ -284,7 +284,7 @@ def test_a_quantized_weight_keeps_its_own_product() -> None:
         got = torch.compile(model, backend="xpu_lora")(X)
         with force_kernel("gather"):
             torch.testing.assert_close(got, model(X), atol=1e-5, rtol=1e-5)
-    assert (calls_in(text, "linear_lora"), calls_in(text, "add_lora")) == (0, 1)
+    assert (calls_in(text, "linear_with_lora"), calls_in(text, "add_lora")) == (0, 1)
 
 
 def test_a_product_that_is_used_afterwards_means_its_sum() -> None:
@@ -297,7 +297,7 @@ def test_a_product_that_is_used_afterwards_means_its_sum() -> None:
         return output.cos() + output[:, :1]
 
     (text,) = graphs_of_compiling(in_place, ROWS, WQ)
-    assert (calls_in(text, "linear_lora"), calls_in(text, "add_lora")) == (1, 0)
+    assert (calls_in(text, "linear_with_lora"), calls_in(text, "add_lora")) == (1, 0)
     with torch.no_grad():
         got = compiled_with(xlc.rewrite, in_place)(ROWS, WQ)
         with force_kernel("gather"):
@@ -307,13 +307,13 @@ def test_a_product_that_is_used_afterwards_means_its_sum() -> None:
 def test_products_stay_where_somebody_looks_at_what_lora_is_added_to() -> None:
     keeping = partial(xlc.rewrite, keep_bases=True)
     (text,) = graphs_of_compiling(query_and_key, ROWS, WQ, WK, BIAS, passes=keeping)
-    assert (calls_in(text, "linear_lora"), calls_in(text, "add_lora")) == (0, 1)
+    assert (calls_in(text, "linear_with_lora"), calls_in(text, "add_lora")) == (0, 1)
 
 
 def test_another_kernel_is_left_alone() -> None:
     with force_kernel("gather"):
         (text,) = graphs_of_compiling(query_and_key, ROWS, WQ, WK, BIAS)
-    assert (calls_in(text, "linear_lora"), calls_in(text, "add_lora")) == (0, 1)
+    assert (calls_in(text, "linear_with_lora"), calls_in(text, "add_lora")) == (0, 1)
 
 
 def test_a_call_that_carries_gradients_is_left_alone() -> None:
@@ -333,7 +333,7 @@ def test_a_call_that_carries_gradients_is_left_alone() -> None:
         w = WQ.clone().requires_grad_()
         grads.append(torch.autograd.grad(called(ROWS, w).sum(), w)[0])
     torch.testing.assert_close(*grads)
-    assert calls_in(texts[0], "linear_lora") == calls_in(texts[0], "add_lora") == 0
+    assert calls_in(texts[0], "linear_with_lora") == calls_in(texts[0], "add_lora") == 0
 
 
 def test_a_call_in_a_subgraph_is_left_alone() -> None:
@@ -341,7 +341,7 @@ def test_a_call_in_a_subgraph_is_left_alone() -> None:
         return torch.cond(x.sum() < 99, lambda x: lora(linear(x, w), x, 0), lambda x: x + 1, (x,))
 
     (text,) = graphs_of_compiling(branch, ROWS, WQ)
-    assert calls_in(text, "linear_lora") == 0
+    assert calls_in(text, "linear_with_lora") == 0
     with torch.no_grad():
         got = compiled_with(xlc.rewrite, branch)(ROWS, WQ)
         with force_kernel("gather"):
@@ -360,7 +360,11 @@ def test_a_program_for_export_is_left_alone(tmp_path: Path) -> None:
         program = torch.export.export(Layer(), operands)
         xlc.rewrite(program)
         text = as_text(program.graph_module)
-        assert (calls_in(text, "linear_lora"), calls_in(text, "route_tiles"), calls_in(text, "add_lora")) == (0, 0, 1)
+        assert (calls_in(text, "linear_with_lora"), calls_in(text, "route_tiles"), calls_in(text, "add_lora")) == (
+            0,
+            0,
+            1,
+        )
         torch.export.save(program, tmp_path / "program.pt2")
         loaded = torch.export.load(tmp_path / "program.pt2").module()
         got = loaded(*operands)
@@ -398,7 +402,7 @@ def test_a_dynamic_batch_is_compiled_once() -> None:
             got = compiled(x, indices)
             with force_kernel("gather"):
                 torch.testing.assert_close(got, function(x, indices), atol=1e-4, rtol=1e-4)
-    assert [calls_in(text, "linear_lora") for text in texts] == [1]
+    assert [calls_in(text, "linear_with_lora") for text in texts] == [1]
 
 
 def test_running_twice_changes_nothing() -> None:
@@ -418,7 +422,7 @@ def test_without_fuel_base_and_lora_stay_apart(monkeypatch: pytest.MonkeyPatch) 
     for fuel in ("2", "3"):
         monkeypatch.setenv("XPU_LORA_FUEL", fuel)
         (text,) = graphs_of_compiling(query_and_key, ROWS, WQ, WK, BIAS)
-        counts.append((calls_in(text, "add_lora"), calls_in(text, "linear_lora")))
+        counts.append((calls_in(text, "add_lora"), calls_in(text, "linear_with_lora")))
     assert counts == [(1, 0), (0, 1)]
 
 

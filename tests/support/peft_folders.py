@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from xpu_lora_compile.adapters.checkpoint import WEIGHTS_FILE, Site
+from xpu_lora_compile.adapters.checkpoint import WEIGHTS_FILE, ModuleSizes
 from xpu_lora_compile.adapters.config import CONFIG_FILE
 
 # What PEFT can be told about ranks, scalings and targets, by name: one real folder each.
@@ -75,14 +75,14 @@ def lora_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
     }
 
 
-def sites_of(model: nn.Module) -> dict[str, Site]:
+def sites_of(model: nn.Module) -> dict[str, ModuleSizes]:
     """Return a site for every linear layer and embedding of the model; the vocabulary's are padded."""
     sites = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            sites[name] = Site("linear", module.in_features, module.out_features, padded=name == "lm_head")
+            sites[name] = ModuleSizes("linear", module.in_features, module.out_features, padded=name == "lm_head")
         elif isinstance(module, nn.Embedding):
-            sites[name] = Site("embedding", module.num_embeddings, module.embedding_dim, padded=True)
+            sites[name] = ModuleSizes("embedding", module.num_embeddings, module.embedding_dim, padded=True)
     return sites
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from xpu_lora_compile.adapters.checkpoint import Site, read_checkpoint
+from xpu_lora_compile.adapters.checkpoint import ModuleSizes, read_checkpoint
 from xpu_lora_compile.adapters.config import read_config
 from xpu_lora_compile.adapters.names import BaseModel, Host, plain_name
 from xpu_lora_compile.adapters.needs import folder_path
@@ -26,7 +26,7 @@ from xpu_lora_compile.errors import (
     UnreachedLayerError,
 )
 from xpu_lora_compile.kernels import reads_ranks
-from xpu_lora_compile.rows.routing import Entry, Routing
+from xpu_lora_compile.rows.routing import BatchRouting, Entry
 from xpu_lora_compile.terminal import wrapped
 
 NO_ADAPTER = -1
@@ -35,7 +35,7 @@ NO_ADAPTER = -1
 class Layer(Protocol):
     """What a layer that carries LoRA offers to its bank."""
 
-    lora_site: Site
+    lora_site: ModuleSizes
     lora_name: str
     lora_routing: Any
     lora_a: Tensor
@@ -108,7 +108,7 @@ class AdapterBank:
         self,
         model: nn.Module,
         layers: Mapping[str, Layer],
-        routing: Routing,
+        routing: BatchRouting,
         slots: int,
         max_rank: int,
         hosts: Sequence[Host],
@@ -148,7 +148,7 @@ class AdapterBank:
         return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
     @property
-    def _routing(self) -> Routing:
+    def _routing(self) -> BatchRouting:
         return self._routings[""]
 
     @property
@@ -157,7 +157,7 @@ class AdapterBank:
         return tuple(name for name in self._slots if name is not None)
 
     @property
-    def sites(self) -> dict[str, Site]:
+    def sites(self) -> dict[str, ModuleSizes]:
         """The modules that carry LoRA, by name without wrappers, with the sizes that an adapter must fit."""
         return {plain_name(name): layer.lora_site for name, layer in self._layers.items()}
 
@@ -381,7 +381,7 @@ class AdapterBank:
     def _share(self, parts: set[str]) -> None:
         """Give each layer the routing of the innermost of these parts that it lies in."""
         for part in parts - self._routings.keys():
-            routing = Routing(part=part)
+            routing = BatchRouting(part=part)
             routing.entries = {part: self._model.get_submodule(part)}
             routing.mine = self._routing.mine
             self._routings[part] = routing
@@ -410,7 +410,7 @@ class AdapterBank:
         self._batches[part, len(wanted), device] = batch
         return batch
 
-    def _route_ranks(self, routing: Routing, device: torch.device) -> None:
+    def _route_ranks(self, routing: BatchRouting, device: torch.device) -> None:
         main = self._routing
         if not reads_ranks(device.type):
             routing.ranks = None

@@ -47,7 +47,7 @@ _REWRITE = "read the file with safetensors.torch.load_file(), and write it with 
 
 
 @dataclass(frozen=True)
-class Site:
+class ModuleSizes:
     """A module that carries LoRA, as far as an adapter must fit it.
 
     Args:
@@ -79,7 +79,7 @@ class LoraWeights:
 def read_checkpoint(
     folder: Path,
     config: AdapterConfig,
-    sites: Mapping[str, Site],
+    sites: Mapping[str, ModuleSizes],
     base: BaseModel,
     max_rank: int,
     dtype: torch.dtype = torch.float32,
@@ -127,7 +127,7 @@ def read_checkpoint(
 
 
 def modules_in_checkpoint(
-    folder: Path, config: AdapterConfig, sites: Mapping[str, Site], base: BaseModel
+    folder: Path, config: AdapterConfig, sites: Mapping[str, ModuleSizes], base: BaseModel
 ) -> dict[str, int]:
     """Read from the header which of the sites the file holds LoRA for, and the rows of each one's B.
 
@@ -150,7 +150,7 @@ def modules_in_checkpoint(
     return rows
 
 
-def _targeted(config: AdapterConfig, sites: Mapping[str, Site], base: BaseModel) -> dict[str, Site]:
+def _targeted(config: AdapterConfig, sites: Mapping[str, ModuleSizes], base: BaseModel) -> dict[str, ModuleSizes]:
     return {name: site for name, site in sites.items() if _targets(config, name, _is_plain(site), base)}
 
 
@@ -163,7 +163,7 @@ def _targets(config: AdapterConfig, name: str, plain_linear: bool, base: BaseMod
     )
 
 
-def _is_plain(site: Site) -> bool:
+def _is_plain(site: ModuleSizes) -> bool:
     # What "all-linear" covers: PEFT leaves out the output embedding, the one linear layer along the vocabulary.
     return site.kind == "linear" and not site.padded
 
@@ -180,8 +180,8 @@ def _sorted_by_module(
     path: Path,
     keys: Mapping[str, Key],
     config: AdapterConfig,
-    sites: Mapping[str, Site],
-    targeted: Mapping[str, Site],
+    sites: Mapping[str, ModuleSizes],
+    targeted: Mapping[str, ModuleSizes],
     base: BaseModel,
 ) -> tuple[dict[tuple[str, str], str], dict[str, str]]:
     """Return the key of each A and B by module and part, and the parameter that each other key is a copy of."""
@@ -212,7 +212,7 @@ def _sorted_by_module(
 
 
 def _complete(
-    path: Path, found: Mapping[tuple[str, str], str], targeted: Mapping[str, Site]
+    path: Path, found: Mapping[tuple[str, str], str], targeted: Mapping[str, ModuleSizes]
 ) -> dict[str, tuple[str, ...]]:
     """Return the keys of A and B by module, having checked that each targeted module has both."""
     if not targeted:
@@ -230,7 +230,7 @@ def _complete(
 
 
 def _unmatched(
-    path: Path, strangers: Mapping[str, Key], config: AdapterConfig, sites: Mapping[str, Site], base: BaseModel
+    path: Path, strangers: Mapping[str, Key], config: AdapterConfig, sites: Mapping[str, ModuleSizes], base: BaseModel
 ) -> UnmatchedTensorError | UnsupportedAdapterError:
     """Say why these tensors have no place: the first reason that holds, for all the tensors that it holds for."""
     wanted = "only lora_A and lora_B of modules that the adapter targets and the bank covers"
@@ -288,7 +288,7 @@ def _unmatched(
     return UnmatchedTensorError(str(path), wanted, few(strangers), f"{_NOT_USED} {remedy} them out: {_REWRITE}")
 
 
-def _check_shapes(path: Path, file: Any, keys: tuple[str, ...], site: Site, rank: int) -> None:
+def _check_shapes(path: Path, file: Any, keys: tuple[str, ...], site: ModuleSizes, rank: int) -> None:
     # Tokens are the columns of an embedding's A, and the rows of lm_head's B.
     tokens_in_a, tokens_in_b = (1, None) if site.kind == "embedding" else (None, 0)
     for key, wanted, token_axis in (

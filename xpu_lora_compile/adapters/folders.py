@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from xpu_lora_compile.adapters.checkpoint import Site
+from xpu_lora_compile.adapters.checkpoint import ModuleSizes
 
 
-def write_adapter(folder: Path, sites: Mapping[str, Site], rank: int) -> None:
+def write_adapter(folder: Path, sites: Mapping[str, ModuleSizes], rank: int) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` for these linear modules.
 
     Args:

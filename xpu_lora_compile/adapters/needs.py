@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from xpu_lora_compile.adapters.checkpoint import Site, modules_in_checkpoint
+from xpu_lora_compile.adapters.checkpoint import ModuleSizes, modules_in_checkpoint
 from xpu_lora_compile.adapters.config import read_config
 from xpu_lora_compile.adapters.names import BaseModel
 from xpu_lora_compile.errors import AdapterError, LoraError, UnmatchedTensorError
@@ -29,7 +29,9 @@ class Needs:
     rows: Mapping[str, int]
 
 
-def needs_of(adapters: Mapping[str, str | os.PathLike[str]], sites: Mapping[str, Site], base: BaseModel) -> Needs:
+def needs_of(
+    adapters: Mapping[str, str | os.PathLike[str]], sites: Mapping[str, ModuleSizes], base: BaseModel
+) -> Needs:
     """Read the folders of these adapters, but not their weights.
 
     Args:

@@ -23,7 +23,7 @@ from xpu_lora_compile.bench import forms, peers
 from xpu_lora_compile.bench.measure import Timing, check_error, geometric_mean, machine, timing_of
 from xpu_lora_compile.errors import BenchError
 from xpu_lora_compile.inspect.operands import RandomOperands
-from xpu_lora_compile.ops import ADD_LORA, LINEAR_LORA, ROUTE_TILES
+from xpu_lora_compile.ops import ADD_LORA, LINEAR_WITH_LORA, ROUTE_TILES
 from xpu_lora_compile.ops.reference import lora_linear as reference
 
 LAYERS = 12
@@ -199,7 +199,7 @@ def _contenders(operands: Operands, found: Mapping[str, peers.Peer], plain: bool
     def ours(layer: int) -> Tensor:
         weights = [operands.base[layer]]
         arguments = (operands.a[layer], b[layer], operands.indices, slices, offsets, 1.0)
-        (result,) = LINEAR_LORA(operands.inputs, weights, [None], *arguments, **prepared)
+        (result,) = LINEAR_WITH_LORA(operands.inputs, weights, [None], *arguments, **prepared)
         return cast("Tensor", result)
 
     def alone(layer: int) -> Tensor:

@@ -31,7 +31,7 @@ from xpu_lora_compile.inspect.operands import RandomOperands, every_kind_of_inde
 from xpu_lora_compile.inspect.verify import verify
 from xpu_lora_compile.kernels import choice_for, ipex, native, vendor
 from xpu_lora_compile.kernels.call import LoraCall
-from xpu_lora_compile.kernels.routing import Routing
+from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.layers.attach import attach
 from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, LORA_LINEAR
 from xpu_lora_compile.ops.budget import budget_of
@@ -204,7 +204,7 @@ def choices(device: str) -> Iterator[Finding]:
             a, b = empty(8, 16, 4096), empty(8, 4096, 16)
             outputs, inputs = [empty(rows, 4096)], empty(rows, 4096)
             indices = torch.empty(rows, dtype=torch.int64, device=device)
-            choice = choice_for(LoraCall(outputs, inputs, [a], [b], Routing(indices, 8)))
+            choice = choice_for(LoraCall(outputs, inputs, [a], [b], RowRouting(indices, 8)))
         others = "; ".join(f"{name}: {why}" for name, why in choice.others.items())
         yield Finding(f"T = {rows}", f"{choice.kernel.name}, {choice.because}. Not {others}")
 

@@ -25,7 +25,7 @@ from xpu_lora_compile.passes.calls import EXPANDS, LoraNode
 _SAME_OPERAND = 1e-2
 
 
-class Site:
+class EagerCall:
     """The operands of one call in the eager run of the original graph, and what it made of them."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Eager(Interpreter):
 
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module)
-        self.sites: list[Site] = []
+        self.sites: list[EagerCall] = []
         # By where a rank vector lies in memory: what shrink computed it from, and what it wrote.
         self.origins: dict[Any, tuple[dict[str, Any], Tensor]] = {}
 
@@ -84,14 +84,14 @@ class Eager(Interpreter):
                 self.origins[_where(args[0])] = known[0], args[0].clone()
         return result
 
-    def _site(self, op: Any, given: dict[str, Any]) -> Site:
+    def _site(self, op: Any, given: dict[str, Any]) -> EagerCall:
         inputs, indices = given["inputs"].clone(), given["lora_indices_tensor"]
         if op is LORA_LINEAR:
             slices = [(o, b.shape[-2]) for o, b in zip(given["slice_offsets"], given["lora_b"], strict=True)]
-            return Site(given["base"], slices, inputs, given["lora_a"], given["lora_b"], indices, given["scaling"])
+            return EagerCall(given["base"], slices, inputs, given["lora_a"], given["lora_b"], indices, given["scaling"])
         output, b = given["output_tensor"], given["lora_b_weights"]
         width = min(b.shape[-2], output.shape[1])
-        site = Site(output, [(given.get("slice_offset", 0), width)], inputs, [], [b[..., :width, :]], indices)
+        site = EagerCall(output, [(given.get("slice_offset", 0), width)], inputs, [], [b[..., :width, :]], indices)
         site.hidden, site.adds = inputs, given["add_inputs"]
         origin, wrote = self.origins.get(_where(given["inputs"]), (None, inputs))
         # Only if nothing has changed the buffer since, and if it was for the same rows.
@@ -107,7 +107,7 @@ class Eager(Interpreter):
 class Forced(Interpreter):
     """Runs the rewritten graph, compares each call, and goes on with the eager run's values."""
 
-    def __init__(self, module: GraphModule, work: dict[str, list[int]], sites: list[Site]) -> None:
+    def __init__(self, module: GraphModule, work: dict[str, list[int]], sites: list[EagerCall]) -> None:
         super().__init__(module)
         self.work, self.sites = work, sites
         self.layouts: dict[str, Layout] = {}
@@ -145,7 +145,7 @@ Tapped: TypeAlias = tuple[list[Tensor], Tensor, list[Tensor]]
 class Layout:
     """Which columns of which outputs of a final call belong to which site."""
 
-    def __init__(self, op: Any, given: dict[str, Any], numbers: list[int], sites: list[Site]) -> None:
+    def __init__(self, op: Any, given: dict[str, Any], numbers: list[int], sites: list[EagerCall]) -> None:
         self.is_expand = op in EXPANDS
         first = next(iter(given.values()))
         self.bases: list[Tensor] = list(first) if isinstance(first, list | tuple) else [first]
@@ -156,7 +156,7 @@ class Layout:
             offsets = given["slice_offsets"]
             targets = given.get("slice_outputs", ([0] * len(offsets)))
             places = list(zip(targets, offsets, strict=True))
-        self.sites: dict[int, tuple[Site, list[tuple[int, int, int]]]] = {}
+        self.sites: dict[int, tuple[EagerCall, list[tuple[int, int, int]]]] = {}
         for number in numbers:
             widths = [width for _, width in sites[number].slices]
             mine, places = places[: len(widths)], places[len(widths) :]

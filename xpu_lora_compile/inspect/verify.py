@@ -23,7 +23,7 @@ from xpu_lora_compile.passes.decisions import Decision, decisions_on
 from xpu_lora_compile.passes.find_sites import find_sites
 from xpu_lora_compile.passes.graph import Rewrite
 from xpu_lora_compile.passes.memory import input_storages, storages_of, written_by
-from xpu_lora_compile.rows.routing import Routing
+from xpu_lora_compile.rows.routing import BatchRouting
 from xpu_lora_compile.terminal import wrapped
 from xpu_lora_compile.torch_internals import fresh_compilation
 
@@ -351,10 +351,15 @@ class Draw:
         self.called: set[str] = set()
         self.read: set[str] = set()
         self._slots: dict[str, list[int]] = {}
-        self._routings: dict[str, tuple[Routing, tuple[int, ...] | None, torch.device, int]] = {}
+        self._routings: dict[str, tuple[BatchRouting, tuple[int, ...] | None, torch.device, int]] = {}
 
     def add(
-        self, routing: Routing, slots: list[int], lengths: tuple[int, ...] | None, device: torch.device, number: int
+        self,
+        routing: BatchRouting,
+        slots: list[int],
+        lengths: tuple[int, ...] | None,
+        device: torch.device,
+        number: int,
     ) -> None:
         """Have a routing use these slots."""
         self._slots[routing.part] = slots

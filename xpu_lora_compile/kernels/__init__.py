@@ -22,7 +22,7 @@ from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator
 from xpu_lora_compile.kernels.ipex import Ipex
 from xpu_lora_compile.kernels.native import Native
 from xpu_lora_compile.kernels.portable import Gather, Grouped
-from xpu_lora_compile.kernels.routing import Routing
+from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.kernels.triton_launch import Triton
 from xpu_lora_compile.kernels.vendor import Vendor
 
@@ -177,7 +177,7 @@ def add_lora(call: LoraCall) -> None:
         call.outputs[position].copy_(sums[position])
 
 
-def linear_lora(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+def linear_with_lora(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """Return the base products `inputs @ weight.T + bias` with a whole call's LoRA: in one kernel, or side by side.
 
     Args:
@@ -186,13 +186,13 @@ def linear_lora(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tens
         biases: of each base product, `[H]` or None.
     """
     if not call.shared_outputs():
-        return kernel_for(call).linear_lora(call, weights, biases)
+        return kernel_for(call).linear_with_lora(call, weights, biases)
     outputs = [torch.nn.functional.linear(call.inputs, *pair) for pair in zip(weights, biases, strict=True)]
     add_lora(replace(call, outputs=outputs))
     return outputs
 
 
-def slot_products(inputs: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+def slot_products(inputs: Tensor, weights: Tensor, routing: RowRouting) -> Tensor:
     """Return `weights[i] @ inputs[t]` of every row, `[T, rows]`, accumulated in fp32; arbitrary where `i` is no slot.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpu_lora_compile.kernels.routing import Routing
+from xpu_lora_compile.kernels.routing import RowRouting
 
 
 @dataclass(slots=True, eq=False)
@@ -36,7 +36,7 @@ class LoraCall:
     inputs: Tensor
     lora_a: Sequence[Tensor]
     lora_b: Sequence[Tensor]
-    routing: Routing
+    routing: RowRouting
     slice_outputs: Sequence[int] = (0,)
     slice_offsets: Sequence[Any] = (0,)
     scaling: float = 1.0
@@ -100,7 +100,8 @@ class Kernel:
             `packed`, whose columns are all A and then all B.
         reads_ranks: whether it makes use of the rank of each slot's adapter.
         stores_b_by_rank: whether it reads B fastest with the columns of one rank side by side.
-        computes_base_on: the types of devices on which it can compute base products with their LoRA (`linear_lora`).
+        computes_base_on: the types of devices on which it can compute base products with their LoRA, by
+            `linear_with_lora`.
     """
 
     name: str
@@ -143,7 +144,9 @@ class Kernel:
         """Write or add `B[i] @ inputs[t]` into the output, `[T, W]`; rows whose `i` is no slot keep their value."""
         raise NotImplementedError(self.name)
 
-    def linear_lora(self, call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    def linear_with_lora(
+        self, call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> list[Tensor]:
         """Return the base products `inputs @ weight.T + bias` with the call's LoRA, which has no outputs yet."""
         outputs = [torch.nn.functional.linear(call.inputs, *pair) for pair in zip(weights, biases, strict=True)]
         self.add_lora(replace(call, outputs=outputs))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator, without_autocast
-from xpu_lora_compile.kernels.routing import Routing
+from xpu_lora_compile.kernels.routing import RowRouting
 
 # Numbers of copied weights that `gather` holds at a time: 128 MiB of float32.
 LARGEST_COPY = 1 << 25
@@ -19,7 +19,7 @@ LARGEST_COPY = 1 << 25
 class PortableKernel(Kernel):
     """Shrink and expand by one product of rows with the weights of their slots."""
 
-    def products(self, inputs: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+    def products(self, inputs: Tensor, weights: Tensor, routing: RowRouting) -> Tensor:
         """Return `weights[i] @ inputs[t]` of every row, in the dtype of `inputs`; arbitrary where `i` is no slot."""
         raise NotImplementedError
 
@@ -45,7 +45,7 @@ class PortableKernel(Kernel):
             value = self._products(hidden, b, call.routing) + columns
             columns.copy_(torch.where(has_adapter, value, columns.to(value.dtype)))
 
-    def _products(self, inputs: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+    def _products(self, inputs: Tensor, weights: Tensor, routing: RowRouting) -> Tensor:
         with without_autocast(inputs.device.type):
             return self.products(inputs, weights, routing)
 
@@ -56,7 +56,7 @@ class Grouped(PortableKernel):
     name = "grouped"
     devices = ("cpu",)
 
-    def products(self, inputs: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+    def products(self, inputs: Tensor, weights: Tensor, routing: RowRouting) -> Tensor:
         """As `PortableKernel.products`."""
         result = inputs.new_empty(len(inputs), weights.shape[1])
         for slot, rows in routing.rows_by_slot:
@@ -72,7 +72,7 @@ class Gather(PortableKernel):
 
     name = "gather"
 
-    def products(self, inputs: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+    def products(self, inputs: Tensor, weights: Tensor, routing: RowRouting) -> Tensor:
         """As `PortableKernel.products`."""
         rows = max(1, LARGEST_COPY // max(1, weights.shape[1] * weights.shape[2]))
         slots = routing.slot

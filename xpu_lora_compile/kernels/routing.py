@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Routing:
+class RowRouting:
     """The indices of a batch in the forms that kernels want, each computed when first asked for.
 
     Args:
@@ -30,8 +30,8 @@ class Routing:
         self.tiles = tiles
 
     @classmethod
-    def of(cls, indices: Tensor, slots: int, *prepared: Tensor | None) -> Routing:
-        """Build a Routing, of which the parts named `PREPARED` may have been computed before."""
+    def of(cls, indices: Tensor, slots: int, *prepared: Tensor | None) -> RowRouting:
+        """Build a RowRouting, of which the parts named `PREPARED` may have been computed before."""
         given = dict(zip(cls.PREPARED, prepared, strict=False))
         routing = cls(indices, slots, given.pop("ranks", None), given.pop("tiles", None))
         routing.__dict__.update((name, tensor) for name, tensor in given.items() if tensor is not None)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator
-from xpu_lora_compile.kernels.routing import Routing
+from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.kernels.sizes import Sizes, sizes_for
 
 
@@ -79,7 +79,7 @@ def route(indices: Tensor, slots: int) -> Tensor:
     return tiles
 
 
-def _tiles_of(routing: Routing) -> Tensor:
+def _tiles_of(routing: RowRouting) -> Tensor:
     """The table of a routing, made when it is first asked for."""
     if routing.tiles is None:
         routing.tiles = route(routing.indices, routing.slots)
@@ -132,13 +132,15 @@ class Triton(Kernel):
                 hidden = shrink_all(call.inputs, lora_a[slices], call.routing)
                 expand_all(columns[slices], hidden, lora_b[slices], call.routing, call.scaling)
 
-    def linear_lora(self, call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-        """As `Kernel.linear_lora`: few rows in one kernel, more with the shrink beside it, many with LoRA first."""
+    def linear_with_lora(
+        self, call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """As `Kernel.linear_with_lora`: one kernel for few rows, the shrink beside the product for more, LoRA first for many."""
         with _as_current(call.inputs.device):
-            return _linear_lora(call, weights, biases)
+            return _linear_with_lora(call, weights, biases)
 
 
-def _linear_lora(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+def _linear_with_lora(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     inputs, lora_a, lora_b, routing = call.inputs, call.lora_a, call.lora_b, call.routing
     rows = len(inputs)
     sizes = _sizes(rows, lora_b)
@@ -175,7 +177,7 @@ def _linear_lora(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Ten
     return outputs
 
 
-def shrink_all(inputs: Tensor, lora_a: Sequence[Tensor], routing: Routing) -> Hidden:
+def shrink_all(inputs: Tensor, lora_a: Sequence[Tensor], routing: RowRouting) -> Hidden:
     """`A[i] @ inputs[t]` of every slice.
 
     Args:
@@ -192,7 +194,7 @@ def expand_all(
     columns: Sequence[Tensor],
     hidden: Hidden,
     lora_b: Sequence[Tensor],
-    routing: Routing,
+    routing: RowRouting,
     scaling: float,
     follows: bool = True,
     add: bool = True,
@@ -219,7 +221,7 @@ def _shrink(
     hidden: Hidden,
     inputs: Tensor,
     lora_a: Sequence[Tensor],
-    routing: Routing,
+    routing: RowRouting,
     scaling: float | None = None,
     pdl: bool = False,
 ) -> None:
@@ -278,7 +280,7 @@ def _expand(
     columns: Sequence[Tensor],
     hidden: Hidden,
     lora_b: Sequence[Tensor],
-    routing: Routing,
+    routing: RowRouting,
     scaling: float | None,
     add: bool,
     pdl: bool,
@@ -404,7 +406,7 @@ def _sizes(rows: int, lora_b: Sequence[Tensor]) -> Sizes:
     return sizes_for(rows, max(b.shape[2] for b in lora_b), sum(b.shape[1] for b in lora_b))
 
 
-def _empty_hidden(inputs: Tensor, lora_a: Sequence[Tensor], routing: Routing) -> Hidden:
+def _empty_hidden(inputs: Tensor, lora_a: Sequence[Tensor], routing: RowRouting) -> Hidden:
     rows, features = inputs.shape
     highest = max(a.shape[1] for a in lora_a)
     sizes = sizes_for(rows, highest, 0)

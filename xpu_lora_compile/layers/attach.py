@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from xpu_lora_compile.adapters.bank import AdapterBank
-from xpu_lora_compile.adapters.checkpoint import Site
+from xpu_lora_compile.adapters.checkpoint import ModuleSizes
 from xpu_lora_compile.adapters.config import ALL_LINEAR, pattern_problem
 from xpu_lora_compile.adapters.names import BaseModel, output_embedding, plain_name
 from xpu_lora_compile.adapters.needs import naming, needs_of
@@ -27,7 +27,7 @@ from xpu_lora_compile.kernels import preferred_on
 from xpu_lora_compile.layers import HOSTS
 from xpu_lora_compile.layers.host import Host, LoraLayer
 from xpu_lora_compile.layers.targets import carriers_in, find_targets
-from xpu_lora_compile.rows.routing import Entry, LostRouting, Routing
+from xpu_lora_compile.rows.routing import BatchRouting, Entry, LostRouting
 from xpu_lora_compile.torch_internals import prepare_for_tracing
 
 
@@ -107,7 +107,7 @@ def attach(
         name: _empty_stacks(host, module, sites[name], slots, max_rank, dtype)
         for name, (host, module) in targets.items()
     }
-    routing = Routing(getattr(model, "main_input_name", None))
+    routing = BatchRouting(getattr(model, "main_input_name", None))
     layers: dict[str, LoraLayer] = {}
     for name, (host, module) in targets.items():
         module.__class__ = host.layer(module)
@@ -129,7 +129,7 @@ def attach(
 
 
 def _empty_stacks(
-    host: Host, module: nn.Module, site: Site, slots: int, rank: int, dtype: torch.dtype | None
+    host: Host, module: nn.Module, site: ModuleSizes, slots: int, rank: int, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """Zeros for A and B of every slot, beside the module's weight."""
     dtype, device = dtype or host.dtype(module), host.device(module)
@@ -143,7 +143,7 @@ def _empty_stacks(
         return stacks | {"lora_b": stacks["lora_b"].transpose(1, 2)} if by_rank else stacks
 
 
-def _hook_entries(model: nn.Module, layers: Mapping[str, nn.Module], routing: Routing) -> list[Callable[[], None]]:
+def _hook_entries(model: nn.Module, layers: Mapping[str, nn.Module], routing: BatchRouting) -> list[Callable[[], None]]:
     """Hook the modules that people call and that hold layers: those that are not one of a list of blocks."""
     entries: dict[str, nn.Module] = {"": model}
     for name in layers:
@@ -209,7 +209,7 @@ def detach(model: nn.Module) -> None:
         layer.restore()
 
 
-def _site(host: Host, module: nn.Module, head: nn.Module | None, vocab_size: int | None = None) -> Site:
+def _site(host: Host, module: nn.Module, head: nn.Module | None, vocab_size: int | None = None) -> ModuleSizes:
     site = host.site(module)
     if module is not head or site.kind != "linear":
         return site

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from xpu_lora_compile.adapters.checkpoint import Site
+from xpu_lora_compile.adapters.checkpoint import ModuleSizes
 from xpu_lora_compile.layers.host import Host, LoraLayer
 from xpu_lora_compile.ops import bgmv_expand
 
@@ -30,7 +30,7 @@ class LoraEmbedding(LoraLayer, nn.Embedding):  # type: ignore[override]
         return output.view(*input.shape, output.shape[1])
 
     @staticmethod
-    def shape_of_a(site: Site, rank: int) -> tuple[int, int]:
+    def shape_of_a(site: ModuleSizes, rank: int) -> tuple[int, int]:
         """Shape of A in one slot: one row a token."""
         return site.in_features, rank
 
@@ -49,10 +49,10 @@ class Embedding(Host):
         """Return whether it is nn.Embedding itself."""
         return kind is nn.Embedding
 
-    def site(self, module: nn.Module) -> Site:
+    def site(self, module: nn.Module) -> ModuleSizes:
         """Return the rows and columns of the table."""
         assert isinstance(module, nn.Embedding)  # noqa: S101 - for the type checker
-        return Site("embedding", module.num_embeddings, module.embedding_dim, padded=True)
+        return ModuleSizes("embedding", module.num_embeddings, module.embedding_dim, padded=True)
 
     def layer(self, module: nn.Module) -> type[LoraLayer]:
         """Return `LoraEmbedding`."""

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from xpu_lora_compile.adapters.checkpoint import Site
+from xpu_lora_compile.adapters.checkpoint import ModuleSizes
 from xpu_lora_compile.ops import bgmv_expand, bgmv_shrink, lora_linear
 from xpu_lora_compile.ops.lora_linear import add_lora_eagerly
-from xpu_lora_compile.rows.routing import Routing
+from xpu_lora_compile.rows.routing import BatchRouting
 from xpu_lora_compile.rows.tracing import note_read
 
 
@@ -32,9 +32,9 @@ class LoraLayer(nn.Module):
         lora_features: how many of the last dimensions of its input are no rows; `forward` says the same to the routing.
     """
 
-    lora_site: Site
+    lora_site: ModuleSizes
     lora_name: str
-    lora_routing: Routing
+    lora_routing: BatchRouting
     lora_a: Tensor
     lora_b: Tensor
 
@@ -77,7 +77,7 @@ class LoraLayer(nn.Module):
         return weight
 
     @staticmethod
-    def shape_of_a(site: Site, rank: int) -> tuple[int, int]:
+    def shape_of_a(site: ModuleSizes, rank: int) -> tuple[int, int]:
         """Shape of A in one slot, as `store` fills it and `forward` reads it."""
         return rank, site.in_features
 
@@ -111,7 +111,7 @@ class Host:
         weight = module._parameters.get("weight")
         return self.takes_class(type(module)) and isinstance(weight, Tensor) and weight.is_floating_point()
 
-    def site(self, module: nn.Module) -> Site:
+    def site(self, module: nn.Module) -> ModuleSizes:
         """Return the sizes of a module that this host takes."""
         raise NotImplementedError(self.name)
 

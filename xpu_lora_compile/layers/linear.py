@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from xpu_lora_compile.adapters.checkpoint import Site
+from xpu_lora_compile.adapters.checkpoint import ModuleSizes
 from xpu_lora_compile.layers.host import Host, LoraLayer
 
 
@@ -21,10 +21,10 @@ class Linear(Host):
         """Return whether it is nn.Linear itself."""
         return kind is nn.Linear
 
-    def site(self, module: nn.Module) -> Site:
+    def site(self, module: nn.Module) -> ModuleSizes:
         """Return D and the columns of the output."""
         assert isinstance(module, nn.Linear)  # noqa: S101 - for the type checker
-        return Site("linear", module.in_features, module.out_features, padded=False)
+        return ModuleSizes("linear", module.in_features, module.out_features, padded=False)
 
     def layer(self, module: nn.Module) -> type[LoraLayer]:
         """Return `LoraLinear`."""

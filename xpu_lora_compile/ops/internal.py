@@ -16,7 +16,7 @@ from torch import Tensor
 from xpu_lora_compile import kernels
 from xpu_lora_compile.kernels import triton_launch, vendor
 from xpu_lora_compile.kernels.call import LoraCall, accumulator, without_autocast
-from xpu_lora_compile.kernels.routing import Routing
+from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.ops.checks import refuse_gradients, without_slice_dim
 
 _LIBRARY = torch.library.Library("xpu_lora", "FRAGMENT")
@@ -27,13 +27,13 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 def shrink(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, scaling: float) -> None:
     """Run `Kernel.shrink` for operands that fit, A without vLLM's 1."""
-    call = LoraCall([output], inputs, [weights], [], Routing(indices, len(weights)), scaling=scaling)
+    call = LoraCall([output], inputs, [weights], [], RowRouting(indices, len(weights)), scaling=scaling)
     kernels.kernel_for(call).shrink(call)
 
 
 def expand(output: Tensor, inputs: Tensor, weights: Tensor, indices: Tensor, add: bool) -> None:
     """Run `Kernel.expand` for operands that fit, B without vLLM's 1."""
-    call = LoraCall([output], inputs, [], [weights], Routing(indices, len(weights)), add=add)
+    call = LoraCall([output], inputs, [], [weights], RowRouting(indices, len(weights)), add=add)
     kernels.kernel_for(call).expand(call)
 
 
@@ -56,7 +56,7 @@ def _expand_slice(
 
 
 def _route(indices: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return Routing(indices, slots).tensors()
+    return RowRouting(indices, slots).tensors()
 
 
 def _add_lora(
@@ -75,12 +75,12 @@ def _add_lora(
             for weights in (*lora_a, *lora_b):
                 refuse_gradients("add_lora", output, inputs, weights, replaces=False)
     stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
-    routing = Routing.of(indices, len(lora_a[0]), *prepared)
+    routing = RowRouting.of(indices, len(lora_a[0]), *prepared)
     places = slice_outputs, slice_offsets
     kernels.add_lora(LoraCall(outputs, inputs, stacks_a, stacks_b, routing, *places, scaling))
 
 
-def _linear_lora(
+def _linear_with_lora(
     inputs: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -93,9 +93,9 @@ def _linear_lora(
     *prepared: Tensor | None,
 ) -> list[Tensor]:
     stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
-    routing = Routing.of(indices, len(lora_a[0]), *prepared)
+    routing = RowRouting.of(indices, len(lora_a[0]), *prepared)
     call = LoraCall((), inputs, stacks_a, stacks_b, routing, slice_outputs, slice_offsets, scaling)
-    return kernels.linear_lora(call, weights, biases)
+    return kernels.linear_with_lora(call, weights, biases)
 
 
 def _route_tiles(indices: Tensor, slots: int) -> Tensor:
@@ -103,7 +103,7 @@ def _route_tiles(indices: Tensor, slots: int) -> Tensor:
 
 
 def _slot_products(inputs: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-    return kernels.slot_products(inputs, weights, Routing(indices, len(weights)))
+    return kernels.slot_products(inputs, weights, RowRouting(indices, len(weights)))
 
 
 def _outer_by_slot(left: Tensor, right: Tensor, indices: Tensor, slots: int) -> Tensor:
@@ -140,7 +140,7 @@ def _fake_route_tiles(indices: Tensor, slots: int) -> Tensor:
     return indices.new_empty(triton_launch.table_length(indices.shape[0], slots), dtype=torch.int32)
 
 
-def _fake_linear_lora(inputs: Tensor, weights: Sequence[Tensor], *_: object) -> list[Tensor]:
+def _fake_linear_with_lora(inputs: Tensor, weights: Sequence[Tensor], *_: object) -> list[Tensor]:
     return [inputs.new_empty(inputs.shape[0], weight.shape[0]) for weight in weights]
 
 
@@ -157,13 +157,13 @@ _PRODUCTS = "Tensor inputs, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a,
 _LISTS = "Tensor(a!)[] outputs, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b"
 _PLACES = "int[] slice_outputs, SymInt[] slice_offsets, float scaling"
 # The results of `route`, or of `route_tiles` and the ranks; without them a kernel computes what it needs.
-_PREPARED = ", ".join(f"Tensor? {name}=None" for name in Routing.PREPARED)
+_PREPARED = ", ".join(f"Tensor? {name}=None" for name in RowRouting.PREPARED)
 
 for _schema, _kernel, _fake in (
     (f"shrink({_ROW_OPERANDS}, float scaling) -> ()", _shrink, _no_result),
     (f"expand({_ROW_OPERANDS}, bool add) -> ()", _expand, _no_result),
     (f"expand_slice({_ROW_OPERANDS}, SymInt offset, SymInt size, bool add) -> ()", _expand_slice, _no_result),
-    # What every call of one graph shares: `Routing.tensors`. The passes hand results on by their names.
+    # What every call of one graph shares: `RowRouting.tensors`. The passes hand results on by their names.
     (
         "route(Tensor indices, SymInt slots) -> (Tensor slot, Tensor has_adapter, Tensor order, Tensor starts)",
         _route,
@@ -173,9 +173,9 @@ for _schema, _kernel, _fake in (
     ("route_tiles(Tensor indices, SymInt slots) -> (Tensor tiles)", _route_tiles, _fake_route_tiles),
     # The base products of one input, with what `add_lora` adds to them.
     (
-        f"linear_lora({_PRODUCTS}, Tensor indices, {_PLACES}, {_PREPARED}) -> Tensor[]",
-        _linear_lora,
-        _fake_linear_lora,
+        f"linear_with_lora({_PRODUCTS}, Tensor indices, {_PLACES}, {_PREPARED}) -> Tensor[]",
+        _linear_with_lora,
+        _fake_linear_with_lora,
     ),
     # `lora_linears` in place.
     (f"add_lora({_LISTS}, Tensor indices, {_PLACES}, {_PREPARED}) -> ()", _add_lora, _no_result),
@@ -222,7 +222,7 @@ EXPAND = torch.ops.xpu_lora.expand.default
 EXPAND_SLICE = torch.ops.xpu_lora.expand_slice.default
 ROUTE = torch.ops.xpu_lora.route.default
 ROUTE_TILES = torch.ops.xpu_lora.route_tiles.default
-LINEAR_LORA = torch.ops.xpu_lora.linear_lora.default
+LINEAR_WITH_LORA = torch.ops.xpu_lora.linear_with_lora.default
 ADD_LORA = torch.ops.xpu_lora.add_lora.default
 VALID_SLOTS = torch.ops.xpu_lora.valid_slots.default
 VENDOR_ADD_LORA = torch.ops.xpu_lora.vendor_add_lora.default

@@ -16,7 +16,7 @@ from xpu_lora_compile.errors import ShapeError
 from xpu_lora_compile.kernels import add_lora, takes_native
 from xpu_lora_compile.kernels.call import LoraCall, accumulator
 from xpu_lora_compile.kernels.native import TRY_ADD_LORA
-from xpu_lora_compile.kernels.routing import Routing
+from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.checks import without_slice_dim
 from xpu_lora_compile.ops.internal import OUTER_BY_SLOT, SLOT_PRODUCTS
@@ -101,7 +101,7 @@ def add_lora_eagerly(
     b = lora_b if lora_b.shape[1] == columns else lora_b[:, :columns]
     if takes_native(output) and TRY_ADD_LORA([output], inputs, [lora_a], [b], indices, [0], [0], 1.0):
         return True
-    add_lora(LoraCall([output], inputs, [lora_a], [b], Routing(indices, lora_a.shape[0], ranks)))
+    add_lora(LoraCall([output], inputs, [lora_a], [b], RowRouting(indices, lora_a.shape[0], ranks)))
     return True
 
 
@@ -182,7 +182,7 @@ def _add(
                 inputs,
                 [stacks_a[s] for s in mine],
                 [stacks_b[s] for s in mine],
-                Routing(indices, slots, ranks),
+                RowRouting(indices, slots, ranks),
                 [slice_outputs[s] for s in mine],
                 [slice_offsets[s] for s in mine],
                 scaling,

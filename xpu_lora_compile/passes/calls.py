@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from xpu_lora_compile.kernels.call import LoraCall
-from xpu_lora_compile.kernels.routing import Routing
+from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.ops import (
     ADD_LORA,
     BGMV_EXPAND,
@@ -17,7 +17,7 @@ from xpu_lora_compile.ops import (
     BGMV_SHRINK,
     EXPAND,
     EXPAND_SLICE,
-    LINEAR_LORA,
+    LINEAR_WITH_LORA,
     LORA_LINEAR,
     LORA_LINEARS,
     NATIVE_ADD_LORA,
@@ -33,7 +33,7 @@ from xpu_lora_compile.passes.editing import arguments_of, calls_to, value_of
 SHRINKS = (BGMV_SHRINK, SHRINK)
 EXPANDS = (BGMV_EXPAND, BGMV_EXPAND_SLICE, EXPAND, EXPAND_SLICE)
 # Those that both shrink and expand, of one slice or several.
-WHOLE = (LORA_LINEAR, LORA_LINEARS, ADD_LORA, NATIVE_ADD_LORA, VENDOR_ADD_LORA, LINEAR_LORA)
+WHOLE = (LORA_LINEAR, LORA_LINEARS, ADD_LORA, NATIVE_ADD_LORA, VENDOR_ADD_LORA, LINEAR_WITH_LORA)
 LORA_OPS = (*SHRINKS, *EXPANDS, *WHOLE)
 # Those that compute from the indices what several calls share.
 ROUTINGS = (ROUTE, ROUTE_TILES, VALID_SLOTS)
@@ -99,8 +99,8 @@ class LoraNode:
 
     @property
     def prepared(self) -> dict[str, Node]:
-        """What was computed from the indices once for all calls, and the ranks, by the names of `Routing`."""
-        return {name: self._given[name] for name in Routing.PREPARED if self._given.get(name) is not None}
+        """What was computed from the indices once for all calls, and the ranks, by the names of `RowRouting`."""
+        return {name: self._given[name] for name in RowRouting.PREPARED if self._given.get(name) is not None}
 
     @property
     def slice_outputs(self) -> list[int]:
@@ -143,7 +143,7 @@ class LoraNode:
         slots = (a or b)[0].shape[0]
         targets, inputs = [value_of(output) for output in outputs or self.outputs], value_of(self.inputs)
         places = self.slice_outputs[slices], self.slice_offsets[slices]
-        return LoraCall(targets, inputs, a, b, Routing(value_of(self.indices), slots), *places, self.scaling)
+        return LoraCall(targets, inputs, a, b, RowRouting(value_of(self.indices), slots), *places, self.scaling)
 
 
 def name_of(op: torch._ops.OpOverload) -> str:

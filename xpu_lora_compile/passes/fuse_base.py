@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from xpu_lora_compile.kernels import kernel_named
-from xpu_lora_compile.ops import ADD_LORA, LINEAR_LORA
+from xpu_lora_compile.ops import ADD_LORA, LINEAR_WITH_LORA
 from xpu_lora_compile.passes.calls import LoraNode, lora_calls
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
 from xpu_lora_compile.passes.editing import insert_before, is_subgraph, value_of
@@ -30,7 +30,7 @@ def fuse_base(graph: Graph, rewrite: Rewrite) -> None:
         use(q, k)
 
     After:
-        q, k = linear_lora(x, [wq, wk], [bias, None], a, b, indices, outputs, offsets, scaling, tiles=…)
+        q, k = linear_with_lora(x, [wq, wk], [bias, None], a, b, indices, outputs, offsets, scaling, tiles=…)
         use(q, k)
 
     For few rows that is one kernel, with LoRA in the epilogue of the product; for more, the shrink runs on a second
@@ -101,7 +101,7 @@ def _fuse(call: LoraNode, products: list[Any]) -> None:
     values = [value_of(output) for output in outputs]
     args = (call.inputs, weights, biases, call.lora_a, call.lora_b, call.indices)
     places = call.slice_outputs, call.slice_offsets, call.scaling
-    fused = insert_before(node, LINEAR_LORA, (*args, *places), values, **call.prepared)
+    fused = insert_before(node, LINEAR_WITH_LORA, (*args, *places), values, **call.prepared)
     set_decisions(fused, decisions_on(node))
     note(fused, "fuse_base: computed with its base product")
     for position, output in enumerate(outputs):

@@ -31,7 +31,7 @@ class Owned:
         varies: whether the values depend on the model's inputs, and not on shapes and weights alone.
         by_data: whether another value of the inputs could have put the rows in another order.
         cause: for an owner that is UNKNOWN or MIXED, the input or op that made it so.
-        mask: whether the values come from masks alone: see `Routing._kind` for what code may learn from them.
+        mask: whether the values come from masks alone: see `BatchRouting._kind` for what code may learn from them.
     """
 
     owners: Tensor

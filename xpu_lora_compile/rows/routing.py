@@ -1,4 +1,6 @@
-"""`Routing`: the slot of each row that a layer is given. All layers of a model share one, or one a part of the model.
+"""`BatchRouting`: the slot of each row that a layer is given.
+
+All layers of a model share one, or those of a part of the model.
 
 Eagerly the first call of a model with inputs of a new kind is followed by a `Watch`; what it learns about each layer
 holds for later calls of that kind. In compiled code Dynamo asks while it traces: see `tracing.py`.
@@ -38,7 +40,7 @@ MOST_PROOFS = 1024
 UNIFORM = Layout(-1, 0, 0)
 
 
-class Routing:
+class BatchRouting:
     """The slot of each sequence in the batch.
 
     Attributes:

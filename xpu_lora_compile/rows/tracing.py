@@ -178,7 +178,7 @@ class Trace:
         self.roots = roots
         self.was_entered: bool = outer is not None and outer.was_entered
         self.entered_module: nn.Module | None = None
-        # Of the call, see `Routing.number_of`; None where it began before this graph.
+        # Of the call, see `BatchRouting.number_of`; None where it began before this graph.
         self.number: int | None = None if outer is None else outer.number
         self.pending: list[tuple[Any, Node]] = []
         self.values: dict[Node, Any] = {}
