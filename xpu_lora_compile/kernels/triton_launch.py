@@ -135,7 +135,7 @@ class Triton(Kernel):
     def linear_with_lora(
         self, call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> list[Tensor]:
-        """As `Kernel.linear_with_lora`: one kernel for few rows, the shrink beside the product for more, LoRA first for many."""
+        """As `Kernel.linear_with_lora`: one kernel for few rows, two streams for more, LoRA first for many."""
         with _as_current(call.inputs.device):
             return _linear_with_lora(call, weights, biases)
 
