@@ -67,6 +67,8 @@ def whisper(folder: Path, width: int = 64, heads: int = 2) -> Any:
         **sizes,
         **layers,
     )
+    # `randomise` leaves positions as they are.
+    torch.manual_seed(0)
     model = WhisperForConditionalGeneration(config).eval()
     randomise(model)
     model.save_pretrained(folder)

@@ -46,6 +46,7 @@ class Media:
         defaults = {"dtype": "float32", "enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "enforce_eager": True}
         defaults |= {"max_num_seqs": 16, "gpu_memory_utilization": 0.2, "skip_mm_profiling": True}
         self.llm = LLM(model=str(folder), **(defaults | options))
+        self.ties: list[Row] = []
         self.prompt, self.peft, self.wanted = prompt, peft, dict[Row, tuple[list[int], Tensor]]()
         self.requests = {name: LoRARequest(name, n, str(folder / name)) for n, name in enumerate(NAMES) if name}
 
@@ -55,7 +56,10 @@ class Media:
         return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
     def differing(self, rows: list[Row]) -> list[Row]:
-        """Those of one batch's rows whose tokens, or their probabilities, are not PEFT's."""
+        """Those of one batch's rows whose tokens, or their probabilities, are not PEFT's.
+
+        A row is compared up to its first other token. If that is as probable as PEFT's, it is a tie: see `self.ties`.
+        """
         from vllm import SamplingParams
 
         for row in set(rows) - set(self.wanted):
@@ -74,8 +78,14 @@ class Media:
             tokens = list(output.outputs[0].token_ids)
             values = [step[token].logprob for token, step in zip(tokens, output.outputs[0].logprobs, strict=True)]
             wanted, probabilities = self.wanted[row]
-            if tokens != wanted or not torch.allclose(torch.tensor(values), probabilities, rtol=0, atol=1e-4):
+            compared = next(
+                (n + 1 for n, pair in enumerate(zip(tokens, wanted, strict=True)) if len(set(pair)) > 1), None
+            )
+            is_close = torch.isclose(torch.tensor(values), probabilities, rtol=0, atol=1e-4)
+            if not is_close[:compared].all():
                 wrong.append(row)
+            elif compared is not None:
+                self.ties.append(row)
         return wrong
 
 
