@@ -36,9 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         mixed, reversed_ = media.differing(rows), media.differing(rows[::-1])
         distinct = len({tuple(media.wanted[row][0]) for row in rows})
     print(f"{chosen.model}: {len(rows)} rows, {distinct} of them distinct")
-        ties = media.ties
     print(f"differing from PEFT's: {len(mixed)}; in the reversed batch: {len(reversed_)}")
-    print(f"with another token that is as probable: {len(ties)}")
+    print(f"with another token that is as probable: {len(media.ties)}")
     return int(bool(mixed or reversed_))
 
 
