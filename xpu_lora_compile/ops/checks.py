@@ -77,19 +77,6 @@ def check_expand_slice(
     _check_slice(op, slice_offset, slice_size, output_tensor)
 
 
-def check_lora_linear(
-    base: Tensor,
-    inputs: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    indices: Tensor,
-    slice_offsets: Sequence[int],
-    ranks: Tensor | None = None,
-) -> None:
-    """Check a `lora_linear` call: base `[T, H]`, inputs `[T, D]`, and for each slice A `[K, R, D]`, B `[K, W, R]`."""
-    check_lora_linears([base], inputs, lora_a, lora_b, indices, [0] * len(slice_offsets), slice_offsets, ranks)
-
-
 def check_lora_linears(
     bases: Sequence[Tensor],
     inputs: Tensor,
@@ -100,7 +87,10 @@ def check_lora_linears(
     slice_offsets: Sequence[int],
     ranks: Tensor | None = None,
 ) -> None:
-    """Check a call with several bases; `slice_outputs` says for each slice which one it is added to."""
+    """Check a `lora_linear` call, or one with several bases: `slice_outputs` says which one each slice is added to.
+
+    Bases `[T, H]`, inputs `[T, D]`, and for each slice A `[K, R, D]`, B `[K, W, R]`.
+    """
     op = "lora_linear"
     if not len(lora_a) == len(lora_b) == len(slice_offsets) == len(slice_outputs) > 0:
         raise ShapeError(

@@ -5,7 +5,7 @@ And its internal form for several outputs, which `share_input` emits: one op, ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ def lora_linear(
             added = base.clone(memory_format=torch.contiguous_format)
             if TRY_ADD_LORA([added], *operands, [0] * len(offsets), offsets, scaling):
                 return added
-        return _lora_linear_eagerly(base, *operands, offsets, scaling, ranks)
+        return _lora_linear(base, *operands, offsets, scaling, ranks)
     result: Tensor = LORA_LINEAR(base, *operands, offsets, scaling, ranks)
     return result
 
@@ -124,23 +124,7 @@ def add_slices_eagerly(
     return takes_native(output) and bool(TRY_ADD_LORA([output], *operands))
 
 
-def _lora_linear_eagerly(
-    base: Tensor,
-    inputs: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    lora_indices_tensor: Tensor,
-    slice_offsets: Sequence[int],
-    scaling: float = 1.0,
-    ranks: Tensor | None = None,
-) -> Tensor:
-    checks.check_lora_linear(base, inputs, lora_a, lora_b, lora_indices_tensor, slice_offsets, ranks)
-    result = base.clone(memory_format=torch.contiguous_format)
-    _add([result], inputs, lora_a, lora_b, lora_indices_tensor, [0] * len(lora_a), slice_offsets, scaling, ranks)
-    return result
-
-
-@torch.library.custom_op("xpu_lora::lora_linears", mutates_args=())
+# The op that does the work, for several bases; `lora_linear` is the same with one. `share_input` makes it of several.
 def _lora_linears(
     bases: Sequence[Tensor],
     inputs: Tensor,
@@ -154,25 +138,9 @@ def _lora_linears(
 ) -> list[Tensor]:
     checks.check_lora_linears(bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_outputs, slice_offsets, ranks)
     results = [base.clone(memory_format=torch.contiguous_format) for base in bases]
-    _add(results, inputs, lora_a, lora_b, lora_indices_tensor, slice_outputs, slice_offsets, scaling, ranks)
-    return results
-
-
-def _add(
-    results: list[Tensor],
-    inputs: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    indices: Tensor,
-    slice_outputs: Sequence[int],
-    slice_offsets: Sequence[int],
-    scaling: float,
-    ranks: Tensor | None,
-) -> None:
-    """Add every slice in place, those of each number of slots K together: a routing is for one K."""
     stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
     dtype = accumulator(*results, inputs, *stacks_a, *stacks_b)
-    # With several K, columns that two of them share are still rounded once.
+    # A routing is for one K. With several K, columns that two of them share are still rounded once.
     sums = results if len({len(a) for a in stacks_a}) == 1 else [result.to(dtype) for result in results]
     for slots in dict.fromkeys(len(a) for a in stacks_a):
         mine = [s for s, a in enumerate(stacks_a) if len(a) == slots]
@@ -182,7 +150,7 @@ def _add(
                 inputs,
                 [stacks_a[s] for s in mine],
                 [stacks_b[s] for s in mine],
-                RowRouting(indices, slots, ranks),
+                RowRouting(lora_indices_tensor, slots, ranks),
                 [slice_outputs[s] for s in mine],
                 [slice_offsets[s] for s in mine],
                 scaling,
@@ -191,20 +159,7 @@ def _add(
     for result, total in zip(results, sums, strict=True):
         if total is not result:
             result.copy_(total)
-
-
-def _fake_lora_linear(
-    base: Tensor,
-    inputs: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    lora_indices_tensor: Tensor,
-    slice_offsets: Sequence[int],
-    scaling: float = 1.0,
-    ranks: Tensor | None = None,
-) -> Tensor:
-    checks.check_lora_linear(base, inputs, lora_a, lora_b, lora_indices_tensor, slice_offsets, ranks)
-    return torch.empty_like(base, memory_format=torch.contiguous_format)
+    return results
 
 
 def _fake_lora_linears(
@@ -222,10 +177,32 @@ def _fake_lora_linears(
     return [torch.empty_like(base, memory_format=torch.contiguous_format) for base in bases]
 
 
+def _with_one_base(several: Callable[..., list[Tensor]]) -> Callable[..., Tensor]:
+    """Return what computes `lora_linear` by what computes `lora_linears`."""
+
+    def one(
+        base: Tensor,
+        inputs: Tensor,
+        lora_a: Sequence[Tensor],
+        lora_b: Sequence[Tensor],
+        lora_indices_tensor: Tensor,
+        slice_offsets: Sequence[int],
+        scaling: float = 1.0,
+        ranks: Tensor | None = None,
+    ) -> Tensor:
+        outputs, weights = [0] * len(slice_offsets), (lora_a, lora_b)
+        (result,) = several([base], inputs, *weights, lora_indices_tensor, outputs, slice_offsets, scaling, ranks)
+        return result
+
+    return one
+
+
+_lora_linear = _with_one_base(_lora_linears)
+
+
 def _setup_one(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _base, rows, lora_a, lora_b, indices, ctx.slice_offsets, ctx.scaling, _ranks = inputs
-    ctx.slice_outputs = [0] * len(lora_a)
-    ctx.save_for_backward(rows, indices, *lora_a, *lora_b)
+    base, rows, lora_a, lora_b, indices, offsets, *rest = inputs
+    _setup_several(ctx, ([base], rows, lora_a, lora_b, indices, [0] * len(lora_a), offsets, *rest), [output])
 
 
 def _setup_several(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -234,14 +211,12 @@ def _setup_several(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 
 def _backward_one(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grads = (grad, *_gradients(ctx, [grad]), None, None, None, None)
     # While compiling, torch drops trailing arguments that equal their default, and wants no gradient for them.
-    return grads[: len(ctx.needs_input_grad)]
+    return (grad, *_gradients(ctx, [grad]), *[None] * (len(ctx.needs_input_grad) - 4))
 
 
 def _backward_several(ctx: Any, grads_out: list[Tensor]) -> tuple[Any, ...]:
-    grads = (grads_out, *_gradients(ctx, grads_out), None, None, None, None, None)
-    return grads[: len(ctx.needs_input_grad)]
+    return (grads_out, *_gradients(ctx, grads_out), *[None] * (len(ctx.needs_input_grad) - 4))
 
 
 def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -274,9 +249,10 @@ def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Tensor, list[Tens
     )
 
 
-torch.library.custom_op("xpu_lora::lora_linear", _lora_linear_eagerly, mutates_args=())
-torch.library.register_fake("xpu_lora::lora_linear", _fake_lora_linear)
+torch.library.custom_op("xpu_lora::lora_linear", _lora_linear, mutates_args=())
+torch.library.register_fake("xpu_lora::lora_linear", _with_one_base(_fake_lora_linears))
 torch.library.register_autograd("xpu_lora::lora_linear", _backward_one, setup_context=_setup_one)
+torch.library.custom_op("xpu_lora::lora_linears", _lora_linears, mutates_args=())
 torch.library.register_fake("xpu_lora::lora_linears", _fake_lora_linears)
 torch.library.register_autograd("xpu_lora::lora_linears", _backward_several, setup_context=_setup_several)
 
