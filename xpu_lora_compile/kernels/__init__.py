@@ -114,6 +114,11 @@ def reads_ranks(device: str) -> bool:
     return any(kernel.reads_ranks and device in kernel.devices for kernel in KERNELS)
 
 
+def computes_base(device: str) -> bool:
+    """Return whether a kernel for a type of device can compute base products with their LoRA."""
+    return any(device in kernel.computes_base_on for kernel in KERNELS)
+
+
 def kernel_named(name: str) -> Kernel:
     """Return the kernel of a name.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from xpu_lora_compile.kernels import kernel_named
+from xpu_lora_compile.kernels import computes_base
 from xpu_lora_compile.ops import ADD_LORA, LINEAR_WITH_LORA
 from xpu_lora_compile.passes.calls import LoraNode, lora_calls
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
@@ -58,7 +58,7 @@ def fuse_base(graph: Graph, rewrite: Rewrite) -> None:
 
 def _wants(call: LoraNode) -> bool:
     return (
-        value_of(call.inputs).device.type in kernel_named("triton").computes_base_on
+        computes_base(value_of(call.inputs).device.type)
         and "tiles" in call.prepared
         and all(isinstance(offset, int) for offset in call.slice_offsets)
     )
