@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from expecttest import assert_expected_inline
 
-from xpu_lora_compile.inspect.explain import _ROUTES
 from xpu_lora_compile.inspect.report import GraphReport, NodeReport, Report, SiteReport
+from xpu_lora_compile.passes.calls import ROUTINGS
 
 Q_PROJ = SiteReport(
     module="layers.0.attn.q_proj",
@@ -211,7 +211,7 @@ def test_a_kernel_has_two_lines_of_reasons_whatever_its_sites_say(monkeypatch: p
     assert "Runs on kernel dense: many slots. Not at every site: a a a" in " ".join(lines)
 
 
-@pytest.mark.parametrize("op", _ROUTES, ids=str)
+@pytest.mark.parametrize("op", ROUTINGS, ids=str)
 def test_whatever_computes_a_routing_is_counted(op: Any) -> None:
     report = report_of(Q_PROJ)
     report.graphs[0].calls_after = {"add_lora": 1, op._schema.name.split("::")[1]: 1}

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from xpu_lora_compile.inspect.verify import _random_adapters
 from xpu_lora_compile.kernels import force_kernel
 from xpu_lora_compile.ops import NATIVE_ADD_LORA
 from xpu_lora_compile.passes.editing import calls_to
+from xpu_lora_compile.passes.graph import Memory, Rewrite
 from xpu_lora_compile.rows import rules
 from xpu_lora_compile.rows.layout import Layout
 
@@ -130,7 +130,7 @@ def test_a_fused_chain_is_compared_slice_by_slice() -> None:
 def edited(edit: Any) -> tuple[Any, ...]:
     """The pipeline with a wrong pass at its end, which edits the arguments of the first add_lora."""
 
-    def wrong(graph: Graph) -> None:
+    def wrong(graph: Graph, _rewrite: Rewrite) -> None:
         for call in calls_to(graph, NATIVE_ADD_LORA)[:1]:
             call.args = edit(*call.args)
 
@@ -169,7 +169,7 @@ def test_a_wrong_graph_fails_and_the_site_is_named(
 
 
 def test_a_wrong_module_of_a_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(graph: Graph) -> None:
+    def wrong(graph: Graph, _rewrite: Rewrite) -> None:
         call = calls_to(graph, NATIVE_ADD_LORA)[3]
         call.args = (*call.args[:-1], 1.5)
 
@@ -237,8 +237,7 @@ def test_damage_beside_a_site_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     args = torch.ones(2, 4), torch.ones(1, 3, 4), torch.ones(1, 4, 3), torch.tensor([0, -1])
     with torch.no_grad():
         assert xlc.verify(function, generate_code=False)(*args).returns_the_same
-        nodes = sys.modules["xpu_lora_compile.passes.lower"]._Nodes
-        monkeypatch.setattr(nodes, "is_seen_after", lambda *_args: False)
+        monkeypatch.setattr(Memory, "is_seen_after", lambda *_args: False)
         with pytest.raises(VerificationError, match="something beside these calls"):
             xlc.verify(function, generate_code=False)(*args)
 

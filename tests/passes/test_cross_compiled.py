@@ -278,7 +278,7 @@ def test_without_the_wheel_the_triton_kernels_run() -> None:
         """\
 %9: bf16[7, 16] = linear(%0, %1)
 %10: i32[tiles] = xpu_lora.route_tiles(%2, 3)
-xpu_lora.add_lora((%9), %0, (%3, %4, %5), (%6, %7, %8), (%2, %10), (0, 0, 0), (0, 8, 12), 0.5)
+xpu_lora.add_lora((%9), %0, (%3, %4, %5), (%6, %7, %8), %2, (0, 0, 0), (0, 8, 12), 0.5, tiles=%10)
 return (%9)""",
     )
 
