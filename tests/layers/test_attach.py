@@ -112,3 +112,19 @@ def test_attaching_twice_is_refused() -> None:
     xlc.attach(model)
     with pytest.raises(AttachError, match="detach"):
         xlc.attach(model)
+
+
+def test_a_layer_whose_class_others_have_derived_becomes_plain_again() -> None:
+    """As FSDP derives it."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    bank = xlc.attach(model)
+    model[0].__class__ = type("Sharded", (type(model[0]),), {})
+    bank.detach()
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+    assert model(torch.ones(2, 4)).shape == (2, 4)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is")
+def test_a_module_of_torchscript_beside_the_layers_is_no_hindrance() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.ReLU()), nn.Linear(4, 4))
+    assert len(xlc.attach(model, target_modules=["0", "2"]).sites) == 2

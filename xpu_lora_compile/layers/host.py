@@ -90,7 +90,9 @@ class LoraLayer(nn.Module):
         """Become again the module it was before LoRA."""
         for name in ("lora_a", "lora_b", "lora_routing", "lora_name", "lora_site"):
             delattr(self, name)
-        self.__class__ = type(self).__bases__[-1]
+        # Of a class that others have derived since, as FSDP does, the base that `Host.layer` has given.
+        given = next(kind for kind in type(self).__mro__ if LoraLayer in kind.__bases__)
+        self.__class__ = given.__bases__[-1]
 
 
 class Host:
@@ -108,8 +110,11 @@ class Host:
 
     def takes(self, module: nn.Module) -> bool:
         """Return whether a module is of this kind, and computes with the weight that it holds."""
+        # Asked first, since a module of TorchScript has no such dict.
+        if not self.takes_class(type(module)):
+            return False
         weight = module._parameters.get("weight")
-        return self.takes_class(type(module)) and isinstance(weight, Tensor) and weight.is_floating_point()
+        return isinstance(weight, Tensor) and weight.is_floating_point()
 
     def site(self, module: nn.Module) -> ModuleSizes:
         """Return the sizes of a module that this host takes."""
