@@ -5,10 +5,12 @@ Nothing here loads Inductor or the symbolic-shape machinery before it is needed:
 
 from __future__ import annotations
 
+import inspect
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -358,9 +360,31 @@ def graphs_at(at: Any) -> list[torch.fx.Graph]:
 
 def module_of_frame(at: Any) -> torch.nn.Module | None:
     """The module whose method Dynamo compiles there; None for other code."""
-    local = at.output.root_tx.f_locals
-    found = local.get("self", next(iter(local.get("args") or ()), None))
+    root = at.output.root_tx
+    found = root.f_locals.get(name_of_self(root.f_code, root.f_locals))
+    found = next(iter(found), None) if isinstance(found, tuple) else found
     return found if isinstance(found, torch.nn.Module) else None
+
+
+# What Dynamo calls the rest of a function behind a break of its graph.
+_RESUMED = re.compile(r"^torch_dynamo_resume_in_(\w+)_at_\d+$")
+
+
+def name_of_self(code: CodeType, local: Mapping[str, Any]) -> str:
+    """Return which local variable of a method's frame is the method's object: `self`, or as its author calls it.
+
+    It is `args`, whose first it is, where a decorator has wrapped the method.
+    """
+    if "self" in local:
+        return "self"
+    resumed = _RESUMED.match(code.co_name)
+    method = resumed[1] if resumed else code.co_name
+    for name, value in local.items():
+        function: Any = getattr(type(value), method, None) if isinstance(value, torch.nn.Module) else None
+        own: CodeType | None = getattr(inspect.unwrap(function), "__code__", None)
+        if own is not None and own.co_varnames[:1] == (name,) and (own is code or resumed):
+            return name
+    return "args"
 
 
 def arguments_of_frame(at: Any, module: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -376,11 +400,11 @@ def guard_on_module_of_frame(at: Any) -> None:
     module, key = module_of_frame(at), "xpu_lora: its module"
     if module is None:
         return
-    own = weakref.ref(module)
+    own, name = weakref.ref(module), name_of_self(at.output.root_tx.f_code, at.output.root_tx.f_locals)
 
     def holds(local: Any) -> bool:
-        found = local["self"] if "self" in local else (local["args"] or (None,))[0] if "args" in local else None
-        return found is own()
+        found = local.get(name)
+        return (found[0] if found and isinstance(found, tuple) else found) is own()
 
     guard_on(at, key, holds, of_locals=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -235,6 +236,62 @@ def test_behind_a_break_of_the_graph_only_calls_that_an_eager_call_has_shown_run
     # Other sizes are the same to it.
     longer = torch.randn(3, 7, D)
     assert assert_right_or_refused(lambda: compiled(longer), bank, NAMES)
+
+
+class Unwrapped(nn.Module):
+    """Its author does not call the module `self`."""
+
+    def __init__(own) -> None:  # noqa: N805
+        super().__init__()
+        own.first, own.lin = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(own, x: Tensor) -> Tensor:  # noqa: N805
+        return own.lin(own.first(x))
+
+
+class Wrapped(Unwrapped):
+    @functools.wraps(Unwrapped.forward)
+    def forward(*args: Any) -> Tensor:
+        return Unwrapped.forward(*args)
+
+
+class BrokenUnwrapped(Unwrapped):
+    def forward(own, x: Tensor) -> Tensor:  # noqa: N805
+        x = own.first(x)
+        torch._dynamo.graph_break()
+        return own.lin(x)
+
+
+@pytest.mark.parametrize("kind", [Unwrapped, Wrapped])
+@pytest.mark.parametrize("calls", ["module", "function"])
+def test_a_module_may_call_itself_by_any_name(kind: type[nn.Module], calls: str) -> None:
+    torch._dynamo.reset()
+    model, x = kind(), torch.randn(3, 5, D)
+    bank = attached(model)
+    compiled = torch.compile(model if calls == "module" else lambda x: model(x), backend="eager")
+    assert assert_right_or_refused(lambda: compiled(x), bank, NAMES)
+
+
+def test_a_module_by_any_name_is_known_behind_a_break_of_the_graph() -> None:
+    torch._dynamo.reset()
+    model, x = BrokenUnwrapped(), torch.randn(3, 5, D)
+    bank = attached(model)
+    compiled = torch.compile(model, backend="eager")
+    assert not assert_right_or_refused(lambda: compiled(x), bank, NAMES)
+    assert assert_right_or_refused(lambda: model(x), bank, NAMES)
+    assert assert_right_or_refused(lambda: compiled(x), bank, NAMES)
+
+
+def test_a_block_of_one_name_shows_nothing_and_the_advice_says_so() -> None:
+    torch._dynamo.reset()
+    model, x = Broken(), torch.randn(3, 5, D)
+    bank = attached(model)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        with bank.use([None] * 3):
+            model(x)
+        with bank.use(NAMES), pytest.raises(UnprovedRowsError, match="`use` block with two different names"):
+            compiled(x)
 
 
 def test_a_call_that_fails_shows_nothing() -> None:

@@ -309,7 +309,7 @@ class BatchRouting:
             return UNIFORM
         if self._compiled:
             why = "torch.compile left it to Python, and no call that was followed has reached it"
-            remedy = "Call the model once without torch.compile in a `use` block: that call is followed."
+            remedy = tracing.CALL_ONCE
             raise self.unproved(layer.lora_name, inputs, why, remedy)
         if self._entered is not None:
             self._follow_again()
@@ -425,8 +425,9 @@ class BatchRouting:
         frame = sys._getframe(1)
         while frame is not None:
             code = frame.f_code
-            if "self" in code.co_varnames and ("forward" in code.co_name or "_call_impl" in code.co_name):
-                running = frame.f_locals.get("self")
+            if code.co_argcount and ("forward" in code.co_name or "_call_impl" in code.co_name):
+                # Whatever the method calls its object.
+                running = frame.f_locals.get("self", frame.f_locals.get(code.co_varnames[0]))
                 if any(running is holder for holder in holders):
                     return True
             frame = frame.f_back  # type: ignore[assignment]

@@ -32,6 +32,10 @@ from xpu_lora_compile.torch_internals import (
     without_tracing,
 )
 
+# A call whose sequences all have the same adapter needs no proof, and is not followed.
+CALL_ONCE = (
+    "Call the model once without torch.compile in a `use` block with two different names: that call is followed."
+)
 # Of a value that comes into a graph which is not the beginning of a call.
 OUTSIDE = "from outside of the compiled graph"
 
@@ -111,7 +115,7 @@ def layout_of(at: Any, routing: Any, layer: Any, inputs: Any, features: int) -> 
         layer.lora_name,
         example,
         "the compiler broke the graph between the inputs of the model and this layer",
-        "Call the model once without torch.compile in a `use` block: that call is followed.",
+        CALL_ONCE,
     )
 
 
