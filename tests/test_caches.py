@@ -93,7 +93,7 @@ def test_a_second_process_hits(cache: Path) -> None:
 
 
 def test_a_changed_pass_is_not_answered_from_the_cache(cache: Path, tmp_path: Path) -> None:
-    old, new = "0, size_of(weights, -2, call), add)", "0, size_of(weights, -2, call), False)"
+    old, new = "0, columns, call.add)", "0, columns, False)"
     changed = run(cache, edited_package(tmp_path, "passes/resolve_width.py", old, new))
     for through in THROUGH:
         # Replaced instead of added: the changed pass took effect.
