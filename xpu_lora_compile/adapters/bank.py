@@ -557,7 +557,7 @@ def _checked_rows(where: str, names: Any, lengths: Any) -> Rows:
             f"{where}: lengths",
             f"{len(names)} numbers of tokens, one for each name, of at least 1",
             repr(lengths),
-            "Leave out sequences without tokens, with their names.",
+            "Give each name its sequence's number of tokens, 1 or more; leave out a name without tokens.",
         )
     return Rows(tuple(names), tuple(lengths))
 

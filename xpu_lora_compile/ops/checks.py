@@ -255,7 +255,7 @@ def _check_slice(op: str, offset: int, size: int | torch.SymInt, output: Tensor)
             f"{op}: slice {offset}:{offset + size}",
             f"a slice inside the output's {output.shape[1]} columns",
             f"offset {offset} and size {size}",
-            "For weights wider than the output call `bgmv_expand`, which drops the rows that do not fit.",
+            "Move or narrow the slice. Of weights wider than the output, `bgmv_expand` drops the rows that do not fit.",
         )
 
 
