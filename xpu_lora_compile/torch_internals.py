@@ -361,9 +361,14 @@ def graphs_at(at: Any) -> list[torch.fx.Graph]:
 def module_of_frame(at: Any) -> torch.nn.Module | None:
     """The module whose method Dynamo compiles there; None for other code."""
     root = at.output.root_tx
-    found = root.f_locals.get(name_of_self(root.f_code, root.f_locals))
-    found = next(iter(found), None) if isinstance(found, tuple) else found
+    found = _object_in(root.f_locals, name_of_self(root.f_code, root.f_locals))
     return found if isinstance(found, torch.nn.Module) else None
+
+
+def _object_in(local: Mapping[str, Any], name: str) -> Any:
+    """What a variable of that name holds, or the first of many arguments."""
+    found = local.get(name)
+    return next(iter(found), None) if isinstance(found, tuple) else found
 
 
 # What Dynamo calls the rest of a function behind a break of its graph.
@@ -402,11 +407,7 @@ def guard_on_module_of_frame(at: Any) -> None:
         return
     own, name = weakref.ref(module), name_of_self(at.output.root_tx.f_code, at.output.root_tx.f_locals)
 
-    def holds(local: Any) -> bool:
-        found = local.get(name)
-        return (found[0] if found and isinstance(found, tuple) else found) is own()
-
-    guard_on(at, key, holds, of_locals=True)
+    guard_on(at, key, lambda local: _object_in(local, name) is own(), of_locals=True)
 
 
 def guard_on(at: Any, name: str, holds: Any, *, of_locals: bool = False) -> None:

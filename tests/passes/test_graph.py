@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from support.snapshot import graphs_of_compiling
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 
@@ -11,17 +15,11 @@ from xpu_lora_compile.passes.editing import calls_to
 from xpu_lora_compile.passes.graph import Memory, Rewrite
 
 
-def captured(function: object, *args: Tensor) -> Graph:
+def captured(function: Callable[..., Any], *args: Tensor) -> Graph:
     """The graph that Dynamo makes of a function."""
-    graphs: list[GraphModule] = []
-
-    def backend(module: GraphModule, _inputs: list[Tensor]) -> object:
-        graphs.append(module)
-        return module.forward
-
-    torch._dynamo.reset()
-    torch.compile(function, backend=backend, fullgraph=True)(*args)  # type: ignore[call-overload]
-    return graphs[0].graph
+    modules: list[GraphModule] = []
+    graphs_of_compiling(function, *args, passes=modules.append)
+    return modules[0].graph
 
 
 def test_fuel_is_used_up_and_the_decision_says_so() -> None:

@@ -35,6 +35,7 @@ from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.layers.attach import attach
 from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, LORA_LINEAR
 from xpu_lora_compile.ops.budget import budget_of
+from xpu_lora_compile.passes.calls import name_of
 from xpu_lora_compile.terminal import wrapped
 from xpu_lora_compile.torch_internals import without_memory
 
@@ -268,7 +269,7 @@ def _excess(op: str, arguments: dict[str, Any]) -> float:
 def opchecks(device: str) -> Iterator[Finding]:
     """Schema, fake and dispatch of each public op."""
     operands = _Operands(5, 4, 3, 7, 8, torch.float32, device)
-    handles = {op._schema.name.split("::")[1]: op for op in (BGMV_SHRINK, BGMV_EXPAND, BGMV_EXPAND_SLICE, LORA_LINEAR)}
+    handles = {name_of(op): op for op in (BGMV_SHRINK, BGMV_EXPAND, BGMV_EXPAND_SLICE, LORA_LINEAR)}
     for op, arguments in operands.calls(10):
         with torch.no_grad():
             result = torch.library.opcheck(handles[op], tuple(arguments.values()))

@@ -62,7 +62,9 @@ def lower(graph: Graph, rewrite: Rewrite) -> None:
             if rewrite.takes_fuel(call.node):
                 replace(call.node, internal, tuple(arguments_of(call.node, public)))
     calls = [call.node for call in lora_calls(graph, LORA_LINEAR, LORA_LINEARS)]
-    memory = Memory(graph) if calls else None
+    if not calls:
+        return
+    memory = Memory(graph)
     for node in calls:
         # Read here: a call before it may have become another.
         call = LoraNode(node)
@@ -70,7 +72,7 @@ def lower(graph: Graph, rewrite: Rewrite) -> None:
         if refusal:
             note(node, f"lower: left functional, since {refusal}")
         elif rewrite.takes_fuel(node):
-            _lower(call, cast("Memory", memory))
+            _lower(call, memory)
 
 
 def _refusal(call: LoraNode) -> str:
