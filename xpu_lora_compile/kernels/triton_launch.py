@@ -73,9 +73,8 @@ def route(indices: Tensor, slots: int) -> Tensor:
         height, count = tile_rows(rows, slots), tile_count(rows, slots)
         chunk = 64 if rows <= 64 else 1024
         with _as_current(indices.device):
-            _kernels().route_kernel[(slots + 1,)](
-                indices, indices.stride(0), tiles, rows, slots, count, height, count == rows, chunk
-            )
+            operands = indices, indices.stride(0), tiles, rows, slots, count, height, count == rows, chunk
+            _launch("route_kernel", (slots + 1,), *operands)
     return tiles
 
 
@@ -243,7 +242,9 @@ def _shrink(
     # A step of a whole piece would be summed with the next by Triton (3.6), which joins a product and a sum.
     while piece % columns or columns == piece:
         columns //= 2
-    _kernels().shrink_kernel[(count, programs, -(-len(lora_a) // group) * blocks)](
+    _launch(
+        "shrink_kernel",
+        (count, programs, -(-len(lora_a) // group) * blocks),
         hidden.sums,
         *hidden.sums.stride()[1:],
         inputs,
@@ -272,7 +273,7 @@ def _shrink(
         sizes.shrink_stages,
         # For 64 ranks Triton takes other instructions on Hopper if there are four warps: so let there always be four.
         num_warps=4 if block == 64 else sizes.shrink_warps,
-        **_launch(pdl),
+        **_overlap(pdl),
     )
 
 
@@ -296,7 +297,9 @@ def _expand(
     width = sizes.expand_columns
     each = sizes.expand_blocks
     blocks = sum(-(-columns_of_slice // (width * each)) for columns_of_slice in widths)
-    _kernels().expand_kernel[(blocks * count,)](
+    _launch(
+        "expand_kernel",
+        (blocks * count,),
         tuple(columns),
         tuple(output.stride(0) for output in columns),
         columns[0].stride(1),
@@ -327,7 +330,7 @@ def _expand(
         num_warps=sizes.expand_warps,
         # As in `_shrink`.
         **({"num_stages": 2} if lora_b[0].dtype == torch.float32 else {}),
-        **_launch(pdl),
+        **_overlap(pdl),
     )
 
 
@@ -363,7 +366,9 @@ def _linears(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor 
     while columns > 32 and features % columns:
         columns //= 2
     pdl = _has_pdl(inputs.device)
-    _kernels().linear_kernel[(sum(-(-len(weight) // width) for weight in weights), -(-rows // 16))](
+    _launch(
+        "linear_kernel",
+        (sum(-(-len(weight) // width) for weight in weights), -(-rows // 16)),
         tuple(outputs),
         inputs,
         inputs.stride(0),
@@ -397,7 +402,7 @@ def _linears(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor 
         max(16, 1 << (hidden.sums.shape[2] - 1).bit_length()),
         sizes.linear_stages,
         num_warps=sizes.linear_warps,
-        **_launch(pdl),
+        **_overlap(pdl),
     )
     return outputs
 
@@ -455,8 +460,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _launch(pdl: bool) -> dict[str, Any]:
+def _overlap(pdl: bool) -> dict[str, Any]:
     return {"launch_pdl": True} if pdl else {}
+
+
+def _launch(kernel: str, grid: tuple[int, ...], *operands: Any, **options: Any) -> None:
+    getattr(_kernels(), kernel)[grid](*operands, **options)
 
 
 @cache
