@@ -18,13 +18,13 @@ from torch import Tensor
 import xpu_lora_compile as xlc
 from xpu_lora_compile.errors import ContractError, DtypeError, LoraError, SliceError
 from xpu_lora_compile.inspect.operands import RandomOperands
-from xpu_lora_compile.kernels import native
+from xpu_lora_compile.kernels import compiled, native
 from xpu_lora_compile.ops import ADD_LORA, NATIVE_ADD_LORA, reference
 
 ONE_CALL = """
 import torch
 import xpu_lora_compile as xlc
-from xpu_lora_compile.kernels import native
+from xpu_lora_compile.kernels import compiled, native
 torch.set_num_threads(1)
 output = torch.zeros(2, 3)
 with torch.no_grad():
@@ -133,7 +133,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
     file.touch()
     assert start(file, TMPDIR=str(tmp_path)).communicate() == ("native\n", "")
     (made,) = tmp_path.glob("xpu-lora-compile-*/*.so")
-    assert native._hash(made.read_bytes()) in made.name
+    assert compiled.content_hash(made.read_bytes()) in made.name
 
 
 def test_a_compiler_that_works_is_no_warning() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from xpu_lora_compile.kernels import native
+from xpu_lora_compile.kernels import compiled, native
 
 DTYPES = ["float32", "bfloat16", "float16"]
 
@@ -19,7 +19,8 @@ class Driver:
     def __init__(self, folder: Path, *flags: str) -> None:
         kernels, made = Path(native.__file__).parent, folder / "driver.so"
         source = Path(__file__).with_suffix(".cpp")
-        command = [*native.found_compiler(), *native._FLAGS, *flags, f"-I{kernels}", "-o", str(made), str(source)]
+        command = [*compiled.found_compiler(), *native._FLAGS, *compiled.FLAGS, *flags, f"-I{kernels}"]
+        command += ["-o", str(made), str(source)]
         subprocess.run(command, check=True)  # noqa: S603
         library = ctypes.CDLL(str(made))
         self.lanes: int = library.lanes()

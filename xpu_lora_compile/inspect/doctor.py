@@ -29,7 +29,7 @@ from xpu_lora_compile.adapters.folders import write_adapter
 from xpu_lora_compile.errors import DeviceError, OptionError, own_error
 from xpu_lora_compile.inspect.operands import RandomOperands, every_kind_of_index, poison_unused_slots
 from xpu_lora_compile.inspect.verify import verify
-from xpu_lora_compile.kernels import choice_for, ipex, native, vendor
+from xpu_lora_compile.kernels import choice_for, compiled, ipex, native, vendor
 from xpu_lora_compile.kernels.call import LoraCall
 from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.layers.attach import attach
@@ -174,11 +174,11 @@ def installed(device: str) -> Iterator[Finding]:
 
 
 def _compiler() -> str:
-    """As `native` finds it."""
+    """As the kernels find it."""
     named = os.environ.get("CXX")
     if named is not None:
         return f"{named!r}, from CXX"
-    return next(filter(None, map(shutil.which, native.found_compiler())), "none")
+    return next(filter(None, map(shutil.which, compiled.found_compiler())), "none")
 
 
 def _version(package: str) -> str:

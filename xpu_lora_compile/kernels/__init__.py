@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile.errors import KernelError
-from xpu_lora_compile.kernels import native
+from xpu_lora_compile.kernels import native, replay
 from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator
 from xpu_lora_compile.kernels.ipex import Ipex
 from xpu_lora_compile.kernels.native import Native
@@ -136,6 +136,8 @@ def kernel_named(name: str) -> Kernel:
 _FORCED: ContextVar[str | None] = ContextVar("forced", default=os.environ.get("XPU_LORA_KERNEL") or None)
 
 forced_kernel = _FORCED.get
+if forced_kernel() is not None:
+    replay.paused().__enter__()
 
 
 @contextmanager
@@ -154,7 +156,8 @@ def force_kernel(kernel: str) -> Iterator[None]:
     kernel_named(kernel)
     token = _FORCED.set(kernel)
     try:
-        yield
+        with replay.paused():
+            yield
     finally:
         _FORCED.reset(token)
 

@@ -1,24 +1,13 @@
-"""The C++ kernel for CPUs: `native_kernels.h` does the work, `native.cpp` makes ops of it, and this compiles them.
+"""The C++ kernel for CPUs: `native_kernels.h` does the work, and `native.cpp` makes ops of it.
 
-They are compiled once a machine, with its own compiler, when first needed (GCC 12, Clang 15 or newer; 10 to 25 s). The
-library is kept in `$XDG_CACHE_HOME/xpu-lora-compile`, under a name made from sources, compiler, torch, CPU and its own
-content: one that was damaged is made anew, since loading it could end the process.
+They are compiled when first needed (GCC 12, Clang 15 or newer; 10 to 25 s): see `compiled`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-import threading
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -28,16 +17,13 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile.errors import KernelError
+from xpu_lora_compile.kernels import compiled
 from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator
 
-_HERE, _TORCH = Path(__file__).parent, Path(torch.__file__).parent
+_HERE = Path(__file__).parent
 _SOURCES = (_HERE / "native.cpp", _HERE / "native_kernels.h")
-_FLAGS = (
-    # -O3 unrolls the loops over registers: with -O2 the sums are spilled, and it takes twice the time (GCC 12, AVX2).
-    *("-O3", "-march=native", "-ffp-contract=off", "-std=c++20", "-fopenmp", "-shared", "-fPIC"),
-    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-)
-_AGAINST_TORCH = ("-isystem", str(_TORCH / "include"), f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
+# -O3 unrolls the loops over registers: with -O2 the sums are spilled, and it takes twice the time (GCC 12, AVX2).
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp")
 
 _LIBRARY = torch.library.Library("xpu_lora", "FRAGMENT")
 # Inductor may lay the operands out as it likes: any strides are fine here, and so no operand is ever copied for us.
@@ -51,8 +37,7 @@ _LISTS = (
 
 def problem() -> str:
     """Why this kernel cannot run on this machine; empty where it can, which takes some 25 s the first time."""
-    with _LOADING:
-        return _load_with(os.environ.get("CXX"))
+    return compiled.load("native", _SOURCES, _FLAGS, os.environ.get("CXX")).problem
 
 
 @cache
@@ -121,74 +106,6 @@ def scratch_bytes(rows: int, ranks: int, widest: int) -> int:
         widest: the highest R.
     """
     return 4 * (rows * ranks + torch.get_num_threads() * 512 * widest)
-
-
-_LOADING = threading.Lock()
-
-
-@cache
-def _load_with(named: str | None) -> str:
-    """Load the library, compiled if it is not there yet; why that failed."""
-    compiler: list[str] = []
-    try:
-        compiler = found_compiler() if named is None else shlex.split(named)
-        if not compiler:
-            return "there is no C++ compiler: install g++ or clang++, or set CXX"
-        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout  # noqa: S603
-        sources = [source.read_bytes() for source in _SOURCES]
-        parts = (*sources, shlex.join((*compiler, *_FLAGS)).encode(), version, torch.__version__.encode(), _cpu())
-        name, folder = f"native-{_hash(b'|'.join(parts))}", _own_folder()
-        made = [
-            library
-            for library in folder.glob(f"{name}-*.so")
-            if library.stem == f"{name}-{_hash(library.read_bytes())}"
-        ]
-        torch.ops.load_library(made[0] if made else _compiled(folder, name, compiler))
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
-        return f"{shlex.join(compiler) or named} could not make it: {said.splitlines()[0] if said else error}"
-    return ""
-
-
-def _compiled(folder: Path, name: str, compiler: Sequence[str]) -> Path:
-    # Aside, so that another process never loads half a file.
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
-        made = Path(aside) / "native.so"
-        command = [*compiler, *_FLAGS, "-o", str(made), str(_SOURCES[0]), *_AGAINST_TORCH]
-        subprocess.run(command, capture_output=True, check=True, timeout=600)  # noqa: S603
-        return made.replace(folder / f"{name}-{_hash(made.read_bytes())}.so")
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:24]
-
-
-def found_compiler() -> list[str]:
-    """The compiler that is taken where CXX names none, or nothing."""
-    found = next(filter(shutil.which, ("g++", "clang++", "c++")), None)
-    return [found] if found else []
-
-
-def _own_folder() -> Path:
-    """Where libraries are kept: never a folder in which others could leave one for us."""
-    with suppress(OSError, RuntimeError, AttributeError):  # Nowhere to write, no home, no owners.
-        cached = os.environ.get("XDG_CACHE_HOME")
-        folder = (Path(cached) if cached else Path.home() / ".cache") / "xpu-lora-compile"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = folder.stat()
-        if os.access(folder, os.W_OK) and about.st_uid == os.geteuid() and not about.st_mode & 0o022:
-            return folder
-    return Path(tempfile.mkdtemp(prefix="xpu-lora-compile-"))
-
-
-def _cpu() -> bytes:
-    """What `-march=native` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    except OSError:
-        return platform.processor().encode()
-    kinds = (b"vendor_id", b"cpu family", b"model", b"flags", b"Features", b"CPU part")
-    return b"\n".join(itertools.islice((line for line in lines if line.startswith(kinds)), 8))
 
 
 # Whether the library has been asked for, and an op been called anew.

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator
+from xpu_lora_compile.kernels.replay import current_tape
 from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.kernels.sizes import Sizes, sizes_for
 
@@ -465,7 +466,9 @@ def _overlap(pdl: bool) -> dict[str, Any]:
 
 
 def _launch(kernel: str, grid: tuple[int, ...], *operands: Any, **options: Any) -> None:
-    getattr(_kernels(), kernel)[grid](*operands, **options)
+    launched = getattr(_kernels(), kernel)[grid](*operands, **options)
+    if (tape := current_tape()) is not None:
+        tape.launch(launched, grid, operands)
 
 
 @cache

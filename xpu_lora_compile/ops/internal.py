@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile import kernels
-from xpu_lora_compile.kernels import triton_launch, vendor
+from xpu_lora_compile.kernels import replay, triton_launch, vendor
 from xpu_lora_compile.kernels.call import LoraCall, accumulator, without_autocast
 from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.ops.checks import refuse_gradients, without_slice_dim
@@ -189,7 +189,7 @@ for _schema, _kernel, _fake in (
 ):
     _name = _schema.split("(", 1)[0]
     _LIBRARY.define(_schema, tags=_TAGS)
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, replay.recorded(_kernel), "CompositeExplicitAutograd")
     # The gradient of a changed output passes through as it is; the public ops have refused any other.
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"xpu_lora::{_name}", _fake, lib=_LIBRARY)
