@@ -95,20 +95,24 @@ def bench_gpu(
 @bench.command("gpu-model")
 def bench_gpu_model(
     shape: Annotated[str, typer.Option(help="smollm2, or llama-8b (8 of its layers).")] = "smollm2",
+    mode: Annotated[
+        str, typer.Option(help="captured (in a CUDA graph), default, dynamic, reduce-overhead, cpp-wrapper or eager.")
+    ] = "captured",
     batch: Annotated[int, typer.Option(help="Rows.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each row: 1 to decode, more for a prompt.")] = 1,
     rank: Rank = 16,
     slots: Slots = 8,
-    rounds: Annotated[int, typer.Option(min=2, help="Replays of each graph.")] = 30,
+    rounds: Annotated[int, typer.Option(min=2, help="Steps of each.")] = 30,
     json: Json = None,
 ) -> None:
-    """A decoding step of a model in a CUDA graph, on random weights: mixed adapters, and the base model."""
+    """A step of a model on a GPU, on random weights: mixed adapters, and the base model run in the same way."""
     from xpu_lora_compile.bench import gpu_model, model, show
 
     with reported():
         show.check("cpu", [], [batch, rank, slots], json)
         with show.progress() as advance:
-            run = gpu_model.run(shape, batch, rank, slots, rounds, "cuda", advance)
-        show.print_run(run, "a decoding step", "model", model.BASE, {run.what: run.timings}, json)
+            run = gpu_model.run(shape, mode, batch, tokens, rank, slots, rounds, "cuda", advance)
+        show.print_run(run, "a step", "model", model.BASE, {run.what: run.timings}, json)
 
 
 @bench.command("layer")

@@ -1,9 +1,11 @@
-"""`xpu-lora bench gpu-model`: a decoding step of a whole model in a CUDA graph, with mixed adapters and without."""
+"""`xpu-lora bench gpu-model`: a step of a whole model on a GPU in one of several modes, with mixed adapters or none."""
 
 from __future__ import annotations
 
 import random
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor
 import xpu_lora_compile as xlc
 from xpu_lora_compile.adapters.bank import AdapterBank
 from xpu_lora_compile.adapters.folders import write_adapter
-from xpu_lora_compile.bench.measure import WRONG_NUMBERS, Timing, machine, timing_of
+from xpu_lora_compile.bench.measure import WRONG_NUMBERS, Timing, machine, timing_of, without_stderr
 from xpu_lora_compile.bench.model import BASE, MIXED, SMOLLM2, TARGETS
 from xpu_lora_compile.errors import BenchError
 
@@ -33,6 +35,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+CAPTURED, EAGER = "captured", "eager"
+# What `torch.compile` is given. Of a step captured into a CUDA graph the device's time is taken, else the host's.
+MODES: dict[str, dict[str, Any]] = {
+    CAPTURED: {"dynamic": False},
+    "default": {"dynamic": False},
+    "dynamic": {"dynamic": True},
+    "reduce-overhead": {"dynamic": False, "mode": "reduce-overhead"},
+    "cpp-wrapper": {"dynamic": False, "options": {"cpp_wrapper": True}},
+    EAGER: {},
+}
+
 
 @dataclass(frozen=True)
 class GpuModelRun:
@@ -40,68 +53,98 @@ class GpuModelRun:
 
     machine: str
     what: str
-    # Of one decoding step, a token for each row.
+    # Of one step.
     timings: dict[str, Timing]
     summary: dict[str, float]
 
 
 def run(
-    shape: str, batch: int, rank: int, slots: int, rounds: int, device: str, on_done: Callable[[str], None]
+    shape: str,
+    mode: str,
+    batch: int,
+    tokens: int,
+    rank: int,
+    slots: int,
+    rounds: int,
+    device: str,
+    on_done: Callable[[str], None],
 ) -> GpuModelRun:
-    """Capture a compiled decoding step of both into a CUDA graph each, and replay these in turn.
+    """Time a step of the base model and of mixed adapters in turn, both run in the same way.
 
     Args:
         shape: one of SHAPES.
+        mode: one of MODES.
         batch: rows; each has another adapter or none, in turn.
+        tokens: of each row: 1 for a step of decoding, more for a prompt.
         rank: R of all adapters.
         slots: K, as many adapters.
-        rounds: how often each graph is replayed, in a random order.
+        rounds: how often each step is taken, in a random order.
         device: "cuda".
         on_done: told of each step.
 
     Raises:
-        BenchError: no such shape or device, the compiled logits are not the eager ones, or transformers is missing.
+        BenchError: no such shape, mode or device, the logits are not the eager ones, or transformers is missing.
     """
-    if shape not in SHAPES:
-        raise BenchError("bench gpu-model: --shape", ", ".join(SHAPES), repr(shape), "Choose one of these.")
+    for option, value, known in (("shape", shape, SHAPES), ("mode", mode, MODES)):
+        if value not in known:
+            raise BenchError(f"bench gpu-model: --{option}", ", ".join(known), repr(value), "Choose one of these.")
     if device != "cuda" or not torch.cuda.is_available():
         raise BenchError("bench gpu-model", "a CUDA device", "none", "Run it on a machine that has one.")
     model, bank, chosen = prepare(SHAPES[shape], batch, rank, slots, device)
-    step = Step(model, batch, device)
+    step = Step(model, batch, tokens, device)
+    compiled = model if mode == EAGER else torch.compile(model, backend="xpu_lora", fullgraph=True, **MODES[mode])
+
+    def mixed() -> Tensor:
+        with bank.use(chosen):
+            return step.forward(compiled)
+
+    def base() -> Tensor:
+        return step.forward(compiled)
+
+    contenders: dict[str, Callable[[], Any]] = {BASE: base, MIXED: mixed}
     with torch.no_grad():
+        plain = step(model).clone()
         with bank.use(chosen):
-            eager = step(model)
-        plain = step(model)
+            eager = step(model).clone()
         on_done("eager")
-        compiled = torch.compile(model, backend="xpu_lora", fullgraph=True, dynamic=False)
-        with bank.use(chosen):
-            mixed, mixed_logits = step.captured(compiled)
-        on_done(f"captured: {MIXED}")
-        base, _ = step.captured(compiled)
-        on_done(f"captured: {BASE}")
-        step.rewind()
-        mixed.replay()
-        error = _difference(mixed_logits, eager)
+        for name, contender in contenders.items():
+            for _ in range(3):
+                step.rewind()
+                logits = contender()
+            on_done(f"{mode}: {name}")
+        error = _difference(logits, eager)
+        launches = {name: _launches(contender, step) for name, contender in contenders.items()}
+        frames = 0 if mode == EAGER else _own_frames(contenders[MIXED], step)
+        if mode == CAPTURED:
+            graphs = {name: step.captured(contender) for name, contender in contenders.items()}
+            step.rewind()
+            graphs[MIXED][0].replay()
+            error = max(error, _difference(graphs[MIXED][1], eager))
+            on_done(mode)
         # Rounded to bfloat16 in every layer, at other places; without LoRA they are off by much more.
         if not error <= 1e-1 < 3e-1 < _difference(plain, eager):
             wanted = "the eager model's to within 1e-1"
             raise BenchError("bench gpu-model: logits", wanted, f"{error:.1e}", WRONG_NUMBERS)
         taken: dict[str, list[float]] = {BASE: [], MIXED: []}
-        graphs = {BASE: base, MIXED: mixed}
         order = random.Random(0)  # noqa: S311
         for number in range(rounds + 2):
-            for name in order.sample(list(graphs), len(graphs)):
+            for name in order.sample(list(contenders), len(contenders)):
                 step.rewind()
-                seconds = _seconds(graphs[name])
+                seconds = _device_seconds(graphs[name][0]) if mode == CAPTURED else _host_seconds(contenders[name])
                 if number > 1:
                     taken[name].append(seconds)
     timings = {name: timing_of(times) for name, times in taken.items()}
+    layers = SHAPES[shape]["num_hidden_layers"]
     summary = {
-        "tokens/s of the base model": batch / timings[BASE].median * 1e6,
+        "tokens/s of the base model": batch * tokens / timings[BASE].median * 1e6,
         "mixed adapters' tokens/s / base model's": timings[BASE].median / timings[MIXED].median,
+        "kernel launches a layer of the base model": launches[BASE] / layers,
+        "kernel launches a layer with mixed adapters": launches[MIXED] / layers,
         "logits: greatest difference from the eager model's / greatest logit": error,
     }
-    what = f"{shape}, {SHAPES[shape]['num_hidden_layers']} layers, bfloat16, batch {batch}, R{rank} K{slots}"
+    if mode != EAGER:
+        summary["Python frames of this package during a step"] = float(frames)
+    what = f"{shape}, {layers} layers, bfloat16, {mode}, batch {batch}, {tokens} tokens a row, R{rank} K{slots}"
     return GpuModelRun(machine("cuda"), what, timings, summary)
 
 
@@ -129,27 +172,28 @@ def prepare(
 
 
 class Step:
-    """One token for each row, on a cache that holds some."""
+    """Some tokens for each row: one, on a cache that holds some, or the first."""
 
     LENGTH, POSITION = 256, 128
 
-    def __init__(self, model: Any, batch: int, device: str) -> None:
+    def __init__(self, model: Any, batch: int, tokens: int, device: str) -> None:
         from transformers import StaticCache
 
-        self.tokens = torch.randint(0, model.config.vocab_size, (batch, 1), device=device)
-        self.position = torch.tensor([self.POSITION], device=device)
-        self.cache: Any = StaticCache(config=model.config, max_cache_len=self.LENGTH)
+        self.tokens = torch.randint(0, model.config.vocab_size, (batch, tokens), device=device)
+        self.start = self.POSITION if tokens == 1 else 0
+        self.position = torch.arange(self.start, self.start + tokens, device=device)
+        self.cache: Any = StaticCache(config=model.config, max_cache_len=max(self.LENGTH, tokens))
         heads, width = model.config.num_key_value_heads, model.config.hidden_size // model.config.num_attention_heads
         # Its memory is taken before anything is captured.
         self.cache.early_initialization(batch, heads, width, torch.bfloat16, torch.device(device))
 
     def rewind(self) -> None:
-        """Have the cache hold POSITION tokens again: it counts each step."""
+        """Have the cache hold what it held at first: it counts each step."""
         for layer in self.cache.layers:
-            layer.cumulative_length.fill_(self.POSITION)
+            layer.cumulative_length.fill_(self.start)
 
     def __call__(self, model: Any) -> Tensor:
-        """The logits of the token."""
+        """The logits of each row's last token."""
         self.rewind()
         return self.forward(model)
 
@@ -160,21 +204,23 @@ class Step:
             past_key_values=self.cache,
             position_ids=self.position[None].expand(len(self.tokens), -1),
             use_cache=True,
+            logits_to_keep=1,
         ).logits
         return logits
 
-    def captured(self, model: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def captured(self, contender: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The step as a graph, and where it leaves the logits."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                self(model)
+                self.rewind()
+                contender()
         self.rewind()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = self.forward(model)
+            logits = contender()
         return graph, logits
 
 
@@ -182,7 +228,7 @@ def _difference(left: Tensor, right: Tensor) -> float:
     return float((left.float() - right.float()).abs().max() / right.float().abs().max())
 
 
-def _seconds(graph: torch.cuda.CUDAGraph) -> float:
+def _device_seconds(graph: torch.cuda.CUDAGraph) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     graph.replay()
     start.record()
@@ -192,3 +238,41 @@ def _seconds(graph: torch.cuda.CUDAGraph) -> float:
     end.synchronize()
     milliseconds: float = start.elapsed_time(end)
     return milliseconds / 1e3 / 5
+
+
+def _host_seconds(contender: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    contender()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _launches(contender: Callable[[], object], step: Step) -> int:
+    """How many kernels one step has the device run."""
+    step.rewind()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with without_stderr(), torch.profiler.profile(activities=activities) as profile:
+        contender()
+        torch.cuda.synchronize()
+    kinds = ("Memcpy", "Memset")
+    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not event.name.startswith(kinds) for event in on_device)
+
+
+def _own_frames(contender: Callable[[], object], step: Step) -> int:
+    """How many functions of this package Python calls during a step, but for those that name the rows' adapters."""
+    step.rewind()
+    package, called = str(Path(xlc.__file__).parent), [0]
+
+    def count(frame: Any, event: str, _: Any) -> None:
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(package) and "/bench/" not in file and "/adapters/" not in file:
+            called[0] += 1
+
+    sys.setprofile(count)
+    try:
+        contender()
+    finally:
+        sys.setprofile(None)
+    return called[0]
