@@ -29,7 +29,7 @@ from xpu_lora_compile.adapters.folders import write_adapter
 from xpu_lora_compile.errors import DeviceError, OptionError, own_error
 from xpu_lora_compile.inspect.operands import RandomOperands, every_kind_of_index, poison_unused_slots
 from xpu_lora_compile.inspect.verify import verify
-from xpu_lora_compile.kernels import choice_for, compiled, ipex, native, vendor
+from xpu_lora_compile.kernels import choice_for, compiled, ipex, vendor
 from xpu_lora_compile.kernels.call import LoraCall
 from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.layers.attach import attach
