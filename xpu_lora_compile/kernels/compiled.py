@@ -59,15 +59,15 @@ def _load(kind: str, sources: tuple[Path, ...], flags: tuple[str, ...], named: s
             return Loaded(None, "there is no C++ compiler: install g++ or clang++, or set CXX")
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout  # noqa: S603
         texts = [source.read_bytes() for source in sources]
-        command = [*compiler, *flags, *FLAGS]
-        parts = (*texts, shlex.join(command).encode(), version, torch.__version__.encode(), _cpu())
+        command = shlex.join((*compiler, *flags, *FLAGS)).encode()
+        parts = (*texts, command, version, torch.__version__.encode(), _cpu())
         name, folder = f"{kind}-{content_hash(b'|'.join(parts))}", _own_folder()
         made = [
             library
             for library in folder.glob(f"{name}-*.so")
             if library.stem == f"{name}-{content_hash(library.read_bytes())}"
         ]
-        path = made[0] if made else _compiled(folder, name, [*command, str(sources[0]), *_AGAINST_TORCH])
+        path = made[0] if made else _compiled(folder, name, sources, flags, compiler)
         torch.ops.load_library(path)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
@@ -76,12 +76,18 @@ def _load(kind: str, sources: tuple[Path, ...], flags: tuple[str, ...], named: s
     return Loaded(path, "")
 
 
-def _compiled(folder: Path, name: str, command: Sequence[str]) -> Path:
+def _compiled(folder: Path, name: str, sources: Sequence[Path], flags: Sequence[str], compiler: Sequence[str]) -> Path:
     # Aside, so that another process never loads half a file.
     with tempfile.TemporaryDirectory(dir=folder) as aside:
-        made = Path(aside) / "library.so"
-        subprocess.run([*command, "-o", str(made)], capture_output=True, check=True, timeout=600)  # noqa: S603
+        made = build(Path(aside) / "library.so", sources, flags, compiler)
         return made.replace(folder / f"{name}-{content_hash(made.read_bytes())}.so")
+
+
+def build(library: Path, sources: Sequence[Path], flags: Sequence[str], compiler: Sequence[str]) -> Path:
+    """Compile a library of ops to a file."""
+    command = [*compiler, *flags, *FLAGS, "-o", str(library), str(sources[0]), *_AGAINST_TORCH]
+    subprocess.run(command, capture_output=True, check=True, timeout=600)  # noqa: S603
+    return library
 
 
 def content_hash(content: bytes) -> str:

@@ -25,6 +25,7 @@
 #define REPLAY_KEY CUDA
 #define REPLAY_DRIVER "libcuda.so.1"
 #define REPLAY_TORCH "libtorch_cuda.so"
+#define REPLAY_OPS "add_lora", "linear_with_lora", "route_tiles", "shrink", "expand", "expand_slice"
 #endif
 
 namespace {
@@ -412,7 +413,7 @@ int xpu_lora_keep(const int64_t* words, int64_t count) {
 }
 
 TORCH_LIBRARY_IMPL(xpu_lora, REPLAY_KEY, library) {
-    for (const char* name : {"add_lora", "linear_with_lora", "route_tiles", "shrink", "expand", "expand_slice"}) {
+    for (const char* name : {REPLAY_OPS}) {
         library.impl(name, torch::CppFunction::makeFromBoxedFunction<&replay>());
     }
 }

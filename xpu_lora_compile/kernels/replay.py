@@ -293,12 +293,18 @@ def _opened() -> tuple[Any, str]:
     loaded = compiled.load("replay", (Path(__file__).with_suffix(".cpp"),), ("-O2",), os.environ.get("CXX"))
     if loaded.path is None:
         return None, loaded.problem
-    opened = ctypes.CDLL(str(loaded.path))
+    opened = open_library(loaded.path)
+    if not opened.xpu_lora_can_replay():
+        return None, "the driver of CUDA, or torch, lacks a function (CUDA 12.4 has all)"
+    return opened, ""
+
+
+def open_library(path: Path) -> Any:
+    """Return the functions of a library that plays recordings, which from now on takes calls."""
+    opened = ctypes.CDLL(str(path))
     opened.xpu_lora_parameter_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     opened.xpu_lora_parameter_bytes.restype = opened.xpu_lora_count.restype = ctypes.c_int64
     opened.xpu_lora_keep.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     opened.xpu_lora_pauses.argtypes = [ctypes.POINTER(ctypes.c_int32)]
-    if not opened.xpu_lora_can_replay():
-        return None, "the driver of CUDA, or torch, lacks a function (CUDA 12.4 has all)"
     opened.xpu_lora_pauses(ctypes.byref(_PAUSES))
-    return opened, ""
+    return opened
