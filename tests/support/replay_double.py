@@ -22,6 +22,7 @@ SCHEMAS = {
     "product": "(Tensor input, Tensor weight, Tensor? bias, float scale) -> Tensor",
     "written_first": "(Tensor input, Tensor weight) -> Tensor",
     "products": "(Tensor input, Tensor[] weights) -> Tensor[]",
+    "made": "(Tensor input, SymInt slots) -> (Tensor tiles)",
     "sorts": "(Tensor(a!) output, Tensor input) -> ()",
     "fails": "(Tensor(a!) output, Tensor input, bool fail) -> ()",
     "other_kernel": "(Tensor(a!) output, Tensor input) -> ()",
@@ -63,7 +64,7 @@ def launch(output: Tensor, source: Tensor, scale: float, warps: int = 1, kinds: 
 
 def counted(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        global calls  # noqa: PLW0603
+        global calls
         calls += 1
         return function(*args)
 
@@ -103,6 +104,13 @@ def products(source: Tensor, weights: list[Tensor]) -> list[Tensor]:
     results = [torch.nn.functional.linear(source, weight) for weight in weights]
     launch(results[0], results[0], 1.0)
     return results
+
+
+def made(source: Tensor, slots: int) -> Tensor:
+    result = torch.empty(source.shape, dtype=torch.float32, device=source.device)
+    launch(result, result, -1.0)
+    launch(result, source, 1.0 * slots)
+    return result
 
 
 def sorts(output: Tensor, source: Tensor) -> None:
@@ -185,6 +193,7 @@ def main() -> None:
 
     report("a list of tensors comes back", f"{python_calls(lists)} of 3 calls, {shapes}")
 
+    report("a tensor that was allocated comes back", outcome(lambda: ops.made(torch.ones(9), 3)))
     report("another number of rows", outcome(lambda: ops.add_scaled(torch.ones(71), torch.ones(71), 2.0)))
     apart = torch.ones(140)[::2]
     report("other strides", outcome(lambda: ops.add_scaled(apart, x, 2.0)))

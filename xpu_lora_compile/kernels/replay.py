@@ -51,7 +51,7 @@ class Tape(TorchDispatchMode):
         self.problem = ""
         self._tensors = list(operands)
         self._steps: list[list[int]] = []
-        # By identity: number, bytes from its first element, and whether it is that tensor ("") or its transpose ("t").
+        # By identity: number, bytes from its first element, and whether it is all of it (""), its transpose or a part.
         self._known = {id(tensor): (number, 0, "") for number, tensor in enumerate(operands)}
         # Kept, so that no other gets the identity of one that is gone.
         self._views: list[Any] = []
@@ -84,8 +84,9 @@ class Tape(TorchDispatchMode):
         if view.untyped_storage()._cdata != of.untyped_storage()._cdata or id(of) not in self._known:
             self.problem = f"it calls {op}"
             return
-        number, offset, _ = self._known[id(of)]
-        how = "t" if op is _aten.t.default else "view"
+        number, offset, how = self._known[id(of)]
+        if how or _layout(view) != _layout(of):
+            how = "t" if op is _aten.t.default and not how else "view"
         self._known.setdefault(id(view), (number, offset + view.data_ptr() - of.data_ptr(), how))
 
     def _linear(self, result: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -166,6 +167,10 @@ class Tape(TorchDispatchMode):
             return []
         steps = itertools.chain.from_iterable(self._steps)
         return [len(self._steps), *steps, int(isinstance(result, list)), len(numbers), *numbers]
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 # The bytes of what Triton calls by these names.
