@@ -61,19 +61,25 @@ class Tape(TorchDispatchMode):
         if op in (_aten.empty.memory_format, _aten.new_empty.default):
             self._steps.append([_EMPTY, _dtype_number(result), result.dim(), *result.shape])
             if not result.is_contiguous():
-                self.problem = "it allocates with other strides"
+                self._refuse("it allocates with other strides")
             self._add(result)
+        # What `linear` is where autograd looks at calls, and where it does not.
         elif op is _aten.mm.default:
-            self._linear(result, *args, None)
+            self._linear(result, args[0], self._whole(args[1], "t"))
         elif op is _aten.addmm.default and not kwargs:
-            self._linear(result, args[1], args[2], args[0])
+            self._linear(result, args[1], self._whole(args[2], "t"), args[0])
+        elif op is _aten.linear.default:
+            self._linear(result, args[0], self._whole(args[1]), *args[2:])
         elif op is _aten.addmm.out and kwargs and kwargs["out"] is args[0]:
             self._steps.append([_ADD_PRODUCT, self._whole(args[0]), self._whole(args[1]), self._whole(args[2], "t")])
         elif isinstance(result, Tensor) and isinstance(args[0], Tensor) and not op._schema.is_mutable:
             self._view(op, result, args[0])
         else:
-            self.problem = f"it calls {op}"
+            self._refuse(f"it calls {op}")
         return result
+
+    def _refuse(self, why: str) -> None:
+        self.problem = self.problem or why
 
     def _add(self, tensor: Tensor) -> None:
         self._known[id(tensor)] = (len(self._tensors), 0, "")
@@ -82,23 +88,22 @@ class Tape(TorchDispatchMode):
     def _view(self, op: Any, view: Tensor, of: Tensor) -> None:
         self._views.append(view)
         if view.untyped_storage()._cdata != of.untyped_storage()._cdata or id(of) not in self._known:
-            self.problem = f"it calls {op}"
+            self._refuse(f"it calls {op}")
             return
         number, offset, how = self._known[id(of)]
         if how or _layout(view) != _layout(of):
             how = "t" if op is _aten.t.default and not how else "view"
         self._known.setdefault(id(view), (number, offset + view.data_ptr() - of.data_ptr(), how))
 
-    def _linear(self, result: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        numbers = self._whole(inputs), self._whole(weight, "t"), _NONE if bias is None else self._whole(bias)
-        self._steps.append([_LINEAR, *numbers])
+    def _linear(self, result: Tensor, inputs: Tensor, weight: int, bias: Tensor | None = None) -> None:
+        self._steps.append([_LINEAR, self._whole(inputs), weight, _NONE if bias is None else self._whole(bias)])
         self._add(result)
 
     def _whole(self, tensor: Tensor, how: str = "") -> int:
         """The number of a tensor, which must be that itself, or its transpose."""
         number, _, is_known_as = self._known.get(id(tensor), (_NONE, 0, None))
         if is_known_as != how:
-            self.problem = "it multiplies parts of its operands"
+            self._refuse("it multiplies parts of its operands")
         return number
 
     def launch(self, kernel: Any, grid: Sequence[int], operands: Sequence[Any]) -> None:
@@ -112,7 +117,7 @@ class Tape(TorchDispatchMode):
         try:
             self._steps.append(self._launch(kernel, grid, operands))
         except _CannotRecordError as error:
-            self.problem = str(error)
+            self._refuse(str(error))
 
     def _launch(self, kernel: Any, grid: Sequence[int], operands: Sequence[Any]) -> list[int]:
         about = kernel.metadata

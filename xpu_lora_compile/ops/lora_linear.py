@@ -13,13 +13,12 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from xpu_lora_compile.errors import ShapeError
-from xpu_lora_compile.kernels import add_lora, takes_native
-from xpu_lora_compile.kernels.call import LoraCall, accumulator
+from xpu_lora_compile.kernels import takes_native
+from xpu_lora_compile.kernels.call import accumulator
 from xpu_lora_compile.kernels.native import TRY_ADD_LORA
-from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.checks import without_slice_dim
-from xpu_lora_compile.ops.internal import OUTER_BY_SLOT, SLOT_PRODUCTS
+from xpu_lora_compile.ops.internal import ADD_LORA, OUTER_BY_SLOT, SLOT_PRODUCTS
 from xpu_lora_compile.torch_internals import runs_plainly
 
 
@@ -99,9 +98,10 @@ def add_lora_eagerly(
     if is_compiling() or not runs_plainly(output, inputs, lora_a, lora_b, indices):
         return False
     b = lora_b if lora_b.shape[1] == columns else lora_b[:, :columns]
-    if takes_native(output) and TRY_ADD_LORA([output], inputs, [lora_a], [b], indices, [0], [0], 1.0):
+    operands = [output], inputs, [lora_a], [b], indices, [0], [0], 1.0
+    if takes_native(output) and TRY_ADD_LORA(*operands):
         return True
-    add_lora(LoraCall([output], inputs, [lora_a], [b], RowRouting(indices, lora_a.shape[0], ranks)))
+    ADD_LORA(*operands, ranks=ranks)
     return True
 
 
@@ -144,17 +144,16 @@ def _lora_linears(
     sums = results if len({len(a) for a in stacks_a}) == 1 else [result.to(dtype) for result in results]
     for slots in dict.fromkeys(len(a) for a in stacks_a):
         mine = [s for s, a in enumerate(stacks_a) if len(a) == slots]
-        add_lora(
-            LoraCall(
-                sums,
-                inputs,
-                [stacks_a[s] for s in mine],
-                [stacks_b[s] for s in mine],
-                RowRouting(lora_indices_tensor, slots, ranks),
-                [slice_outputs[s] for s in mine],
-                [slice_offsets[s] for s in mine],
-                scaling,
-            )
+        ADD_LORA(
+            sums,
+            inputs,
+            [stacks_a[s] for s in mine],
+            [stacks_b[s] for s in mine],
+            lora_indices_tensor,
+            [slice_outputs[s] for s in mine],
+            [slice_offsets[s] for s in mine],
+            scaling,
+            ranks=ranks,
         )
     for result, total in zip(results, sums, strict=True):
         if total is not result:
