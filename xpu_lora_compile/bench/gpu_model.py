@@ -258,7 +258,7 @@ def _launches(contender: Callable[[], object], step: Step) -> int:
         contender()
         torch.cuda.synchronize()
     kinds = ("Memcpy", "Memset")
-    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [event for event in profile.events() if event.device_type.name == "CUDA"]
     return sum(not event.name.startswith(kinds) for event in on_device)
 
 

@@ -47,7 +47,7 @@ class Tape(TorchDispatchMode):
     """
 
     def __init__(self, operands: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.problem = ""
         self._tensors = list(operands)
         self._steps: list[list[int]] = []
