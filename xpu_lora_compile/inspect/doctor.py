@@ -29,7 +29,7 @@ from xpu_lora_compile.adapters.folders import write_adapter
 from xpu_lora_compile.errors import DeviceError, OptionError, own_error
 from xpu_lora_compile.inspect.operands import RandomOperands, every_kind_of_index, poison_unused_slots
 from xpu_lora_compile.inspect.verify import verify
-from xpu_lora_compile.kernels import choice_for, compiled, ipex, vendor
+from xpu_lora_compile.kernels import choice_for, compiled, ipex, replay, vendor
 from xpu_lora_compile.kernels.call import LoraCall
 from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.layers.attach import attach
@@ -163,6 +163,9 @@ def installed(device: str) -> Iterator[Finding]:
         driver = getattr(properties, "driver_version", None) or f"runtime {torch.version.cuda or torch.version.xpu}"
         yield Finding("device", f"{properties.name}, {properties.total_memory >> 20} MiB, {driver}")
     yield Finding("C++ compiler", _compiler())
+    if device == "cuda" and _is_there(device):
+        launched = "without Python, once it has launched for such shapes"
+        yield Finding("kernels are launched", f"by Python: {replay.problem()}" if replay.problem() else launched)
     if device == "cpu":
         if _has_imported_ipex():
             yield Finding(ipex.PACKAGE, "imported: what follows has PyTorch's own kernels as it exchanges them")

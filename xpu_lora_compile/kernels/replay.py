@@ -281,8 +281,8 @@ def count() -> int:
     return 0 if opened is None else int(opened.xpu_lora_count())
 
 
-# How many blocks want their Python to run: read by `replay.cpp`.
-_PAUSES = ctypes.c_int32(0)
+# How many blocks want their Python to run, read by `replay.cpp`; a kernel that is forced for the process is one.
+_PAUSES = ctypes.c_int32(bool(os.environ.get("XPU_LORA_KERNEL")))
 _COUNTING = threading.Lock()
 
 
