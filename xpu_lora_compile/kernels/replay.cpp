@@ -6,8 +6,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/t.h>
+#include <ATen/ops/mm.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <dlfcn.h>
@@ -224,6 +223,16 @@ bool describe(const c10::IValue& value, bool is_grad_enabled, Words& words, std:
     return true;
 }
 
+// `weight.t()` without the dispatcher, which takes as long as a launch.
+at::Tensor transposed(const at::Tensor& weight) {
+    at::Tensor view = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(weight.storage()),
+                                                              weight.key_set(), weight.dtype());
+    view.unsafeGetTensorImpl()->set_storage_offset(weight.storage_offset());
+    view.unsafeGetTensorImpl()->set_sizes_and_strides({weight.size(1), weight.size(0)},
+                                                      {weight.stride(1), weight.stride(0)});
+    return view;
+}
+
 void launch(const Step& step, const std::vector<const at::Tensor*>& tensors, void* stream) {
     constexpr size_t MOST = 256;
     int64_t values[MOST];
@@ -260,17 +269,15 @@ void play(const Recording& recording, std::vector<const at::Tensor*>& tensors, a
                 tensors.push_back(&made.back());
                 break;
             case Step::LINEAR: {
-                std::optional<at::Tensor> bias;
-                if (step.bias >= 0) {
-                    bias = *tensors[step.bias];
-                }
-                made.push_back(at::linear(*tensors[step.input], *tensors[step.weight], bias));
+                at::Tensor weight = transposed(*tensors[step.weight]);
+                const at::Tensor& input = *tensors[step.input];
+                made.push_back(step.bias < 0 ? at::mm(input, weight) : at::addmm(*tensors[step.bias], input, weight));
                 tensors.push_back(&made.back());
                 break;
             }
             case Step::ADD_PRODUCT: {
                 at::Tensor output = *tensors[step.output];
-                at::addmm_out(output, output, *tensors[step.input], tensors[step.weight]->t());
+                at::addmm_out(output, output, *tensors[step.input], transposed(*tensors[step.weight]));
                 break;
             }
             case Step::LAUNCH:
