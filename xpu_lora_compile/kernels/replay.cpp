@@ -228,8 +228,8 @@ at::Tensor transposed(const at::Tensor& weight) {
     at::Tensor view = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(weight.storage()),
                                                               weight.key_set(), weight.dtype());
     view.unsafeGetTensorImpl()->set_storage_offset(weight.storage_offset());
-    view.unsafeGetTensorImpl()->set_sizes_and_strides({weight.size(1), weight.size(0)},
-                                                      {weight.stride(1), weight.stride(0)});
+    int64_t sizes[] = {weight.size(1), weight.size(0)}, strides[] = {weight.stride(1), weight.stride(0)};
+    view.unsafeGetTensorImpl()->set_sizes_and_strides(c10::IntArrayRef(sizes), c10::IntArrayRef(strides));
     return view;
 }
 
