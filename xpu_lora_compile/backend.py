@@ -106,6 +106,15 @@ def inductor_options(options: dict[str, Any] | None = None) -> dict[str, Any]:
     }
 
 
+def inductor_config(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with which Inductor compiles a program that has been rewritten and leaves this process.
+
+    Raises:
+        OptionError: an unknown option, or a value of the wrong type.
+    """
+    return {**_checked_config(None, options), **_SAFE}
+
+
 class CacheKey(CustomGraphPass):
     """A pass that changes nothing: its identity puts ours into the keys of Inductor's caches.
 

@@ -86,6 +86,10 @@ class FactoryError(LoraError, ValueError):
     """What a command was told to explain cannot be imported or called, or is not a model with its inputs."""
 
 
+class ArtifactError(LoraError, ValueError):
+    """A model that cannot be exported, or a file that cannot be served by this process."""
+
+
 class AttachError(LoraError):
     """A model, or one of its modules, that LoRA cannot be attached to."""
 

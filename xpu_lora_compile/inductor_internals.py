@@ -17,6 +17,10 @@ from torch.fx import Graph
 # A context manager: what is compiled in it finds empty caches on disk, and leaves nothing there.
 fresh_cache: Any = utils.fresh_cache
 
+# A program into a file, and the file into something that is called with tensors.
+aoti_compile_and_package: Any = torch._inductor.aoti_compile_and_package
+aoti_load_package: Any = torch._inductor.aoti_load_package
+
 GraphPass: TypeAlias = Callable[[Graph], None]
 
 # Inductor learnt to take a list of passes in one slot with torch 2.12.
@@ -68,6 +72,8 @@ class InTurn(CustomGraphPass):
 __all__ = [
     "CustomGraphPass",
     "InTurn",
+    "aoti_compile_and_package",
+    "aoti_load_package",
     "compile_fx",
     "config_of",
     "fresh_cache",

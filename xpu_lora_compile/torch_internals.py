@@ -212,6 +212,11 @@ def schema_of(name: str) -> Any:
     return found[0] if found else None
 
 
+def has_kernel_for(name: str, key: str) -> bool:
+    """Whether an op that is there has a kernel of its own for a dispatch key."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
 def has_fake(name: str) -> bool:
     """Whether an op that is there has a kernel for fake tensors, of its own or registered from Python."""
     from torch._library.simple_registry import singleton

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,6 +101,10 @@ class Kernel:
             `packed`, whose columns are all A and then all B.
         reads_ranks: whether it makes use of the rank of each slot's adapter.
         stores_b_by_rank: whether it reads B fastest with the columns of one rank side by side.
+        runs_without_python: whether `op`, `shrink_op` and `expand_op` do, in a program that leaves this process: they
+            are launches that the compiler makes, or ops of the library that `library` names.
+        shrink_op: what `lower` emits in such a program for a shrink alone, with the arguments of `xpu_lora::shrink`.
+        expand_op: the same for an expand alone, with those of `xpu_lora::expand_slice`.
         computes_base_on: the types of devices on which it can compute base products with their LoRA, by
             `linear_with_lora`.
     """
@@ -114,6 +119,9 @@ class Kernel:
     takes_wholes: bool = False
     reads_ranks: bool = False
     stores_b_by_rank: bool = True
+    runs_without_python: bool = False
+    shrink_op: str = "shrink"
+    expand_op: str = "expand_slice"
     computes_base_on: tuple[str, ...] = ()
 
     def problem(self, device: str) -> str:
@@ -127,6 +135,10 @@ class Kernel:
     def refusal(self, call: LoraCall) -> str:
         """Return which of its rules a call breaks, for all sizes of a graph; empty if none."""
         return ""
+
+    def library(self) -> Path | None:
+        """Return the library that its ops need in a process without Python; None where they need none."""
+        return None
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of `op` and of `prepares` that are the kernel's own, by name."""

@@ -1,9 +1,12 @@
 // The kernels of native_kernels.h as ops of PyTorch: a call costs as little as one of PyTorch's own. Schemas are in
-// native.py. Each op checks all that the contract asks for before it touches memory, so that eager calls need no other
+// native.py, which hands them to the compiler as XPU_LORA_SCHEMAS. Each op checks all that the contract asks for before it touches memory, so that eager calls need no other
 // check; one that returns false has done nothing, and the caller says what is wrong in better words.
 
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
+
+#include <string>
 
 #include "native_kernels.h"
 
@@ -249,12 +252,49 @@ bool try_expand(const at::Tensor& output, const at::Tensor& inputs, const at::Te
     return true;
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(xpu_lora, CPU, library) {
-    library.impl("native_add_slices", add_slices_in_place);
-    library.impl("native_add_packed", add_packed_in_place);
-    library.impl("native_try_add_lora", try_add_lora);
-    library.impl("native_try_shrink", try_shrink);
-    library.impl("native_try_expand", try_expand);
+void shrink(const at::Tensor& output, const at::Tensor& inputs, const at::Tensor& weights, const at::Tensor& indices,
+            double scaling) {
+    TORCH_CHECK(try_shrink(output, inputs, weights, first(indices, rows_with(indices, inputs)), scaling),
+                "xpu_lora::native_shrink: operands that do not fit together");
 }
+
+void expand(const at::Tensor& output, const at::Tensor& inputs, const at::Tensor& weights, const at::Tensor& indices,
+            int64_t offset, int64_t columns, bool add) {
+    TORCH_CHECK(try_expand(output, inputs, weights, first(indices, rows_with(indices, inputs)), offset, columns, add),
+                "xpu_lora::native_expand: operands that do not fit together");
+}
+
+bool has_kernels(const char* schema) {
+    auto name = "xpu_lora::" + std::string(schema, std::strchr(schema, '('));
+    auto op = c10::Dispatcher::singleton().findSchema({name, ""});
+    return op && op->hasKernelForDispatchKey(c10::DispatchKey::CPU);
+}
+
+// Defines the ops where Python has not, and gives them their kernels; nothing where a copy of this library has done so.
+torch::Library* registered() {
+    const char* schemas[] = {XPU_LORA_SCHEMAS};
+    if (has_kernels(schemas[0])) return nullptr;
+    auto* library = new torch::Library(torch::Library::FRAGMENT, "xpu_lora", std::nullopt, __FILE__, __LINE__);
+    for (const char* schema : schemas) {
+        std::string name(schema, std::strchr(schema, '('));
+        if (c10::Dispatcher::singleton().findSchema({"xpu_lora::" + name, ""})) continue;
+        library->def(schema);
+        // As in native.py: the gradient of a changed output passes through as it is.
+        library->impl(name.c_str(), torch::dispatch(c10::DispatchKey::Autograd, torch::CppFunction::makeFallthrough()));
+    }
+    auto on_cpu = [&](const char* name, auto kernel) {
+        library->impl(name, torch::dispatch(c10::DispatchKey::CPU, kernel));
+    };
+    on_cpu("native_add_slices", add_slices_in_place);
+    on_cpu("native_add_packed", add_packed_in_place);
+    on_cpu("native_try_add_lora", try_add_lora);
+    on_cpu("native_try_shrink", try_shrink);
+    on_cpu("native_try_expand", try_expand);
+    on_cpu("native_shrink", shrink);
+    on_cpu("native_expand", expand);
+    return library;
+}
+
+const torch::Library* const LIBRARY = registered();
+
+}  // namespace

@@ -5,6 +5,7 @@ They are compiled when first needed (GCC 12, Clang 15 or newer; 10 to 25 s): see
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 from xpu_lora_compile.errors import KernelError
 from xpu_lora_compile.kernels import compiled
 from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator
+from xpu_lora_compile.torch_internals import has_kernel_for, schema_of
 
 _HERE = Path(__file__).parent
 _SOURCES = (_HERE / "native.cpp", _HERE / "native_kernels.h")
@@ -26,6 +28,8 @@ _SOURCES = (_HERE / "native.cpp", _HERE / "native_kernels.h")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp")
 
 _LIBRARY = torch.library.Library("xpu_lora", "FRAGMENT")
+# Of the ops below. The library is given them, too: it defines the ops itself where no Python has.
+_SCHEMAS: list[str] = []
 # Inductor may lay the operands out as it likes: any strides are fine here, and so no operand is ever copied for us.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _OPERANDS = "Tensor(a!) output, Tensor inputs, Tensor weights, Tensor indices"
@@ -37,7 +41,7 @@ _LISTS = (
 
 def problem() -> str:
     """Why this kernel cannot run on this machine; empty where it can, which takes some 25 s the first time."""
-    return compiled.load("native", _SOURCES, _FLAGS, os.environ.get("CXX")).problem
+    return _compiled().problem
 
 
 @cache
@@ -61,6 +65,9 @@ class Native(Kernel):
     prepares = ""
     needs_plain_slices = True
     takes_wholes = True
+    runs_without_python = True
+    shrink_op = "native_shrink"
+    expand_op = "native_expand"
 
     def problem(self, device: str) -> str:
         """As `Kernel.problem`; warns the first time that there is one on a CPU."""
@@ -69,6 +76,10 @@ class Native(Kernel):
     def refusal(self, call: LoraCall) -> str:
         """As `Kernel.refusal`."""
         return "it computes in float32" if accumulator(*call.operands) is torch.float64 else ""
+
+    def library(self) -> Path | None:
+        """As `Kernel.library`."""
+        return library()
 
     def add_lora(self, call: LoraCall) -> None:
         """As `Kernel.add_lora`."""
@@ -108,6 +119,22 @@ def scratch_bytes(rows: int, ranks: int, widest: int) -> int:
     return 4 * (rows * ranks + torch.get_num_threads() * 512 * widest)
 
 
+def library() -> Path | None:
+    """Return the file that the ops' kernels are in; None where `problem` says why there is none."""
+    return _compiled().path
+
+
+def load_library(file: Path) -> None:
+    """Take the ops' kernels from a library that was compiled elsewhere, unless they are there already."""
+    if not has_kernel_for(f"xpu_lora::{_SCHEMAS[0].split('(', 1)[0]}", "CPU"):
+        torch.ops.load_library(file)
+
+
+def _compiled() -> compiled.Loaded:
+    flags = *_FLAGS, f"-DXPU_LORA_SCHEMAS={','.join(map(json.dumps, _SCHEMAS))}"
+    return compiled.load("native", _SOURCES, flags, os.environ.get("CXX"))
+
+
 # Whether the library has been asked for, and an op been called anew.
 _AGAIN: ContextVar[bool] = ContextVar("again", default=False)
 
@@ -132,7 +159,10 @@ def _define(schema: str) -> Any:
             raise KernelError(f"xpu_lora::{name}", "dense tensors on the CPU", "others", "Compile anew.")
         return False
 
-    _LIBRARY.define(schema, tags=_TAGS)
+    _SCHEMAS.append(schema)
+    # A library that was loaded before has defined it.
+    if schema_of(f"xpu_lora::{name}") is None:
+        _LIBRARY.define(schema, tags=_TAGS)
     op: Any = getattr(torch.ops.xpu_lora, name).default
     _LIBRARY.impl(name, load_and_call_again, "CompositeExplicitAutograd")
     # The gradient of a changed output passes through as it is; whoever calls has refused any other.
@@ -201,3 +231,7 @@ TRY_ADD_LORA = _define(f"native_try_add_lora({_LISTS}) -> bool")
 TRY_SHRINK = _define(f"native_try_shrink({_OPERANDS}, float scaling) -> bool")
 # output[t, offset : offset + columns] (+)= (B[i] @ inputs[t])[:columns]; rows whose i is no slot keep their value.
 TRY_EXPAND = _define(f"native_try_expand({_OPERANDS}, int offset, int columns, bool add) -> bool")
+
+# The two halves for programs that run without Python, where nothing else could run a call that they refuse.
+_define(f"native_shrink({_OPERANDS}, float scaling) -> ()")
+_define(f"native_expand({_OPERANDS}, int offset, int columns, bool add) -> ()")

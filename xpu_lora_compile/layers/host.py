@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from xpu_lora_compile.adapters.checkpoint import ModuleSizes
+from xpu_lora_compile.kernels.call import accumulator
 from xpu_lora_compile.ops import bgmv_expand, bgmv_shrink, lora_linear
 from xpu_lora_compile.ops.lora_linear import add_lora_eagerly
 from xpu_lora_compile.rows.routing import BatchRouting
@@ -57,9 +58,8 @@ class LoraLayer(nn.Module):
         if torch.is_grad_enabled() or ranks is not None:
             b = self.lora_b.narrow(1, 0, columns)
             return lora_linear(output, rows, [self.lora_a], [b], indices, [0], ranks=ranks).view(shape)
-        hidden = rows.new_empty(
-            rows.shape[0], self.lora_a.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32)
-        )
+        # Not `promote_types`, which an exported program would record as an op.
+        hidden = rows.new_empty(rows.shape[0], self.lora_a.shape[1], dtype=accumulator(rows))
         bgmv_shrink(hidden, rows, self.lora_a, indices)
         bgmv_expand(output, hidden, self.lora_b, indices)
         return output.view(shape)

@@ -40,7 +40,9 @@ FUEL, DUMP = "XPU_LORA_FUEL", "XPU_LORA_DUMP"
 _programs = itertools.count()
 
 
-def rewrite(program: GraphModule | ExportedProgram, *, keep_bases: bool = False) -> list[Decision]:
+def rewrite(
+    program: GraphModule | ExportedProgram, *, keep_bases: bool = False, without_python: bool = False
+) -> list[Decision]:
     """Run the passes over a graph and its subgraphs, in place; what the graph computes stays the same.
 
     The environment variable `XPU_LORA_FUEL=n` stops after n rewrites of each program, and `XPU_LORA_DUMP=folder`
@@ -50,6 +52,8 @@ def rewrite(program: GraphModule | ExportedProgram, *, keep_bases: bool = False)
         program: what Dynamo gives a backend, or what `torch.export.export` returns. An exported program is decided
             by constants alone, since nobody would check a guard when it runs.
         keep_bases: leave base products as they are, so that what LoRA is added to can be looked at.
+        without_python: take the kernels of this machine that a process without Python can run, for a program that
+            leaves this one; what no such kernel takes is left alone.
 
     Returns:
         The decisions taken, in the order of the graph; none for a graph without shapes, which is left as it is.
@@ -64,7 +68,7 @@ def rewrite(program: GraphModule | ExportedProgram, *, keep_bases: bool = False)
             "rewrite", "a GraphModule or an ExportedProgram", type(module).__name__, "Compile or export the model."
         )
     folder = _dump_folder()
-    run = Rewrite(fuel(), keep_bases)
+    run = Rewrite(fuel(), keep_bases, without_python)
     graphs = list(graphs_of(module))
     for position, transform in enumerate(PIPELINE):
         name = f"{position}-{transform.__name__}"

@@ -27,11 +27,14 @@ class Rewrite:
     Attributes:
         fuel: how many more rewrites the passes may do; None is without limit.
         keeps_bases: whether base products stay as they are, for a reader who compares what LoRA is added to.
+        without_python: whether the program is to run in a process without Python, where an op that is written in it
+            would be missing.
         decisions: what the passes decide, in the order of the graph.
     """
 
     fuel: int | None = None
     keeps_bases: bool = False
+    without_python: bool = False
     decisions: list[Decision] = field(default_factory=list)
 
     def takes_fuel(self, node: Node) -> bool:

@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 
 from xpu_lora_compile.kernels import KERNELS, choice_for, forced_kernel, refusal_of
 from xpu_lora_compile.kernels.call import Kernel, LoraCall
-from xpu_lora_compile.ops import BGMV_EXPAND_SLICE, BGMV_SHRINK, EXPAND_SLICE, LORA_LINEAR, LORA_LINEARS, SHRINK
+from xpu_lora_compile.ops import BGMV_EXPAND_SLICE, BGMV_SHRINK, EXPAND, EXPAND_SLICE, LORA_LINEAR, LORA_LINEARS, SHRINK
 from xpu_lora_compile.passes.calls import LoraNode, lora_calls
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
 from xpu_lora_compile.passes.editing import arguments_of, insert_before, is_subgraph, replace, size_of, value_of
@@ -61,6 +61,9 @@ def lower(graph: Graph, rewrite: Rewrite) -> None:
         for call in lora_calls(graph, public):
             if rewrite.takes_fuel(call.node):
                 replace(call.node, internal, tuple(arguments_of(call.node, public)))
+    if rewrite.without_python:
+        for call in lora_calls(graph, SHRINK, EXPAND, EXPAND_SLICE):
+            _lower_half(call)
     calls = [call.node for call in lora_calls(graph, LORA_LINEAR, LORA_LINEARS)]
     if not calls:
         return
@@ -72,7 +75,21 @@ def lower(graph: Graph, rewrite: Rewrite) -> None:
         if refusal:
             note(node, f"lower: left functional, since {refusal}")
         elif rewrite.takes_fuel(node):
-            _lower(call, memory)
+            _lower(call, memory, rewrite)
+
+
+def _lower_half(lora: LoraNode) -> None:
+    """Have a shrink or an expand alone run without Python, if a kernel can."""
+    kernel = _kernel_for(lora.node, lora.call(), lora.lora_b, without_python=True)
+    (output,), (weights,) = lora.outputs, lora.lora_a or lora.lora_b
+    operands = output, lora.inputs, weights, lora.indices
+    if not kernel.runs_without_python:
+        return
+    if lora.op is SHRINK:
+        replace(lora.node, _op(kernel.shrink_op), (*operands, lora.scaling))
+    else:
+        columns = value_of(weights).shape[-2]
+        replace(lora.node, _op(kernel.expand_op), (*operands, lora.slice_offsets[0], columns, lora.add))
 
 
 def _refusal(call: LoraNode) -> str:
@@ -85,7 +102,7 @@ def _refusal(call: LoraNode) -> str:
     return ""
 
 
-def _lower(lora: LoraNode, memory: Memory) -> None:
+def _lower(lora: LoraNode, memory: Memory, rewrite: Rewrite) -> None:
     node, bases, others = lora.node, lora.outputs, (lora.inputs, *lora.lora_a, *lora.lora_b, lora.indices)
     is_single = lora.op is LORA_LINEAR
     results: list[Tensor] = [value_of(node)] if is_single else value_of(node)
@@ -104,7 +121,7 @@ def _lower(lora: LoraNode, memory: Memory) -> None:
             target = base
             memory.unite(base, result)
         outputs.append(target)
-    lowered = _emit(lora, outputs, memory)
+    lowered = _emit(lora, outputs, memory, rewrite)
     set_decisions(lowered, decisions_on(node))
     if written_back is not None:
         node.graph.erase_node(written_back)
@@ -117,10 +134,10 @@ def _lower(lora: LoraNode, memory: Memory) -> None:
     node.graph.erase_node(node)
 
 
-def _emit(lora: LoraNode, outputs: list[Node], memory: Memory) -> Node:
+def _emit(lora: LoraNode, outputs: list[Node], memory: Memory, rewrite: Rewrite) -> Node:
     """Put the op of the first kernel that takes the call in front of it: its schema names what it wants."""
     call = lora.call(outputs=outputs)
-    kernel = _kernel_for(lora.node, call, lora.lora_b)
+    kernel = _kernel_for(lora.node, call, lora.lora_b, without_python=rewrite.without_python)
     options = kernel.options()
     given: dict[str, Any] = {
         "outputs": outputs,
@@ -156,16 +173,18 @@ def _op(name: str) -> torch._ops.OpOverload:
 _ANY = Kernel()
 
 
-def _kernel_for(node: Node, call: LoraCall, lora_b: list[Node]) -> Kernel:
+def _kernel_for(node: Node, call: LoraCall, lora_b: list[Node], *, without_python: bool) -> Kernel:
     """The first kernel that takes a call for all sizes of the graph; `_ANY` where the op has to choose as it runs."""
-    # A program to be saved may run where there are other kernels.
-    if not is_compiling_for_this_process():
+    # A program to be saved may run where there are other kernels, unless it brings its own along.
+    if not (is_compiling_for_this_process() or without_python):
         return _ANY
     forced = forced_kernel()
     # That it cannot run the call is an error.
     chosen = None if forced is None else choice_for(call).kernel
     for kernel in KERNELS:
         why = kernel.by_force_alone if forced is None else "" if kernel is chosen else f"{forced} was forced"
+        if without_python and not kernel.runs_without_python:
+            why = why or "its op is written in Python, which the program has to do without"
         why = why or refusal_of(kernel, call) or _refusal_in_graph(kernel, call, lora_b)
         if not why:
             return kernel

@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 
 from xpu_lora_compile.ops import LORA_LINEAR
 from xpu_lora_compile.passes.editing import value_of
-from xpu_lora_compile.torch_internals import is_known
+from xpu_lora_compile.torch_internals import is_composite, is_known
 
 # Methods and functions that use a tensor's shape or dtype alone; and conversions that ATen has no op for.
 _QUESTIONS = {"size", "dim", "numel", "stride", "is_contiguous", "nelement", "ndimension", "element_size"}
@@ -74,9 +74,24 @@ def knows_its_views(graph: Graph) -> bool:
             return False
         if isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
             source = node.all_input_nodes[0]
-            if value_of(source) is None or value_of(node) is None or not storages_of(node) <= storages_of(source):
+            if value_of(source) is None or value_of(node) is None:
+                return False
+            if not storages_of(node) <= storages_of(source) and not _copies(node):
                 return False
     return True
+
+
+def _copies(node: Node) -> bool:
+    """Whether a call of `reshape`, `to` and the like, which return a view where they can, has to copy."""
+    if not is_composite(node.target):
+        return False
+    args, kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), _value_if_node)
+    again = node.target(*args, **kwargs)  # type: ignore[operator]
+    return storage_of(again) != storage_of(value_of(node.all_input_nodes[0]))
+
+
+def _value_if_node(argument: Any) -> Any:
+    return value_of(argument) if isinstance(argument, Node) else argument
 
 
 def written_by(node: Node) -> set[int]:

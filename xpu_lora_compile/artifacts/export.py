@@ -1,0 +1,444 @@
+"""`export`: a model with a bank -> one file that serves any adapter to any row, without Python.
+
+    model, example inputs --follow--> the layout of each layer's rows --trace--> ExportedProgram, whose slots are an input
+        --rewrite--> ops that need no Python --AOTInductor--> served.pt2 --> the manifest and the ops' library in it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from xpu_lora_compile.adapters.bank import Block, Rows
+from xpu_lora_compile.adapters.names import BaseModel, plain_name
+from xpu_lora_compile.artifacts.manifest import (
+    DTYPES,
+    SLOTS,
+    Base,
+    Input,
+    Manifest,
+    Module,
+    Stack,
+    few_names,
+    folder_of,
+    name_of_dtype,
+)
+from xpu_lora_compile.errors import ArtifactError, BankInUseError
+from xpu_lora_compile.kernels import preferred_on
+from xpu_lora_compile.kernels.call import Kernel
+from xpu_lora_compile.layers import HOSTS
+from xpu_lora_compile.layers.host import LoraLayer
+from xpu_lora_compile.layers.targets import carriers_in
+from xpu_lora_compile.passes import Decision, rewrite
+from xpu_lora_compile.rows.given import GivenRows
+from xpu_lora_compile.rows.inputs import named_inputs
+from xpu_lora_compile.rows.layout import Layout
+from xpu_lora_compile.rows.routing import BatchRouting
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    options: dict[str, Any] | None = None,
+) -> Path:
+    """Write a model that LoRA is attached to into one file, to be served with other adapters by C++ or Python.
+
+    The file holds the compiled code, the base weights and room for as many adapters as the bank has slots, of ranks up
+    to its `max_rank`; adapters that are in the bank now stay there. Whose row is whose is told by an input of the code.
+    Runs the model twice with the example inputs, on the machine for whose kind of processor the file is to be.
+
+    Args:
+        model: what `attach` was given, or a module that holds it: then the example inputs are of that module.
+        path: the file to write; its name ends with `.pt2`. One that is there is replaced when all has succeeded.
+        args: example inputs: tensors, contiguous, on the model's device; or lists, tuples and dicts of such; other
+            values become constants of the code. The first dimension of the first tensor is the batch, of at least two
+            sequences.
+        kwargs: the same, by name.
+        dynamic_shapes: as `torch.export.export` takes it. Where it makes the batch dynamic, `lora_slots` is, too.
+        options: further options of Inductor.
+
+    Returns:
+        The path.
+
+    Raises:
+        ArtifactError: the model has no bank, is in training mode, carries gradients, or returns something else than
+            tensors; the inputs are no such; nothing can be written at `path`; or there is no kernel that runs without
+            Python.
+        BankInUseError: a `use` block is open.
+        UnprovedRowsError: a layer's rows come from the sequences in a way that cannot be told.
+        BatchError: the inputs hold another number of sequences than the first of them.
+    """
+    path, kwargs = Path(path), dict(kwargs or {})
+    folder = folder_of(path)
+    layers = _layers_of(model)
+    kernel = _kernel_on(next(iter(layers.values())).lora_a.device)
+    inputs = _checked_inputs(model, tuple(args), kwargs)
+    specs = _specs(model, tuple(args), kwargs, dynamic_shapes)
+    # Loads Inductor, and therefore waits until it is called.
+    from xpu_lora_compile.artifacts.package import compile_into
+
+    with torch.no_grad():
+        layouts = _follow(model, layers, tuple(args), kwargs, inputs)
+        program, result, outputs = _traced(model, layers, layouts, (tuple(args), kwargs), inputs, specs)
+        decisions = rewrite(program, without_python=True)
+        _check_ops(program, kernel, decisions)
+        library = kernel.library()
+        manifest = Manifest(
+            slots=len(next(iter(layers.values())).lora_a),
+            max_rank=next(iter(layers.values())).lora_b.shape[2],
+            modules={plain_name(layer.lora_name): _module(name, layer) for name, layer in layers.items()},
+            base=_base(model, layers),
+            inputs=_inputs(program, [SLOTS, *inputs]),
+            sizes=_sizes(program),
+            outputs=outputs,
+            result=result,
+            device=next(iter(inputs.values())).device.type,
+            library=None if library is None else f"native{library.suffix}",
+        )
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as aside:
+            made = compile_into(Path(aside) / path.name, program, options or {})
+            manifest.add_to(made, library)
+            _check_constants(made, manifest)
+            return made.replace(path)
+
+
+def _layers_of(model: nn.Module) -> dict[str, LoraLayer]:
+    """The layers by their names inside of `model`, which may hold the one that LoRA was attached to."""
+    where, remedy = "export: model", "Call xlc.attach(model) first, and pass the model, or a module that holds it."
+    if not isinstance(model, nn.Module):
+        raise ArtifactError(where, "a torch.nn.Module that LoRA is attached to", type(model).__name__, remedy)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not layers:
+        raise ArtifactError(where, "a model that LoRA is attached to", "a plain model", remedy)
+    routings = {id(layer.lora_routing): layer.lora_routing for layer in layers.values()}
+    (routing, *others) = routings.values()
+    if others or not isinstance(routing, BatchRouting):
+        got = "one whose parts have had names of their own" if others else "a copy of one, which no bank knows"
+        remedy = "Attach LoRA anew: bank.detach(), or xlc.detach(copy), and xlc.attach(model)."
+        raise ArtifactError(where, "a model with one bank, and one row of slots", got, remedy)
+    if routing.slots is not None:
+        raise BankInUseError("export", "a bank that is not in use", "a `use` block", "Leave the block first.")
+    if model.training:
+        raise ArtifactError(where, "a model in evaluation mode", "one in training mode", "Call model.eval() first.")
+    trained = [name for name, layer in layers.items() if layer.lora_a.requires_grad or layer.lora_b.requires_grad]
+    if trained:
+        remedy = "Save the adapter, load it into a bank, and export the model of that bank."
+        raise ArtifactError(
+            where, "adapters that carry no gradients", f"some that do, of {few_names(trained)}", remedy
+        )
+    return layers
+
+
+def _kernel_on(device: torch.device) -> Kernel:
+    """The kernel that the file will use."""
+    kernel = preferred_on(device.type)
+    why = "its ops are written in Python" if not kernel.runs_without_python else kernel.problem(device.type)
+    if why:
+        remedy = "Move the model to the CPU." if device.type != "cpu" else "Force no kernel, and install g++."
+        wanted = f"a kernel for {device.type} that runs without Python"
+        raise ArtifactError("export: model", wanted, f"{kernel.name}: {why}", remedy)
+    return kernel
+
+
+# What is in the inputs.
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in lists, tuples and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif not (value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device)):
+        raise ArtifactError(
+            "export: inputs",
+            "tensors, numbers, and lists, tuples and dicts of such",
+            f"a {type(value).__name__}",
+            "Export a module of your own that takes its tensors one by one, and calls the model.",
+        )
+
+
+def _with_tensors(value: Any, tensors: Iterator[Any]) -> Any:
+    """The same with other tensors."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, Mapping):
+        return {key: _with_tensors(item, tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_with_tensors(item, tensors) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def _checked_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the example inputs, by name and in order."""
+    names = {id(value): name for name, value in named_inputs(model, args, kwargs)}
+    found: dict[str, Tensor] = {}
+    device = next(module.lora_a.device for module in model.modules() if isinstance(module, LoraLayer))
+    for tensor in _tensors((args, kwargs)):
+        name = names[id(tensor)].replace(" ", "_")
+        problem = (
+            "a tensor that came before"
+            if name in found
+            else f"one on {tensor.device}"
+            if tensor.device != device
+            else "one that is not contiguous"
+            if not tensor.is_contiguous()
+            else "one that requires grad"
+            if tensor.requires_grad
+            else f"one of {tensor.dtype}"
+            if tensor.dtype not in DTYPES.values()
+            else ""
+        )
+        if problem:
+            remedy = "Pass tensor.detach().to(device).contiguous(), and each tensor once."
+            raise ArtifactError(f"export: input {name}", f"a contiguous tensor on {device}", problem, remedy)
+        found[name] = tensor
+    first = next(iter(found.values()), None)
+    if first is None or not first.dim() or len(first) < 2:
+        got = "no tensor" if first is None else f"a first tensor of shape {list(first.shape)}"
+        remedy = "Pass inputs of two sequences or more: with one, nobody could tell whose rows are whose."
+        raise ArtifactError("export: inputs", "a batch of at least two sequences", got, remedy)
+    return found
+
+
+def _specs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> list[Any]:
+    """What `dynamic_shapes` says of each tensor."""
+    if hasattr(given, "dynamic_shapes"):
+        given = given.dynamic_shapes(model, args, kwargs)
+    if given is None:
+        given = {}
+    if isinstance(given, list | tuple):
+        given = dict(enumerate(given[: len(args)])) | dict(zip(kwargs, given[len(args) :], strict=False))
+    names = [name for name, _ in named_inputs(model, tuple(object() for _ in args), {})]
+    by_position = [given.get(at, given.get(name)) for at, name in enumerate(names)]
+
+    def of(value: Any, spec: Any) -> Iterator[Any]:
+        if isinstance(value, Tensor):
+            yield spec
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from of(item, spec.get(key) if isinstance(spec, Mapping) else None)
+        elif isinstance(value, list | tuple):
+            for at, item in enumerate(value):
+                yield from of(item, spec[at] if isinstance(spec, list | tuple) else None)
+
+    return [*of(args, by_position), *of(kwargs, given)]
+
+
+def _of_batch(spec: Any) -> Any:
+    """What the spec of a tensor says of its first dimension, as the spec of `lora_slots`."""
+    first = spec.get(0) if isinstance(spec, Mapping) else spec[0] if isinstance(spec, list | tuple) and spec else None
+    return None if first is None else {0: first}
+
+
+# Following and tracing.
+
+
+def _follow(
+    model: nn.Module,
+    layers: Mapping[str, LoraLayer],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    inputs: Mapping[str, Tensor],
+) -> dict[tuple[str, int], Layout]:
+    """Call the model once, and return the layout of each layer's rows."""
+    routing = next(iter(layers.values())).lora_routing
+    first = next(iter(inputs.values()))
+    # Every other sequence has an adapter: the call is followed, and its result is of no interest.
+    block = Block({"": Rows(tuple(None if row % 2 else "first" for row in range(len(first))))})
+    block.resolve(lambda _: 0)
+    token = routing.mine.set(block)
+    try:
+        slots = torch.tensor(block.slots_of(""), device=first.device)
+        routing.point(slots, block)
+        model(*args, **kwargs)
+        shown, unreached = dict(routing._shown), routing.unreached(block)
+    finally:
+        routing.point(None)
+        routing.mine.reset(token)
+    if missed := [name for name, layer in layers.items() if layer.lora_name not in block.called or name in unreached]:
+        raise ArtifactError(
+            "export: model",
+            "a call of each module that carries LoRA",
+            f"a call that leaves out {few_names(missed)}",
+            "Leave them out with exclude_modules of xlc.attach, or pass inputs for which they are called.",
+        )
+    return {key: layout for key, layout in shown.items() if layout is not None}
+
+
+@dataclasses.dataclass
+class _Result:
+    """What the model returned while it was traced: the names of its tensors, and how they lay in it."""
+
+    names: list[str] = dataclasses.field(default_factory=list)
+    structure: Any = None
+
+    def take_apart(self, value: Any) -> list[Tensor]:
+        """Return the tensors in it."""
+        found: dict[str, Tensor] = {}
+        self.structure = self._plain(value, "", found)
+        self.names = list(found)
+        return list(found.values())
+
+    def _plain(self, value: Any, name: str, found: dict[str, Tensor]) -> Any:
+        if isinstance(value, Tensor):
+            found[name or "output"] = value
+            return len(found) - 1
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+        if isinstance(value, Mapping):
+            # transformers leaves what a model does not return as None.
+            present = {str(key): item for key, item in value.items() if item is not None}
+            return {key: self._plain(item, f"{name}.{key}".strip("."), found) for key, item in present.items()}
+        if isinstance(value, list | tuple):
+            return [self._plain(item, f"{name}.{at}".strip("."), found) for at, item in enumerate(value)]
+        raise ArtifactError(
+            f"export: what the model returns{name and f', {name}'}",
+            "tensors, and lists, tuples and dicts of tensors",
+            f"a {type(value).__name__}",
+            "Pass use_cache=False to a transformer, or export a module of your own that returns tensors.",
+        )
+
+
+class _WithSlots(nn.Module):
+    """The model as a function of tensors alone, the slots first, that returns a list of tensors."""
+
+    def __init__(self, model: nn.Module, given: GivenRows, result: _Result, arguments: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self._given, self._result = given, result
+        # Hidden from the tracer, which looks for tensors in attributes.
+        self._arguments = lambda: arguments
+
+    def forward(self, lora_slots: Tensor, *tensors: Tensor) -> list[Tensor]:
+        """Run the model."""
+        self._given.slots = lora_slots
+        args, kwargs = _with_tensors(self._arguments(), iter(tensors))
+        return self._result.take_apart(self.model(*args, **kwargs))
+
+
+def _traced(
+    model: nn.Module,
+    layers: Mapping[str, LoraLayer],
+    layouts: Mapping[tuple[str, int], Layout],
+    arguments: tuple[Any, ...],
+    inputs: Mapping[str, Tensor],
+    specs: list[Any],
+) -> tuple[ExportedProgram, Any, list[str]]:
+    """The program, what the model returned in terms of its outputs, and the names of these."""
+    given, result = GivenRows(layouts), _Result()
+    routings = {name: layer.lora_routing for name, layer in layers.items()}
+    tensors = tuple(inputs.values())
+    slots = torch.zeros(len(tensors[0]), dtype=torch.int32, device=tensors[0].device)
+    shapes = (_of_batch(specs[0]), tuple(specs)) if any(spec is not None for spec in specs) else None
+    wrapper = _WithSlots(model, given, result, arguments).eval()
+    try:
+        for layer in layers.values():
+            layer.lora_routing = cast("BatchRouting", given)
+        program = torch.export.export(wrapper, (slots, *tensors), dynamic_shapes=shapes, strict=False)
+    finally:
+        for name, layer in layers.items():
+            layer.lora_routing = routings[name]
+    return program, result.structure, result.names
+
+
+def _check_ops(program: ExportedProgram, kernel: Kernel, decisions: list[Decision]) -> None:
+    """Stop where an op of ours is left that needs Python."""
+    left = [
+        node
+        for module in program.graph_module.modules()
+        if isinstance(module, torch.fx.GraphModule)
+        for node in module.graph.nodes
+        if getattr(node.target, "namespace", "") == "xpu_lora"
+        and node.target.name().split("::")[1].split(".")[0] not in (kernel.op, kernel.shrink_op, kernel.expand_op)
+    ]
+    if left:
+        said = [note for decision in decisions for note in decision.notes if "not" in note or "left" in note]
+        raise ArtifactError(
+            "export: model",
+            f"LoRA that the kernel {kernel.name} computes",
+            f"{few_names(str(node.target) for node in left)}{': ' if said else ''}{few_names(said)}",
+            "Keep LoRA out of torch.cond and the like, its widths fixed, and its weights in 16 or 32 bits.",
+        )
+
+
+# The manifest.
+
+
+def _module(name: str, layer: LoraLayer) -> Module:
+    stacks = []
+    for buffer in ("lora_a", "lora_b"):
+        stack: Tensor = getattr(layer, buffer)
+        constant = ".".join(filter(None, ("model", name, buffer)))
+        stacks.append(Stack(constant, list(stack.shape), list(stack.stride())))
+    return Module(**dataclasses.asdict(layer.lora_site), dtype=name_of_dtype(layer.lora_a.dtype), a=stacks[0], b=stacks[1])
+
+
+def _base(model: nn.Module, layers: Mapping[str, LoraLayer]) -> Base:
+    # The module that LoRA was attached to: the names of its layers are the ends of theirs in `model`.
+    name, layer = next(iter(layers.items()))
+    inside = name.removesuffix(layer.lora_name).rstrip(".")
+    attached = model.get_submodule(inside)
+    base = BaseModel.of(attached, HOSTS)
+    covered = {plain_name(layer.lora_name) for layer in layers.values()}
+    plain = {plain_name(name): host.site(module).kind for name, (host, module) in carriers_in(attached).items()}
+    return Base(
+        output_embedding=base.output_embedding,
+        others={name: kind for name, kind in plain.items() if name not in covered},
+        tied=[sorted(group) for group in base.tied],
+        prefix=base.prefix,
+        old_rules=dict(base.old_rules),
+    )
+
+
+def _inputs(program: ExportedProgram, names: list[str]) -> list[Input]:
+    wanted = set(program.graph_signature.user_inputs)
+    nodes = [node for node in program.graph.find_nodes(op="placeholder") if node.name in wanted]
+    found = []
+    for name, node in zip(names, nodes, strict=True):
+        value: Tensor = node.meta["val"]
+        shape = [size if isinstance(size, int) else str(size) for size in value.shape]
+        if derived := [size for size in shape if isinstance(size, str) and not size.isidentifier()]:
+            remedy = "Give the dimension a name of its own in dynamic_shapes, and check the relation yourself."
+            raise ArtifactError(f"export: input {name}", "sizes that are free or fixed", f"{derived[0]}", remedy)
+        found.append(Input(name, name_of_dtype(value.dtype), shape))
+    if found[0].shape[0] != found[1].shape[0]:
+        got = f"{found[0].shape[0]} slots for {found[1].shape[0]} sequences"
+        remedy = "Make the first dimension of the first tensor dynamic, or none."
+        raise ArtifactError("export: dynamic_shapes", "a slot for each sequence of the batch", got, remedy)
+    return found
+
+
+def _sizes(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
+    limits = {str(symbol): limit for symbol, limit in program.range_constraints.items()}
+    # Beyond any size there is: torch's own infinity.
+    return {name: (int(limit.lower), int(limit.upper) if limit.upper < 2**62 else None) for name, limit in limits.items()}
+
+
+def _check_constants(path: Path, manifest: Manifest) -> None:
+    """Stop where the compiled code has lost a stack: nobody could load an adapter there."""
+    from xpu_lora_compile.artifacts.package import load_package
+
+    there = set(load_package(path).get_constant_fqns())
+    stacks = [stack.constant for module in manifest.modules.values() for stack in (module.a, module.b)]
+    if lost := [name for name in stacks if name not in there]:
+        got = f"code that does not read {few_names(lost)}"
+        remedy = "Export without constant folding or freezing, and without modules whose result is not used."
+        raise ArtifactError("export", "code that reads the adapters of each module", got, remedy)

@@ -1,0 +1,229 @@
+"""`Manifest`: what a loader must know of an artifact, as JSON inside of it; `xpu_lora_served.h` reads the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from xpu_lora_compile.errors import ArtifactError
+
+# Whatever changes what a loader must do raises it, here and in xpu_lora_served.h.
+FORMAT = 1
+# Beside torch's own folders in the archive, none of which is named so.
+FOLDER, MANIFEST = "xpu_lora", "manifest.json"
+SLOTS = "lora_slots"
+
+DTYPES = {
+    "bool": torch.bool,
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "int16": torch.int16,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+_EXPORT_AGAIN = "Export the model again, with the versions and on a machine of the kind that it is to be served with."
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The weights of all slots of one module: A or B.
+
+    Args:
+        constant: its name in the compiled code.
+        shape: `[K, R, D]`, `[K, V, R]` of an embedding's A, or `[K, W, R]`.
+        stride: of the same, in elements; the compiled code is for these alone.
+    """
+
+    constant: str
+    shape: Sequence[int]
+    stride: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module that carries LoRA: `adapters.checkpoint.ModuleSizes`, and its stacks."""
+
+    kind: Literal["linear", "embedding"]
+    in_features: int
+    out_features: int
+    padded: bool
+    dtype: str
+    a: Stack
+    b: Stack
+
+
+@dataclass(frozen=True)
+class Base:
+    """What adapters' files may say of the rest of the model.
+
+    Args:
+        output_embedding: the name of the layer that makes the logits, if it has LoRA.
+        others: modules that could carry LoRA and do not, each with its kind.
+        tied: names of modules that share their weight with an embedding, one list for each.
+        prefix: as `adapters.names.BaseModel.prefix`.
+        old_rules: likewise.
+    """
+
+    output_embedding: str | None = None
+    others: Mapping[str, str] = field(default_factory=dict)
+    tied: Sequence[Sequence[str]] = ()
+    prefix: str = ""
+    old_rules: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor that the compiled code is given: a size is a number, or the name of one in `Manifest.sizes`."""
+
+    name: str
+    dtype: str
+    shape: Sequence[int | str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of it.
+
+    Args:
+        slots: K.
+        max_rank: R.
+        modules: those that carry LoRA, by name without wrappers.
+        base: the rest of the model.
+        inputs: in order; the first is `lora_slots`, int32, the slot of each sequence.
+        sizes: least and greatest value of each size that is no number; null for no limit.
+        outputs: names of the tensors that the code returns, in order.
+        result: what the model returned: a number for the output at that place, a list, a tuple or a dict of such.
+        device: the type of the device.
+        library: the file beside this one with the kernels' ops; null where they need none.
+        torch: the version of torch that compiled it.
+        package: the version of this package.
+        machine: of the processor, as `platform.machine()`.
+        instructions: that the processor must have.
+        format: of this record.
+    """
+
+    slots: int
+    max_rank: int
+    modules: Mapping[str, Module]
+    base: Base
+    inputs: Sequence[Input]
+    sizes: Mapping[str, tuple[int, int | None]]
+    outputs: Sequence[str]
+    result: Any
+    device: str
+    library: str | None
+    torch: str = torch.__version__
+    package: str = field(default_factory=lambda: version("xpu-lora-compile"))
+    machine: str = field(default_factory=platform.machine)
+    instructions: Sequence[str] = field(default_factory=lambda: instructions())
+    format: int = FORMAT
+
+    def add_to(self, path: Path, library: Path | None) -> None:
+        """Add the record, and the library that it names, to an archive of torch's."""
+        with zipfile.ZipFile(path, "a") as archive:
+            root = archive.namelist()[0].split("/")[0]
+            archive.writestr(f"{root}/{FOLDER}/{MANIFEST}", json.dumps(asdict(self), indent=1))
+            if library is not None:
+                archive.write(library, f"{root}/{FOLDER}/{self.library}")
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read it from an archive.
+
+        Raises:
+            ArtifactError: the file cannot be read or was not made by `export`, or was made for something else than this
+                process has: another torch, package, processor.
+        """
+        values = _checked(path, json.loads(read_record(path, MANIFEST)))
+        modules = {
+            name: Module(**{**module, "a": Stack(**module["a"]), "b": Stack(**module["b"])})
+            for name, module in values.pop("modules").items()
+        }
+        base, inputs = Base(**values.pop("base")), [Input(**given) for given in values.pop("inputs")]
+        return cls(modules=modules, base=base, inputs=inputs, **values)
+
+
+def read_record(path: Path, name: str) -> bytes:
+    """Read a file that `export` has put into an archive.
+
+    Raises:
+        ArtifactError: the archive cannot be read, or does not hold it.
+    """
+    wanted, remedy = "a file that xlc.export wrote", "Give the path that was given to xlc.export; copy the file again."
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = [entry for entry in archive.namelist() if entry.endswith(f"/{FOLDER}/{name}")]
+            if found:
+                return archive.read(found[0])
+    except (OSError, zipfile.BadZipFile, EOFError) as error:
+        raise ArtifactError(str(path), wanted, str(error), remedy) from error
+    raise ArtifactError(str(path), wanted, f"an archive without {FOLDER}/{name}", remedy)
+
+
+def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    if values.get("format") != FORMAT:
+        got = f"one of format {values.get('format')}"
+        raise ArtifactError(str(path), f"an artifact of format {FORMAT}", got, _EXPORT_AGAIN)
+    here = {"torch": torch.__version__, "package": version("xpu-lora-compile"), "machine": platform.machine()}
+    for name, mine in here.items():
+        if values[name] != mine:
+            got = f"one made with {name} {values[name]}"
+            raise ArtifactError(str(path), f"an artifact for {name} {mine}", got, _EXPORT_AGAIN)
+    if missing := sorted(set(values["instructions"]) - set(instructions())):
+        got = f"one that needs {', '.join(missing)}"
+        raise ArtifactError(str(path), "an artifact for this processor", got, _EXPORT_AGAIN)
+    return values
+
+
+def instructions() -> list[str]:
+    """Return the extensions of this processor's instructions that compilers make use of; none where Linux has no list."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    listed = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
+    return sorted({flag for flag in listed.split(":", 1)[1].split() if _is_instruction(flag)})
+
+
+def _is_instruction(flag: str) -> bool:
+    starts = ("avx", "sse", "ssse", "amx", "fma", "f16c", "bmi", "asimd", "sve", "fp", "neon")
+    return flag.startswith(starts) and flag != "fpu"
+
+
+def name_of_dtype(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, as the manifest writes it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def folder_of(path: Path) -> Path:
+    """Return the folder that a file is to be written to.
+
+    Raises:
+        ArtifactError: nobody can write there, or the file has another ending than `.pt2`.
+    """
+    if path.suffix != ".pt2":
+        raise ArtifactError("export: path", "a file whose name ends with .pt2", str(path), "Name it served.pt2, say.")
+    folder = path.absolute().parent
+    if path.is_dir() or not os.access(folder, os.W_OK):
+        got = "a folder of that name" if path.is_dir() else f"{folder}, where this process cannot write"
+        raise ArtifactError("export: path", "a file that can be written", got, "Give a path in a folder of your own.")
+    return folder
+
+
+def few_names(names: Iterable[str]) -> str:
+    """Return some names, for an error."""
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,235 @@
+"""`Served`: an artifact in this process, with a bank of its own for adapters."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xpu_lora_compile.artifacts.manifest import DTYPES, Base, Input, Manifest, Stack, few_names, read_record
+from xpu_lora_compile.errors import ArtifactError, BatchError, DtypeError, ShapeError
+from xpu_lora_compile.kernels import native
+from xpu_lora_compile.layers.attach import attach
+from xpu_lora_compile.layers.host import LoraLayer
+
+
+def load_artifact(path: str | os.PathLike[str]) -> Served:
+    """Load a file that `export` wrote, with its code and base weights, and room for adapters.
+
+    Example:
+        served = xlc.load_artifact("served.pt2")
+        served.load("pirate", "adapters/pirate")
+        result = served(input_ids=tokens, adapters=["pirate", None])
+
+    Raises:
+        ArtifactError: the file cannot be read, or was made for another version of torch or of this package, or for
+            another kind of processor.
+    """
+    return Served(Path(path))
+
+
+class Served:
+    """Compiled code that gives each row its own adapter. Calls from several threads wait for each other.
+
+    Attributes:
+        manifest: what the artifact says of itself.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.manifest = Manifest.read(path)
+        if self.manifest.library is not None:
+            _load_library(read_record(path, self.manifest.library), Path(self.manifest.library).suffix)
+        # Loads Inductor.
+        from xpu_lora_compile.artifacts.package import load_package
+
+        self._code = load_package(path)
+        shell = _shell(self.manifest)
+        names = "|".join(map(re.escape, self.manifest.modules))
+        self._bank = attach(shell, slots=self.manifest.slots, max_rank=self.manifest.max_rank, target_modules=names)
+        self._layers: dict[str, LoraLayer] = {}
+        constants: dict[str, Tensor] = {}
+        for name, module in self.manifest.modules.items():
+            layer = shell.get_submodule(name)
+            assert isinstance(layer, LoraLayer)  # noqa: S101 - for the type checker
+            self._layers[name] = layer
+            constants[module.a.constant] = _as_compiled(path, layer.lora_a, module.a)
+            constants[module.b.constant] = _as_compiled(path, layer.lora_b, module.b)
+        # The code reads the bank's own memory: what is loaded there is served.
+        self._code.load_constants(constants, check_full_update=False, user_managed=True)
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{given.name} {given.dtype}{list(given.shape)}" for given in self.manifest.inputs[1:])
+        return f"Served({inputs} -> {', '.join(self.manifest.outputs)}; {self._bank!r})"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that are loaded."""
+        return self._bank.names
+
+    def load(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """As `AdapterBank.load`: put the adapter of a PEFT folder into a free slot.
+
+        Raises:
+            AdapterError: the name is taken or no slot is free, or the adapter does not fit; the subclass says which.
+        """
+        self._bank.load(name, folder)
+
+    def drop(self, name: str) -> None:
+        """As `AdapterBank.drop`: empty the slot of an adapter.
+
+        Raises:
+            UnknownAdapterError: there is no such adapter.
+            BankInUseError: a call is running that uses it.
+        """
+        self._bank.drop(name)
+
+    def __call__(self, *tensors: Tensor, adapters: Sequence[str | None], **named: Tensor) -> Any:
+        """Run the code.
+
+        Args:
+            tensors: the inputs that `export` was given, in the same order, without what was no tensor.
+            adapters: for each sequence of the batch the name of its adapter, or None for the base model.
+            named: inputs by the names that `manifest.inputs` has.
+
+        Returns:
+            What the model returned: a tensor, or lists and dicts of tensors.
+
+        Raises:
+            UnknownAdapterError: there is no adapter of a name.
+            BatchError: `adapters` are more or fewer than the sequences.
+            ShapeError: an input has another shape than the code is for; DtypeError: another dtype.
+        """
+        inputs = self._checked(tensors, named)
+        sizes = _check_shapes(self.manifest, inputs)
+        with self._lock, self._bank.use(adapters):
+            slots = next(iter(self._layers.values())).lora_routing.slots
+            assert slots is not None  # noqa: S101 - for the type checker
+            batch = self.manifest.inputs[0].shape[0]
+            if len(slots) != (size := batch if isinstance(batch, int) else sizes[batch]):
+                got = f"{len(slots)} names for a batch of {size}"
+                remedy = "Name an adapter, or None, for every sequence of the batch."
+                raise BatchError("served: adapters", "one name for each sequence", got, remedy)
+            outputs = self._code(slots.to(torch.int32), *(tensor.contiguous() for tensor in inputs))
+        return _shaped(self.manifest.result, outputs)
+
+    def _checked(self, tensors: tuple[Tensor, ...], named: dict[str, Tensor]) -> list[Tensor]:
+        wanted = [given.name for given in self.manifest.inputs[1:]]
+        inputs = dict(zip(wanted, tensors, strict=False)) | named
+        if len(tensors) > len(wanted) or set(inputs) != set(wanted) or len(inputs) < len(tensors) + len(named):
+            got = ", ".join([f"{len(tensors)} by position", *named])
+            remedy = "Pass each of them once; other arguments of the model are constants of the code."
+            raise ShapeError("served", f"the inputs {', '.join(wanted)}", got, remedy)
+        return [inputs[name] for name in wanted]
+
+
+def _check_shapes(manifest: Manifest, inputs: list[Tensor]) -> dict[str, int]:
+    """Return the value of each size that is no number; the code itself checks nothing."""
+    sizes: dict[str, int] = {}
+    for given, tensor in zip(manifest.inputs[1:], inputs, strict=True):
+        if not isinstance(tensor, Tensor) or tensor.dtype != DTYPES[given.dtype] or tensor.device.type != manifest.device:
+            got = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            wanted = f"a tensor of {given.dtype} on {manifest.device}"
+            raise DtypeError(f"served: {given.name}", wanted, got, "Convert it: tensor.to(device, dtype).")
+        if not _fits(given, tensor, manifest, sizes):
+            limits = [f"{name} from {low} to {high or 'any'}" for name, (low, high) in manifest.sizes.items()]
+            wanted = f"shape {list(given.shape)}{' with ' if limits else ''}{', '.join(limits)}"
+            known = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in given.shape)
+            got = f"{list(tensor.shape)}{' with ' if known else ''}{known}"
+            raise ShapeError(f"served: {given.name}", wanted, got, "Pass such a tensor, or export with other sizes.")
+    return sizes
+
+
+def _fits(given: Input, tensor: Tensor, manifest: Manifest, sizes: dict[str, int]) -> bool:
+    if tensor.dim() != len(given.shape):
+        return False
+    for wanted, size in zip(given.shape, tensor.shape, strict=True):
+        if isinstance(wanted, int):
+            if size != wanted:
+                return False
+            continue
+        low, high = manifest.sizes[wanted]
+        if size < low or (high is not None and size > high) or sizes.setdefault(wanted, size) != size:
+            return False
+    return True
+
+
+def _shaped(result: Any, outputs: Sequence[Tensor]) -> Any:
+    """What the model returned, with these tensors."""
+    if isinstance(result, int):
+        return outputs[result]
+    if isinstance(result, Mapping):
+        return {key: _shaped(item, outputs) for key, item in result.items()}
+    return [_shaped(item, outputs) for item in result]
+
+
+def _load_library(content: bytes, suffix: str) -> None:
+    with tempfile.NamedTemporaryFile(suffix=suffix, prefix="xpu-lora-") as file:
+        file.write(content)
+        file.flush()
+        native.load_library(Path(file.name))
+
+
+def _as_compiled(path: Path, stack: Tensor, wanted: Stack) -> Tensor:
+    if (list(stack.shape), list(stack.stride())) != (list(wanted.shape), list(wanted.stride)):
+        raise ArtifactError(
+            f"{path}: {wanted.constant}",
+            f"stacks of shape {list(stack.shape)} and strides {list(stack.stride())}",
+            f"code for shape {list(wanted.shape)} and strides {list(wanted.stride)}",
+            "Export the model again with this version, and without forcing a kernel here or there.",
+        )
+    return stack
+
+
+def _shell(manifest: Manifest) -> nn.Module:
+    """A model of empty layers with the names and sizes of the one that was exported, for `attach`."""
+    shell = nn.Module()
+    weights: dict[str, nn.Parameter] = {}
+    for names in manifest.base.tied:
+        # Modules that share a weight are told by that; its size does not matter.
+        dtypes = [DTYPES[manifest.modules[name].dtype] for name in names if name in manifest.modules]
+        weights |= dict.fromkeys(names, _weight(dtypes[0] if dtypes else torch.float32, manifest.device))
+    kinds = {name: (module.kind, module.out_features, module.in_features) for name, module in manifest.modules.items()}
+    kinds |= {name: (kind, 1, 1) for name, kind in manifest.base.others.items() if name not in kinds}  # type: ignore[misc]
+    for name, (kind, rows, columns) in kinds.items():
+        module: nn.Module
+        if kind == "embedding":
+            module = nn.Embedding(columns, rows, device="meta")
+        else:
+            module = nn.Linear(columns, rows, bias=False, device="meta")
+        own = manifest.modules.get(name)
+        dtype = torch.float32 if own is None else DTYPES[own.dtype]
+        module.weight = weights.get(name, _weight(dtype, manifest.device))
+        _put(shell, name, module)
+    _say(shell, manifest.base)
+    return shell
+
+
+def _weight(dtype: torch.dtype, device: str) -> nn.Parameter:
+    """A weight that says where the module is and in what dtype; the numbers are in the code."""
+    return nn.Parameter(torch.zeros((), dtype=dtype, device=device), requires_grad=False)
+
+
+def _put(shell: nn.Module, name: str, module: nn.Module) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        if part not in shell._modules:
+            shell.add_module(part, nn.Module())
+        shell = shell.get_submodule(part)
+    shell.add_module(last, module)
+
+
+def _say(shell: nn.Module, base: Base) -> None:
+    """Have a shell answer what the model would, when adapters ask."""
+    shell.base_model_prefix = base.prefix  # type: ignore[assignment]
+    shell._checkpoint_conversion_mapping = dict(base.old_rules)  # type: ignore[assignment]
+    head = base.output_embedding
+    if head is not None and (module := dict(shell.named_modules()).get(head)) is not None:
+        shell.get_output_embeddings = lambda: module  # type: ignore[assignment]
