@@ -109,10 +109,12 @@ def inductor_options(options: dict[str, Any] | None = None) -> dict[str, Any]:
 def inductor_config(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options with which Inductor compiles a program that has been rewritten and leaves this process.
 
+    Its constants stay outside of the code: slots without an adapter then take no room in a file.
+
     Raises:
         OptionError: an unknown option, or a value of the wrong type.
     """
-    return {**_checked_config(None, options), **_SAFE}
+    return {**_checked_config(None, options), **_SAFE, "aot_inductor.package_constants_in_so": False}
 
 
 class CacheKey(CustomGraphPass):

@@ -67,6 +67,18 @@ _MERGEABLE_TYPES = {"ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA", "HR
 _INITS_THAT_LEAVE_THE_BASE_ALONE = {"gaussian", "eva", "orthogonal", "mica"}
 
 
+def rules_for_readers() -> dict[str, list[str]]:
+    """Return what a reader of configs in another language must know of their fields, beside the code below.
+
+    `read`: fields with a meaning. `ignored`: those without. `inits`: values of `init_lora_weights` for plain adapters.
+    """
+    return {
+        "read": sorted(_READ),
+        "ignored": sorted(_WITHOUT_EFFECT),
+        "inits": sorted(_INITS_THAT_LEAVE_THE_BASE_ALONE),
+    }
+
+
 def matches(rule: Rule, name: str) -> bool:
     """Whether a rule names the module: a string as a regular expression, a list by whole name or by last parts."""
     if isinstance(rule, str):

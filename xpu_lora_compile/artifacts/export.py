@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -22,6 +23,7 @@ from xpu_lora_compile.adapters.names import BaseModel, plain_name
 from xpu_lora_compile.artifacts.manifest import (
     DTYPES,
     SLOTS,
+    WEIGHTS,
     Base,
     Input,
     Manifest,
@@ -55,8 +57,8 @@ def export(
 ) -> Path:
     """Write a model that LoRA is attached to into one file, to be served with other adapters by C++ or Python.
 
-    The file holds the compiled code, the base weights and room for as many adapters as the bank has slots, of ranks up
-    to its `max_rank`; adapters that are in the bank now stay there. Whose row is whose is told by an input of the code.
+    The file holds the compiled code and the base weights; who loads it makes room for as many adapters as the bank has
+    slots, of ranks up to its `max_rank`. Adapters that are in the bank now stay there. Whose row is whose is told by an input of the code.
     Runs the model twice with the example inputs, on the machine for whose kind of processor the file is to be.
 
     Args:
@@ -87,7 +89,7 @@ def export(
     inputs = _checked_inputs(model, tuple(args), kwargs)
     specs = _specs(model, tuple(args), kwargs, dynamic_shapes)
     # Loads Inductor, and therefore waits until it is called.
-    from xpu_lora_compile.artifacts.package import compile_into
+    from xpu_lora_compile.artifacts.package import compile_into, load_package
 
     with torch.no_grad():
         layouts = _follow(model, layers, tuple(args), kwargs, inputs)
@@ -95,13 +97,18 @@ def export(
         decisions = rewrite(program, without_python=True)
         _check_ops(program, kernel, decisions)
         library = kernel.library()
+        weights = {**program.state_dict, **program.constants}
+        modules = {plain_name(layer.lora_name): _module(name, layer) for name, layer in layers.items()}
+        stacks = [stack.constant for module in modules.values() for stack in (module.a, module.b)]
         manifest = Manifest(
             slots=len(next(iter(layers.values())).lora_a),
             max_rank=next(iter(layers.values())).lora_b.shape[2],
-            modules={plain_name(layer.lora_name): _module(name, layer) for name, layer in layers.items()},
+            modules=modules,
             base=_base(model, layers),
             inputs=_inputs(program, [SLOTS, *inputs]),
             sizes=_sizes(program),
+            aliases={},
+            strides={},
             outputs=outputs,
             result=result,
             device=next(iter(inputs.values())).device.type,
@@ -109,8 +116,13 @@ def export(
         )
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as aside:
             made = compile_into(Path(aside) / path.name, program, options or {})
-            manifest.add_to(made, library)
-            _check_constants(made, manifest)
+            read = set(load_package(made).get_constant_fqns())
+            _check_constants(read, stacks, weights)
+            own = {name: weights[name] for name in sorted(read - set(stacks))}
+            manifest = dataclasses.replace(manifest, aliases=_aliases(own), strides=_strides(own))
+            stored = {name: tensor.contiguous() for name, tensor in own.items() if name not in manifest.aliases}
+            save_file(stored, Path(aside) / WEIGHTS)
+            manifest.add_to(made, Path(aside) / WEIGHTS, library)
             return made.replace(path)
 
 
@@ -400,6 +412,7 @@ def _base(model: nn.Module, layers: Mapping[str, LoraLayer]) -> Base:
     covered = {plain_name(layer.lora_name) for layer in layers.values()}
     plain = {plain_name(name): host.site(module).kind for name, (host, module) in carriers_in(attached).items()}
     return Base(
+        constants=".".join(filter(None, ("model", inside))) + ".",
         output_embedding=base.output_embedding,
         others={name: kind for name, kind in plain.items() if name not in covered},
         tied=[sorted(group) for group in base.tied],
@@ -432,13 +445,26 @@ def _sizes(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
     return {name: (int(limit.lower), int(limit.upper) if limit.upper < 2**62 else None) for name, limit in limits.items()}
 
 
-def _check_constants(path: Path, manifest: Manifest) -> None:
-    """Stop where the compiled code has lost a stack: nobody could load an adapter there."""
-    from xpu_lora_compile.artifacts.package import load_package
-
-    there = set(load_package(path).get_constant_fqns())
-    stacks = [stack.constant for module in manifest.modules.values() for stack in (module.a, module.b)]
-    if lost := [name for name in stacks if name not in there]:
-        got = f"code that does not read {few_names(lost)}"
+def _check_constants(read: Collection[str], stacks: list[str], weights: Collection[str]) -> None:
+    """Stop where the compiled code has lost a stack, or reads what the program does not hold."""
+    lost = [name for name in stacks if name not in read]
+    made = [name for name in read if name not in weights]
+    if lost or made:
+        got = f"code that does not read {few_names(lost)}" if lost else f"code that reads {few_names(made)}, too"
         remedy = "Export without constant folding or freezing, and without modules whose result is not used."
-        raise ArtifactError("export", "code that reads the adapters of each module", got, remedy)
+        raise ArtifactError("export", "code that reads the adapters of each module, and the weights", got, remedy)
+
+
+def _aliases(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """The first of the names of each tensor that has several."""
+    first: dict[Any, str] = {}
+    aliases = {}
+    for name, tensor in weights.items():
+        key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        if tensor.numel() and first.setdefault(key, name) != name:
+            aliases[name] = first[key]
+    return aliases
+
+
+def _strides(weights: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.stride()) for name, tensor in weights.items() if not tensor.is_contiguous()}

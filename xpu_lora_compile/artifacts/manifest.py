@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
+from torch import Tensor
 
+from xpu_lora_compile.adapters.config import rules_for_readers
 from xpu_lora_compile.errors import ArtifactError
 
 # Whatever changes what a loader must do raises it, here and in xpu_lora_served.h.
 FORMAT = 1
 # Beside torch's own folders in the archive, none of which is named so.
-FOLDER, MANIFEST = "xpu_lora", "manifest.json"
+FOLDER, MANIFEST, WEIGHTS = "xpu_lora", "manifest.json", "weights.safetensors"
 SLOTS = "lora_slots"
 
 DTYPES = {
@@ -34,6 +38,9 @@ DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+_SAFETENSORS = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32}
+_SAFETENSORS |= {"I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_SAFETENSORS |= {"F64": torch.float64}
 _EXPORT_AGAIN = "Export the model again, with the versions and on a machine of the kind that it is to be served with."
 
 
@@ -73,10 +80,12 @@ class Base:
         output_embedding: the name of the layer that makes the logits, if it has LoRA.
         others: modules that could carry LoRA and do not, each with its kind.
         tied: names of modules that share their weight with an embedding, one list for each.
+        constants: what stands before the names of the model's weights in those of the code's constants.
         prefix: as `adapters.names.BaseModel.prefix`.
         old_rules: likewise.
     """
 
+    constants: str
     output_embedding: str | None = None
     others: Mapping[str, str] = field(default_factory=dict)
     tied: Sequence[Sequence[str]] = ()
@@ -104,10 +113,13 @@ class Manifest:
         base: the rest of the model.
         inputs: in order; the first is `lora_slots`, int32, the slot of each sequence.
         sizes: least and greatest value of each size that is no number; null for no limit.
+        aliases: constants that are the same memory as another one, whose name follows.
+        strides: of those constants in `weights.safetensors` that do not lie in memory as they do in the file.
         outputs: names of the tensors that the code returns, in order.
         result: what the model returned: a number for the output at that place, a list, a tuple or a dict of such.
         device: the type of the device.
         library: the file beside this one with the kernels' ops; null where they need none.
+        fields: of `adapter_config.json`; see `adapters.config.rules_for_readers`.
         torch: the version of torch that compiled it.
         package: the version of this package.
         machine: of the processor, as `platform.machine()`.
@@ -121,21 +133,25 @@ class Manifest:
     base: Base
     inputs: Sequence[Input]
     sizes: Mapping[str, tuple[int, int | None]]
+    aliases: Mapping[str, str]
+    strides: Mapping[str, Sequence[int]]
     outputs: Sequence[str]
     result: Any
     device: str
     library: str | None
+    fields: Mapping[str, Sequence[str]] = field(default_factory=rules_for_readers)
     torch: str = torch.__version__
     package: str = field(default_factory=lambda: version("xpu-lora-compile"))
     machine: str = field(default_factory=platform.machine)
     instructions: Sequence[str] = field(default_factory=lambda: instructions())
     format: int = FORMAT
 
-    def add_to(self, path: Path, library: Path | None) -> None:
-        """Add the record, and the library that it names, to an archive of torch's."""
+    def add_to(self, path: Path, weights: Path, library: Path | None) -> None:
+        """Add the record, a file with the base weights, and the library that the record names to an archive of torch's."""
         with zipfile.ZipFile(path, "a") as archive:
             root = archive.namelist()[0].split("/")[0]
             archive.writestr(f"{root}/{FOLDER}/{MANIFEST}", json.dumps(asdict(self), indent=1))
+            archive.write(weights, f"{root}/{FOLDER}/{WEIGHTS}")
             if library is not None:
                 archive.write(library, f"{root}/{FOLDER}/{self.library}")
 
@@ -156,8 +172,9 @@ class Manifest:
         return cls(modules=modules, base=base, inputs=inputs, **values)
 
 
-def read_record(path: Path, name: str) -> bytes:
-    """Read a file that `export` has put into an archive.
+@contextmanager
+def opened_record(path: Path, name: str) -> Iterator[IO[bytes]]:
+    """Open a file that `export` has put into an archive.
 
     Raises:
         ArtifactError: the archive cannot be read, or does not hold it.
@@ -165,12 +182,35 @@ def read_record(path: Path, name: str) -> bytes:
     wanted, remedy = "a file that xlc.export wrote", "Give the path that was given to xlc.export; copy the file again."
     try:
         with zipfile.ZipFile(path) as archive:
-            found = [entry for entry in archive.namelist() if entry.endswith(f"/{FOLDER}/{name}")]
-            if found:
-                return archive.read(found[0])
+            entries = [entry for entry in archive.namelist() if entry.endswith(f"/{FOLDER}/{name}")]
+            if not entries:
+                raise ArtifactError(str(path), wanted, f"an archive without {FOLDER}/{name}", remedy)
+            with archive.open(entries[0]) as file:
+                yield file
     except (OSError, zipfile.BadZipFile, EOFError) as error:
         raise ArtifactError(str(path), wanted, str(error), remedy) from error
-    raise ArtifactError(str(path), wanted, f"an archive without {FOLDER}/{name}", remedy)
+
+
+def read_record(path: Path, name: str) -> bytes:
+    """Read it as a whole."""
+    with opened_record(path, name) as file:
+        return file.read()
+
+
+def read_weights(path: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """Read the base weights of an archive, by the names of the constants; each takes its memory once."""
+    found: dict[str, Tensor] = {}
+    with opened_record(path, WEIGHTS) as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            tensor = torch.empty(entry["shape"], dtype=_SAFETENSORS[entry["dtype"]])
+            if tensor.nbytes:
+                file.readinto((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))  # type: ignore[attr-defined]
+            if name in manifest.strides:
+                tensor = torch.empty_strided(tensor.shape, manifest.strides[name], dtype=tensor.dtype).copy_(tensor)
+            found[name] = tensor.to(manifest.device)
+    return found | {name: found[other] for name, other in manifest.aliases.items()}
 
 
 def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xpu_lora_compile.artifacts.manifest import DTYPES, Base, Input, Manifest, Stack, few_names, read_record
+from xpu_lora_compile.artifacts.manifest import DTYPES, Base, Input, Manifest, Stack, read_record, read_weights
 from xpu_lora_compile.errors import ArtifactError, BatchError, DtypeError, ShapeError
 from xpu_lora_compile.kernels import native
 from xpu_lora_compile.layers.attach import attach
@@ -50,11 +50,16 @@ class Served:
         from xpu_lora_compile.artifacts.package import load_package
 
         self._code = load_package(path)
-        shell = _shell(self.manifest)
-        names = "|".join(map(re.escape, self.manifest.modules))
-        self._bank = attach(shell, slots=self.manifest.slots, max_rank=self.manifest.max_rank, target_modules=names)
+        constants = read_weights(path, self.manifest)
+        shell = _shell(self.manifest, constants)
+        self._bank = attach(
+            shell,
+            slots=self.manifest.slots,
+            max_rank=self.manifest.max_rank,
+            target_modules="|".join(map(re.escape, self.manifest.modules)),
+            dtype=self._dtype(),
+        )
         self._layers: dict[str, LoraLayer] = {}
-        constants: dict[str, Tensor] = {}
         for name, module in self.manifest.modules.items():
             layer = shell.get_submodule(name)
             assert isinstance(layer, LoraLayer)  # noqa: S101 - for the type checker
@@ -62,12 +67,17 @@ class Served:
             constants[module.a.constant] = _as_compiled(path, layer.lora_a, module.a)
             constants[module.b.constant] = _as_compiled(path, layer.lora_b, module.b)
         # The code reads the bank's own memory: what is loaded there is served.
-        self._code.load_constants(constants, check_full_update=False, user_managed=True)
+        self._code.load_constants(constants, check_full_update=True, user_managed=True)
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{given.name} {given.dtype}{list(given.shape)}" for given in self.manifest.inputs[1:])
         return f"Served({inputs} -> {', '.join(self.manifest.outputs)}; {self._bank!r})"
+
+    def _dtype(self) -> torch.dtype | None:
+        """The dtype of all stacks; None where each has that of its module's weight."""
+        dtypes = {module.dtype for module in self.manifest.modules.values()}
+        return DTYPES[dtypes.pop()] if len(dtypes) == 1 else None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -188,42 +198,39 @@ def _as_compiled(path: Path, stack: Tensor, wanted: Stack) -> Tensor:
     return stack
 
 
-def _shell(manifest: Manifest) -> nn.Module:
-    """A model of empty layers with the names and sizes of the one that was exported, for `attach`."""
+def _shell(manifest: Manifest, constants: Mapping[str, Tensor]) -> nn.Module:
+    """A model that computes nothing, of the names, sizes and weights of the one that was exported, for `attach`."""
     shell = nn.Module()
-    weights: dict[str, nn.Parameter] = {}
-    for names in manifest.base.tied:
-        # Modules that share a weight are told by that; its size does not matter.
-        dtypes = [DTYPES[manifest.modules[name].dtype] for name in names if name in manifest.modules]
-        weights |= dict.fromkeys(names, _weight(dtypes[0] if dtypes else torch.float32, manifest.device))
     kinds = {name: (module.kind, module.out_features, module.in_features) for name, module in manifest.modules.items()}
     kinds |= {name: (kind, 1, 1) for name, kind in manifest.base.others.items() if name not in kinds}  # type: ignore[misc]
     for name, (kind, rows, columns) in kinds.items():
-        module: nn.Module
-        if kind == "embedding":
-            module = nn.Embedding(columns, rows, device="meta")
-        else:
-            module = nn.Linear(columns, rows, bias=False, device="meta")
-        own = manifest.modules.get(name)
-        dtype = torch.float32 if own is None else DTYPES[own.dtype]
-        module.weight = weights.get(name, _weight(dtype, manifest.device))
-        _put(shell, name, module)
+        is_embedding = kind == "embedding"
+        module = nn.Embedding(columns, rows, device="meta") if is_embedding else nn.Linear(columns, rows, device="meta")
+        module._parameters.clear()
+        path, _, last = name.rpartition(".")
+        _module_at(shell, path).add_module(last, module)
+    weights = {
+        name.removeprefix(manifest.base.constants): nn.Parameter(tensor, requires_grad=False)
+        for name, tensor in constants.items()
+        if name.startswith(manifest.base.constants)
+    }
+    for names in manifest.base.tied:
+        # The code may know the weight by one of its names alone.
+        known = next((weights[f"{name}.weight"] for name in names if f"{name}.weight" in weights), None)
+        weights |= {} if known is None else dict.fromkeys((f"{name}.weight" for name in names), known)
+    for name, weight in weights.items():
+        path, _, last = name.rpartition(".")
+        _module_at(shell, path).register_parameter(last, weight)
     _say(shell, manifest.base)
     return shell
 
 
-def _weight(dtype: torch.dtype, device: str) -> nn.Parameter:
-    """A weight that says where the module is and in what dtype; the numbers are in the code."""
-    return nn.Parameter(torch.zeros((), dtype=dtype, device=device), requires_grad=False)
-
-
-def _put(shell: nn.Module, name: str, module: nn.Module) -> None:
-    *path, last = name.split(".")
-    for part in path:
+def _module_at(shell: nn.Module, path: str) -> nn.Module:
+    for part in path.split(".") if path else ():
         if part not in shell._modules:
             shell.add_module(part, nn.Module())
         shell = shell.get_submodule(part)
-    shell.add_module(last, module)
+    return shell
 
 
 def _say(shell: nn.Module, base: Base) -> None:

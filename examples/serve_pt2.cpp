@@ -1,0 +1,110 @@
+// Serves an artifact of xlc.export without Python: adapters come and go, and each row of a batch has its own.
+//
+//     serve_pt2 served.pt2 plan.json tensors.safetensors
+//
+// plan.json is a list of steps, in the order in which a server would be asked:
+//     {"load": ["pirate", "adapters/pirate"]}        a PEFT folder, under a name
+//     {"drop": "pirate"}
+//     {"rows": ["pirate", null, "terse"]}            a batch, with the adapter of each row
+// The inputs of batch n are the tensors "n.<input>", by the names in the artifact. Where there are tensors "n.<output>",
+// the answers must equal them bit for bit: whoever wrote them computed them in Python. Prints how many rows do not, and
+// how long a batch took; exits with 1 if any row is wrong, and with 2 if a step was refused.
+//
+// examples/serve_pt2.py compiles and runs this.
+
+#include <chrono>
+#include <cstdio>
+#include <iostream>
+
+#include "xpu_lora_served.h"
+
+using Rows = std::vector<std::optional<std::string>>;
+
+namespace {
+
+Rows rows_of(const xpu_lora::Json& step) {
+    Rows rows;
+    for (const xpu_lora::Json& row : step.at("rows").items)
+        rows.push_back(row.kind == xpu_lora::Json::NOTHING ? std::nullopt : std::make_optional(row.text));
+    return rows;
+}
+
+// How many rows of the batch are not the same numbers, to the bit.
+int64_t wrong_rows(const at::Tensor& got, const at::Tensor& wanted) {
+    if (got.sizes() != wanted.sizes() || got.dtype() != wanted.dtype()) return wanted.size(0);
+    int64_t wrong = 0, bytes = wanted[0].nbytes();
+    at::Tensor mine = got.contiguous();
+    for (int64_t row = 0; row < wanted.size(0); row++) {
+        auto of = [&](const at::Tensor& tensor) { return static_cast<const char*>(tensor.data_ptr()) + row * bytes; };
+        wrong += std::memcmp(of(mine), of(wanted), bytes) != 0;
+    }
+    return wrong;
+}
+
+class Server {
+   public:
+    Server(const char* artifact, const char* tensors) : served(artifact), tensors(tensors) {}
+
+    void take(const xpu_lora::Json& step) {
+        if (step.at("load").items.size() == 2) {
+            served.load(step.at("load").items[0].text, step.at("load").items[1].text);
+            loads++;
+        } else if (step.at("drop").kind == xpu_lora::Json::TEXT) {
+            served.drop(step.at("drop").text);
+        } else {
+            answer(rows_of(step));
+        }
+    }
+
+    int report() const {
+        std::printf("%ld loads, %ld batches, %ld of %ld rows wrong, median %.1f us a batch\n", long(loads),
+                    long(microseconds.size()), long(wrong), long(rows), median());
+        return wrong ? 1 : 0;
+    }
+
+   private:
+    void answer(const Rows& adapters) {
+        std::string number = std::to_string(microseconds.size()) + ".";
+        std::vector<at::Tensor> inputs;
+        const auto& listed = served.manifest.at("inputs").items;
+        for (size_t i = 1; i < listed.size(); i++) inputs.push_back(tensors.named.at(number + listed[i].at("name").text));
+        auto start = std::chrono::steady_clock::now();
+        std::vector<at::Tensor> outputs = served.run(inputs, adapters);
+        std::chrono::duration<double, std::micro> passed = std::chrono::steady_clock::now() - start;
+        microseconds.push_back(passed.count());
+        rows += int64_t(adapters.size());
+        auto names = served.manifest.at("outputs").texts();
+        for (size_t i = 0; i < names.size(); i++)
+            if (auto wanted = tensors.named.find(number + names[i]); wanted != tensors.named.end())
+                wrong += wrong_rows(outputs[i], wanted->second);
+    }
+
+    double median() const {
+        std::vector<double> sorted = microseconds;
+        std::sort(sorted.begin(), sorted.end());
+        return sorted.empty() ? 0 : sorted[sorted.size() / 2];
+    }
+
+    xpu_lora::Served served;
+    xpu_lora::Tensors tensors;
+    std::vector<double> microseconds;
+    int64_t loads = 0, rows = 0, wrong = 0;
+};
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    if (count != 4) {
+        std::cerr << "serve_pt2 served.pt2 plan.json tensors.safetensors\n";
+        return 2;
+    }
+    try {
+        Server server(arguments[1], arguments[3]);
+        for (const xpu_lora::Json& step : xpu_lora::Json::parse(xpu_lora::read_file(arguments[2]), arguments[2]).items)
+            server.take(step);
+        return server.report();
+    } catch (const std::exception& error) {
+        std::cerr << error.what() << "\n";
+        return 2;
+    }
+}

@@ -1,0 +1,699 @@
+// Serve an artifact of xlc.export in a program without Python:
+//
+//     xpu_lora::Served served("served.pt2");
+//     served.load("pirate", "adapters/pirate");                            // a folder of PEFT's
+//     auto outputs = served.run({tokens}, {"pirate", std::nullopt});      // an adapter, or none, for each sequence
+//
+// All that cannot be served is a std::runtime_error: of the adapter's files by the rules of adapters/ in Python, from
+// which this differs in refusing what it would need the model for (ensure_weight_tying, copies of base weights, names of
+// former times) and what std::regex does not know. C++17; link torch, torch_cpu and c10.
+
+#pragma once
+
+#include <ATen/ATen.h>
+#include <caffe2/serialize/inline_container.h>
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/version.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <regex>
+#include <set>
+#include <shared_mutex>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace xpu_lora {
+
+// As `FORMAT` in artifacts/manifest.py.
+constexpr int FORMAT = 1;
+
+[[noreturn]] inline void refuse(const std::string& where, const std::string& wanted, const std::string& got) {
+    throw std::runtime_error(where + ": wanted " + wanted + "; got " + got + ".");
+}
+
+// ---- JSON, with the order of names kept: of patterns the first that matches counts.
+
+struct Json {
+    enum Kind { NOTHING, FALSE, TRUE, INTEGER, NUMBER, TEXT, LIST, OBJECT } kind = NOTHING;
+    std::string text;  // Of a number as it was written.
+    std::vector<std::string> names;
+    std::vector<Json> items;
+
+    const Json& at(const std::string& name) const {
+        static const Json nothing;
+        for (size_t i = 0; i < names.size(); i++)
+            if (names[i] == name) return items[i];
+        return nothing;
+    }
+    int64_t integer() const { return std::strtoll(text.c_str(), nullptr, 10); }
+    double number() const { return std::strtod(text.c_str(), nullptr); }
+    // As Python asks.
+    bool is_true() const {
+        if (kind == INTEGER || kind == NUMBER) return number() != 0;
+        return kind == TRUE || (kind == TEXT && !text.empty()) || !items.empty();
+    }
+    std::vector<std::string> texts() const {
+        std::vector<std::string> found;
+        for (const Json& item : items) found.push_back(item.text);
+        return found;
+    }
+    std::vector<int64_t> integers() const {
+        std::vector<int64_t> found;
+        for (const Json& item : items) found.push_back(item.integer());
+        return found;
+    }
+    bool has(const std::string& text_of_item) const {
+        for (const Json& item : items)
+            if (item.text == text_of_item) return true;
+        return false;
+    }
+
+    static Json parse(const std::string& source, const std::string& where) {
+        const char *place = source.data(), *end = place + source.size();
+        Json found = value(place, end, where, 0);
+        if (next(place, end) != 0) refuse(where, "JSON", "more after its end");
+        return found;
+    }
+
+   private:
+    static char next(const char*& place, const char* end) {
+        while (place < end && std::strchr(" \t\r\n", *place) && *place) place++;
+        return place < end ? *place : 0;
+    }
+    static void expect(const char*& place, const char* end, const char* word, const std::string& where) {
+        size_t length = std::strlen(word);
+        if (size_t(end - place) < length || std::strncmp(place, word, length) != 0)
+            refuse(where, "JSON", "something else at " + std::string(place, std::min<size_t>(20, end - place)));
+        place += length;
+    }
+    static Json value(const char*& place, const char* end, const std::string& where, int depth) {
+        Json found;
+        char first = next(place, end);
+        if (depth > 64) refuse(where, "JSON of 64 levels at most", "more");
+        if (first == '{' || first == '[') {
+            bool is_object = first == '{';
+            char last = is_object ? '}' : ']';
+            found.kind = is_object ? OBJECT : LIST;
+            for (place++; next(place, end) != last;) {
+                if (!found.items.empty()) expect(place, end, ",", where), next(place, end);
+                if (is_object) {
+                    std::string name = quoted(place, end, where);
+                    if (std::count(found.names.begin(), found.names.end(), name))
+                        refuse(where, "each name once", name + " twice");
+                    found.names.push_back(name);
+                    next(place, end), expect(place, end, ":", where);
+                }
+                found.items.push_back(value(place, end, where, depth + 1));
+            }
+            place++;
+        } else if (first == '"') {
+            found.kind = TEXT, found.text = quoted(place, end, where);
+        } else if (first == 't' || first == 'f' || first == 'n') {
+            expect(place, end, first == 't' ? "true" : first == 'f' ? "false" : "null", where);
+            found.kind = first == 't' ? TRUE : first == 'f' ? FALSE : NOTHING;
+        } else {
+            const char* start = place;
+            while (place < end && *place && std::strchr("+-.0123456789eE", *place)) place++;
+            found.text = std::string(start, place);
+            found.kind = found.text.find_first_of(".eE") == std::string::npos ? INTEGER : NUMBER;
+            char* stopped = nullptr;
+            std::strtod(found.text.c_str(), &stopped);
+            if (found.text.empty() || *stopped) refuse(where, "JSON", "something else at " + found.text);
+        }
+        return found;
+    }
+    static std::string quoted(const char*& place, const char* end, const std::string& where) {
+        expect(place, end, "\"", where);
+        std::string found;
+        while (place < end && *place != '"') {
+            if (*place != '\\') {
+                found += *place++;
+                continue;
+            }
+            if (++place >= end) break;
+            char escaped = *place++;
+            if (escaped != 'u') {
+                static const char names[] = "bfnrt", values[] = "\b\f\n\r\t";
+                const char* known = std::strchr(names, escaped);
+                found += known && *known ? values[known - names] : escaped;
+                continue;
+            }
+            uint32_t code = hexadecimal(place, end, where);
+            if (code >= 0xd800 && code < 0xdc00 && end - place > 1 && *place == '\\') {
+                place += 2;
+                code = 0x10000 + ((code - 0xd800) << 10) + (hexadecimal(place, end, where) - 0xdc00);
+            }
+            if (code < 0x80) found += char(code);
+            if (code >= 0x80) found += char(code < 0x800 ? 0xc0 | code >> 6 : code < 0x10000 ? 0xe0 | code >> 12 : 0xf0 | code >> 18);
+            if (code >= 0x10000) found += char(0x80 | (code >> 12 & 0x3f));
+            if (code >= 0x800) found += char(0x80 | (code >> 6 & 0x3f));
+            if (code >= 0x80) found += char(0x80 | (code & 0x3f));
+        }
+        expect(place, end, "\"", where);
+        return found;
+    }
+    static uint32_t hexadecimal(const char*& place, const char* end, const std::string& where) {
+        if (end - place < 4) refuse(where, "JSON", "an end inside of a character");
+        uint32_t code = std::strtoul(std::string(place, 4).c_str(), nullptr, 16);
+        place += 4;
+        return code;
+    }
+};
+
+inline std::string read_file(const std::filesystem::path& path) {
+    std::ifstream file(path, std::ios::binary);
+    if (!std::filesystem::is_regular_file(path) || !file) refuse(path, "a file that can be read", "none");
+    std::ostringstream content;
+    content << file.rdbuf();
+    return content.str();
+}
+
+inline at::ScalarType dtype_of(const std::string& name) {
+    static const std::map<std::string, at::ScalarType> known = {
+        {"bool", at::kBool},     {"BOOL", at::kBool},       {"uint8", at::kByte},    {"U8", at::kByte},
+        {"int8", at::kChar},     {"I8", at::kChar},         {"int16", at::kShort},   {"I16", at::kShort},
+        {"int32", at::kInt},     {"I32", at::kInt},         {"int64", at::kLong},    {"I64", at::kLong},
+        {"float16", at::kHalf},  {"F16", at::kHalf},        {"bfloat16", at::kBFloat16}, {"BF16", at::kBFloat16},
+        {"float32", at::kFloat}, {"F32", at::kFloat},       {"float64", at::kDouble},    {"F64", at::kDouble},
+    };
+    auto found = known.find(name);
+    if (found == known.end()) refuse("dtype", "one that PyTorch has", name);
+    return found->second;
+}
+
+// ---- safetensors: tensors by name.
+
+struct Tensors {
+    std::map<std::string, at::Tensor> named;
+
+    explicit Tensors(const std::filesystem::path& path) : Tensors(read_file(path), path) {}
+
+    Tensors(const std::string& content, const std::filesystem::path& path) {
+        uint64_t length = 0;
+        if (content.size() >= 8) std::memcpy(&length, content.data(), 8);
+        if (content.size() < 8 || length > (32u << 20) || length > content.size() - 8)
+            refuse(path, "a well-formed safetensors file", "a header of " + std::to_string(length) + " bytes");
+        Json header = Json::parse(content.substr(8, length), path);
+        size_t start = 8 + length;
+        for (size_t i = 0; i < header.names.size(); i++) {
+            if (header.names[i] == "__metadata__") continue;
+            at::ScalarType dtype = dtype_of(header.items[i].at("dtype").text);
+            std::vector<int64_t> shape = header.items[i].at("shape").integers();
+            std::vector<int64_t> span = header.items[i].at("data_offsets").integers();
+            double bytes = double(at::elementSize(dtype));
+            for (int64_t size : shape) bytes *= size < 0 ? NAN : double(size);
+            if (span.size() != 2 || span[0] < 0 || span[1] < span[0] || size_t(span[1]) > content.size() - start ||
+                double(span[1] - span[0]) != bytes)
+                refuse(path.string() + ": " + header.names[i], "data inside of the file", "other offsets");
+            // A copy, since what lies in the file need not be aligned.
+            at::Tensor tensor = at::empty(shape, dtype);
+            if (bytes > 0) std::memcpy(tensor.data_ptr(), content.data() + start + span[0], size_t(bytes));
+            named[header.names[i]] = tensor;
+        }
+    }
+};
+
+// ---- adapter_config.json: which modules, how strongly.
+
+// A regular expression that means the same to Python and to std::regex.
+inline std::regex expression(const std::string& pattern, const std::string& where) {
+    bool same = pattern.find("[[") == std::string::npos;
+    for (size_t i = 0; i + 1 < pattern.size(); i++) {
+        char following = pattern[i + 1];
+        if (pattern[i] == '(' && following == '?') same = same && pattern[i + 2] == ':';
+        if (pattern[i] != '\\') continue;
+        same = same && (!std::isalnum(static_cast<unsigned char>(following)) || std::strchr("dDwWsSbB", following));
+        i++;
+    }
+    try {
+        if (same) return std::regex(pattern);
+    } catch (const std::regex_error&) {
+    }
+    refuse(where, "a regular expression that std::regex reads as Python does", pattern);
+}
+
+class Config {
+   public:
+    Config(const std::filesystem::path& path, const Json& known) : where(path), json(Json::parse(read_file(path), path)) {
+        if (json.kind != Json::OBJECT) refuse(where, "a JSON object", "something else");
+        if (json.at("peft_type").text != "LORA") refuse(where, "a plain LoRA adapter", "another peft_type");
+        for (size_t i = 0; i < json.names.size(); i++) check_field(json.names[i], json.items[i], known);
+        target = rule("target_modules"), exclude = rule("exclude_modules");
+        if (json.at("target_modules").kind == Json::NOTHING) refuse(where, "target_modules", "null");
+        rank_ = integer("r", json.at("r"), 8);
+        alpha_ = number("lora_alpha", json.at("lora_alpha"), 8);
+        const Json& rs = json.at("use_rslora");
+        if (rs.is_true() && rs.kind != Json::TRUE) refuse(where + ": use_rslora", "true or false", rs.text);
+        is_rs = rs.is_true();
+        if (json.at("ensure_weight_tying").is_true())
+            refuse(where, "an adapter without ensure_weight_tying", "one with it; load it in Python");
+        for (const char* name : {"rank_pattern", "alpha_pattern"}) {
+            const Json& patterns = json.at(name);
+            if (patterns.kind != Json::NOTHING && patterns.kind != Json::OBJECT) refuse(where, name, "no object");
+            for (size_t i = 0; i < patterns.names.size(); i++) {
+                expression(patterns.names[i], where);
+                std::regex compiled("(.*\\.)?(" + patterns.names[i] + ")");
+                if (name[0] == 'r')
+                    ranks.emplace_back(compiled, integer(name, patterns.items[i], 0));
+                else
+                    alphas.emplace_back(compiled, number(name, patterns.items[i], 0));
+            }
+        }
+        const Json& layers = json.at("layers_to_transform");
+        if (layers.kind == Json::INTEGER) chosen.insert(layers.integer());
+        for (const Json& layer : layers.items) {
+            if (layer.kind != Json::INTEGER) refuse(where + ": layers_to_transform", "integers", layer.text);
+            chosen.insert(layer.integer());
+        }
+        const Json& patterns = json.at("layers_pattern");
+        std::vector<std::string> written = patterns.texts();
+        if (patterns.kind == Json::TEXT && !patterns.text.empty()) written = {patterns.text};
+        if (!chosen.empty() && json.at("target_modules").kind == Json::TEXT)
+            refuse(where + ": layers_to_transform", "no layers, where target_modules is one string", "some");
+        if (!written.empty() && chosen.empty())
+            refuse(where + ": layers_pattern", "no pattern, where layers_to_transform is not set", "one");
+        for (const std::string& pattern : written) {
+            expression(pattern, where);
+            of_layer.emplace_back("(?:^|.*?\\.)" + pattern + "\\.(\\d+)\\.");
+        }
+        if (written.empty()) of_layer.emplace_back(".*?\\.[^.]*\\.(\\d+)\\.");
+    }
+
+    bool targets(const std::string& name, bool plain_linear) const {
+        std::string full = part.empty() ? name : part + "." + name;
+        const Json& given = json.at("target_modules");
+        if (exclude.names(full)) return false;
+        std::string lower = given.text;
+        for (char& letter : lower) letter = char(std::tolower(static_cast<unsigned char>(letter)));
+        if (!(given.kind == Json::TEXT && lower == "all-linear" ? plain_linear : target.names(full))) return false;
+        if (chosen.empty() || given.has(full)) return true;
+        for (const std::regex& pattern : of_layer) {
+            std::smatch match;
+            if (std::regex_search(full, match, pattern, std::regex_constants::match_continuous)) {
+                std::string index = match[match.size() - 1];
+                return index.size() < 10 && chosen.count(std::stoll(index));
+            }
+        }
+        return false;
+    }
+
+    int64_t rank(const std::string& name) const { return first_match(ranks, name, rank_); }
+
+    double scaling(const std::string& name) const {
+        double alpha = first_match(alphas, name, alpha_), r = double(rank(name));
+        return alpha / (is_rs ? std::sqrt(r) : r);
+    }
+
+    // The name that the model has inside of the one that the adapter was trained on.
+    std::string part;
+
+   private:
+    struct Rule {
+        std::vector<std::string> ends;
+        std::optional<std::regex> whole;
+        bool names(const std::string& name) const {
+            if (whole) return std::regex_match(name, *whole);
+            for (const std::string& end : ends) {
+                std::string tail = "." + end;
+                if (name == end || (name.size() > tail.size() && name.compare(name.size() - tail.size(), tail.size(), tail) == 0))
+                    return true;
+            }
+            return false;
+        }
+    };
+
+    Rule rule(const std::string& name) const {
+        const Json& value = json.at(name);
+        Rule found;
+        if (value.kind == Json::TEXT && !value.text.empty() && value.text != "all-linear")
+            found.whole = expression(value.text, where + ": " + name);
+        found.ends = value.texts();
+        return found;
+    }
+
+    void check_field(const std::string& name, const Json& value, const Json& known) const {
+        std::string lower = value.text;
+        for (char& letter : lower) letter = char(std::tolower(static_cast<unsigned char>(letter)));
+        bool fine = known.at("read").has(name) || known.at("ignored").has(name) || is_unset(value);
+        if (name == "bias") fine = !value.is_true() || value.text == "none";
+        if (name == "init_lora_weights")
+            fine = !value.is_true() || value.kind == Json::TRUE || (value.kind == Json::TEXT && known.at("inits").has(lower));
+        if (!fine && value.is_true()) refuse(where, "a plain LoRA adapter", "one with " + name);
+    }
+
+    static bool is_unset(const Json& value) {
+        if (value.kind == Json::TEXT) return value.text.empty() || value.text == "none" || value.text == "null";
+        for (const Json& item : value.items)
+            if (!is_unset(item)) return false;
+        return !value.items.empty() || !value.is_true();
+    }
+
+    int64_t integer(const std::string& name, const Json& value, int64_t otherwise) const {
+        if (value.kind == Json::NOTHING && otherwise && !std::count(json.names.begin(), json.names.end(), name)) return otherwise;
+        if (value.kind != Json::INTEGER || value.integer() < 1 || value.integer() >= (int64_t(1) << 31))
+            refuse(where + ": " + name, "an integer of at least 1", value.text);
+        return value.integer();
+    }
+
+    double number(const std::string& name, const Json& value, double otherwise) const {
+        if (value.kind == Json::NOTHING && otherwise && !std::count(json.names.begin(), json.names.end(), name)) return otherwise;
+        if ((value.kind != Json::INTEGER && value.kind != Json::NUMBER) || !(std::abs(value.number()) < 1e300))
+            refuse(where + ": " + name, "a finite number", value.text);
+        return value.number();
+    }
+
+    template <typename T>
+    T first_match(const std::vector<std::pair<std::regex, T>>& patterns, const std::string& name, T otherwise) const {
+        std::string full = part.empty() ? name : part + "." + name;
+        for (const auto& [pattern, value] : patterns)
+            if (std::regex_match(full, pattern)) return value;
+        return otherwise;
+    }
+
+    std::string where;
+    Json json;
+    Rule target, exclude;
+    int64_t rank_ = 0;
+    double alpha_ = 0;
+    bool is_rs = false;
+    std::vector<std::pair<std::regex, int64_t>> ranks;
+    std::vector<std::pair<std::regex, double>> alphas;
+    std::set<int64_t> chosen;
+    std::vector<std::regex> of_layer;
+};
+
+// ---- The artifact.
+
+class Served {
+   public:
+    // Calls run at the same time as far as there are runners; each has memory of its own for what it computes.
+    explicit Served(const std::string& path, size_t runners = 1) : where(path) {
+        caffe2::serialize::PyTorchStreamReader archive(path);
+        auto record = [&](const std::string& name) {
+            auto [data, size] = archive.getRecord("xpu_lora/" + name);
+            return std::string(static_cast<const char*>(data.get()), size);
+        };
+        if (!archive.hasRecord("xpu_lora/manifest.json")) refuse(where, "a file that xlc.export wrote", "another");
+        manifest = Json::parse(record("manifest.json"), where);
+        check_versions();
+        // Before the code, which looks its ops up as it is loaded.
+        if (manifest.at("library").kind == Json::TEXT) load_library(record(manifest.at("library").text));
+        loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, "model", false, runners);
+        slots.resize(manifest.at("slots").integer());
+        std::unordered_map<std::string, at::Tensor> constants;
+        const Json &listed = manifest.at("modules"), &aliases = manifest.at("aliases");
+        for (auto& [name, tensor] : Tensors(record("weights.safetensors"), path).named) {
+            const Json& strides = manifest.at("strides").at(name);
+            if (strides.kind == Json::LIST)
+                tensor = at::empty_strided(tensor.sizes(), strides.integers(), tensor.options()).copy_(tensor);
+            constants[name] = weights[name] = tensor.to(at::Device(manifest.at("device").text));
+        }
+        for (size_t i = 0; i < aliases.names.size(); i++)
+            constants[aliases.names[i]] = weights[aliases.names[i]] = weights.at(aliases.items[i].text);
+        for (size_t i = 0; i < listed.names.size(); i++) {
+            const Json& site = listed.items[i];
+            at::ScalarType dtype = dtype_of(site.at("dtype").text);
+            Module module{site.at("kind").text == "embedding", site.at("padded").is_true(),
+                          site.at("in_features").integer(),    site.at("out_features").integer(),
+                          stack(site.at("a"), dtype, constants), stack(site.at("b"), dtype, constants)};
+            if (narrowest != at::kHalf && dtype != at::kFloat) narrowest = dtype;
+            modules.emplace(listed.names[i], module);
+        }
+        // The code reads this memory: to load an adapter is to write there.
+        loader->load_constants(constants, /*use_inactive=*/false, /*check_full_update=*/true, /*user_managed=*/true);
+    }
+
+    // Put the adapter of a PEFT folder into a free slot. All that can be wrong is found before anything is written.
+    void load(const std::string& name, const std::filesystem::path& folder) {
+        { std::shared_lock lock(mutex); free_slot(name); }
+        auto pairs = read(folder);
+        std::unique_lock lock(mutex);
+        size_t slot = free_slot(name);
+        for (auto& [module_name, module] : modules) {
+            module.a[slot].zero_(), module.b[slot].zero_();
+            auto found = pairs.find(module_name);
+            if (found == pairs.end()) continue;
+            at::Tensor a = module.is_embedding ? found->second.first.t() : found->second.first, b = found->second.second;
+            module.a[slot].narrow(0, 0, a.size(0)).narrow(1, 0, a.size(1)).copy_(a);
+            module.b[slot].narrow(0, 0, b.size(0)).narrow(1, 0, b.size(1)).copy_(b);
+        }
+        slots[slot] = name;
+    }
+
+    // Empty the slot of an adapter, when no call is running.
+    void drop(const std::string& name) {
+        std::unique_lock lock(mutex);
+        slots[slot_of(name)].reset();
+    }
+
+    // The outputs, for inputs in the order of `manifest`, with the adapter of each sequence.
+    std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs, const std::vector<std::optional<std::string>>& adapters) {
+        std::vector<at::Tensor> given{at::empty({int64_t(adapters.size())}, at::kInt)};
+        for (const at::Tensor& input : inputs) given.push_back(input.contiguous());
+        check_inputs(given);
+        std::shared_lock lock(mutex);
+        for (size_t row = 0; row < adapters.size(); row++)
+            given[0].data_ptr<int32_t>()[row] = adapters[row] ? int32_t(slot_of(*adapters[row])) : -1;
+        if (manifest.at("device").text != "cpu") given[0] = given[0].to(given[1].device());
+        return loader->run(given);
+    }
+
+    Json manifest;
+
+   private:
+    struct Module {
+        bool is_embedding, is_padded;
+        int64_t in_features, out_features;
+        at::Tensor a, b;
+    };
+    using Pair = std::pair<at::Tensor, at::Tensor>;
+
+    void check_versions() const {
+        if (manifest.at("format").integer() != FORMAT)
+            refuse(where, "an artifact of format " + std::to_string(FORMAT), manifest.at("format").text);
+        std::string made = manifest.at("torch").text;
+        if (made.substr(0, made.find('+')) != std::string(TORCH_VERSION).substr(0, std::string(TORCH_VERSION).find('+')))
+            refuse(where, std::string("an artifact for torch ") + TORCH_VERSION, "one made with torch " + made);
+        std::ifstream file("/proc/cpuinfo");
+        for (std::string line; std::getline(file, line);) {
+            if (line.rfind("flags", 0) && line.rfind("Features", 0)) continue;
+            std::istringstream words(line);
+            std::set<std::string> has{std::istream_iterator<std::string>(words), {}};
+            for (const std::string& needed : manifest.at("instructions").texts())
+                if (!has.count(needed)) refuse(where, "an artifact for this processor", "one that needs " + needed);
+            break;
+        }
+    }
+
+    static void load_library(const std::string& content) {
+        char path[] = "/tmp/xpu-lora-XXXXXX";
+        int file = mkstemp(path);
+        bool written = file >= 0 && write(file, content.data(), content.size()) == ssize_t(content.size());
+        if (file >= 0) close(file);
+        void* library = written ? dlopen(path, RTLD_NOW | RTLD_GLOBAL) : nullptr;
+        std::string why = library ? "" : written ? dlerror() : "no room in /tmp";
+        if (file >= 0) unlink(path);
+        if (!library) refuse(path, "the library of the artifact", why);
+    }
+
+    at::Tensor stack(const Json& given, at::ScalarType dtype, std::unordered_map<std::string, at::Tensor>& constants) const {
+        auto options = at::TensorOptions(dtype).device(at::Device(manifest.at("device").text));
+        at::Tensor made = at::empty_strided(given.at("shape").integers(), given.at("stride").integers(), options).zero_();
+        return constants[given.at("constant").text] = made;
+    }
+
+    size_t free_slot(const std::string& name) const {
+        if (name.empty()) refuse("load", "a name for the adapter", "none");
+        size_t found = slots.size();
+        for (size_t slot = slots.size(); slot-- > 0;) {
+            if (!slots[slot]) found = slot;
+            if (slots[slot] == name) refuse("load " + name, "a name that is free", "one of an adapter that is loaded");
+        }
+        if (found == slots.size()) refuse("load " + name, "a free slot", std::to_string(found) + ", all taken");
+        return found;
+    }
+
+    size_t slot_of(const std::string& name) const {
+        for (size_t slot = 0; slot < slots.size(); slot++)
+            if (slots[slot] == name) return slot;
+        refuse("adapter " + name, "one that is loaded", "another");
+    }
+
+    // The code itself checks nothing.
+    void check_inputs(const std::vector<at::Tensor>& given) const {
+        const Json& wanted = manifest.at("inputs");
+        if (given.size() != wanted.items.size())
+            refuse("inputs", std::to_string(wanted.items.size() - 1), std::to_string(given.size() - 1));
+        std::map<std::string, int64_t> sizes;
+        for (size_t i = 0; i < given.size(); i++) {
+            const Json& input = wanted.items[i];
+            const auto& shape = input.at("shape").items;
+            bool fits = given[i].scalar_type() == dtype_of(input.at("dtype").text) && given[i].dim() == int64_t(shape.size());
+            for (size_t d = 0; fits && d < shape.size(); d++) {
+                int64_t size = given[i].size(d);
+                if (shape[d].kind == Json::INTEGER) {
+                    fits = size == shape[d].integer();
+                    continue;
+                }
+                const auto& limits = manifest.at("sizes").at(shape[d].text).items;
+                fits = size >= limits[0].integer() && (limits[1].kind == Json::NOTHING || size <= limits[1].integer()) &&
+                       sizes.emplace(shape[d].text, size).first->second == size;
+            }
+            std::ostringstream got;
+            if (!fits) got << given[i].dtype() << " of shape " << given[i].sizes();
+            if (!fits) refuse(input.at("name").text, "the dtype and shape that the manifest says", got.str());
+        }
+    }
+
+    // What a key means: A or B of a module, or, without a part, another weight of the model.
+    struct Key {
+        std::string module, part, adapter;
+    };
+
+    static Key parse_key(const std::string& key, const std::string& file) {
+        static const std::set<std::string> wrappers = {"_orig_mod", "_fsdp_wrapped_module", "_fpw_module",
+                                                       "_checkpoint_wrapped_module", "_forward_module"};
+        static const std::string prefix = "base_model.model.";
+        std::string name, word;
+        std::istringstream words(key);
+        while (std::getline(words, word, '.'))
+            if (!wrappers.count(word)) name += (name.empty() ? "" : ".") + word;
+        while (name.rfind("module.", 0) == 0 && name.find(prefix) != std::string::npos) name.erase(0, 7);
+        if (name.rfind(prefix, 0) != 0 || name.size() > 1000) refuse(file, "keys that begin with " + prefix, key);
+        static const std::regex form(
+            R"((.+?)\.(?:(lora_[AB])(?:\.([^.]+))?\.weight|(lora_embedding_[AB])(?:\.([^.]+))?))");
+        std::smatch match;
+        name.erase(0, prefix.size());
+        if (!std::regex_match(name, match, form)) return {name, "", ""};
+        return {match[1], match[2].matched ? match[2].str() + ".weight" : match[4].str(),
+                match[3].matched ? match[3].str() : match[5].str()};
+    }
+
+    bool knows(const std::string& name) const {
+        return modules.count(name) || std::count(manifest.at("base").at("others").names.begin(), manifest.at("base").at("others").names.end(), name);
+    }
+
+    std::string module_of(std::string name, const std::string& file) const {
+        if (knows(name)) return name;
+        for (bool more = true; more;) {
+            more = false;
+            for (const std::string start : {"base_model.model.", "module."})
+                if (name.rfind(start, 0) == 0) name.erase(0, start.size()), more = true;
+        }
+        if (knows(name)) return name;
+        std::string prefix = manifest.at("base").at("prefix").text + ".";
+        bool has_prefix = prefix == ".";
+        for (const auto& [other, module] : modules) has_prefix = has_prefix || other.rfind(prefix, 0) == 0;
+        if (!has_prefix && name.rfind(prefix, 0) == 0 && knows(name.substr(prefix.size()))) return name.substr(prefix.size());
+        refuse(file, "names of modules that the model has", "LoRA on " + name);
+    }
+
+    std::map<std::string, Pair> read(const std::filesystem::path& folder) const {
+        Config config(folder / "adapter_config.json", manifest.at("fields"));
+        std::string file = folder / "adapter_model.safetensors";
+        Tensors tensors(file);
+        std::string whole = manifest.at("base").at("prefix").text + ".", adapter;
+        std::map<std::string, std::map<std::string, at::Tensor>> found;
+        for (const auto& [text, tensor] : tensors.named) {
+            Key key = parse_key(text, file);
+            if (key.part.empty()) {
+                check_copy(key.module, tensor, file);
+                continue;
+            }
+            std::string name = module_of(key.module, file), end = whole + name;
+            if (whole != "." && name.rfind(whole, 0) != 0 && key.module.size() >= end.size() &&
+                key.module.compare(key.module.size() - end.size(), end.size(), end) == 0)
+                config.part = whole.substr(0, whole.size() - 1);
+            if (!key.adapter.empty() && !adapter.empty() && adapter != key.adapter)
+                refuse(file, "the weights of one adapter", "those of " + adapter + " and " + key.adapter);
+            adapter = key.adapter.empty() ? adapter : key.adapter;
+            if (!found[name].emplace(key.part, tensor).second) refuse(file, "one tensor for " + name, text);
+        }
+        std::map<std::string, Pair> pairs;
+        for (const auto& [name, module] : modules) {
+            if (!config.targets(name, !module.is_embedding && !module.is_padded)) continue;
+            std::string at = file + ": " + name, kind = module.is_embedding ? "lora_embedding_" : "lora_";
+            std::string end = module.is_embedding ? "" : ".weight";
+            auto parts = found.find(name);
+            if (parts == found.end() || !parts->second.count(kind + "A" + end) || !parts->second.count(kind + "B" + end))
+                refuse(at, "A and B for every targeted module", "a file without them");
+            if (parts->second.size() != 2) refuse(at, "A and B alone", "more");
+            int64_t rank = config.rank(name), most = manifest.at("max_rank").integer();
+            if (rank > most) refuse(at, "a rank of at most " + std::to_string(most), std::to_string(rank));
+            at::Tensor a = parts->second.at(kind + "A" + end), b = parts->second.at(kind + "B" + end);
+            bool tokens_in_a = module.is_embedding && module.is_padded, tokens_in_b = !module.is_embedding && module.is_padded;
+            check_shape(at + " A", a, rank, module.in_features, 0, tokens_in_a ? 1 : -1);
+            check_shape(at + " B", b, module.out_features, rank, 1, tokens_in_b ? 0 : -1);
+            pairs[name] = {finite(at + " A", a, 1), finite(at + " B", b, config.scaling(name))};
+            found.erase(parts);
+        }
+        if (pairs.empty()) refuse(file, "an adapter for modules of this artifact", "one for none of them");
+        if (!found.empty()) refuse(file, "only modules that the adapter targets and the artifact covers", found.begin()->first);
+        return pairs;
+    }
+
+    // PEFT saves copies of the embeddings along with LoRA on them: they must be the model's own.
+    void check_copy(const std::string& name, const at::Tensor& copy, const std::string& file) const {
+        std::string whole = name;
+        if (size_t at = whole.find("base_layer."); at != std::string::npos) whole.erase(at, 11);
+        const Json& base = manifest.at("base");
+        auto own = weights.find(base.at("constants").text + whole);
+        for (const Json& names : base.at("tied").items)
+            for (const Json& other : names.items)
+                if (own == weights.end() && whole.size() > 7 && names.has(whole.substr(0, whole.size() - 7)))
+                    own = weights.find(base.at("constants").text + other.text + ".weight");
+        if (own == weights.end()) refuse(file, "only lora_A and lora_B of modules", name);
+        at::Tensor wanted = own->second.cpu(), got = copy;
+        bool fits = got.dim() == wanted.dim() && got.dim() > 0 && got.size(0) <= wanted.size(0) &&
+                    got.sizes().slice(1) == wanted.sizes().slice(1);
+        if (fits) wanted = wanted.narrow(0, 0, got.size(0));
+        // Either may have been rounded to the other's dtype.
+        if (!fits || !(at::equal(got.to(wanted.scalar_type()), wanted) || at::equal(got, wanted.to(got.scalar_type()))))
+            refuse(file + ": " + name, "a copy of the model's own weight", "other values, or another size");
+    }
+
+    static void check_shape(const std::string& at, const at::Tensor& tensor, int64_t rows, int64_t columns, int rank_axis, int token_axis) {
+        bool fits = tensor.dim() == 2 && (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16 ||
+                                          tensor.scalar_type() == at::kHalf);
+        for (int axis = 0; fits && axis < 2; axis++) {
+            int64_t size = tensor.size(axis), wanted = axis ? columns : rows;
+            fits = size == wanted || (axis == token_axis && axis != rank_axis && size > 0 && size < wanted);
+        }
+        std::ostringstream wanted, got;
+        wanted << "F32, BF16 or F16 of shape [" << rows << ", " << columns << "]" << (token_axis < 0 ? "" : " at most");
+        got << tensor.dtype() << " of shape " << tensor.sizes();
+        if (!fits) refuse(at, wanted.str(), got.str());
+    }
+
+    at::Tensor finite(const std::string& at, const at::Tensor& tensor, double scaling) const {
+        at::Tensor values = tensor.to(at::kFloat, false, true);
+        if (!at::isfinite(values).all().item<bool>()) refuse(at, "finite values", "NaN or infinity");
+        values.mul_(scaling);
+        if (!at::isfinite(values.to(narrowest)).all().item<bool>())
+            refuse(at, std::string("values that the artifact's dtype can hold"), "infinity after scaling");
+        return values;
+    }
+
+    std::string where;
+    std::unique_ptr<torch::inductor::AOTIModelPackageLoader> loader;
+    std::map<std::string, Module> modules;
+    std::map<std::string, at::Tensor> weights;
+    std::vector<std::optional<std::string>> slots;
+    at::ScalarType narrowest = at::kFloat;
+    std::shared_mutex mutex;
+};
+
+}  // namespace xpu_lora
