@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from xpu_lora_compile.adapters.bank import AdapterBank
+from xpu_lora_compile.artifacts import Served, export, load_artifact
 from xpu_lora_compile.errors import LoraError
 from xpu_lora_compile.inspect.explain import explain
 from xpu_lora_compile.inspect.report import Report
@@ -42,14 +43,17 @@ __all__ = [
     "Decision",
     "LoraError",
     "Report",
+    "Served",
     "attach",
     "bgmv_expand",
     "bgmv_expand_slice",
     "bgmv_shrink",
     "detach",
     "explain",
+    "export",
     "force_kernel",
     "inductor_options",
+    "load_artifact",
     "lora_linear",
     "record_decisions",
     "rewrite",

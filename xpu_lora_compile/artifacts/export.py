@@ -1,7 +1,7 @@
 """`export`: a model with a bank -> one file that serves any adapter to any row, without Python.
 
-    model, example inputs --follow--> the layout of each layer's rows --trace--> ExportedProgram, whose slots are an input
-        --rewrite--> ops that need no Python --AOTInductor--> served.pt2 --> the manifest and the ops' library in it
+model, example inputs --follow--> layouts of rows --trace--> ExportedProgram, whose slots are an input
+ExportedProgram --rewrite--> ops without Python --AOTInductor--> served.pt2, then manifest, weights and library in it
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -23,7 +22,6 @@ from xpu_lora_compile.adapters.names import BaseModel, plain_name
 from xpu_lora_compile.artifacts.manifest import (
     DTYPES,
     SLOTS,
-    WEIGHTS,
     Base,
     Input,
     Manifest,
@@ -57,9 +55,9 @@ def export(
 ) -> Path:
     """Write a model that LoRA is attached to into one file, to be served with other adapters by C++ or Python.
 
-    The file holds the compiled code and the base weights; who loads it makes room for as many adapters as the bank has
-    slots, of ranks up to its `max_rank`. Adapters that are in the bank now stay there. Whose row is whose is told by an input of the code.
-    Runs the model twice with the example inputs, on the machine for whose kind of processor the file is to be.
+    The file holds the compiled code and the base weights. Its loader makes room for as many adapters as the bank has
+    slots, of ranks up to its `max_rank`; adapters that are in the bank now stay there. An input of the code says which
+    row uses which slot. Runs the model twice with the example inputs, on a machine like the one that will serve.
 
     Args:
         model: what `attach` was given, or a module that holds it: then the example inputs are of that module.
@@ -120,9 +118,7 @@ def export(
             _check_constants(read, stacks, weights)
             own = {name: weights[name] for name in sorted(read - set(stacks))}
             manifest = dataclasses.replace(manifest, aliases=_aliases(own), strides=_strides(own))
-            stored = {name: tensor.contiguous() for name, tensor in own.items() if name not in manifest.aliases}
-            save_file(stored, Path(aside) / WEIGHTS)
-            manifest.add_to(made, Path(aside) / WEIGHTS, library)
+            manifest.add_to(made, own, library)
             return made.replace(path)
 
 
@@ -147,9 +143,7 @@ def _layers_of(model: nn.Module) -> dict[str, LoraLayer]:
     trained = [name for name, layer in layers.items() if layer.lora_a.requires_grad or layer.lora_b.requires_grad]
     if trained:
         remedy = "Save the adapter, load it into a bank, and export the model of that bank."
-        raise ArtifactError(
-            where, "adapters that carry no gradients", f"some that do, of {few_names(trained)}", remedy
-        )
+        raise ArtifactError(where, "adapters that carry no gradients", f"some that do, of {few_names(trained)}", remedy)
     return layers
 
 
@@ -333,7 +327,7 @@ class _WithSlots(nn.Module):
     """The model as a function of tensors alone, the slots first, that returns a list of tensors."""
 
     def __init__(self, model: nn.Module, given: GivenRows, result: _Result, arguments: tuple[Any, ...]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         self._given, self._result = given, result
         # Hidden from the tracer, which looks for tensors in attributes.
@@ -400,7 +394,8 @@ def _module(name: str, layer: LoraLayer) -> Module:
         stack: Tensor = getattr(layer, buffer)
         constant = ".".join(filter(None, ("model", name, buffer)))
         stacks.append(Stack(constant, list(stack.shape), list(stack.stride())))
-    return Module(**dataclasses.asdict(layer.lora_site), dtype=name_of_dtype(layer.lora_a.dtype), a=stacks[0], b=stacks[1])
+    a, b = stacks
+    return Module(**dataclasses.asdict(layer.lora_site), dtype=name_of_dtype(layer.lora_a.dtype), a=a, b=b)
 
 
 def _base(model: nn.Module, layers: Mapping[str, LoraLayer]) -> Base:
@@ -442,7 +437,7 @@ def _inputs(program: ExportedProgram, names: list[str]) -> list[Input]:
 def _sizes(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
     limits = {str(symbol): limit for symbol, limit in program.range_constraints.items()}
     # Beyond any size there is: torch's own infinity.
-    return {name: (int(limit.lower), int(limit.upper) if limit.upper < 2**62 else None) for name, limit in limits.items()}
+    return {name: (int(of.lower), int(of.upper) if of.upper < 2**62 else None) for name, of in limits.items()}
 
 
 def _check_constants(read: Collection[str], stacks: list[str], weights: Collection[str]) -> None:

@@ -146,12 +146,13 @@ class Manifest:
     instructions: Sequence[str] = field(default_factory=lambda: instructions())
     format: int = FORMAT
 
-    def add_to(self, path: Path, weights: Path, library: Path | None) -> None:
-        """Add the record, a file with the base weights, and the library that the record names to an archive of torch's."""
+    def add_to(self, path: Path, weights: Mapping[str, Tensor], library: Path | None) -> None:
+        """Add the record, the base weights, and the library that the record names to an archive of torch's."""
         with zipfile.ZipFile(path, "a") as archive:
             root = archive.namelist()[0].split("/")[0]
             archive.writestr(f"{root}/{FOLDER}/{MANIFEST}", json.dumps(asdict(self), indent=1))
-            archive.write(weights, f"{root}/{FOLDER}/{WEIGHTS}")
+            with archive.open(f"{root}/{FOLDER}/{WEIGHTS}", "w", force_zip64=True) as file:
+                _write_weights(file, {name: weights[name] for name in weights if name not in self.aliases})
             if library is not None:
                 archive.write(library, f"{root}/{FOLDER}/{self.library}")
 
@@ -197,6 +198,22 @@ def read_record(path: Path, name: str) -> bytes:
         return file.read()
 
 
+def _write_weights(file: IO[bytes], weights: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, one tensor at a time, and without numpy, which safetensors would load for it."""
+    names = {dtype: name for name, dtype in _SAFETENSORS.items()}
+    header, end = {}, 0
+    for name, tensor in weights.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in weights.values():
+        plain = tensor.detach().cpu().contiguous()
+        if plain.nbytes:
+            file.write((ctypes.c_char * plain.nbytes).from_address(plain.data_ptr()))
+
+
 def read_weights(path: Path, manifest: Manifest) -> dict[str, Tensor]:
     """Read the base weights of an archive, by the names of the constants; each takes its memory once."""
     found: dict[str, Tensor] = {}
@@ -229,7 +246,7 @@ def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def instructions() -> list[str]:
-    """Return the extensions of this processor's instructions that compilers make use of; none where Linux has no list."""
+    """Return the processor's extensions that compilers make use of; none where Linux has no list of them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -144,7 +144,8 @@ def _check_shapes(manifest: Manifest, inputs: list[Tensor]) -> dict[str, int]:
     """Return the value of each size that is no number; the code itself checks nothing."""
     sizes: dict[str, int] = {}
     for given, tensor in zip(manifest.inputs[1:], inputs, strict=True):
-        if not isinstance(tensor, Tensor) or tensor.dtype != DTYPES[given.dtype] or tensor.device.type != manifest.device:
+        fits = isinstance(tensor, Tensor) and tensor.device.type == manifest.device
+        if not fits or tensor.dtype != DTYPES[given.dtype]:
             got = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
             wanted = f"a tensor of {given.dtype} on {manifest.device}"
             raise DtypeError(f"served: {given.name}", wanted, got, "Convert it: tensor.to(device, dtype).")

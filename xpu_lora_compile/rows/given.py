@@ -1,4 +1,4 @@
-"""`GivenRows`: the routing of layers in a program whose slots are an input, by what a call that was followed has shown."""
+"""`GivenRows`: the routing of layers in a program whose slots are an input, by what a followed call has shown."""
 
 from __future__ import annotations
 
