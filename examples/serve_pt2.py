@@ -36,7 +36,8 @@ def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes: Any = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
     heads: Any = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, use_cache=False)).eval().requires_grad_(False)
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes, **heads, use_cache=False))
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
 def save_voices(folder: Path) -> None:

@@ -47,7 +47,19 @@ def test_the_backend_is_listed_without_being_loaded() -> None:
 # the package's own `__init__`.
 DIRECTION = (
     *("errors", "terminal", "torch_internals", "inductor_internals"),
-    *("kernels", "ops", "passes", "backend", "rows", "adapters", "generation", "layers", "artifacts", "inspect", "__init__"),
+    *(
+        "kernels",
+        "ops",
+        "passes",
+        "backend",
+        "rows",
+        "adapters",
+        "generation",
+        "layers",
+        "artifacts",
+        "inspect",
+        "__init__",
+    ),
     *("command", "integrations", "bench", "cli"),
 )
 ROOT = Path(xpu_lora_compile.__file__).parent

@@ -489,7 +489,7 @@ class Served {
 
     void check_versions() const {
         if (manifest.at("format").integer() != FORMAT)
-            refuse(where, "an artifact of format " + std::to_string(FORMAT), manifest.at("format").text);
+            refuse(where, "an artifact of format " + std::to_string(FORMAT), "one of format " + manifest.at("format").text);
         std::string made = manifest.at("torch").text;
         if (made.substr(0, made.find('+')) != std::string(TORCH_VERSION).substr(0, std::string(TORCH_VERSION).find('+')))
             refuse(where, std::string("an artifact for torch ") + TORCH_VERSION, "one made with torch " + made);

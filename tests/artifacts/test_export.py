@@ -1,0 +1,157 @@
+"""Models that cannot be exported are refused before the compiler is asked, and nothing is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import xpu_lora_compile as xlc
+from xpu_lora_compile.kernels import native
+
+pytestmark = pytest.mark.skipif(bool(native.problem()), reason="a C++ compiler is wanted")
+
+X = torch.randn(3, 4)
+
+
+class Model(nn.Module):
+    def __init__(self, forward: Callable[[nn.Module, Tensor], Any] | None = None) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 6)
+        self.own = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.second(self.first(x)) if self.own is None else self.own(self, x)
+
+
+def attached(forward: Callable[[nn.Module, Tensor], Any] | None = None) -> tuple[Model, xlc.AdapterBank]:
+    model = Model(forward).eval().requires_grad_(False)
+    return model, xlc.attach(model, slots=2, max_rank=4)
+
+
+def refused(tmp_path: Path, match: str, model: Any, *args: Any, **options: Any) -> None:
+    with pytest.raises(xlc.LoraError, match=match):
+        xlc.export(model, tmp_path / "a.pt2", args or (X,), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_a_bank(tmp_path: Path) -> None:
+    refused(tmp_path, "a model that LoRA is attached to; got a plain model", Model().eval())
+    refused(tmp_path, r"a torch.nn.Module that LoRA is attached to; got function", lambda x: x)
+
+
+def test_a_copy_of_a_model(tmp_path: Path) -> None:
+    import copy
+
+    refused(tmp_path, "a copy of one, which no bank knows", copy.deepcopy(attached()[0]))
+
+
+def test_a_model_in_training_mode(tmp_path: Path) -> None:
+    refused(tmp_path, "a model in evaluation mode", attached()[0].train())
+
+
+def test_adapters_that_are_being_trained(tmp_path: Path) -> None:
+    model, _ = attached()
+    model.first.lora_a.requires_grad_()
+    refused(tmp_path, "adapters that carry no gradients; got some that do, of first", model)
+
+
+def test_inputs_that_are_being_trained(tmp_path: Path) -> None:
+    refused(tmp_path, "got one that requires grad", attached()[0], X.clone().requires_grad_())
+
+
+def test_a_bank_that_is_in_use(tmp_path: Path) -> None:
+    model, bank = attached()
+    with bank.use([None] * 3):
+        refused(tmp_path, "a bank that is not in use", model)
+
+
+def test_a_batch_of_one_or_none(tmp_path: Path) -> None:
+    refused(tmp_path, "a batch of at least two sequences", attached()[0], X[:1])
+    with pytest.raises(xlc.LoraError, match="a batch of at least two sequences; got no tensor"):
+        xlc.export(attached()[0], tmp_path / "a.pt2")
+
+
+def test_inputs_that_are_no_tensors(tmp_path: Path) -> None:
+    refused(tmp_path, "tensors, numbers, and lists, tuples and dicts of such; got a object", attached()[0], object())
+    refused(tmp_path, "got one that is not contiguous", attached()[0], torch.randn(4, 3).t())
+
+
+def test_a_layer_whose_rows_cannot_be_told(tmp_path: Path) -> None:
+    model, _ = attached(lambda self, x: self.second(self.first(x).mean(0, keepdim=True)))
+    refused(tmp_path, "second: wanted rows that are known to be those of 3 sequences", model)
+
+
+def test_a_layer_that_is_not_called(tmp_path: Path) -> None:
+    refused(tmp_path, "a call that leaves out second", attached(lambda self, x: self.first(x))[0])
+
+
+def test_a_layer_whose_weight_is_read(tmp_path: Path) -> None:
+    model, _ = attached(lambda self, x: nn.functional.linear(self.first(x), self.second.weight))
+    refused(tmp_path, "a call that leaves out second", model)
+
+
+def test_a_result_that_is_no_tensor(tmp_path: Path) -> None:
+    model, _ = attached(lambda self, x: {"y": self.second(self.first(x)), "cache": object()})
+    refused(tmp_path, "what the model returns, cache: wanted tensors", model)
+
+
+def test_a_model_that_does_something_else_while_it_is_traced(tmp_path: Path) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        hidden = self.first(x[:, None] if torch.compiler.is_compiling() else x)
+        return self.second(hidden)
+
+    refused(tmp_path, "first: wanted rows as they were when the model was called", attached(forward)[0])
+
+
+def test_a_kernel_that_is_written_in_python(tmp_path: Path) -> None:
+    with xlc.force_kernel("gather"):
+        refused(tmp_path, "a kernel for cpu that runs without Python; got gather", attached()[0])
+
+
+def test_lora_in_float64(tmp_path: Path) -> None:
+    model = Model().eval().requires_grad_(False).double()
+    xlc.attach(model, slots=2, max_rank=4)
+    refused(tmp_path, r"LoRA that the kernel native computes; got xpu_lora", model, X.double())
+
+
+def test_parts_with_names_of_their_own(tmp_path: Path) -> None:
+    model, bank = attached()
+    with bank.use([None] * 3, parts={"second": [None] * 3}):
+        pass
+    refused(tmp_path, "one whose parts have had names of their own", model)
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    model, _ = attached()
+    for path in (tmp_path / "a.zip", tmp_path / "no folder" / "a.pt2"):
+        with pytest.raises(xlc.LoraError, match="export: path"):
+            xlc.export(model, path, (X,))
+    folder = tmp_path / "a.pt2"
+    folder.mkdir()
+    with pytest.raises(xlc.LoraError, match="a folder of that name"):
+        xlc.export(model, folder, (X,))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_read_only(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    refused(tmp_path, "where this process cannot write", attached()[0])
+
+
+def test_a_failed_trace_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model, bank = attached()
+    routing = model.first.lora_routing
+    with pytest.raises(Exception, match="batch"):
+        # The first layer's width is no size that may change.
+        xlc.export(model, tmp_path / "a.pt2", (X,), dynamic_shapes={"x": {0: Dim("batch", min=2), 1: Dim("batch2")}})
+    assert model.first.lora_routing is routing
+    assert routing.slots is None
+    with bank.use([None] * 3):
+        model(X)

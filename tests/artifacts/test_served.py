@@ -1,0 +1,351 @@
+"""An artifact of `xlc.export` in C++ and in Python: the same numbers as the compiled model's, and the same refusals."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import serve_pt2
+import torch
+from safetensors.torch import load_file
+from support.artifacts import Tagger, edited, made_once, save_files, save_plain_adapter
+from support.peft_folders import CASES, quiet, save_adapter
+from torch import Tensor, nn
+from torch.export import Dim
+
+import xpu_lora_compile as xlc
+from xpu_lora_compile.artifacts.manifest import Manifest
+from xpu_lora_compile.kernels import native
+
+pytestmark = pytest.mark.skipif(bool(native.problem()), reason="a C++ compiler is wanted")
+
+# Of PEFT's folders those that the bank of the example has modules for.
+COVERED = {name: lora for name, lora in CASES.items() if "embedding" not in name}
+
+
+def attached_llama() -> tuple[nn.Module, xlc.AdapterBank]:
+    model = serve_pt2.tiny_llama()
+    return model, xlc.attach(model, slots=4, max_rank=8, target_modules=serve_pt2.MODULES)
+
+
+def attached_tagger() -> tuple[nn.Module, xlc.AdapterBank]:
+    model = Tagger().eval().requires_grad_(False).to(torch.bfloat16)
+    names = ["words", "hidden", "scores", "summary"]
+    return model, xlc.attach(model, slots=3, max_rank=6, target_modules=names)
+
+
+def tagger_inputs(batch: int) -> dict[str, Tensor]:
+    return {"words": torch.randint(0, 30, (batch, 6)), "features": torch.randn(batch, 6, 3).to(torch.bfloat16)}
+
+
+def export_tagger(path: Path) -> None:
+    batch = {0: Dim("batch", max=32)}
+    model, _ = attached_tagger()
+    shapes = ({"words": batch, "features": batch},)
+    xlc.export(model, path, (tagger_inputs(3),), {"scale": 0.5}, dynamic_shapes=shapes)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_once(tmp_path_factory, "llama.pt2", lambda path: serve_pt2.make_artifact(attached_llama()[0], path))
+
+
+@pytest.fixture(scope="module")
+def tagger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_once(tmp_path_factory, "tagger.pt2", export_tagger)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_once(tmp_path_factory, "serve_pt2", serve_pt2.make_program)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with quiet():
+        yield
+
+
+def random_plan(rng: random.Random, folders: dict[str, Path], slots: int, batches: int) -> Iterator[tuple[str, Any]]:
+    """Loads, drops and batches, as many adapters at a time as there are slots."""
+    held: list[str] = []
+    for number in range(batches):
+        if not held or rng.random() < 0.5:
+            if len(held) == slots or (held and rng.random() < 0.3):
+                yield "drop", held.pop(rng.randrange(len(held)))
+            held.append(rng.choice(sorted(folders.keys() - set(held))))
+            yield "load", held[-1]
+        # The first two sizes settle what the compiler makes: a number, and then any.
+        size = (3, 5)[number] if number < 2 else rng.choice([2, 3, 5, 8])
+        yield "rows", [rng.choice([None, *held]) for _ in range(size - 1)] + [None if number < 2 else held[0]]
+
+
+def test_a_thousand_random_swaps_and_batches_in_cpp_give_no_wrong_row(
+    llama: Path, program: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = {
+        name: save_adapter(tmp_path / name, model=serve_pt2.tiny_llama(), **lora) for name, lora in COVERED.items()
+    }
+    model, bank = attached_llama()
+    served, compiled = xlc.load_artifact(llama), torch.compile(model, backend="xpu_lora")
+    plan: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    seconds: dict[str, list[float]] = {"compiled": [], "served": []}
+    differ = 0
+    for step, what in random_plan(random.Random(0), folders, 4, 1000):
+        if step == "load":
+            bank.load(what, folders[what])
+            served.load(what, folders[what])
+            plan.append({"load": [what, str(folders[what])]})
+            continue
+        if step == "drop":
+            bank.drop(what)
+            served.drop(what)
+            plan.append({"drop": what})
+            continue
+        number, tokens = len(seconds["served"]), serve_pt2.batch_of(what)
+        start = time.perf_counter()
+        with torch.no_grad(), bank.use(what):
+            logits = compiled(input_ids=tokens).logits
+        between = time.perf_counter()
+        answer = served(tokens, adapters=what)["logits"]
+        seconds["compiled"].append(between - start)
+        seconds["served"].append(time.perf_counter() - between)
+        differ += not torch.equal(answer, logits)
+        plan.append({"rows": what})
+        tensors |= {f"{number}.input_ids": tokens, f"{number}.logits": logits.contiguous()}
+    status, said = serve_pt2.run_program(program, llama, plan, tensors)
+    assert (differ, status) == (0, 0), said
+    assert "1000 batches, 0 of " in said
+    assert sum("load" in step for step in plan) > 400
+    medians = ", ".join(f"{name} {statistics.median(times) * 1e6:.0f} us" for name, times in seconds.items())
+    with capsys.disabled():
+        print(f"\nC++: {said}; Python: {medians}")
+
+
+def test_the_cpp_program_notices_a_wrong_row(llama: Path, program: Path, tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "a", model=serve_pt2.tiny_llama(), target_modules=["q_proj"])
+    tokens = serve_pt2.batch_of(["a", None, "a"])
+    served = xlc.load_artifact(llama)
+    served.load("a", folder)
+    logits = served(tokens, adapters=["a", None, "a"])["logits"].contiguous()
+    plan = [{"load": ["a", str(folder)]}, {"rows": [None, None, "a"]}]
+    status, said = serve_pt2.run_program(program, llama, plan, {"0.input_ids": tokens, "0.logits": logits})
+    assert (status, "1 of 3 rows wrong" in said) == (1, True)
+
+
+def test_a_model_that_is_no_transformer_is_served(tagger: Path, program: Path, tmp_path: Path) -> None:
+    rank = {"r": 4, "lora_alpha": 6}
+    folders = {
+        "all": save_plain_adapter(
+            tmp_path / "all",
+            {"words": ((4, 30), (12, 4)), "hidden": ((4, 15), (20, 4)), "scores": ((4, 20), (7, 4))},
+            **rank,
+        ),
+        "wide": save_plain_adapter(tmp_path / "wide", {"summary": ((6, 20), (5, 6))}, r=6, use_rslora=True, seed=1),
+        "few words": save_plain_adapter(tmp_path / "few", {"words": ((2, 11), (12, 2))}, r=2, seed=2),
+    }
+    model, bank = attached_tagger()
+    served, compiled = xlc.load_artifact(tagger), torch.compile(model, backend="xpu_lora")
+    plan: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for name, folder in folders.items():
+        bank.load(name, folder)
+        served.load(name, folder)
+        plan.append({"load": [name, str(folder)]})
+    batches = [["all", None, "wide"], ["few words", "all", None, "wide", "all"], ["wide", "few words"], ["all"] * 4]
+    for number, rows in enumerate(batches):
+        inputs = tagger_inputs(len(rows))
+        with torch.no_grad(), bank.use(rows):
+            scores, more = compiled(inputs, scale=0.5)
+        answer = served(*inputs.values(), adapters=rows)
+        assert torch.equal(answer[0], scores)
+        assert torch.equal(answer[1]["summary"], more["summary"])
+        plan.append({"rows": rows})
+        tensors |= {f"{number}.inputs.{name}": tensor for name, tensor in inputs.items()}
+        tensors |= {f"{number}.0": scores.contiguous(), f"{number}.1.summary": more["summary"].contiguous()}
+    status, said = serve_pt2.run_program(program, tagger, plan, tensors)
+    assert (status, "4 batches, 0 of 14 rows wrong" in said) == (0, True), said
+
+
+def test_the_example_serves_without_a_wrong_row(
+    llama: Path, program: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What takes a minute has been made by the functions that the example calls.
+    monkeypatch.setattr(serve_pt2, "make_artifact", lambda *_: llama)
+    monkeypatch.setattr(serve_pt2, "make_program", lambda _: program)
+    assert serve_pt2.main() == 0
+    assert "3 batches, 0 of 9 rows wrong" in capsys.readouterr().out
+
+
+# What is wrong with an adapter, and a word of what C++ says about it.
+def _wrong(folder: Path, change: Any = None, **config: Any) -> Path:
+    tensors = {
+        f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{part}.weight": torch.ones(shape)
+        for layer in (0, 1)
+        for part, shape in (("A", (4, 64)), ("B", (64, 4)))
+    }
+    first = next(iter(tensors))
+    if change is not None:
+        change(tensors, first)
+    return save_files(folder, tensors, {"target_modules": ["q_proj"], **config})
+
+
+WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "a rank above R": (None, {"r": 9}, "a rank of at most 8"),
+    "a width that is not the module's": (lambda t, k: t.update({k: torch.ones(4, 65)}), {}, "of shape [4, 64]"),
+    "a rank that is not the config's": (lambda t, k: t.update({k: torch.ones(3, 64)}), {}, "of shape [4, 64]"),
+    "a module that there is not": (
+        lambda t, k: t.update({k.replace("q_proj", "qq_proj"): t.pop(k)}),
+        {},
+        "names of modules that the model has",
+    ),
+    "a module that is not targeted": (None, {"target_modules": ["v_proj"]}, "A and B for every targeted module"),
+    "a tensor that is missing": (lambda t, k: t.pop(k), {}, "A and B for every targeted module"),
+    "integers": (lambda t, k: t.update({k: torch.ones(4, 64, dtype=torch.int32)}), {}, "F32, BF16 or F16"),
+    "no number": (lambda t, k: t[k].fill_(float("nan")), {}, "finite values"),
+    "another layer by the config": (None, {"layers_to_transform": [1]}, "only modules that the adapter targets"),
+    "DoRA": (None, {"use_dora": True}, "use_dora"),
+    "a trained bias": (None, {"bias": "all"}, "bias"),
+    "a field of the future": (None, {"new_feature": 3}, "new_feature"),
+    "another kind": (None, {"peft_type": "LOHA"}, "peft_type"),
+    "an alpha that is no number": (None, {"lora_alpha": "6"}, "a finite number"),
+    "a weight of the base model that differs": (
+        lambda t, k: t.update({"base_model.model.lm_head.weight": torch.ones(96, 64)}),
+        {},
+        "a copy of the model's own weight",
+    ),
+    "a key of no model": (lambda t, k: t.update({"q_proj.lora_A.weight": t.pop(k)}), {}, "keys that begin with"),
+}
+
+
+def test_cpp_and_python_refuse_the_same_adapters(llama: Path, program: Path, tmp_path: Path) -> None:
+    served = xlc.load_artifact(llama)
+    for at, (what, (change, config, words)) in enumerate(WRONG.items()):
+        folder = _wrong(tmp_path / str(at), change, **config)
+        with pytest.raises(xlc.LoraError):
+            served.load("wrong", folder)
+        status, said = serve_pt2.run_program(program, llama, [{"load": ["wrong", str(folder)]}], {"0.x": torch.ones(1)})
+        assert (status, words in said) == (2, True), f"{what}: {said}"
+    assert served.names == ()
+
+
+def test_cpp_refuses_a_pattern_that_it_would_read_otherwise(llama: Path, program: Path, tmp_path: Path) -> None:
+    folder = _wrong(tmp_path / "a", target_modules=r"(?i).*Q_PROJ")
+    status, said = serve_pt2.run_program(program, llama, [{"load": ["a", str(folder)]}], {"0.x": torch.ones(1)})
+    assert (status, "a regular expression that std::regex reads as Python does" in said) == (2, True)
+
+
+def test_cpp_refuses_steps_that_cannot_be_taken(llama: Path, program: Path, tmp_path: Path) -> None:
+    folder = str(_wrong(tmp_path / "a"))
+    tokens = serve_pt2.batch_of([None] * 3)
+    steps = {
+        "one of an adapter that is loaded": [{"load": ["a", folder]}, {"load": ["a", folder]}],
+        "4, all taken": [{"load": [name, folder]} for name in "abcde"],
+        "one that is loaded": [{"rows": ["a", None, None]}],
+        "the dtype and shape that the manifest says": [{"rows": [None, None]}],
+        "a file that can be read": [{"load": ["a", str(tmp_path / "nowhere")]}],
+    }
+    for words, plan in steps.items():
+        status, said = serve_pt2.run_program(program, llama, plan, {"0.input_ids": tokens})
+        assert (status, words in said) == (2, True), said
+
+
+def test_an_adapter_saved_with_copies_of_the_embeddings_is_taken(llama: Path, program: Path, tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "a", model=serve_pt2.tiny_llama(), target_modules=["q_proj", "lm_head"])
+    assert any("lora_" not in key for key in load_file(folder / "adapter_model.safetensors"))
+    xlc.load_artifact(llama).load("a", folder)
+    status, said = serve_pt2.run_program(program, llama, [{"load": ["a", str(folder)]}], {"0.x": torch.ones(1)})
+    assert status == 0, said
+
+
+def test_inputs_that_the_code_is_not_for_are_refused(tagger: Path) -> None:
+    served = xlc.load_artifact(tagger)
+    words, features = tagger_inputs(3).values()
+    with pytest.raises(
+        xlc.LoraError, match=r"adapters: wanted one name for each sequence; got 2 names for a batch of 3"
+    ):
+        served(words, features, adapters=[None, None])
+    with pytest.raises(xlc.LoraError, match=r"inputs.words: wanted a tensor of int64 on cpu; got torch.int32"):
+        served(words.int(), features, adapters=[None] * 3)
+    with pytest.raises(xlc.LoraError, match=r"inputs.words: wanted shape \[.*, 6\].*; got \[3, 5\]"):
+        served(words[:, :5], features, adapters=[None] * 3)
+    with pytest.raises(xlc.LoraError, match=r"inputs.features: wanted shape .*; got \[2, 6, 3\] with .* = 3"):
+        served(words, features[:2], adapters=[None] * 3)
+    with pytest.raises(xlc.LoraError, match=r"wanted the inputs inputs.words, inputs.features; got 1 by position"):
+        served(words, adapters=[None] * 3)
+    with pytest.raises(xlc.LoraError, match="'nobody'"):
+        served(words, features, adapters=["nobody", None, None])
+    big = torch.zeros(33, 6, dtype=torch.int64), torch.zeros(33, 6, 3, dtype=torch.bfloat16)
+    with pytest.raises(xlc.LoraError, match=r"from \d to 32.*; got \[33, 6\]"):
+        served(*big, adapters=[None] * 33)
+
+
+def test_inputs_in_any_memory_are_taken(tagger: Path) -> None:
+    served = xlc.load_artifact(tagger)
+    words, features = tagger_inputs(3).values()
+    wanted = served(words, features, adapters=[None] * 3)[0]
+    turned = features.transpose(0, 2).contiguous().transpose(0, 2)
+    assert not turned.is_contiguous()
+    assert torch.equal(served(words, turned, adapters=[None] * 3)[0], wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"torch": "2.1.0"}, "one made with torch 2.1.0"),
+        ({"package": "0.0.1"}, "one made with package 0.0.1"),
+        ({"machine": "riscv64"}, "one made with machine riscv64"),
+        ({"format": 99}, "one of format 99"),
+        ({"instructions": ["avx9000"]}, "one that needs avx9000"),
+    ],
+    ids=["torch", "package", "machine", "format", "processor"],
+)
+def test_an_artifact_for_something_else_is_refused(
+    tagger: Path, program: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    other = edited(tagger, tmp_path / "other.pt2", **change)
+    with pytest.raises(xlc.LoraError, match=words):
+        xlc.load_artifact(other)
+    # C++ has no version of this package, and a machine's code for another one cannot be loaded at all.
+    if change.keys() & {"torch", "format", "instructions"}:
+        status, said = serve_pt2.run_program(program, other, [], {"0.x": torch.ones(1)})
+        assert (status, words in said) == (2, True), said
+
+
+def test_a_file_that_is_no_artifact_is_refused(tmp_path: Path, tagger: Path) -> None:
+    (tmp_path / "text.pt2").write_text("no archive")
+    (tmp_path / "half.pt2").write_bytes(tagger.read_bytes()[:10000])
+    for path in (tmp_path / "text.pt2", tmp_path / "half.pt2", tmp_path / "nothing.pt2"):
+        with pytest.raises(xlc.LoraError, match=r"wanted a file that xlc\.export wrote"):
+            xlc.load_artifact(path)
+
+
+def test_slots_without_an_adapter_take_no_room_in_the_file(tagger: Path) -> None:
+    manifest = Manifest.read(tagger)
+    stacks = {stack.constant for module in manifest.modules.values() for stack in (module.a, module.b)}
+    from xpu_lora_compile.artifacts.manifest import read_weights
+
+    stored = read_weights(tagger, manifest)
+    assert not stacks & stored.keys()
+    assert {"model.words.weight", "model.mix.weight", "model.hidden.bias"} <= stored.keys()
+
+
+def test_the_bank_of_an_artifact_is_a_bank(tagger: Path, tmp_path: Path) -> None:
+    folder = save_plain_adapter(tmp_path / "a", {"summary": ((4, 20), (5, 4))})
+    served = xlc.load_artifact(tagger)
+    served.load("a", folder)
+    assert served.names == ("a",)
+    assert "inputs.words int64" in repr(served)
+    with pytest.raises(xlc.LoraError, match="a name that is free"):
+        served.load("a", folder)
+    served.drop("a")
+    with pytest.raises(xlc.LoraError, match="'a'"):
+        served.drop("a")
