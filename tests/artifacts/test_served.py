@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,7 +86,7 @@ def random_plan(rng: random.Random, folders: dict[str, Path], slots: int, batche
 
 
 def test_a_thousand_random_swaps_and_batches_in_cpp_give_no_wrong_row(
-    llama: Path, program: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    llama: Path, program: Path, tmp_path: Path
 ) -> None:
     folders = {
         name: save_adapter(tmp_path / name, model=serve_pt2.tiny_llama(), **lora) for name, lora in COVERED.items()
@@ -97,8 +95,7 @@ def test_a_thousand_random_swaps_and_batches_in_cpp_give_no_wrong_row(
     served, compiled = xlc.load_artifact(llama), torch.compile(model, backend="xpu_lora")
     plan: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
-    seconds: dict[str, list[float]] = {"compiled": [], "served": []}
-    differ = 0
+    differ = batches = 0
     for step, what in random_plan(random.Random(0), folders, 4, 1000):
         if step == "load":
             bank.load(what, folders[what])
@@ -110,24 +107,17 @@ def test_a_thousand_random_swaps_and_batches_in_cpp_give_no_wrong_row(
             served.drop(what)
             plan.append({"drop": what})
             continue
-        number, tokens = len(seconds["served"]), serve_pt2.batch_of(what)
-        start = time.perf_counter()
+        tokens = serve_pt2.batch_of(what)
         with torch.no_grad(), bank.use(what):
             logits = compiled(input_ids=tokens).logits
-        between = time.perf_counter()
-        answer = served(tokens, adapters=what)["logits"]
-        seconds["compiled"].append(between - start)
-        seconds["served"].append(time.perf_counter() - between)
-        differ += not torch.equal(answer, logits)
+        differ += not torch.equal(served(tokens, adapters=what)["logits"], logits)
         plan.append({"rows": what})
-        tensors |= {f"{number}.input_ids": tokens, f"{number}.logits": logits.contiguous()}
+        tensors |= {f"{batches}.input_ids": tokens, f"{batches}.logits": logits.contiguous()}
+        batches += 1
     status, said = serve_pt2.run_program(program, llama, plan, tensors)
     assert (differ, status) == (0, 0), said
     assert "1000 batches, 0 of " in said
     assert sum("load" in step for step in plan) > 400
-    medians = ", ".join(f"{name} {statistics.median(times) * 1e6:.0f} us" for name, times in seconds.items())
-    with capsys.disabled():
-        print(f"\nC++: {said}; Python: {medians}")
 
 
 def test_the_cpp_program_notices_a_wrong_row(llama: Path, program: Path, tmp_path: Path) -> None:

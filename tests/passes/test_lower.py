@@ -444,3 +444,52 @@ def test_a_rewritten_program_can_be_saved_and_loaded(tmp_path: Path) -> None:
         torch.export.save(program, tmp_path / "program.pt2")
         loaded = torch.export.load(tmp_path / "program.pt2").module()
         assert torch.equal(loaded(*args), Model()(*args))
+
+
+class Halves(torch.nn.Module):
+    """A shrink alone, and expands alone that are as wide as the output, narrower and wider."""
+
+    def forward(self, x: Tensor, a: Tensor, bs: list[Tensor], indices: Tensor) -> tuple[Tensor, ...]:
+        hidden = x.new_empty(x.shape[0], a.shape[1])
+        xlc.bgmv_shrink(hidden, x, a, indices, 0.5)
+        outputs = [x * 2 for _ in bs]
+        for output, b in zip(outputs, bs, strict=True):
+            xlc.bgmv_expand(output, x[:, :2].contiguous(), b, indices, True)
+        return hidden, *outputs
+
+
+def halves() -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (5, 4), (3, 2, 4), (3, 4, 2), (3, 3, 2), (3, 6, 2)
+    x, a, *bs = (torch.randn(shape, generator=generator) for shape in shapes)
+    return x, a, bs, torch.tensor([2, -1, 0, 0, 1])
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the native kernel is for a CPU")
+def test_a_program_that_leaves_python_gets_ops_that_need_none() -> None:
+    with torch.no_grad():
+        program = torch.export.export(Halves(), halves())
+        xlc.rewrite(program, without_python=True)
+        called = [str(node.target) for node in program.graph.nodes if "xpu_lora" in str(node.target)]
+        assert called == ["xpu_lora.native_shrink.default", *["xpu_lora.native_expand.default"] * 3]
+        got, wanted = program.module()(*halves()), Halves()(*halves())
+        assert all(map(torch.equal, got, wanted))
+        # A second time it finds nothing.
+        before = as_text(program.graph_module)
+        assert not xlc.rewrite(program, without_python=True)
+        assert as_text(program.graph_module) == before
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the native kernel is for a CPU")
+def test_a_program_that_leaves_python_keeps_the_public_op_of_a_forced_kernel() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor, a: Tensor, b: Tensor, indices: Tensor) -> Tensor:
+            return xlc.lora_linear(x * 2, x, [a], [b], indices, [0])
+
+    shapes = ((2, 4), (2, 3, 4), (2, 4, 3))
+    args = (*(torch.ones(shape) for shape in shapes), torch.tensor([1, -1]))
+    for kernel, op in (("native", "native_add_lora"), ("gather", "add_lora")):
+        with torch.no_grad(), xlc.force_kernel(kernel):
+            program = torch.export.export(Model(), args)
+            xlc.rewrite(program, without_python=True)
+        assert f"xpu_lora.{op}(" in as_text(program.graph_module)

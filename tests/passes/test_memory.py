@@ -172,6 +172,19 @@ def test_an_unpickled_program_does_not_know_its_views(tmp_path) -> None:
     assert not knows_its_views(torch.export.load(tmp_path / "program.pt2").graph_module.graph)
 
 
+class Copies(torch.nn.Module):
+    """Calls of ops that return a view where they can, and cannot here."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x * 2
+        return y.t().reshape(-1), y.to(torch.float64)
+
+
+def test_an_exported_program_that_copies_knows_its_views(tmp_path) -> None:
+    program = torch.export.export(Copies(), (X,))
+    assert knows_its_views(program.graph_module.graph)
+
+
 @pytest.mark.parametrize(("name", "writes"), [("__getitem__", False), ("__eq__", False), ("__setitem__", True)])
 def test_operators_spelled_as_methods_are_known(name: str, writes: bool) -> None:
     graph = torch.fx.Graph()

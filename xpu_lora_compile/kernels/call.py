@@ -66,7 +66,7 @@ class LoraCall:
 
     def shared_outputs(self) -> set[int]:
         """The positions of outputs some of whose columns two slices add to; the offsets must be known."""
-        if len(self.lora_b) == 1:
+        if len(self.lora_b) < 2:
             return set()
         spans = sorted(
             (position, offset, offset + b.shape[1])
