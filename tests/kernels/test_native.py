@@ -384,3 +384,45 @@ def test_a_broken_cxx_is_a_reason_and_no_crash(tmp_path: Path) -> None:
     said, errors = start(tmp_path, CXX='g++ "-DX').communicate()
     assert said.startswith('g++ "-DX could not make it: No closing quotation')
     assert "Plain PyTorch runs instead." in errors
+
+
+def test_the_halves_for_programs_without_python_are_those_of_eager_calls() -> None:
+    ops, draw = torch.ops.xpu_lora, RandomOperands(0)
+    (a,), (b,) = draw.stacks(8, [6], [4, 2, 3], torch.float32)
+    inputs, output, b = draw.normal(5, 8), draw.normal(5, 10), b.transpose(1, 2)
+    indices = torch.tensor([2, -1, 0, 1, 0, 7, 7], dtype=torch.int32)
+    hidden, wanted_hidden, wanted = torch.full((5, 4), torch.nan), torch.empty(5, 4), output.clone()
+    ops.native_shrink(hidden, inputs, a, indices, 0.5)
+    assert native.TRY_SHRINK(wanted_hidden, inputs, a, indices[:5], 0.5)
+    ops.native_expand(output, hidden, b, indices, 3, 6, True)
+    assert native.TRY_EXPAND(wanted, hidden, b, indices[:5], 3, 6, True)
+    assert torch.equal(hidden, wanted_hidden)
+    assert torch.equal(output, wanted)
+    for misfit in (indices[:4], indices.float()):
+        with pytest.raises(RuntimeError, match="an index for each row"):
+            ops.native_shrink(hidden, inputs, a, misfit, 0.5)
+    with pytest.raises(RuntimeError, match="native_expand: operands that do not fit together"):
+        ops.native_expand(output, hidden, b, indices, 5, 6, True)
+
+
+WITHOUT_PYTHON = """
+import sys
+import torch
+torch.ops.load_library(sys.argv[1])
+output = torch.zeros(2, 3)
+weights = torch.full((1, 3, 1), 5.0)
+torch.ops.xpu_lora.native_expand(output, torch.ones(2, 1), weights, torch.tensor([0, -1]), 0, 3, True)
+assert output.tolist() == [[5.0] * 3, [0.0] * 3], output
+import xpu_lora_compile as xlc
+from xpu_lora_compile.kernels import native
+torch.ops.xpu_lora.native_expand(output, torch.ones(2, 1), weights, torch.tensor([0, -1]), 0, 3, True)
+xlc.bgmv_expand(output, torch.ones(2, 1), weights, torch.tensor([0, -1]))
+assert output.tolist() == [[15.0] * 3, [0.0] * 3], output
+assert not native.problem()
+"""
+
+
+def test_the_library_defines_the_ops_where_python_has_not_and_python_takes_them_over(library: Path) -> None:
+    command = [sys.executable, "-W", "error::UserWarning", "-c", WITHOUT_PYTHON, str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""Artifacts and the C++ program that serves them: each is made once, for all processes that pytest-xdist has started."""
+"""Artifacts and the C++ program that serves them: each is made once for all processes of pytest-xdist."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -327,11 +327,11 @@ class _WithSlots(nn.Module):
     """The model as a function of tensors alone, the slots first, that returns a list of tensors."""
 
     def __init__(self, model: nn.Module, given: GivenRows, result: _Result, arguments: tuple[Any, ...]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.model = model
         self._given, self._result = given, result
         # Hidden from the tracer, which looks for tensors in attributes.
-        self._arguments = lambda: arguments
+        self._arguments: Callable[[], tuple[Any, ...]] = lambda: arguments
 
     def forward(self, lora_slots: Tensor, *tensors: Tensor) -> list[Tensor]:
         """Run the model."""
@@ -354,7 +354,8 @@ def _traced(
     tensors = tuple(inputs.values())
     slots = torch.zeros(len(tensors[0]), dtype=torch.int32, device=tensors[0].device)
     shapes = (_of_batch(specs[0]), tuple(specs)) if any(spec is not None for spec in specs) else None
-    wrapper = _WithSlots(model, given, result, arguments).eval()
+    wrapper: nn.Module = _WithSlots(model, given, result, arguments)
+    wrapper.eval()
     try:
         for layer in layers.values():
             layer.lora_routing = cast("BatchRouting", given)

@@ -278,8 +278,8 @@ torch::Library* registered() {
     for (const char* schema : schemas) {
         std::string name(schema, std::strchr(schema, '('));
         if (c10::Dispatcher::singleton().findSchema({"xpu_lora::" + name, ""})) continue;
-        library->def(schema);
-        // As in native.py: the gradient of a changed output passes through as it is.
+        // As in native.py.
+        library->def(schema, {at::Tag::pt2_compliant_tag, at::Tag::flexible_layout});
         library->impl(name.c_str(), torch::dispatch(c10::DispatchKey::Autograd, torch::CppFunction::makeFallthrough()));
     }
     auto on_cpu = [&](const char* name, auto kernel) {

@@ -160,13 +160,13 @@ def _define(schema: str) -> Any:
         return False
 
     _SCHEMAS.append(schema)
-    # A library that was loaded before has defined it.
+    # Else a library that was loaded before has defined it, in the same way.
     if schema_of(f"xpu_lora::{name}") is None:
         _LIBRARY.define(schema, tags=_TAGS)
+        # The gradient of a changed output passes through as it is; whoever calls has refused any other.
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     op: Any = getattr(torch.ops.xpu_lora, name).default
     _LIBRARY.impl(name, load_and_call_again, "CompositeExplicitAutograd")
-    # The gradient of a changed output passes through as it is; whoever calls has refused any other.
-    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"xpu_lora::{name}", lambda *_: False if tries else None, lib=_LIBRARY)
     return op
 
