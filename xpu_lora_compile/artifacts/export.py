@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from xpu_lora_compile.adapters.bank import Block, Rows
+from xpu_lora_compile.adapters.files import few
 from xpu_lora_compile.adapters.names import BaseModel, plain_name
 from xpu_lora_compile.artifacts.manifest import (
     DTYPES,
@@ -27,7 +28,6 @@ from xpu_lora_compile.artifacts.manifest import (
     Manifest,
     Module,
     Stack,
-    few_names,
     folder_of,
     name_of_dtype,
 )
@@ -42,6 +42,7 @@ from xpu_lora_compile.rows.given import GivenRows
 from xpu_lora_compile.rows.inputs import named_inputs
 from xpu_lora_compile.rows.layout import Layout
 from xpu_lora_compile.rows.routing import BatchRouting
+from xpu_lora_compile.torch_internals import fresh_compilation
 
 
 def export(
@@ -80,18 +81,29 @@ def export(
         UnprovedRowsError: a layer's rows come from the sequences in a way that cannot be told.
         BatchError: the inputs hold another number of sequences than the first of them.
     """
-    path, kwargs = Path(path), dict(kwargs or {})
+    with fresh_compilation(model) as plain:
+        return _export(plain, Path(path), tuple(args), dict(kwargs or {}), dynamic_shapes, options or {})
+
+
+def _export(
+    model: nn.Module,
+    path: Path,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    options: dict[str, Any],
+) -> Path:
     folder = folder_of(path)
     layers = _layers_of(model)
     kernel = _kernel_on(next(iter(layers.values())).lora_a.device)
-    inputs = _checked_inputs(model, tuple(args), kwargs)
-    specs = _specs(model, tuple(args), kwargs, dynamic_shapes)
+    inputs = _checked_inputs(model, args, kwargs)
+    specs = _specs(model, args, kwargs, dynamic_shapes)
     # Loads Inductor, and therefore waits until it is called.
     from xpu_lora_compile.artifacts.package import compile_into, load_package
 
     with torch.no_grad():
-        layouts = _follow(model, layers, tuple(args), kwargs, inputs)
-        program, result, outputs = _traced(model, layers, layouts, (tuple(args), kwargs), inputs, specs)
+        layouts = _follow(model, layers, args, kwargs, inputs)
+        program, result, outputs = _traced(model, layers, layouts, (args, kwargs), inputs, specs)
         decisions = rewrite(program, without_python=True)
         _check_ops(program, kernel, decisions)
         library = kernel.library()
@@ -113,7 +125,7 @@ def export(
             library=None if library is None else f"native{library.suffix}",
         )
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as aside:
-            made = compile_into(Path(aside) / path.name, program, options or {})
+            made = compile_into(Path(aside) / path.name, program, options)
             read = set(load_package(made).get_constant_fqns())
             _check_constants(read, stacks, weights)
             own = {name: weights[name] for name in sorted(read - set(stacks))}
@@ -143,7 +155,7 @@ def _layers_of(model: nn.Module) -> dict[str, LoraLayer]:
     trained = [name for name, layer in layers.items() if layer.lora_a.requires_grad or layer.lora_b.requires_grad]
     if trained:
         remedy = "Save the adapter, load it into a bank, and export the model of that bank."
-        raise ArtifactError(where, "adapters that carry no gradients", f"some that do, of {few_names(trained)}", remedy)
+        raise ArtifactError(where, "adapters that carry no gradients", f"some that do, of {few(trained)}", remedy)
     return layers
 
 
@@ -283,7 +295,7 @@ def _follow(
         raise ArtifactError(
             "export: model",
             "a call of each module that carries LoRA",
-            f"a call that leaves out {few_names(missed)}",
+            f"a call that leaves out {few(missed)}",
             "Leave them out with exclude_modules of xlc.attach, or pass inputs for which they are called.",
         )
     return {key: layout for key, layout in shown.items() if layout is not None}
@@ -381,7 +393,7 @@ def _check_ops(program: ExportedProgram, kernel: Kernel, decisions: list[Decisio
         raise ArtifactError(
             "export: model",
             f"LoRA that the kernel {kernel.name} computes",
-            f"{few_names(str(node.target) for node in left)}{': ' if said else ''}{few_names(said)}",
+            f"{few(str(node.target) for node in left)}{': ' if said else ''}{few(said)}",
             "Keep LoRA out of torch.cond and the like, its widths fixed, and its weights in 16 or 32 bits.",
         )
 
@@ -446,7 +458,7 @@ def _check_constants(read: Collection[str], stacks: list[str], weights: Collecti
     lost = [name for name in stacks if name not in read]
     made = [name for name in read if name not in weights]
     if lost or made:
-        got = f"code that does not read {few_names(lost)}" if lost else f"code that reads {few_names(made)}, too"
+        got = f"code that does not read {few(lost)}" if lost else f"code that reads {few(made)}, too"
         remedy = "Export without constant folding or freezing, and without modules whose result is not used."
         raise ArtifactError("export", "code that reads the adapters of each module, and the weights", got, remedy)
 

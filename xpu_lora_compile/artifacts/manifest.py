@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -278,9 +278,3 @@ def folder_of(path: Path) -> Path:
         got = "a folder of that name" if path.is_dir() else f"{folder}, where this process cannot write"
         raise ArtifactError("export: path", "a file that can be written", got, "Give a path in a folder of your own.")
     return folder
-
-
-def few_names(names: Iterable[str]) -> str:
-    """Return some names, for an error."""
-    names = list(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -4,6 +4,8 @@
 //     served.load("pirate", "adapters/pirate");                            // a folder of PEFT's
 //     auto outputs = served.run({tokens}, {"pirate", std::nullopt});      // an adapter, or none, for each sequence
 //
+// The numbers are those of the model compiled in Python, with as many threads (OMP_NUM_THREADS).
+//
 // All that cannot be served is a std::runtime_error: of the adapter's files by the rules of adapters/ in Python, from
 // which this differs in refusing what it would need the model for (ensure_weight_tying, copies of base weights, names of
 // former times) and what std::regex does not know. C++17; link torch, torch_cpu and c10.
@@ -442,11 +444,12 @@ class Served {
         loader->load_constants(constants, /*use_inactive=*/false, /*check_full_update=*/true, /*user_managed=*/true);
     }
 
-    // Put the adapter of a PEFT folder into a free slot. All that can be wrong is found before anything is written.
+    // Put the adapter of a PEFT folder into a free slot, beside calls that are running: none of them reads that slot. All
+    // that can be wrong is found before anything is written.
     void load(const std::string& name, const std::filesystem::path& folder) {
-        { std::shared_lock lock(mutex); free_slot(name); }
+        { std::lock_guard writing(writers); free_slot(name); }
         auto pairs = read(folder);
-        std::unique_lock lock(mutex);
+        std::lock_guard writing(writers);
         size_t slot = free_slot(name);
         for (auto& [module_name, module] : modules) {
             module.a[slot].zero_(), module.b[slot].zero_();
@@ -456,11 +459,13 @@ class Served {
             module.a[slot].narrow(0, 0, a.size(0)).narrow(1, 0, a.size(1)).copy_(a);
             module.b[slot].narrow(0, 0, b.size(0)).narrow(1, 0, b.size(1)).copy_(b);
         }
+        std::unique_lock lock(mutex);
         slots[slot] = name;
     }
 
     // Empty the slot of an adapter, when no call is running.
     void drop(const std::string& name) {
+        std::lock_guard writing(writers);
         std::unique_lock lock(mutex);
         slots[slot_of(name)].reset();
     }
@@ -505,13 +510,13 @@ class Served {
     }
 
     static void load_library(const std::string& content) {
-        char path[] = "/tmp/xpu-lora-XXXXXX";
-        int file = mkstemp(path);
+        std::string path = std::filesystem::temp_directory_path() / "xpu-lora-XXXXXX";
+        int file = mkstemp(path.data());
         bool written = file >= 0 && write(file, content.data(), content.size()) == ssize_t(content.size());
         if (file >= 0) close(file);
-        void* library = written ? dlopen(path, RTLD_NOW | RTLD_GLOBAL) : nullptr;
-        std::string why = library ? "" : written ? dlerror() : "no room in /tmp";
-        if (file >= 0) unlink(path);
+        void* library = written ? dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL) : nullptr;
+        std::string why = library ? "" : written ? dlerror() : "no room there";
+        if (file >= 0) unlink(path.c_str());
         if (!library) refuse(path, "the library of the artifact", why);
     }
 
@@ -699,7 +704,9 @@ class Served {
     std::map<std::string, at::Tensor> weights;
     std::vector<std::optional<std::string>> slots;
     at::ScalarType narrowest = at::kFloat;
+    // Of the names of the slots, and of who may change them.
     std::shared_mutex mutex;
+    std::mutex writers;
 };
 
 }  // namespace xpu_lora
