@@ -180,7 +180,7 @@ class Copies(torch.nn.Module):
         return y.t().reshape(-1), y.to(torch.float64)
 
 
-def test_an_exported_program_that_copies_knows_its_views(tmp_path) -> None:
+def test_an_exported_program_that_copies_knows_its_views() -> None:
     program = torch.export.export(Copies(), (X,))
     assert knows_its_views(program.graph_module.graph)
 

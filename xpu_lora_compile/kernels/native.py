@@ -233,5 +233,5 @@ TRY_SHRINK = _define(f"native_try_shrink({_OPERANDS}, float scaling) -> bool")
 TRY_EXPAND = _define(f"native_try_expand({_OPERANDS}, int offset, int columns, bool add) -> bool")
 
 # The two halves for programs that run without Python, where nothing else could run a call that they refuse.
-_define(f"native_shrink({_OPERANDS}, float scaling) -> ()")
-_define(f"native_expand({_OPERANDS}, int offset, int columns, bool add) -> ()")
+NATIVE_SHRINK = _define(f"native_shrink({_OPERANDS}, float scaling) -> ()")
+NATIVE_EXPAND = _define(f"native_expand({_OPERANDS}, int offset, int columns, bool add) -> ()")

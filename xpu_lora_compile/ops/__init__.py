@@ -1,6 +1,6 @@
 """The contract: public ops, their checks, their reference, and the handles that passes match on."""
 
-from xpu_lora_compile.kernels.native import NATIVE_ADD_LORA
+from xpu_lora_compile.kernels.native import NATIVE_ADD_LORA, NATIVE_EXPAND, NATIVE_SHRINK
 from xpu_lora_compile.ops.bgmv import (
     BGMV_EXPAND,
     BGMV_EXPAND_SLICE,
@@ -33,6 +33,8 @@ __all__ = [
     "LORA_LINEAR",
     "LORA_LINEARS",
     "NATIVE_ADD_LORA",
+    "NATIVE_EXPAND",
+    "NATIVE_SHRINK",
     "ROUTE",
     "ROUTE_TILES",
     "SHRINK",

@@ -21,6 +21,8 @@ from xpu_lora_compile.ops import (
     LORA_LINEAR,
     LORA_LINEARS,
     NATIVE_ADD_LORA,
+    NATIVE_EXPAND,
+    NATIVE_SHRINK,
     ROUTE,
     ROUTE_TILES,
     SHRINK,
@@ -30,8 +32,8 @@ from xpu_lora_compile.ops import (
 from xpu_lora_compile.ops.checks import without_slice_dim
 from xpu_lora_compile.passes.editing import arguments_of, calls_to, value_of
 
-SHRINKS = (BGMV_SHRINK, SHRINK)
-EXPANDS = (BGMV_EXPAND, BGMV_EXPAND_SLICE, EXPAND, EXPAND_SLICE)
+SHRINKS = (BGMV_SHRINK, SHRINK, NATIVE_SHRINK)
+EXPANDS = (BGMV_EXPAND, BGMV_EXPAND_SLICE, EXPAND, EXPAND_SLICE, NATIVE_EXPAND)
 # Those that both shrink and expand, of one slice or several.
 WHOLE = (LORA_LINEAR, LORA_LINEARS, ADD_LORA, NATIVE_ADD_LORA, VENDOR_ADD_LORA, LINEAR_WITH_LORA)
 LORA_OPS = (*SHRINKS, *EXPANDS, *WHOLE)
