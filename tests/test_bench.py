@@ -14,7 +14,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from xpu_lora_compile.bench import forms, layer, model, ops, show
+import xpu_lora_compile as xlc
+from xpu_lora_compile.adapters.folders import write_adapter
+from xpu_lora_compile.adapters.staging import Staged
+from xpu_lora_compile.bench import forms, gpu_model, layer, load, model, ops, show
 from xpu_lora_compile.bench import measure as measure_module
 from xpu_lora_compile.bench.measure import Timing, geometric_mean, measure
 from xpu_lora_compile.cli import app
@@ -159,6 +162,9 @@ def test_the_command_for_ops_measures_and_writes(tmp_path: Path, monkeypatch: py
         (["ops", "--device", "tpu"], "wanted cpu, or cuda or xpu where there is one"),
         (["layer", "--json", "no/such/folder/x.json"], "wanted a folder that exists"),
         (["model", "--batch", "-1"], "wanted sizes of at least 1"),
+        (["load", "--device", "xpu"], "wanted cpu, or cuda where there is one; got 'xpu'"),
+        (["load", "--device", "cpu", "--shape", "gpt5"], "wanted smollm2, llama-8b; got 'gpt5'"),
+        (["load", "--device", "cpu", "--slots", "1"], "wanted at least 2; got 1"),
     ],
 )
 def test_a_command_that_cannot_be_is_refused_before_anything_runs(arguments: list[str], message: str) -> None:
@@ -179,6 +185,47 @@ def test_a_model_is_timed_from_cold(tmp_path: Path) -> None:
     assert all(timing["runs"] == 4 for timing in data["timings"].values())
     assert data["summary"]["logits: greatest difference from PEFT's / greatest logit"] < 1e-4
     assert "decoding: mixed adapters' tokens/s" in ran.stdout
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_loads_are_timed_alone_and_while_a_loop_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 50}
+    monkeypatch.setitem(gpu_model.SHAPES, "tiny", tiny | {"num_attention_heads": 4, "num_key_value_heads": 2})
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    done: list[str] = []
+    found = load.run("tiny", "bfloat16", 3, 4, 2, 3, "cpu", done.append)
+    assert done == ["checked", "compiled", "loaded alone", "decoded alone"]
+    assert found.timings.keys() == {load.STEP, load.STEP_MEANWHILE, load.LOAD, load.LOAD_MEANWHILE, load.DROP}
+    assert found.timings[load.LOAD].runs == found.timings[load.LOAD_MEANWHILE].runs == 3
+    assert found.summary["load, the slowest: GB/s"] <= found.summary["load: GB/s"]
+    assert found.summary["steps while adapters are loaded"] == found.timings[load.STEP_MEANWHILE].runs
+    assert "bfloat16" in found.what
+
+
+def test_a_bank_that_holds_other_values_than_the_file_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    bank = xlc.attach(module, slots=1, max_rank=2)
+    write_adapter(tmp_path, bank.sites, 2)
+    load._check_values(module, bank, tmp_path, 2)
+    store = Staged.store
+
+    def wrongly(staged: Staged, slot: int, *rest: object) -> None:
+        store(staged, slot, *rest)  # type: ignore[arg-type]
+        module[0].lora_b[slot, 5, 1] += 1
+
+    monkeypatch.setattr(Staged, "store", wrongly)
+    with pytest.raises(BenchError, match="bench load: 0: wanted the values of the file"):
+        load._check_values(module, bank, tmp_path, 2)
+
+
+def test_what_fails_in_the_loop_is_raised_where_it_ends() -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), load._Loop(fail):
+        pass
 
 
 def test_threads_are_pinned_while_it_measures_and_free_again() -> None:

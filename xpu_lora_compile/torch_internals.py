@@ -249,6 +249,21 @@ def is_vmapped() -> bool:
     return interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Vmap
 
 
+def copy_each(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy each source into its target: on CUDA in a few launches where sizes and strides agree, else one by one."""
+    torch._foreach_copy_(targets, sources)
+
+
+def multiply_each(tensors: list[torch.Tensor], factors: list[float]) -> None:
+    """Multiply each tensor in place; half precision is computed in float32 and rounded once."""
+    torch._foreach_mul_(tensors, factors)
+
+
+def zero_each(tensors: list[torch.Tensor]) -> None:
+    """Fill each tensor with zeros: on CUDA in a few launches."""
+    torch._foreach_zero_(tensors)
+
+
 def is_capturing(device: torch.device) -> bool:
     """Whether a graph is being captured on the device's current stream."""
     module = torch if device.type == "cpu" else torch.get_device_module(device)

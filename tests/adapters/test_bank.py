@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import xpu_lora_compile as xlc
 from xpu_lora_compile import errors
 from xpu_lora_compile.adapters.checkpoint import WEIGHTS_FILE
+from xpu_lora_compile.adapters.staging import Staged
 
 EVERYWHERE = "(q|k|v|o|gate|up|down)_proj|lm_head|embed_tokens".join((r".*\.?(", ")"))
 TOKENS = torch.randint(0, 70, (4, 6), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -373,6 +374,13 @@ def test_a_block_that_cannot_open_leaves_the_bank_as_it_was(
     bank.detach()
 
 
+def interrupted_half_way(staged: Staged, slot: int, *_: object) -> None:
+    for stacks, block in next(iter(staged._blocks.values())):
+        for stack, values in list(zip(stacks, block.slots, strict=True))[: len(stacks) // 2]:
+            stack[slot].copy_(values)
+    raise KeyboardInterrupt
+
+
 def test_a_load_that_was_interrupted_leaves_nothing_in_the_slot(
     model: nn.Module,
     bank: xlc.AdapterBank,
@@ -380,14 +388,12 @@ def test_a_load_that_was_interrupted_leaves_nothing_in_the_slot(
     expected: dict[str | None, Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(model.model.layers[1].mlp.down_proj, "store", interrupt)
+        patch.setattr(Staged, "store", interrupted_half_way)
         with pytest.raises(KeyboardInterrupt):
             bank.load("telegram", folders["telegram"])
     assert bank.names == ()
+    assert all(not stack.any() for stack in state_of(bank)[3])
     bank.load("pirate", folders["pirate"])
     with bank.use(["pirate"] * 4):
         assert_same_logits(model(TOKENS).logits, expected["pirate"])
@@ -464,15 +470,11 @@ def test_the_ranks_of_the_slots_follow_what_is_loaded_and_dropped(
 
 
 def test_no_rank_is_said_while_weights_are_stored(
-    model: nn.Module, bank: xlc.AdapterBank, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    bank: xlc.AdapterBank, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An interrupted load leaves a slot of rank 0."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
     bank.load("pirate", folders["pirate"])
-    monkeypatch.setattr(model.model.layers[1].mlp.down_proj, "store", interrupt)
+    monkeypatch.setattr(Staged, "store", interrupted_half_way)
     with bank.use(["pirate"] * 4), pytest.raises(KeyboardInterrupt):
         bank.load("telegram", folders["telegram"])
     assert bank._ranks == [4, 0, 0]

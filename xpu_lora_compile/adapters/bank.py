@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from xpu_lora_compile.adapters.checkpoint import ModuleSizes, read_checkpoint
+from xpu_lora_compile.adapters.checkpoint import ModuleSizes, opened_checkpoint
 from xpu_lora_compile.adapters.config import read_config
 from xpu_lora_compile.adapters.names import BaseModel, Host, plain_name
 from xpu_lora_compile.adapters.needs import folder_path
+from xpu_lora_compile.adapters.staging import Staged, Staging, clear, short_turns
 from xpu_lora_compile.errors import (
     AdapterError,
     BankInUseError,
@@ -28,6 +29,7 @@ from xpu_lora_compile.errors import (
 from xpu_lora_compile.kernels import reads_ranks
 from xpu_lora_compile.rows.routing import BatchRouting, Entry
 from xpu_lora_compile.terminal import wrapped
+from xpu_lora_compile.torch_internals import is_capturing
 
 NO_ADAPTER = -1
 
@@ -41,8 +43,10 @@ class Layer(Protocol):
     lora_a: Tensor
     lora_b: Tensor
 
-    def store(self, slot: int, a: Tensor, b: Tensor) -> None:
-        """Copy one adapter's weights into an empty slot."""
+    def places(
+        self, slot_a: Tensor, slot_b: Tensor, shape_a: tuple[int, int], shape_b: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Views of one slot's memory that an adapter's A and B of these shapes fill."""
 
     def restore(self) -> None:
         """Become again the module it was before LoRA."""
@@ -101,7 +105,9 @@ class AdapterBank:
     """The adapters of one model: loaded, dropped and put to use while it serves, without recompiling.
 
     Made by `xpu_lora_compile.attach`. A call that fails leaves the bank as it was. Adapters may be loaded and dropped
-    by one thread while another is inside a `use` block.
+    by threads while another is inside a `use` block: a name is there when all of its adapter is. On CUDA a slot changes
+    only after the work that `use` blocks have left on the streams on which they ended: `load` waits for that, and the
+    block does not wait for `load`.
     """
 
     def __init__(
@@ -126,6 +132,13 @@ class AdapterBank:
         # How many modules the adapter of each slot has LoRA on; of no meaning where the slot is empty.
         self._counts = [0] * slots
         self._max_rank = max_rank
+        self._staging = Staging()
+        # Slots that are being filled, and the name that each will have.
+        self._filling: dict[int, str] = {}
+        # Those of the layers, when an adapter was last loaded.
+        self._devices: set[torch.device] = set()
+        # On CUDA, for each stream that read the stacks: the end of what blocks have left on it.
+        self._readers: dict[torch.cuda.Stream, torch.cuda.Event] = {}
         # One tensor for each size of batch, so that its address stays the same for captured graphs.
         self._batches: dict[tuple[str, int, torch.device], Tensor] = {}
         self._blocks: list[Block] = []
@@ -172,30 +185,44 @@ class AdapterBank:
             AdapterError: the name is taken or no slot is free, or the adapter does not fit; the subclass says which.
         """
         path = folder_path(name, folder)
-        with self._lock:
-            self._free_slot(name)
-        # Everything that can be wrong is found while reading, when nobody waits for the lock.
-        dtypes = {layer.lora_a.dtype for layer in self._layers.values()}
-        weights = read_checkpoint(
-            path,
-            read_config(path),
-            self.sites,
-            BaseModel.of(self._model, self._hosts),
-            self._max_rank,
-            min(dtypes, key=lambda dtype: torch.finfo(dtype).max),
-        )
-        layers = {plain_name(name): layer for name, layer in self._layers.items()}
-        with self._lock:
-            # Another thread may have been faster.
-            slot = self._free_slot(name)
-            # First, since an earlier load may have been interrupted half-way.
-            self._clear(slot)
-            with torch.no_grad():
-                for site, pair in weights.items():
-                    layers[site].store(slot, pair.a, pair.b)
-            self._slots[slot] = name
-            self._counts[slot] = len(weights)
-            self._set_rank(slot, max((pair.a.shape[0] for pair in weights.values()), default=0))
+        # The lock is held for moments: a thread that opens a block would wait for it.
+        with short_turns():
+            with self._lock:
+                self._free_slot(name)
+                layers = {plain_name(name): layer for name, layer in self._layers.items()}
+                self._devices = {layer.lora_a.device for layer in layers.values()}
+            # Everything that can be wrong is found here, before anything changes.
+            base = BaseModel.of(self._model, self._hosts)
+            config = read_config(path)
+            with (
+                opened_checkpoint(path, config, self.sites, base, self._max_rank) as checkpoint,
+                self._staging.staged(checkpoint, layers) as staged,
+            ):
+                self._store(name, staged)
+
+    def _store(self, name: str, staged: Staged) -> None:
+        """Fill a free slot, and give it its name once all is there."""
+        slot = None
+        try:
+            with self._lock:
+                # Another thread may have been faster.
+                slot = self._free_slot(name)
+                self._filling[slot] = name
+                self._ranks[slot] = staged.rank
+                ranks, readers = self._routing.ranks, list(self._readers.values())
+            staged.store(slot, ranks, readers)
+            with self._lock:
+                self._check_attached()
+                self._slots[slot], self._counts[slot] = name, staged.modules
+        except BaseException:
+            if slot is not None:
+                with self._lock:
+                    self._clear(slot)
+                    self._note_readers()
+            raise
+        finally:
+            with self._lock:
+                self._filling.pop(-1 if slot is None else slot, None)
 
     def drop(self, name: str) -> None:
         """Empty the slot of an adapter.
@@ -210,7 +237,11 @@ class AdapterBank:
                 raise BankInUseError(
                     f"drop {name!r}", "an adapter that is not in use", "one that is", "Drop it after the `use` block."
                 )
+            # What blocks have left on other streams may still read the slot.
+            for stream, event in self._readers.items():
+                torch.cuda.current_stream(stream.device).wait_event(event)
             self._clear(slot)
+            self._note_readers()
             self._slots[slot] = None
 
     @contextmanager
@@ -259,6 +290,7 @@ class AdapterBank:
             unreached = sorted(found - traced)
         finally:
             with self._lock:
+                self._note_readers()
                 self._blocks.remove(block)
                 self._route(self._blocks[-1] if self._blocks else None)
             # A generator may be closed in another context than the one it was started in.
@@ -283,6 +315,7 @@ class AdapterBank:
             for undo in self._undo:
                 undo()
             self._layers.clear()
+            self._staging = Staging()
             self._slots = [None] * len(self._slots)
             self._ranks = [0] * len(self._slots)
             self._routing.ranks = None
@@ -373,6 +406,7 @@ class AdapterBank:
         finally:
             self._routing.mine.reset(token)
             with self._lock:
+                self._note_readers()
                 outer.called |= block.called
                 outer.read |= block.read
                 self._blocks.remove(block)
@@ -467,28 +501,34 @@ class AdapterBank:
 
     def _clear(self, slot: int) -> None:
         with torch.no_grad():
-            for layer in self._layers.values():
-                layer.lora_a[slot].zero_()
-                layer.lora_b[slot].zero_()
+            clear(self._layers.values(), slot)
         self._set_rank(slot, 0)
+
+    def _note_readers(self) -> None:
+        """Have later changes of a slot wait for all that this thread has launched."""
+        for device in self._devices:
+            if device.type == "cuda" and not is_capturing(device):
+                stream = torch.cuda.current_stream(device)
+                self._readers.setdefault(stream, torch.cuda.Event()).record(stream)
 
     def _free_slot(self, name: str) -> int:
         """The slot that an adapter of this name would take."""
         self._check_modules()
         if not isinstance(name, str) or not name:
             raise AdapterError("load", "a name for the adapter", repr(name), "Pass a string that is not empty.")
-        if name in self._slots:
+        if name in self._slots or name in self._filling.values():
             raise DuplicateAdapterError(
                 f"load {name!r}", "a name that is free", "one in the bank", "Drop it first, or choose another."
             )
-        if None not in self._slots:
+        free = [slot for slot, holder in enumerate(self._slots) if holder is None and slot not in self._filling]
+        if not free:
             raise NoFreeSlotError(
                 f"load {name!r}",
                 "a free slot",
-                f"{len(self._slots)} slots, all taken by {', '.join(self.names)}",
+                f"{len(self._slots)} slots, all taken by {', '.join((*self.names, *self._filling.values()))}",
                 "Drop an adapter, or attach with more slots.",
             )
-        return self._slots.index(None)
+        return free[0]
 
     def _slot_of(self, name: str) -> int:
         if name not in self._slots or name is None:

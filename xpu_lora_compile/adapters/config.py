@@ -83,7 +83,7 @@ def matches(rule: Rule, name: str) -> bool:
     """Whether a rule names the module: a string as a regular expression, a list by whole name or by last parts."""
     if isinstance(rule, str):
         return re.fullmatch(rule, name) is not None
-    return any(name == part or name.endswith(f".{part}") for part in rule)
+    return name in rule or name.endswith(tuple([f".{part}" for part in rule]))
 
 
 def is_targeted(name: str, target_modules: Rule, exclude_modules: Rule = (), *, plain_linear: bool = True) -> bool:

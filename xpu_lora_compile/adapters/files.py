@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import reprlib
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from xpu_lora_compile.errors import AdapterFileError
 
@@ -41,22 +45,79 @@ def shown(value: object) -> str:
     return short.repr(value)
 
 
+class TensorFile:
+    """A safetensors file that is open, its header checked; values are read when they are asked for."""
+
+    def __init__(self, path: Path, opened: Any, mapped: Tensor, header: Mapping[str, Any], start: int) -> None:
+        self.path = path
+        self._opened, self._mapped, self._header, self._start = opened, mapped, header, start
+
+    def keys(self) -> list[str]:
+        """The names of all tensors."""
+        names: list[str] = self._opened.keys()
+        return names
+
+    def shape(self, key: str) -> list[int]:
+        """The sizes of a tensor."""
+        shape: list[int] = self._header[key]["shape"]
+        return shape
+
+    def dtype(self, key: str) -> str:
+        """The dtype of a tensor, as safetensors calls it: "F32", "BF16", "F16"."""
+        dtype: str = self._header[key]["dtype"]
+        return dtype
+
+    def part(self, key: str) -> Any:
+        """A tensor of which only the rows are read that it is indexed with."""
+        with reading(self.path):
+            return self._opened.get_slice(key)
+
+    def span(self, key: str) -> tuple[int, int]:
+        """Where the values of a tensor begin in the file, and where they end, in bytes."""
+        first, last = self._header[key]["data_offsets"]
+        return self._start + first, self._start + last
+
+    def bytes_of(self, start: int, end: int) -> Tensor:
+        """A part of the file, mapped into memory: to be read only, and copied soon."""
+        if end > len(self._mapped):
+            raise AdapterFileError(
+                str(self.path), f"at least {end} bytes", f"{len(self._mapped)}", "Copy or download the file again."
+            )
+        return self._mapped[start:end]
+
+
 @contextmanager
-def opened_safetensors(path: Path) -> Iterator[Any]:
+def opened_safetensors(path: Path) -> Iterator[TensorFile]:
     """Open a safetensors file lazily, having checked its header: no lies about sizes, no name twice."""
     _check_is_there(path)
-    with reading(path), path.open("rb") as raw:
-        length = int.from_bytes(raw.read(8), "little")
-        # A shorter file, and a length beyond the file's end, are refused by safetensors below.
-        if length > _LARGEST_HEADER:
-            raise ValueError(f"its header claims {length} bytes; at most {_LARGEST_HEADER} are read")
-        file = safe_open(path, framework="pt", device="cpu")
-        # The header is JSON now, of safe depth. Where a name comes twice, readers differ in which tensor they take.
-        names = json.loads(raw.read(length), object_pairs_hook=lambda pairs: [name for name, _ in pairs])
-        if repeated := [name for name, times in Counter(names).items() if times > 1]:
-            raise ValueError(f"these names come more than once: {few(repeated)}")
-    with file as opened:
-        yield opened
+    with ExitStack() as stack:
+        with reading(path):
+            raw = stack.enter_context(path.open("rb", buffering=0))
+            length = int.from_bytes(raw.read(8), "little")
+            # A shorter file, and a length beyond the file's end, are refused by safetensors below.
+            if length > _LARGEST_HEADER:
+                raise ValueError(f"its header claims {length} bytes; at most {_LARGEST_HEADER} are read")
+            opened = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            # The header is JSON now, of safe depth. Where a name comes twice, readers differ in which they take.
+            pairs: list[tuple[str, Any]] = json.loads(_whole(raw, length), object_pairs_hook=list)
+            header = dict(pairs)
+            if len(header) < len(pairs):
+                repeated = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
+                raise ValueError(f"these names come more than once: {few(repeated)}")
+            header.pop("__metadata__", None)
+            # Private pages, which can be written to but are not, since torch warns of those that cannot.
+            mapped = torch.frombuffer(mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+            file = TensorFile(path, opened, mapped, {name: dict(facts) for name, facts in header.items()}, 8 + length)
+        yield file
+
+
+def _whole(raw: FileIO, length: int) -> bytes:
+    """So many bytes of the file; one call may return fewer."""
+    parts = []
+    while length and (part := raw.read(length)):
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
 
 
 @contextmanager
@@ -64,7 +125,7 @@ def reading(path: Path) -> Iterator[None]:
     """Turn whatever reading from the file raises into an `AdapterFileError`."""
     try:
         yield
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         remedy = "Copy or download the file again; it is damaged, or not what PEFT wrote."
         raise AdapterFileError(str(path), "a well-formed safetensors file", str(error), remedy) from error
 

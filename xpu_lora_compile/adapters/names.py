@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ PREFIX = "base_model.model."
 
 # What torch.compile, FSDP, checkpoint_wrapper and Lightning put into names. DDP's "module" may be a name of the user's.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module"}
+_WRAPPED = re.compile("|".join(sorted(_WRAPPERS)))
 _DDP = "module"
 
 # A name longer than this belongs to no module, and would be slow to match against the rules.
@@ -36,6 +38,8 @@ _BASE_LAYER = re.compile(r"(^|\.)base_layer\.")
 
 def plain_name(name: str) -> str:
     """Return the name without what wrappers put into it."""
+    if not _WRAPPED.search(name):
+        return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -60,6 +64,10 @@ class Key:
 
 def parse_key(key: str) -> Key:
     """Take a key apart; every key has a module and a part, which may be empty."""
+    return _parse_again(key) if len(key) <= _LONGEST_NAME else _parse(key)
+
+
+def _parse(key: str) -> Key:
     name = plain_name(key)
     while name.startswith(f"{_DDP}."):
         if PREFIX not in name:
@@ -74,6 +82,10 @@ def parse_key(key: str) -> Key:
     return Key(module, part, False, None, has_prefix)
 
 
+# The adapters of a model have the same keys.
+_parse_again = lru_cache(maxsize=2**13)(_parse)
+
+
 class Host(Protocol):
     """A kind of module that can carry LoRA, as far as errors speak of it; `layers.HOSTS` has all of them."""
 
@@ -81,6 +93,28 @@ class Host(Protocol):
 
     def takes_class(self, kind: type[nn.Module]) -> bool:
         """Whether modules of exactly this class are of this kind."""
+
+
+class _Values(Mapping[str, Tensor]):
+    """Parameters and buffers of a model, by plain name; found when one is asked for, since most adapters name none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @cached_property
+    def _found(self) -> dict[str, Tensor]:
+        model = self._model
+        values = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        return {plain_name(name): value for name, value in values}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 @dataclass(frozen=True)
@@ -107,12 +141,13 @@ class BaseModel:
     prefix: str = ""
     old_rules: Mapping[str, str] = field(default_factory=dict)
     rename: Callable[[str], str] | None = None
+    # By the module and the prefix of a key, as A and B of a module have them in common.
+    _found: dict[tuple[str, bool], str | None] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, model: nn.Module, hosts: Sequence[Host]) -> BaseModel:
         """Describe a model, which may hold wrapped modules."""
         modules = {plain_name(name): module for name, module in model.named_modules()}
-        values = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         prefix = getattr(model, "base_model_prefix", "")
         rename = _rules_of_transformers_5(model)
         head = output_embedding(model)
@@ -120,7 +155,7 @@ class BaseModel:
             output_embedding=next((name for name, module in modules.items() if module is head), None),
             hosts=hosts,
             modules={name: type(module) for name, module in modules.items()},
-            parameters={plain_name(name): value for name, value in values},
+            parameters=_Values(model),
             tied=tuple(_tied(modules)),
             prefix=prefix if isinstance(prefix, str) else "",
             old_rules=_rules_of_transformers_4(model),
@@ -131,7 +166,10 @@ class BaseModel:
         """Return the name of the module that the key means, or None where the model has no such module."""
         if not key.has_prefix and self.rename is None:
             return None
-        return next((name for name in self._spellings(key) if name in self.modules), None)
+        asked = key.module, key.has_prefix
+        if asked not in self._found:
+            self._found[asked] = next((name for name in self._spellings(key) if name in self.modules), None)
+        return self._found[asked]
 
     def part_of(self, keys: Iterable[Key]) -> str:
         """Return the name of this model inside of the one that the keys are of, or "" where they are of this one."""

@@ -115,6 +115,27 @@ def bench_gpu_model(
         show.print_run(run, "a step", "model", model.BASE, {run.what: run.timings}, json)
 
 
+@bench.command("load")
+def bench_load(
+    shape: Annotated[str, typer.Option(help="smollm2, or llama-8b (8 of its layers).")] = "llama-8b",
+    dtype: Annotated[str, typer.Option(help="Of the adapter's file: float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
+    batch: Annotated[int, typer.Option(help="Rows.")] = 32,
+    rank: Rank = 16,
+    slots: Slots = 8,
+    loads: Annotated[int, typer.Option(min=2, help="Loads alone, and again while another thread decodes.")] = 50,
+    json: Json = None,
+) -> None:
+    """Adapters into the bank: GB/s from the page cache, and how long a decoding loop in another thread waits."""
+    from xpu_lora_compile.bench import load, show
+
+    with reported():
+        show.check("cpu", [dtype], [batch, rank, slots], json)
+        with show.progress() as advance:
+            run = load.run(shape, dtype, batch, rank, slots, loads, device, advance)
+        show.print_run(run, run.what, "model", load.STEP, {"": run.timings}, json)
+
+
 @bench.command("layer")
 def bench_layer(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",

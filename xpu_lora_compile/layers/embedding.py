@@ -34,10 +34,11 @@ class LoraEmbedding(LoraLayer, nn.Embedding):  # type: ignore[override]
         """Shape of A in one slot: one row a token."""
         return site.in_features, rank
 
-    def store(self, slot: int, a: Tensor, b: Tensor) -> None:
-        """Copy A `[r, V']` and B `[W, r]` into an empty slot."""
-        self.lora_a[slot, : a.shape[1], : a.shape[0]].copy_(a.t())
-        self.lora_b[slot, :, : b.shape[1]].copy_(b)
+    def places(
+        self, slot_a: Tensor, slot_b: Tensor, shape_a: tuple[int, int], shape_b: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """As `LoraLayer.places`; `slot_a` is `[V, R]`, and A `[r, V']`."""
+        return slot_a[: shape_a[1], : shape_a[0]].t(), slot_b[:, : shape_b[1]]
 
 
 class Embedding(Host):

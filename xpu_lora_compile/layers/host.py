@@ -81,10 +81,24 @@ class LoraLayer(nn.Module):
         """Shape of A in one slot, as `store` fills it and `forward` reads it."""
         return rank, site.in_features
 
+    def places(
+        self, slot_a: Tensor, slot_b: Tensor, shape_a: tuple[int, int], shape_b: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Views of one slot's memory that A `[r, D]` and B `[W', r]` fill; the rest of the slot is zeros.
+
+        Args:
+            slot_a: `[R, D]`, of a slot of `lora_a` or of other memory.
+            slot_b: `[W, R]`.
+            shape_a: of A.
+            shape_b: of B.
+        """
+        return slot_a[: shape_a[0]], slot_b[: shape_b[0], : shape_b[1]]
+
     def store(self, slot: int, a: Tensor, b: Tensor) -> None:
-        """Copy A `[r, D]` and B `[W', r]` into an empty slot."""
-        self.lora_a[slot, : a.shape[0]].copy_(a)
-        self.lora_b[slot, : b.shape[0], : b.shape[1]].copy_(b)
+        """Copy A and B into an empty slot, at their `places`."""
+        shapes = cast("tuple[int, int]", a.shape), cast("tuple[int, int]", b.shape)
+        for place, weight in zip(self.places(self.lora_a[slot], self.lora_b[slot], *shapes), (a, b), strict=True):
+            place.copy_(weight)
 
     def restore(self) -> None:
         """Become again the module it was before LoRA."""

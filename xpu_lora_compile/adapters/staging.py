@@ -1,0 +1,284 @@
+"""An adapter on its way from its file into the stacks of a bank: in memory of its own, and then all at once.
+
+    file -> Staged: one block a device and dtype, laid out as one slot of all stacks -> `Staged.store`: a slot
+
+The block holds what the slot will hold, scaled, padded with zeros and in the stacks' order. So all values are checked
+before a stack changes, whatever was in the slot before is gone afterwards, and a stack takes one copy.
+
+On CUDA the block is made on the device: the file's bytes go there as they are, as `upload` says, and are converted
+there, on a stream of its own. Elsewhere each tensor is converted as it is copied. The block stays for the next load:
+its memory and its views take longer to make than to fill.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from xpu_lora_compile.adapters.checkpoint import DTYPES, Checkpoint, Pair, are_finite
+from xpu_lora_compile.adapters.cores import with_few_cores
+from xpu_lora_compile.adapters.upload import runs_of, side_stream, upload
+from xpu_lora_compile.errors import AdapterFileError
+from xpu_lora_compile.torch_internals import copy_each, multiply_each, zero_each
+
+# In seconds. A decoding step takes the lock some twenty times, and Python's own turn is 5 ms.
+_TURN = 5e-5
+_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
+
+
+class StackedLayer(Protocol):
+    """What a layer offers that is to take an adapter."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+
+    def places(
+        self, slot_a: Tensor, slot_b: Tensor, shape_a: tuple[int, int], shape_b: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Views of one slot's memory of the shapes of an adapter's A and B, which these fill."""
+
+
+class _Block:
+    """Memory for one slot of all stacks of a device and dtype.
+
+    Attributes:
+        stacks: A and B of each layer, which the block does not keep alive.
+        flat: the values, one stack after another.
+        slots: views of `flat`, each with the sizes of one slot of its stack, and in the order in which its values lie.
+    """
+
+    def __init__(self, stacks: list[Tensor], device: torch.device, dtype: torch.dtype) -> None:
+        self.stacks = [weakref.ref(stack) for stack in stacks]
+        sizes = [math.prod(stack.shape[1:]) for stack in stacks]
+        self.flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        self.slots = []
+        for stack, values in zip(stacks, self.flat.split(sizes), strict=True):
+            _, rows, columns = stack.shape
+            _, of_row, of_column = stack.stride()
+            self.slots.append(values.view(columns, rows).t() if of_row < of_column else values.view(rows, columns))
+        # The module and the shapes of each pair that the block was last filled with, and where they went.
+        self._filled: list[tuple[str, tuple[int, int], tuple[int, int]]] = []
+        self._places: list[Tensor] = []
+
+    def is_for(self, stacks: list[Tensor]) -> bool:
+        """Whether it was made for these stacks."""
+        return len(stacks) == len(self.stacks) and all(
+            ref() is stack for ref, stack in zip(self.stacks, stacks, strict=True)
+        )
+
+    def places(self, pairs: Mapping[str, Pair], layers: Mapping[str, StackedLayer]) -> list[Tensor]:
+        """Where each pair's A and B go, in turn; all else is zeros.
+
+        Args:
+            pairs: of these layers.
+            layers: those of the stacks, in their order.
+        """
+        wanted = [(name, pair.shape_a, pair.shape_b) for name, pair in pairs.items()]
+        if wanted != self._filled:
+            self._filled, self._places = [], []
+            self.flat.zero_()
+            slots = dict(zip(layers, zip(self.slots[::2], self.slots[1::2], strict=True), strict=True))
+            for name, shape_a, shape_b in wanted:
+                self._places += layers[name].places(*slots[name], shape_a, shape_b)
+            self._filled = wanted
+        return self._places
+
+
+class Staged:
+    """An adapter whose values have been checked, ready to be stored.
+
+    Attributes:
+        rank: the highest rank of its modules.
+        modules: how many it has LoRA on.
+    """
+
+    def __init__(
+        self, blocks: Mapping[torch.device, list[tuple[list[Tensor], _Block]]], pairs: Mapping[str, Pair]
+    ) -> None:
+        self._blocks = blocks
+        self.rank = max((pair.rank for pair in pairs.values()), default=0)
+        self.modules = len(pairs)
+
+    def store(self, slot: int, ranks: Tensor | None, readers: Iterable[torch.cuda.Event]) -> None:
+        """Fill a slot, which no row uses, and return when all that is launched from now on sees it filled.
+
+        Args:
+            slot: of the bank.
+            ranks: the rank of each slot's adapter, `[K]`, or None.
+            readers: on CUDA, what must have passed before the slot may change, besides the current stream.
+        """
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                for device, blocks in self._blocks.items():
+                    run = with_few_cores if device.type == "cpu" else _here
+                    with _aside(device, readers):
+                        for stacks, block in blocks:
+                            run(copy_each, [stack[slot] for stack in stacks], block.slots)
+                        if ranks is not None and ranks.device == device:
+                            ranks[slot].fill_(self.rank)
+        finally:
+            for device in self._blocks:
+                if device.type == "cuda":
+                    side_stream(device).synchronize()
+
+
+def _here(function: Callable[..., object], *arguments: object) -> None:
+    """As `with_few_cores`, in this thread."""
+    function(*arguments)
+
+
+def _aside(device: torch.device, readers: Iterable[torch.cuda.Event]) -> AbstractContextManager[object]:
+    """Run what follows on the stream for loading, after the current one and the readers."""
+    if device.type != "cuda":
+        return nullcontext()
+    stream = side_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    for event in readers:
+        stream.wait_event(event)
+    return torch.cuda.stream(stream)
+
+
+class _Turns:
+    """How long Python's threads hold the interpreter's lock while another waits: shorter while adapters are loaded."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loads = 0
+        self._before = self._set = 0.0
+
+    def shorten(self) -> None:
+        """Begin a load."""
+        with self._lock:
+            self._loads += 1
+            if self._loads == 1:
+                self._before = sys.getswitchinterval()
+                sys.setswitchinterval(min(self._before, _TURN))
+                self._set = sys.getswitchinterval()
+
+    def restore(self) -> None:
+        """End a load; the last one sets what was, unless somebody has set something else since."""
+        with self._lock:
+            self._loads -= 1
+            if self._loads == 0 and sys.getswitchinterval() == self._set:
+                sys.setswitchinterval(self._before)
+
+
+_TURNS = _Turns()
+
+
+@contextmanager
+def short_turns() -> Iterator[None]:
+    """Keep the threads that serve from waiting for the interpreter's lock for longer than a decoding step can bear."""
+    _TURNS.shorten()
+    try:
+        yield
+    finally:
+        _TURNS.restore()
+
+
+def clear(layers: Iterable[StackedLayer], slot: int) -> None:
+    """Fill a slot with zeros, on the current stream of each device."""
+    blocks: dict[torch.device, list[Tensor]] = {}
+    for layer in layers:
+        for stack in (layer.lora_a, layer.lora_b):
+            blocks.setdefault(stack.device, []).append(stack[slot])
+    for slots in blocks.values():
+        zero_each(slots)
+
+
+class Staging:
+    """The memory through which the adapters of one bank come: a slot's, kept from load to load."""
+
+    def __init__(self) -> None:
+        self._idle: dict[tuple[torch.device, torch.dtype], _Block] = {}
+
+    @contextmanager
+    def staged(self, checkpoint: Checkpoint, layers: Mapping[str, StackedLayer]) -> Iterator[Staged]:
+        """Read the values of an adapter, convert and check them; its memory is the adapter's until the block ends.
+
+        Args:
+            checkpoint: the file.
+            layers: all layers of the bank, by the names that the checkpoint gives them.
+
+        Raises:
+            AdapterFileError: the file cannot be read.
+            NonFiniteWeightError: a weight is NaN, infinite, or infinite once it is scaled and stored.
+        """
+        groups: dict[tuple[torch.device, torch.dtype], dict[str, StackedLayer]] = {}
+        for name, layer in layers.items():
+            stack = layer.lora_a
+            groups.setdefault((stack.device, stack.dtype), {})[name] = layer
+        taken: dict[tuple[torch.device, torch.dtype], _Block] = {}
+        ready: dict[torch.device, list[tuple[list[Tensor], _Block]]] = {}
+        try:
+            # A tensor made in inference mode could not be changed outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                for (device, dtype), members in groups.items():
+                    fill = _fill_on_cuda if device.type == "cuda" else _fill_one_by_one
+                    run = with_few_cores if device.type == "cpu" else _here
+                    stacks = [stack for layer in members.values() for stack in (layer.lora_a, layer.lora_b)]
+                    with torch.cuda.stream(side_stream(device)) if device.type == "cuda" else nullcontext():
+                        block = self._idle.pop((device, dtype), None)
+                        if block is None or not block.is_for(stacks):
+                            block = _Block(stacks, device, dtype)
+                        taken[device, dtype] = block
+                        run(fill, block, checkpoint, members)
+                        run(_check, checkpoint, members, block.flat)
+                    ready.setdefault(device, []).append((stacks, block))
+            yield Staged(ready, checkpoint.pairs)
+        finally:
+            # Of two loads at once the last one's stays, and nothing for where the model was before it was moved.
+            self._idle = {key: block for key, block in self._idle.items() if key in groups} | taken
+
+
+def _fill_one_by_one(block: _Block, checkpoint: Checkpoint, layers: Mapping[str, StackedLayer]) -> None:
+    pairs = {name: checkpoint.pairs[name] for name in layers if name in checkpoint.pairs}
+    places = block.places(pairs, layers)
+    for pair, place_a, place_b in zip(pairs.values(), places[::2], places[1::2], strict=True):
+        place_a.copy_(checkpoint.tensor(pair.key_a, pair.shape_a))
+        b = checkpoint.tensor(pair.key_b, pair.shape_b)
+        # Rounded once, whatever the file's dtype.
+        place_b.copy_(b if pair.scaling == 1 else b.to(torch.float32).mul(_factor(pair.scaling)))
+
+
+def _fill_on_cuda(block: _Block, checkpoint: Checkpoint, layers: Mapping[str, StackedLayer]) -> None:
+    pairs = {name: checkpoint.pairs[name] for name in layers if name in checkpoint.pairs}
+    runs = runs_of(checkpoint.file, [key for pair in pairs.values() for key in (pair.key_a, pair.key_b)])
+    read = upload(checkpoint.file, runs, block.flat.device)
+    values: dict[str, Tensor] = {}
+    for run in runs:
+        flat = read[run.at : run.at + run.size].view(DTYPES[run.dtype])
+        # What is multiplied must not be rounded before it is.
+        flat = flat if flat.dtype in (block.flat.dtype, torch.float32) else flat.to(torch.float32)
+        values |= zip(run.keys, flat.split(run.sizes), strict=True)
+    sources: list[Tensor] = []
+    for pair in pairs.values():
+        sources += values[pair.key_a].view(pair.shape_a), values[pair.key_b].view(pair.shape_b)
+    if any(pair.scaling != 1 for pair in pairs.values()):
+        multiply_each(sources[1::2], [_factor(pair.scaling) for pair in pairs.values()])
+    if sources:
+        copy_each(block.places(pairs, layers), sources)
+
+
+def _factor(scaling: float) -> float:
+    """What to multiply by in float32; what float32 cannot hold is infinite there."""
+    return scaling if abs(scaling) <= _LARGEST_FLOAT32 else math.copysign(math.inf, scaling)
+
+
+def _check(checkpoint: Checkpoint, layers: Mapping[str, StackedLayer], flat: Tensor) -> None:
+    if are_finite(flat):
+        return
+    # Which one it is, and why, is found by reading one after another.
+    for name in checkpoint.pairs:
+        if name in layers:
+            checkpoint.read(name, flat.dtype)
+    path = str(checkpoint.file.path)
+    raise AdapterFileError(path, "a file that stays the same", "one that changed while it was read", "Load it again.")
