@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
@@ -17,7 +17,7 @@ from xpu_lora_compile.passes.editing import graphs_of
 from xpu_lora_compile.passes.find_sites import find_sites
 from xpu_lora_compile.passes.fuse_base import fuse_base
 from xpu_lora_compile.passes.fuse_lora import fuse_lora
-from xpu_lora_compile.passes.graph import Rewrite
+from xpu_lora_compile.passes.graph import Launch, Rewrite
 from xpu_lora_compile.passes.lower import lower
 from xpu_lora_compile.passes.resolve_width import resolve_width
 from xpu_lora_compile.passes.share_input import share_input
@@ -40,7 +40,9 @@ FUEL, DUMP = "XPU_LORA_FUEL", "XPU_LORA_DUMP"
 _programs = itertools.count()
 
 
-def rewrite(program: GraphModule | ExportedProgram, *, keep_bases: bool = False) -> list[Decision]:
+def rewrite(
+    program: GraphModule | ExportedProgram, *, keep_bases: bool = False, launch: Launch = "auto"
+) -> list[Decision]:
     """Run the passes over a graph and its subgraphs, in place; what the graph computes stays the same.
 
     The environment variable `XPU_LORA_FUEL=n` stops after n rewrites of each program, and `XPU_LORA_DUMP=folder`
@@ -50,21 +52,24 @@ def rewrite(program: GraphModule | ExportedProgram, *, keep_bases: bool = False)
         program: what Dynamo gives a backend, or what `torch.export.export` returns. An exported program is decided
             by constants alone, since nobody would check a guard when it runs.
         keep_bases: leave base products as they are, so that what LoRA is added to can be looked at.
+        launch: who launches the Triton kernels on a GPU: "inductor", to which they are visible; "op", an opaque op;
+            "auto" has Inductor launch them on XPU, and in an exported program.
 
     Returns:
         The decisions taken, in the order of the graph; none for a graph without shapes, which is left as it is.
 
     Raises:
         ContractError: something that holds no graph.
-        OptionError: XPU_LORA_FUEL is no number, or XPU_LORA_DUMP cannot be made.
+        OptionError: an unknown `launch`; XPU_LORA_FUEL is no number, or XPU_LORA_DUMP cannot be made.
     """
+    checked_launch(launch)
     module = program.graph_module if isinstance(program, ExportedProgram) else program
     if not isinstance(module, GraphModule):
         raise ContractError(
             "rewrite", "a GraphModule or an ExportedProgram", type(module).__name__, "Compile or export the model."
         )
     folder = _dump_folder()
-    run = Rewrite(fuel(), keep_bases)
+    run = Rewrite(fuel(), keep_bases, launch)
     graphs = list(graphs_of(module))
     for position, transform in enumerate(PIPELINE):
         name = f"{position}-{transform.__name__}"
@@ -80,6 +85,14 @@ def rewrite(program: GraphModule | ExportedProgram, *, keep_bases: bool = False)
     if isinstance(program, ExportedProgram):
         _rename_outputs(program)
     return run.decisions
+
+
+def checked_launch(launch: str) -> Launch:
+    """Return who is to launch the Triton kernels; OptionError for an unknown name."""
+    if launch not in get_args(Launch):
+        names = ", ".join(map(repr, get_args(Launch)))
+        raise OptionError("launch", f"one of {names}", repr(launch), "Leave it out for 'auto'.")
+    return cast("Launch", launch)
 
 
 def _rename_outputs(program: ExportedProgram) -> None:
@@ -136,4 +149,13 @@ def _dump(folder: Path | None, name: str, module: GraphModule) -> None:
         (folder / name).write_text(as_text(module) + "\n")
 
 
-__all__ = ["PIPELINE", "Decision", "check_environment", "fuel", "record_decisions", "rewrite"]
+__all__ = [
+    "PIPELINE",
+    "Decision",
+    "Launch",
+    "check_environment",
+    "checked_launch",
+    "fuel",
+    "record_decisions",
+    "rewrite",
+]
