@@ -510,7 +510,8 @@ def test_the_decision_says_which_rule_fails(
     make, rule = make_and_rule
     traced = for_intel(one_slice, make, groups, after_aot=False)
     assert calls_in(traced.text, "vendor_add_lora") == calls_in(traced.text, "valid_slots") == 0
-    assert calls_in(traced.text, "triton_add_lora" if "triton" in KERNELS_HERE else "add_lora") == 1
+    # Whoever launches: where Triton is, Inductor; what Triton refuses too is for an op that chooses.
+    assert calls_in(traced.text, "triton_add_lora") + calls_in(traced.text, "add_lora") == 1
     (reason,) = [note for note in traced.decisions[0].notes if note.startswith("lower: kernel vendor is not used: ")]
     assert reason.removeprefix("lower: kernel vendor is not used: ").startswith(rule)
 
