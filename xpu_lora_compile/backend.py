@@ -21,12 +21,13 @@ from xpu_lora_compile.inductor_internals import (
     in_slot,
     mode_names,
     option_names,
+    writes_no_python,
 )
 from xpu_lora_compile.kernels import forced_kernel
-from xpu_lora_compile.passes import fuel, rewrite
+from xpu_lora_compile.passes import Launch, checked_launch, fuel, rewrite
 
 # Our own options, each with the values it takes; the first is the default.
-OPTIONS = {"xpu_lora.execute": ("inductor", "eager")}
+OPTIONS = {"xpu_lora.execute": ("inductor", "eager"), "xpu_lora.launch": ("auto", "inductor", "op")}
 
 # Inductor may compute a product with padded columns, and then hands an op that changes a view of the product in place
 # the strides it had without the padding: wrong numbers, seen on CUDA with torch 2.11 and reproduced on torch 2.13.
@@ -50,13 +51,18 @@ def xpu_lora(
         example_inputs: its inputs, fake or real.
         mode: as for Inductor: "default", "reduce-overhead", "max-autotune", ...
         options: Inductor's own, and `xpu_lora.execute`: "inductor" (default), or "eager" to run the rewritten
-            graph operation by operation, without generating code.
+            graph operation by operation, without generating code. `xpu_lora.launch`: who launches the Triton kernels,
+            "inductor", or "op" for an op that it does not look into; "auto" (default) leaves it to us.
 
     Raises:
         OptionError: an unknown mode or option, or a value of the wrong type.
     """
     options = dict(_checked_type(options or {}))
     execute = options.pop("xpu_lora.execute", "inductor")
+    launch = options.pop("xpu_lora.launch", "auto")
+    if launch not in OPTIONS["xpu_lora.launch"]:
+        values = ", ".join(map(repr, OPTIONS["xpu_lora.launch"]))
+        raise OptionError("option xpu_lora.launch", f"one of {values}", repr(launch), "Leave it out for 'auto'.")
     if execute not in OPTIONS["xpu_lora.execute"]:
         values = " or ".join(map(repr, OPTIONS["xpu_lora.execute"]))
         raise OptionError("option xpu_lora.execute", values, repr(execute), "Leave it out for Inductor.")
@@ -68,7 +74,7 @@ def xpu_lora(
             ", ".join(config),
             "Leave out one or the other.",
         )
-    rewrite(graph_module)
+    rewrite(graph_module, launch=_settled(launch, config))
     return graph_module.forward if execute == "eager" else generate_code(graph_module, example_inputs, config)
 
 
@@ -81,11 +87,17 @@ def generate_code(
     return cast("Callable[..., Any]", compiled)
 
 
-def inductor_options(options: dict[str, Any] | None = None) -> dict[str, Any]:
+def _settled(launch: Launch, config: dict[str, Any]) -> Launch:
+    """Who launches the Triton kernels: Inductor, if the code that it writes is no Python, and nothing else is asked."""
+    return "inductor" if launch == "auto" and writes_no_python(config) else launch
+
+
+def inductor_options(options: dict[str, Any] | None = None, *, launch: Launch = "auto") -> dict[str, Any]:
     """Options that put the same passes into stock Inductor.
 
     Args:
         options: further options of Inductor to go with them; passes among them keep running, after ours.
+        launch: who launches the Triton kernels, as of `xlc.rewrite`.
 
     Example:
         >>> import torch
@@ -95,13 +107,13 @@ def inductor_options(options: dict[str, Any] | None = None) -> dict[str, Any]:
         >>> compiled = torch.compile(torch.nn.Linear(2, 2), options=xlc.inductor_options())
 
     Raises:
-        OptionError: an unknown option, or a value of the wrong type.
+        OptionError: an unknown option or `launch`, or a value of the wrong type.
     """
     config = _checked_config(None, options or {})
     return {
         **config,
         **_SAFE,
-        "pre_grad_custom_pass": in_slot("pre_grad_custom_pass", RewritePass(), config),
+        "pre_grad_custom_pass": in_slot("pre_grad_custom_pass", RewritePass(checked_launch(launch)), config),
         "post_grad_custom_pre_pass": in_slot("post_grad_custom_pre_pass", CacheKey(), config),
     }
 
@@ -144,10 +156,19 @@ class CacheKey(CustomGraphPass):
 class RewritePass(CacheKey):
     """The passes of `xlc.rewrite`, for Inductor's slot `pre_grad_custom_pass`."""
 
+    def __init__(self, launch: Launch = "auto") -> None:
+        super().__init__()
+        self.launch: Launch = launch
+        self.identity = (*self.identity, launch)
+
     def __call__(self, graph: Graph) -> None:
         """Rewrite the graph in place."""
         if graph.owning_module is not None:
-            rewrite(graph.owning_module)
+            rewrite(graph.owning_module, launch=_settled(self.launch, {}))
+
+    def uuid(self) -> Any:
+        """As `CacheKey.uuid`, and who launches the kernels."""
+        return (*super().uuid(), self.launch)
 
 
 def _identity() -> tuple[object, ...]:

@@ -52,6 +52,13 @@ def in_slot(slot: str, ours: CustomGraphPass, options: dict[str, Any]) -> Any:
     return (ours, *users) if TAKES_LISTS else InTurn(ours, *users)
 
 
+def writes_no_python(options: dict[str, Any]) -> bool:
+    """Whether the code that Inductor writes is C++ alone: by these options, or those in force; or ahead of time."""
+    from torch._inductor.virtualized import V
+
+    return bool(options.get("cpp_wrapper", config.cpp_wrapper)) or V.aot_compilation is True
+
+
 class InTurn(CustomGraphPass):
     """Several passes in a slot that takes one; cached only if all of them can be."""
 
@@ -80,4 +87,5 @@ __all__ = [
     "in_slot",
     "mode_names",
     "option_names",
+    "writes_no_python",
 ]

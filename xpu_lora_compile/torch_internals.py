@@ -56,6 +56,38 @@ def check_before_autograd(library: torch.library.Library, op: Any, check: Any) -
         library.impl(op._schema.name.split("::")[1], call, f"Autograd{device}", with_keyset=True)
 
 
+def inline_under_aot(library: torch.library.Library, name: str, body: Any, *, unless: Any) -> None:
+    """Have AOT put an op's body in its place, as it does for a `torch.library.triton_op`; export keeps the op.
+
+    A `triton_op` itself would load Triton when it is defined, and costs 20 us when it is called eagerly.
+
+    Args:
+        library: that defines the op.
+        name: of the op, without its namespace.
+        body: what is called with the op's arguments; of aten's ops and kernels in `torch.library.wrap_triton`.
+        unless: whether a call with these arguments is left alone.
+    """
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+    def rule(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+        if custom_triton_ops_decomposition_disabled() or unless(*args, **kwargs):
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode:
+            return body(*args, **kwargs)
+
+    torch.library.register_torch_dispatch(f"{library.ns}::{name}", FunctionalTensorMode, rule, lib=library)
+
+
+def number_of(size: int | torch.SymInt) -> int | None:
+    """A size that is the same for all inputs that the graph is for; None of one that is not."""
+    if isinstance(size, int):
+        return size
+    known: int | None = size.node.maybe_as_int()
+    return known
+
+
 def writes_to(tensor: torch.Tensor) -> int:
     """How often the tensor, or a view of the same memory, has been written to in place; no inference tensor."""
     return tensor._version

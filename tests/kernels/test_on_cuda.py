@@ -104,6 +104,44 @@ def test_a_captured_graph_replays_with_other_rows_and_other_adapters(op: str, ro
             assert all(map(same_bits, results, eager)), f"step {step}"
 
 
+MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "default": ({}, {}),
+    "dynamic": ({}, {"dynamic": True}),
+    "cpp_wrapper": ({"cpp_wrapper": True}, {}),
+    "reduce-overhead": ({"triton.cudagraphs": True}, {}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_inductor_launches_has_the_bits_of_the_op(mode: str) -> None:
+    """With base products apart, so that both round alike."""
+    from xpu_lora_compile.backend import generate_code
+
+    config, options = MODES[mode]
+    for rows in (40,) if mode == "cpp_wrapper" else (3, 40, 300):
+        layer = Layer(rows)
+        layer.change(0)
+
+        def function(x: Tensor, indices: Tensor, layer: Layer = layer) -> list[Tensor]:
+            bases = [nn.functional.linear(x, *pair) for pair in zip(layer.weights, layer.biases, strict=True)]
+            pairs = zip(bases, layer.a, layer.b, strict=True)
+            return [xlc.lora_linear(base, x, [a], [b], indices, [0], 0.3, layer.ranks) for base, a, b in pairs]
+
+        def compiled(launch: Any, layer: Layer = layer, function: Any = function) -> list[Tensor]:
+            def backend(module: Any, inputs: Any) -> Any:
+                xlc.rewrite(module, keep_bases=True, launch=launch)
+                return generate_code(module, inputs, config)
+
+            torch._dynamo.reset()
+            call: Any = torch.compile(function, backend=backend, **options)
+            for _ in range(3):
+                results = [result.clone() for result in call(layer.x, layer.indices)]
+            return results
+
+        with torch.no_grad(), force_kernel("triton"):
+            assert all(map(same_bits, compiled("inductor"), compiled("op")))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from support.peft_folders import save_adapter

@@ -19,7 +19,10 @@ PARTS = {"native_add_slices", "native_add_packed", "slot_products", "outer_by_sl
 def test_every_op_that_adds_lora_is_known_to_whoever_reads_graphs() -> None:
     ops = {name for name in schemas_of("xpu_lora") if not name.startswith("native_try_")} - PARTS
     assert ops == {name_of(op) for op in (*LORA_OPS, *ROUTINGS)}
-    assert {name_of(op) for op in ROUTINGS} == {kernel.prepares for kernel in KERNELS if kernel.prepares}
+    prepares = {name for kernel in KERNELS for name in (kernel.prepares, kernel.visible_prepares) if name}
+    assert {name_of(op) for op in ROUTINGS} == prepares
+    visible = {name for kernel in KERNELS for name in kernel.visible_ops.values()}
+    assert visible <= {name_of(op) for op in LORA_OPS}
 
 
 @pytest.mark.parametrize("op", LORA_OPS, ids=lambda op: op._schema.name.split("::")[1])

@@ -256,7 +256,7 @@ class Report:
         kept: dict[str, dict[str, None]] = {}
         for site in self.sites:
             for note in site.notes:
-                if "not fused" in note or "not used" in note or "left" in note:
+                if any(word in note for word in ("not fused", "not used", "left", "launches")):
                     place = _family(site.module) or _short(site.source)
                     kept.setdefault(note, {})[place] = None
         return [*lines, *(f"{note}: {', '.join(places)}." for note, places in kept.items())]

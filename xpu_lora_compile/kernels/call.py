@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -92,6 +93,9 @@ class Kernel:
         devices: the types of devices that it is made for; empty for all.
         by_force_alone: why nothing but force takes it; empty for a kernel that may be chosen.
         op: the op of `torch.ops.xpu_lora` that `lower` emits for it: "add_lora" asks for a kernel when it runs.
+        visible_ops: the ops that `lower` emits where the compiler is to launch the kernels itself, by the names of the
+            internal ones that they stand for: "add_lora", "shrink", "expand", "expand_slice".
+        visible_prepares: for those, what `prepares` is for the others.
         prepares: the op whose results all its calls of one graph share, made of the indices and K; empty for none.
             `op` gets them as the arguments of the same names.
         needs_plain_slices: whether `op` takes offsets that are known while compiling, and slices that share no
@@ -114,6 +118,8 @@ class Kernel:
     by_force_alone: str = ""
     op: str = "add_lora"
     prepares: str = "route"
+    visible_ops: Mapping[str, str] = MappingProxyType({})
+    visible_prepares: str = ""
     needs_plain_slices: bool = False
     needs_whole_stacks: bool = False
     takes_wholes: bool = False
@@ -142,6 +148,14 @@ class Kernel:
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of `op` and of `prepares` that are the kernel's own, by name."""
+        return {}
+
+    def visible_refusal(self, call: LoraCall) -> str:
+        """Return why `visible_ops` cannot run a call for all sizes of a graph; empty if they can."""
+        return "" if self.visible_ops else f"{self.name} has no kernels that a compiler could launch"
+
+    def visible_options(self, call: LoraCall) -> dict[str, Any]:
+        """As `options`, of `visible_ops` and `visible_prepares` for this call."""
         return {}
 
     def add_lora(self, call: LoraCall) -> None:

@@ -10,6 +10,13 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
+
+from xpu_lora_compile.torch_internals import is_guarded, number_of
+
+# What a graph for every T is tuned for: up to FEW rows for FEW, beyond for MANY.
+FEW, MANY = 64, 1024
+
 
 class Sizes(NamedTuple):
     """Tiles, warps and stages of each kernel; the defaults are those of few rows."""
@@ -71,3 +78,9 @@ def sizes_for(rows: int, rank: int, width: int) -> Sizes:
         return sizes._replace(expand_blocks=2)
     blocks = 4 if rows * width <= 1 << 24 else 8
     return sizes._replace(expand_columns=128, expand_blocks=blocks, delta_first=True)
+
+
+def tuned_rows_for(rows: int | torch.SymInt) -> int:
+    """For how many rows the sizes of a graph are chosen: for T, or if it is symbolic for FEW or MANY, by one guard."""
+    known = number_of(rows)
+    return known if known is not None else FEW if is_guarded(rows <= FEW) else MANY

@@ -21,13 +21,14 @@ import triton
 import triton.language as tl
 
 try:
-    from triton.language.extra import cuda
-except ImportError:  # Triton for Intel GPUs alone may come without; nothing here asks for it there.
-    cuda = None
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:
+    # A Triton for Intel GPUs alone may come without; 3.3 has none yet. Triton looks names up even where it skips calls.
+    gdc_launch_dependents = gdc_wait = None
 
 # Whether this Triton can say that a kernel may start before the one in front of it has ended: 3.6 can; 3.4 has the
 # functions, but written for an older compiler of its own.
-CAN_OVERLAP = hasattr(cuda, "gdc_wait") and "_semantic" in inspect.signature(cuda.gdc_wait).parameters
+CAN_OVERLAP = gdc_wait is not None and "_semantic" in inspect.signature(gdc_wait).parameters
 
 NO_TILE: tl.constexpr = tl.constexpr(-2)
 # Triton's interpreter (3.6) multiplies the bits of bfloat16 as if they were integers, and cuts a float32 off to one.
@@ -188,8 +189,8 @@ def shrink_kernel(
     """
     if PDL:
         # First the end of whatever came before; then the kernel after this one may start, and read all but `hidden`.
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+        gdc_wait()
+        gdc_launch_dependents()
     tile = tl.program_id(0)
     piece = tl.program_id(1)
     which = tl.program_id(2)
@@ -309,7 +310,7 @@ def expand_kernel(
     if slot < (-1 if FILL else 0):
         # Not before the shrink has ended: whatever comes after this kernel waits for it alone.
         if PDL:
-            cuda.gdc_wait()
+            gdc_wait()
         return
     # Which slice, and where in it.
     block = tl.program_id(0) % block_count
@@ -331,7 +332,7 @@ def expand_kernel(
     is_row = rows >= 0
     at = tl.where(is_row, rows, 0).to(tl.int64)
     target = _pick(outputs, s) + at[:, None] * _pick(out_row, s)
-    h_slice = count.to(tl.int64) * h_row
+    h_slice = tl.cast(count, tl.int64) * h_row
     source = hidden + s * h_slice
     if ONE_BLOCK:
         # Each block's memory is read one block ahead, and the first before the shrink has ended.
@@ -340,7 +341,7 @@ def expand_kernel(
         is_in = is_row[:, None] & (n < limit)[None, :]
         old = tl.load(place, mask=is_in, other=0.0) if ADD else 0.0
         if PDL:
-            cuda.gdc_wait()
+            gdc_wait()
         mask = is_row[:, None] & (r < used)[None, :]
         left = _hidden_tile(source, slices * h_slice, h_row, h_column, at, r, mask, scaling, SUMS, PAIRS, SCALE)
         for block in range(PER):
@@ -363,7 +364,7 @@ def expand_kernel(
             is_in = is_next_in
     else:
         if PDL:
-            cuda.gdc_wait()
+            gdc_wait()
         for _block in range(PER):
             total = tl.zeros([BM, BN], tl.float32)
             for start in range(0, used, BR):
@@ -459,8 +460,8 @@ def linear_kernel(
         mask = (r < used)[:, None] & is_in[None, :]
         rows_of_b = rows_of_b + (tl.load(b_tile + r * row_of_b, mask=mask, other=0.0),)
     if PDL:
-        cuda.gdc_wait()
-    h_slice = count.to(tl.int64) * h_row
+        gdc_wait()
+    h_slice = tl.cast(count, tl.int64) * h_row
     mask = every[None, :] < used[:, None]
     source = hidden + s * h_slice
     hiddens = _hidden_tile(source, slices * h_slice, h_row, 1, at, every, mask, scaling, SUMS, PAIRS, True)

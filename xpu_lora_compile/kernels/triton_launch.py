@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from torch.nn.functional import linear
 from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator
 from xpu_lora_compile.kernels.replay import current_tape
 from xpu_lora_compile.kernels.routing import RowRouting
-from xpu_lora_compile.kernels.sizes import Sizes, sizes_for
+from xpu_lora_compile.kernels.sizes import Sizes, sizes_for, tuned_rows_for
+from xpu_lora_compile.torch_internals import number_of
 
 
 class Hidden(NamedTuple):
@@ -29,12 +31,26 @@ class Hidden(NamedTuple):
     is_paired: bool
 
 
+class Form(NamedTuple):
+    """How a call's kernels are launched, and for how many rows their sizes are chosen."""
+
+    # As `_launch`.
+    launch: Callable[..., None]
+    # T, which may be symbolic, or a number of rows that stands for all T of a graph.
+    rows: Any
+
+
+def is_interpreting() -> bool:
+    """Whether Triton runs kernels by its interpreter in this process, and so compiles none."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @cache
 def problem(device: str) -> str:
     """Why Triton kernels cannot run on a type of device; empty where they can."""
     if find_spec("triton") is None:
         return "Triton is not installed"
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device == "cpu" and not is_interpreting():
         return "Triton compiles for no CPU (TRITON_INTERPRET=1 has its interpreter run them, slowly)"
     return "" if device in ("cpu", "cuda", "xpu") else f"Triton was tried on CUDA and XPU, not on {device}"
 
@@ -52,7 +68,7 @@ def tile_count(rows: int, slots: int) -> int:
     return min(rows, rows // tile_rows(rows, slots) + slots + 1)
 
 
-def _as_current(device: torch.device) -> AbstractContextManager[Any]:
+def as_current(device: torch.device) -> AbstractContextManager[Any]:
     """Have a device be the current one: Triton launches there, whatever it is given."""
     if device.type == "cpu":
         return nullcontext()
@@ -72,11 +88,22 @@ def route(indices: Tensor, slots: int) -> Tensor:
     tiles = torch.empty(table_length(rows, slots), dtype=torch.int32, device=indices.device)
     if rows:
         height, count = tile_rows(rows, slots), tile_count(rows, slots)
-        chunk = 64 if rows <= 64 else 1024
-        with _as_current(indices.device):
-            operands = indices, indices.stride(0), tiles, rows, slots, count, height, count == rows, chunk
-            _launch("route_kernel", (slots + 1,), *operands)
+        with as_current(indices.device):
+            fill_tiles(tiles, indices, slots, height, count, count == rows, Form(_launch, rows))
     return tiles
+
+
+def fill_tiles(tiles: Tensor, indices: Tensor, slots: int, height: int, count: Any, by_row: bool, form: Form) -> None:
+    """Write a table of tiles; `by_row` has a tile for each row."""
+    operands = indices, indices.stride(0), tiles, indices.shape[0], slots, count, height, by_row
+    form.launch("route_kernel", (slots + 1,), *operands, 64 if form.rows <= 64 else 1024)
+
+
+def _tiling(rows: Any, routing: RowRouting) -> tuple[Any, Any]:
+    """The height of the tiles of a routing and their number; the table says both where Inductor launches."""
+    if routing.tiles is not None and routing.tiles.dim() == 2:
+        return int(routing.tiles.shape[1]) - 1, routing.tiles.shape[0]
+    return tile_rows(rows, routing.slots), tile_count(rows, routing.slots)
 
 
 def _tiles_of(routing: RowRouting) -> Tensor:
@@ -97,6 +124,15 @@ class Triton(Kernel):
     name = "triton"
     devices = ("cuda", "xpu")
     prepares = "route_tiles"
+    visible_ops = MappingProxyType(
+        {
+            "add_lora": "triton_add_lora",
+            "shrink": "triton_shrink",
+            "expand": "triton_expand_slice",
+            "expand_slice": "triton_expand_slice",
+        }
+    )
+    visible_prepares = "triton_route_tiles"
     reads_ranks = True
     # A CPU interprets it.
     computes_base_on = ("cuda", "cpu")
@@ -109,25 +145,40 @@ class Triton(Kernel):
         """As `Kernel.refusal`."""
         return "it computes in float32" if accumulator(*call.operands) is torch.float64 else ""
 
+    def visible_refusal(self, call: LoraCall) -> str:
+        """As `Kernel.visible_refusal`: T alone may be symbolic."""
+        sizes = [size for stack in (*call.lora_a, *call.lora_b) for size in (*stack.shape, *stack.stride())]
+        if not all(isinstance(size, int) for size in sizes) or number_of(call.inputs.shape[1]) is None:
+            return "sizes of weights must be known while compiling"
+        if not all(isinstance(offset, int) for offset in call.slice_offsets):
+            return "offsets must be known while compiling"
+        if any(operand.is_neg() for operand in call.operands):
+            return "an operand is negated when it is read"
+        return ""
+
+    def visible_options(self, call: LoraCall) -> dict[str, Any]:
+        """As `Kernel.visible_options`: for how many rows sizes are chosen."""
+        return {"tuned_rows": tuned_rows_for(call.inputs.shape[0])}
+
     def shrink(self, call: LoraCall) -> None:
         """As `Kernel.shrink`."""
-        with _as_current(call.inputs.device):
+        with as_current(call.inputs.device):
             hidden = Hidden(call.outputs[0][None], False)
-            _shrink(hidden, call.inputs, call.lora_a, call.routing, scaling=call.scaling)
+            shrink_into(hidden, call.inputs, call.lora_a, call.routing, scaling=call.scaling)
 
     def expand(self, call: LoraCall) -> None:
         """As `Kernel.expand`."""
-        with _as_current(call.inputs.device):
+        with as_current(call.inputs.device):
             hidden = Hidden(call.inputs[None], False)
-            _expand(call.outputs, hidden, call.lora_b, call.routing, None, add=call.add, pdl=False)
+            expand_from(call.outputs, hidden, call.lora_b, call.routing, None, add=call.add, pdl=False)
 
     def add_lora(self, call: LoraCall) -> None:
         """As `Kernel.add_lora`: two launches, if the slices are stored alike."""
         if len(call.inputs) == 0:
             return
         columns, lora_a, lora_b = call.columns, call.lora_a, call.lora_b
-        alike = _are_alike(lora_a, 2) and _are_alike(lora_b, 1) and _are_alike(columns, 1)
-        with _as_current(call.inputs.device):
+        alike = are_alike(lora_a, 2) and are_alike(lora_b, 1) and are_alike(columns, 1)
+        with as_current(call.inputs.device):
             for slices in [slice(None)] if alike else [slice(s, s + 1) for s in range(len(lora_b))]:
                 hidden = shrink_all(call.inputs, lora_a[slices], call.routing)
                 expand_all(columns[slices], hidden, lora_b[slices], call.routing, call.scaling)
@@ -136,7 +187,7 @@ class Triton(Kernel):
         self, call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> list[Tensor]:
         """As `Kernel.linear_with_lora`: one kernel for few rows, two streams for more, LoRA first for many."""
-        with _as_current(call.inputs.device):
+        with as_current(call.inputs.device):
             return _linear_with_lora(call, weights, biases)
 
 
@@ -147,7 +198,7 @@ def _linear_with_lora(call: LoraCall, weights: Sequence[Tensor], biases: Sequenc
     if _fits_linears(call, weights, biases, sizes):
         return _linears(call, weights, biases, sizes)
     products = list(zip(weights, biases, strict=True))
-    if rows == 0 or not _are_alike(lora_a, 2) or not _are_alike(lora_b, 1):
+    if rows == 0 or not are_alike(lora_a, 2) or not are_alike(lora_b, 1):
         outputs = [linear(inputs, *product) for product in products]
         Triton().add_lora(replace(call, outputs=outputs))
         return outputs
@@ -162,14 +213,14 @@ def _linear_with_lora(call: LoraCall, weights: Sequence[Tensor], biases: Sequenc
         return outputs
     # Made before the streams part.
     _tiles_of(routing)
-    hidden = _empty_hidden(inputs, lora_a, routing)
+    hidden = empty_hidden(inputs, lora_a, routing)
     # In a captured graph a second stream costs no time of the host's.
     aside = _side_stream(inputs.device) if _is_captured(inputs.device) else None
     if aside is not None:
         here = torch.cuda.current_stream(inputs.device)
         aside.wait_stream(here)
     with torch.cuda.stream(aside) if aside is not None else nullcontext():
-        _shrink(hidden, inputs, lora_a, routing)
+        shrink_into(hidden, inputs, lora_a, routing)
     outputs = [linear(inputs, *product) for product in products]
     if aside is not None:
         here.wait_stream(aside)
@@ -185,8 +236,8 @@ def shrink_all(inputs: Tensor, lora_a: Sequence[Tensor], routing: RowRouting) ->
         lora_a: of each slice, `[K, R, D]`, all alike.
         routing: of the T rows among K slots.
     """
-    hidden = _empty_hidden(inputs, lora_a, routing)
-    _shrink(hidden, inputs, lora_a, routing, pdl=_has_pdl(inputs.device))
+    hidden = empty_hidden(inputs, lora_a, routing)
+    shrink_into(hidden, inputs, lora_a, routing, pdl=_has_pdl(inputs.device))
     return hidden
 
 
@@ -204,7 +255,7 @@ def expand_all(
     With `follows` the shrink is the kernel before this one on its stream, and need not have ended. Without `add` the
     columns are written: zero in rows without an adapter.
     """
-    _expand(columns, hidden, lora_b, routing, scaling, add, pdl=follows and _has_pdl(hidden.sums.device))
+    expand_from(columns, hidden, lora_b, routing, scaling, add, pdl=follows and _has_pdl(hidden.sums.device))
 
 
 def piece_of(features: int) -> int:
@@ -217,20 +268,22 @@ def piece_count(features: int) -> int:
     return max(1, -(-features // piece_of(features)))
 
 
-def _shrink(
+def shrink_into(
     hidden: Hidden,
     inputs: Tensor,
     lora_a: Sequence[Tensor],
     routing: RowRouting,
     scaling: float | None = None,
     pdl: bool = False,
+    form: Form | None = None,
 ) -> None:
-    """Into `hidden`; with a scaling that is the output of the public op."""
-    rows, features = inputs.shape
-    if rows == 0:
+    """Write `A[i] @ inputs[t]` into `hidden`; with a scaling that is the output of the public op."""
+    rows, features = inputs.shape[0], int(inputs.shape[1])
+    form = form or Form(_launch, rows)
+    if form.rows == 0:
         return
-    ranks = [a.shape[1] for a in lora_a]
-    sizes = sizes_for(rows, max(ranks), 0)
+    ranks = [int(a.shape[1]) for a in lora_a]
+    sizes = sizes_for(form.rows, max(ranks), 0)
     block = _rank_block(max(ranks), inputs.dtype if inputs.dtype == lora_a[0].dtype else torch.float32)
     # Of float32, which takes twice the memory, no GPU with 99 KB of it shared would hold more.
     is_single = scaling is not None or block > 16 or lora_a[0].dtype == torch.float32
@@ -238,12 +291,13 @@ def _shrink(
     pieces, piece = piece_count(features), piece_of(features)
     blocks = -(-max(ranks) // block)
     programs = len(hidden.sums)
-    height, count = tile_rows(rows, routing.slots), tile_count(rows, routing.slots)
+    tiles = _tiles_of(routing)
+    height, count = _tiling(rows, routing)
     columns = sizes.shrink_columns
     # A step of a whole piece would be summed with the next by Triton (3.6), which joins a product and a sum.
     while piece % columns or columns == piece:
         columns //= 2
-    _launch(
+    form.launch(
         "shrink_kernel",
         (count, programs, -(-len(lora_a) // group) * blocks),
         hidden.sums,
@@ -252,7 +306,7 @@ def _shrink(
         *inputs.stride(),
         rows,
         *_with_strides(lora_a, common=2),
-        _tiles_of(routing),
+        tiles,
         count,
         routing.ranks,
         tuple(ranks),
@@ -278,27 +332,33 @@ def _shrink(
     )
 
 
-def _expand(
-    columns: Sequence[Tensor],
+def expand_from(
+    columns: Sequence[Any],
     hidden: Hidden,
     lora_b: Sequence[Tensor],
     routing: RowRouting,
     scaling: float | None,
     add: bool,
     pdl: bool,
+    form: Form | None = None,
 ) -> None:
-    """With a scaling, of what the shrink has left; without, of the public op's inputs."""
-    rows = len(columns[0])
-    if rows == 0:
+    """Add `B[i] @ hidden[t]` to columns: with a scaling what the shrink has left, without the public op's inputs.
+
+    The columns are tensors `[T, W]`, or what has their shape and strides, and is known to `form.launch`.
+    """
+    rows = columns[0].shape[0]
+    form = form or Form(_launch, rows)
+    if form.rows == 0:
         return
-    sizes = _sizes(rows, lora_b)
-    ranks, widths = [b.shape[2] for b in lora_b], [b.shape[1] for b in lora_b]
+    sizes = _sizes(form.rows, lora_b)
+    ranks, widths = [int(b.shape[2]) for b in lora_b], [int(b.shape[1]) for b in lora_b]
     block = _rank_block(max(ranks), lora_b[0].dtype)
-    height, count = tile_rows(rows, routing.slots), tile_count(rows, routing.slots)
+    tiles = _tiles_of(routing)
+    height, count = _tiling(rows, routing)
     width = sizes.expand_columns
     each = sizes.expand_blocks
     blocks = sum(-(-columns_of_slice // (width * each)) for columns_of_slice in widths)
-    _launch(
+    form.launch(
         "expand_kernel",
         (blocks * count,),
         tuple(columns),
@@ -308,7 +368,7 @@ def _expand(
         *hidden.sums.stride()[1:],
         rows,
         *_with_strides(lora_b, common=1),
-        _tiles_of(routing),
+        tiles,
         count,
         blocks,
         routing.ranks,
@@ -329,7 +389,7 @@ def _expand(
         block,
         width,
         num_warps=sizes.expand_warps,
-        # As in `_shrink`.
+        # As in `shrink_into`.
         **({"num_stages": 2} if lora_b[0].dtype == torch.float32 else {}),
         **_overlap(pdl),
     )
@@ -351,8 +411,8 @@ def _fits_linears(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Te
         and all(operand.stride(-1) == 1 for operand in (inputs, *weights, *bias))
         and len(bias) in (0, len(biases))
         and all(offset % sizes.linear_columns == 0 for offset in call.slice_offsets)
-        and _are_alike(lora_a, 2)
-        and _are_alike(lora_b, 1)
+        and are_alike(lora_a, 2)
+        and are_alike(lora_b, 1)
     )
 
 
@@ -409,22 +469,25 @@ def _linears(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor 
 
 
 def _sizes(rows: int, lora_b: Sequence[Tensor]) -> Sizes:
-    return sizes_for(rows, max(b.shape[2] for b in lora_b), sum(b.shape[1] for b in lora_b))
+    return sizes_for(rows, max(int(b.shape[2]) for b in lora_b), sum(int(b.shape[1]) for b in lora_b))
 
 
-def _empty_hidden(inputs: Tensor, lora_a: Sequence[Tensor], routing: RowRouting) -> Hidden:
-    rows, features = inputs.shape
-    highest = max(a.shape[1] for a in lora_a)
-    sizes = sizes_for(rows, highest, 0)
+def empty_hidden(inputs: Tensor, lora_a: Sequence[Tensor], routing: RowRouting, sized_for: int | None = None) -> Hidden:
+    """Memory for the rank vectors of all slices; as for `sized_for` rows if that is given."""
+    rows, features = inputs.shape[0], int(inputs.shape[1])
+    if sized_for is None:
+        sized_for = rows
+    highest = max(int(a.shape[1]) for a in lora_a)
+    sizes = sizes_for(sized_for, highest, 0)
     pieces = piece_count(features)
-    programs = tile_count(rows, routing.slots) * pieces * -(-len(lora_a) // sizes.shrink_slices)
+    programs = tile_count(sized_for, routing.slots) * pieces * -(-len(lora_a) // sizes.shrink_slices)
     is_paired = programs >= sizes.shrink_programs
     # The rank rounded up, so that each row starts where it is read fastest.
     shape = (-(-pieces // 2) if is_paired else pieces, len(lora_a) * rows, -(-highest // 16) * 16)
     return Hidden(torch.empty(shape, dtype=torch.float32, device=inputs.device), is_paired)
 
 
-def _are_alike(operands: Sequence[Tensor], dim: int) -> bool:
+def are_alike(operands: Sequence[Tensor], dim: int) -> bool:
     """Whether the kernels can pick one of these as they run: of one dtype, and one stride in a dimension."""
     return len({(operand.dtype, operand.stride(dim), operand.shape[0]) for operand in operands}) == 1
 

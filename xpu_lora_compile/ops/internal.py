@@ -9,15 +9,18 @@ Weights may be `[K, rows, columns]` or `[K, 1, rows, columns]`, with any strides
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from xpu_lora_compile import kernels
-from xpu_lora_compile.kernels import replay, triton_launch, vendor
+from xpu_lora_compile.kernels import replay, triton_launch, triton_visible, vendor
 from xpu_lora_compile.kernels.call import LoraCall, accumulator, without_autocast
 from xpu_lora_compile.kernels.routing import RowRouting
+from xpu_lora_compile.kernels.triton_visible import Launch, launch_flat, launch_traced
 from xpu_lora_compile.ops.checks import refuse_gradients, without_slice_dim
+from xpu_lora_compile.torch_internals import inline_under_aot
 
 _LIBRARY = torch.library.Library("xpu_lora", "FRAGMENT")
 
@@ -217,6 +220,99 @@ _LIBRARY.impl("valid_slots", vendor.valid_slots, "CompositeImplicitAutograd")
 _LIBRARY.define(f"vendor_add_lora({_VENDOR}) -> ()", tags=_TAGS)
 _LIBRARY.impl("vendor_add_lora", _vendor_add_lora, "CompositeImplicitAutograd")
 
+# The same once more, for a compiler to look into: AOT inlines them, and Inductor launches what they launch. So that
+# their sizes are settled, each gets the number of rows that these are for, and the table of tiles.
+
+
+def _triton_route_tiles(launch: Launch, indices: Tensor, slots: int, tuned_rows: int) -> Tensor:
+    return triton_visible.route_tiles(indices, slots, tuned_rows, launch)
+
+
+def _triton_add_lora(
+    launch: Launch,
+    outputs: Sequence[Tensor],
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    indices: Tensor,
+    slice_outputs: Sequence[int],
+    slice_offsets: Sequence[int],
+    scaling: float,
+    tuned_rows: int,
+    tiles: Tensor,
+    ranks: Tensor | None = None,
+) -> None:
+    stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
+    places = {"slice_outputs": slice_outputs, "slice_offsets": slice_offsets, "scaling": scaling}
+    call = triton_visible.called(outputs, inputs, stacks_a, stacks_b, indices, tiles, ranks, **places)
+    triton_visible.add_lora(call, tuned_rows, launch)
+
+
+def _triton_shrink(
+    launch: Launch,
+    output: Tensor,
+    inputs: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    scaling: float,
+    tuned_rows: int,
+    tiles: Tensor,
+) -> None:
+    stacks = [without_slice_dim(weights)]
+    call = triton_visible.called([output], inputs, stacks, [], indices, tiles, None, scaling=scaling)
+    triton_visible.shrink(call, tuned_rows, launch)
+
+
+def _triton_expand_slice(
+    launch: Launch,
+    output: Tensor,
+    inputs: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    offset: int,
+    add: bool,
+    tuned_rows: int,
+    tiles: Tensor,
+) -> None:
+    stacks, places = [without_slice_dim(weights)], {"slice_offsets": (offset,), "add": add}
+    call = triton_visible.called([output], inputs, [], stacks, indices, tiles, None, **places)
+    triton_visible.expand(call, tuned_rows, launch)
+
+
+def _fake_triton_route_tiles(indices: Tensor, slots: int, tuned_rows: int) -> Tensor:
+    shape = triton_visible.tiles_shape(indices.shape[0], int(slots), tuned_rows)
+    return indices.new_empty(shape, dtype=torch.int32)
+
+
+def _is_interpreted(operand: Tensor | Sequence[Tensor], *_: object, **__: object) -> bool:
+    """Whether Triton's interpreter runs a call, of whose first argument this is: it knows no compiler's tensors."""
+    first = operand if isinstance(operand, Tensor) else operand[0]
+    return first.device.type == "cpu" or triton_launch.is_interpreting()
+
+
+_TUNED = "int tuned_rows, Tensor tiles"
+_PLAIN_PLACES = "int[] slice_outputs, int[] slice_offsets, float scaling"
+for _schema, _body, _faked in (
+    (
+        "triton_route_tiles(Tensor indices, SymInt slots, int tuned_rows) -> (Tensor tiles)",
+        _triton_route_tiles,
+        _fake_triton_route_tiles,
+    ),
+    (
+        f"triton_add_lora({_LISTS}, Tensor indices, {_PLAIN_PLACES}, {_TUNED}, Tensor? ranks=None) -> ()",
+        _triton_add_lora,
+        _no_result,
+    ),
+    (f"triton_shrink({_ROW_OPERANDS}, float scaling, {_TUNED}) -> ()", _triton_shrink, _no_result),
+    (f"triton_expand_slice({_ROW_OPERANDS}, int offset, bool add, {_TUNED}) -> ()", _triton_expand_slice, _no_result),
+):
+    _name = _schema.split("(", 1)[0]
+    _LIBRARY.define(_schema, tags=_TAGS)
+    _LIBRARY.impl(_name, triton_visible.run_here(partial(_body, launch_flat)), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"xpu_lora::{_name}", _faked, lib=_LIBRARY)
+    inline_under_aot(_LIBRARY, _name, partial(_body, launch_traced), unless=_is_interpreted)
+
 SHRINK = torch.ops.xpu_lora.shrink.default
 EXPAND = torch.ops.xpu_lora.expand.default
 EXPAND_SLICE = torch.ops.xpu_lora.expand_slice.default
@@ -226,5 +322,9 @@ LINEAR_WITH_LORA = torch.ops.xpu_lora.linear_with_lora.default
 ADD_LORA = torch.ops.xpu_lora.add_lora.default
 VALID_SLOTS = torch.ops.xpu_lora.valid_slots.default
 VENDOR_ADD_LORA = torch.ops.xpu_lora.vendor_add_lora.default
+TRITON_ROUTE_TILES = torch.ops.xpu_lora.triton_route_tiles.default
+TRITON_ADD_LORA = torch.ops.xpu_lora.triton_add_lora.default
+TRITON_SHRINK = torch.ops.xpu_lora.triton_shrink.default
+TRITON_EXPAND_SLICE = torch.ops.xpu_lora.triton_expand_slice.default
 SLOT_PRODUCTS = torch.ops.xpu_lora.slot_products.default
 OUTER_BY_SLOT = torch.ops.xpu_lora.outer_by_slot.default

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
@@ -17,7 +17,7 @@ from xpu_lora_compile.passes.editing import graphs_of
 from xpu_lora_compile.passes.find_sites import find_sites
 from xpu_lora_compile.passes.fuse_base import fuse_base
 from xpu_lora_compile.passes.fuse_lora import fuse_lora
-from xpu_lora_compile.passes.graph import Rewrite
+from xpu_lora_compile.passes.graph import Launch, Rewrite
 from xpu_lora_compile.passes.lower import lower
 from xpu_lora_compile.passes.resolve_width import resolve_width
 from xpu_lora_compile.passes.share_input import share_input
@@ -41,7 +41,11 @@ _programs = itertools.count()
 
 
 def rewrite(
-    program: GraphModule | ExportedProgram, *, keep_bases: bool = False, without_python: bool = False
+    program: GraphModule | ExportedProgram,
+    *,
+    keep_bases: bool = False,
+    launch: Launch = "auto",
+    without_python: bool = False,
 ) -> list[Decision]:
     """Run the passes over a graph and its subgraphs, in place; what the graph computes stays the same.
 
@@ -52,6 +56,8 @@ def rewrite(
         program: what Dynamo gives a backend, or what `torch.export.export` returns. An exported program is decided
             by constants alone, since nobody would check a guard when it runs.
         keep_bases: leave base products as they are, so that what LoRA is added to can be looked at.
+        launch: who launches the Triton kernels on a GPU: "inductor", to which they are visible; "op", an opaque op;
+            "auto" has Inductor launch them on XPU, and in an exported program.
         without_python: take the kernels of this machine that a process without Python can run, for a program that
             leaves this one; what no such kernel takes is left alone.
 
@@ -60,15 +66,16 @@ def rewrite(
 
     Raises:
         ContractError: something that holds no graph.
-        OptionError: XPU_LORA_FUEL is no number, or XPU_LORA_DUMP cannot be made.
+        OptionError: an unknown `launch`; XPU_LORA_FUEL is no number, or XPU_LORA_DUMP cannot be made.
     """
+    checked_launch(launch)
     module = program.graph_module if isinstance(program, ExportedProgram) else program
     if not isinstance(module, GraphModule):
         raise ContractError(
             "rewrite", "a GraphModule or an ExportedProgram", type(module).__name__, "Compile or export the model."
         )
     folder = _dump_folder()
-    run = Rewrite(fuel(), keep_bases, without_python)
+    run = Rewrite(fuel(), keep_bases, launch, without_python)
     graphs = list(graphs_of(module))
     for position, transform in enumerate(PIPELINE):
         name = f"{position}-{transform.__name__}"
@@ -84,6 +91,14 @@ def rewrite(
     if isinstance(program, ExportedProgram):
         _rename_outputs(program)
     return run.decisions
+
+
+def checked_launch(launch: str) -> Launch:
+    """Return who is to launch the Triton kernels; OptionError for an unknown name."""
+    if launch not in get_args(Launch):
+        names = ", ".join(map(repr, get_args(Launch)))
+        raise OptionError("launch", f"one of {names}", repr(launch), "Leave it out for 'auto'.")
+    return cast("Launch", launch)
 
 
 def _rename_outputs(program: ExportedProgram) -> None:
@@ -140,4 +155,13 @@ def _dump(folder: Path | None, name: str, module: GraphModule) -> None:
         (folder / name).write_text(as_text(module) + "\n")
 
 
-__all__ = ["PIPELINE", "Decision", "check_environment", "fuel", "record_decisions", "rewrite"]
+__all__ = [
+    "PIPELINE",
+    "Decision",
+    "Launch",
+    "check_environment",
+    "checked_launch",
+    "fuel",
+    "record_decisions",
+    "rewrite",
+]

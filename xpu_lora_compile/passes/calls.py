@@ -26,19 +26,23 @@ from xpu_lora_compile.ops import (
     ROUTE,
     ROUTE_TILES,
     SHRINK,
+    TRITON_ADD_LORA,
+    TRITON_EXPAND_SLICE,
+    TRITON_ROUTE_TILES,
+    TRITON_SHRINK,
     VALID_SLOTS,
     VENDOR_ADD_LORA,
 )
 from xpu_lora_compile.ops.checks import without_slice_dim
 from xpu_lora_compile.passes.editing import arguments_of, calls_to, value_of
 
-SHRINKS = (BGMV_SHRINK, SHRINK, NATIVE_SHRINK)
-EXPANDS = (BGMV_EXPAND, BGMV_EXPAND_SLICE, EXPAND, EXPAND_SLICE, NATIVE_EXPAND)
+SHRINKS = (BGMV_SHRINK, SHRINK, NATIVE_SHRINK, TRITON_SHRINK)
+EXPANDS = (BGMV_EXPAND, BGMV_EXPAND_SLICE, EXPAND, EXPAND_SLICE, NATIVE_EXPAND, TRITON_EXPAND_SLICE)
 # Those that both shrink and expand, of one slice or several.
-WHOLE = (LORA_LINEAR, LORA_LINEARS, ADD_LORA, NATIVE_ADD_LORA, VENDOR_ADD_LORA, LINEAR_WITH_LORA)
+WHOLE = (LORA_LINEAR, LORA_LINEARS, ADD_LORA, NATIVE_ADD_LORA, VENDOR_ADD_LORA, TRITON_ADD_LORA, LINEAR_WITH_LORA)
 LORA_OPS = (*SHRINKS, *EXPANDS, *WHOLE)
 # Those that compute from the indices what several calls share.
-ROUTINGS = (ROUTE, ROUTE_TILES, VALID_SLOTS)
+ROUTINGS = (ROUTE, ROUTE_TILES, TRITON_ROUTE_TILES, VALID_SLOTS)
 
 
 def lora_calls(graph: Graph, *ops: torch._ops.OpOverload) -> list[LoraNode]:

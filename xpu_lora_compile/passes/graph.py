@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 from torch.fx import Graph, Node
@@ -19,6 +20,10 @@ from xpu_lora_compile.passes.memory import (
     written_by,
 )
 
+# Who launches the Triton kernels: "inductor", which sees them, or "op", an op that Inductor does not look into; "auto"
+# leaves it to `lower`.
+Launch = Literal["auto", "inductor", "op"]
+
 
 @dataclass
 class Rewrite:
@@ -27,6 +32,7 @@ class Rewrite:
     Attributes:
         fuel: how many more rewrites the passes may do; None is without limit.
         keeps_bases: whether base products stay as they are, for a reader who compares what LoRA is added to.
+        launch: who launches the Triton kernels, see `Launch`.
         without_python: whether the program is to run in a process without Python, where an op that is written in it
             would be missing.
         decisions: what the passes decide, in the order of the graph.
@@ -34,6 +40,7 @@ class Rewrite:
 
     fuel: int | None = None
     keeps_bases: bool = False
+    launch: Launch = "auto"
     without_python: bool = False
     decisions: list[Decision] = field(default_factory=list)
 

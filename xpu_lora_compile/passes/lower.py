@@ -17,7 +17,7 @@ from xpu_lora_compile.ops import BGMV_EXPAND_SLICE, BGMV_SHRINK, EXPAND, EXPAND_
 from xpu_lora_compile.passes.calls import LoraNode, lora_calls
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
 from xpu_lora_compile.passes.editing import arguments_of, insert_before, is_subgraph, replace, size_of, value_of
-from xpu_lora_compile.passes.graph import Memory, Rewrite
+from xpu_lora_compile.passes.graph import Launch, Memory, Rewrite
 from xpu_lora_compile.passes.memory import overlap, storage_of, storages_of
 from xpu_lora_compile.torch_internals import is_compiling_for_this_process, is_guarded, is_known
 
@@ -44,7 +44,8 @@ def lower(graph: Graph, rewrite: Rewrite) -> None:
     it gets that one, too: the fewer operands, the less a call takes.
 
     Where the Triton kernels are, `route_tiles` stands for `route`, and the ranks of the slots, if given, go with its
-    result.
+    result. Where Inductor is to launch them (`_why_opaque` decides), `triton_route_tiles`, `triton_add_lora`,
+    `triton_shrink` and `triton_expand_slice` stand for the ops above: AOT replaces them by their launches.
 
     On an Intel GPU with vllm-xpu-kernels, whose rules hold, `vendor_add_lora` stands for `add_lora`, and gets
     `valid_slots(indices, K, narrow)`, once for all calls: the vendor's ops want their own type of integer.
@@ -61,9 +62,16 @@ def lower(graph: Graph, rewrite: Rewrite) -> None:
         for call in lora_calls(graph, public):
             if rewrite.takes_fuel(call.node):
                 replace(call.node, internal, tuple(arguments_of(call.node, public)))
-    if rewrite.without_python:
-        for call in lora_calls(graph, SHRINK, EXPAND, EXPAND_SLICE):
+    # An op that allocates may not be inside `cond` and the like.
+    halves = (
+        [] if is_subgraph(graph) and not rewrite.without_python else lora_calls(graph, SHRINK, EXPAND, EXPAND_SLICE)
+    )
+    memory = Memory(graph) if halves else None
+    for call in halves:
+        if rewrite.without_python:
             _lower_half(call)
+        else:
+            _make_visible(call, rewrite, cast("Memory", memory))
     calls = [call.node for call in lora_calls(graph, LORA_LINEAR, LORA_LINEARS)]
     if not calls:
         return
@@ -75,7 +83,7 @@ def lower(graph: Graph, rewrite: Rewrite) -> None:
         if refusal:
             note(node, f"lower: left functional, since {refusal}")
         elif rewrite.takes_fuel(node):
-            _lower(call, memory, rewrite)
+            _lower(call, rewrite, memory)
 
 
 def _lower_half(lora: LoraNode) -> None:
@@ -102,7 +110,7 @@ def _refusal(call: LoraNode) -> str:
     return ""
 
 
-def _lower(lora: LoraNode, memory: Memory, rewrite: Rewrite) -> None:
+def _lower(lora: LoraNode, rewrite: Rewrite, memory: Memory) -> None:
     node, bases, others = lora.node, lora.outputs, (lora.inputs, *lora.lora_a, *lora.lora_b, lora.indices)
     is_single = lora.op is LORA_LINEAR
     results: list[Tensor] = [value_of(node)] if is_single else value_of(node)
@@ -121,7 +129,7 @@ def _lower(lora: LoraNode, memory: Memory, rewrite: Rewrite) -> None:
             target = base
             memory.unite(base, result)
         outputs.append(target)
-    lowered = _emit(lora, outputs, memory, rewrite)
+    lowered = _emit(lora, outputs, rewrite, memory)
     set_decisions(lowered, decisions_on(node))
     if written_back is not None:
         node.graph.erase_node(written_back)
@@ -134,11 +142,10 @@ def _lower(lora: LoraNode, memory: Memory, rewrite: Rewrite) -> None:
     node.graph.erase_node(node)
 
 
-def _emit(lora: LoraNode, outputs: list[Node], memory: Memory, rewrite: Rewrite) -> Node:
+def _emit(lora: LoraNode, outputs: list[Node], rewrite: Rewrite, memory: Memory) -> Node:
     """Put the op of the first kernel that takes the call in front of it: its schema names what it wants."""
     call = lora.call(outputs=outputs)
     kernel = _kernel_for(lora.node, call, lora.lora_b, without_python=rewrite.without_python)
-    options = kernel.options()
     given: dict[str, Any] = {
         "outputs": outputs,
         "inputs": lora.inputs,
@@ -149,19 +156,73 @@ def _emit(lora: LoraNode, outputs: list[Node], memory: Memory, rewrite: Rewrite)
         "slice_offsets": lora.slice_offsets,
         "scaling": lora.scaling,
         "ranks": lora.ranks if kernel.reads_ranks else None,
-        **options,
     }
-    if kernel.prepares:
-        given |= _prepared(_op(kernel.prepares), lora, options, memory)
+    if _is_visible(kernel, lora.node, call, rewrite):
+        op, prepares, options = kernel.visible_ops["add_lora"], kernel.visible_prepares, kernel.visible_options(call)
+    else:
+        op, prepares, options = kernel.op, kernel.prepares, kernel.options()
+    given |= options
+    if prepares:
+        given |= _prepared(_op(prepares), lora, options, memory)
     if kernel.takes_wholes:
         given |= {"indices": _whole(lora.indices), "packed": _packed(lora.lora_a, call)}
+    return _insert(lora.node, op, given)
+
+
+def _insert(node: Node, op: str, given: dict[str, Any]) -> Node:
+    """Put a call of an op in front of a node, with those of the arguments that its schema names."""
     args, optional = [], {}
-    for argument in _op(kernel.op)._schema.arguments:
+    for argument in _op(op)._schema.arguments:
         if not argument.has_default_value():
             args.append(given[argument.name])
         elif given.get(argument.name) is not None:
             optional[argument.name] = given[argument.name]
-    return insert_before(lora.node, _op(kernel.op), tuple(args), None, **optional)
+    return insert_before(node, _op(op), tuple(args), None, **optional)
+
+
+def _make_visible(lora: LoraNode, rewrite: Rewrite, memory: Memory) -> None:
+    """Put the op that a compiler can look into in the place of a shrink or an expand, if it is to."""
+    call = lora.call()
+    kernel = _visible_kernel_for(call) if not is_compiling_for_this_process() else _first_kernel_for(call)
+    if lora.name not in kernel.visible_ops or not _is_visible(kernel, lora.node, call, rewrite):
+        return
+    if not rewrite.takes_fuel(lora.node):
+        return
+    options = kernel.visible_options(call)
+    given = {
+        "output": lora.outputs[0],
+        "inputs": lora.inputs,
+        "weights": (lora.lora_a or lora.lora_b)[0],
+        "indices": lora.indices,
+        "offset": lora.slice_offsets[0],
+        "scaling": lora.scaling,
+        "add": lora.add,
+        **options,
+        **_prepared(_op(kernel.visible_prepares), lora, options, memory),
+    }
+    visible = _insert(lora.node, kernel.visible_ops[lora.name], given)
+    set_decisions(visible, decisions_on(lora.node))
+    lora.node.replace_all_uses_with(visible)
+    lora.node.graph.erase_node(lora.node)
+
+
+def _is_visible(kernel: Kernel, node: Node, call: LoraCall, rewrite: Rewrite) -> bool:
+    """Whether the compiler is to launch a kernel of this call; the decisions on the node say why."""
+    if not kernel.visible_ops:
+        return False
+    why = _why_opaque(call.device, rewrite.launch) or kernel.visible_refusal(call)
+    note(node, f"lower: an op launches its kernels: {why}" if why else "lower: Inductor launches its kernels")
+    return not why
+
+
+def _why_opaque(device: str, launch: Launch) -> str:
+    """Why an op launches the kernels of a type of device; empty if Inductor does: the one place that decides it."""
+    if launch != "auto":
+        return "" if launch == "inductor" else "it was asked for"
+    # A program to be saved may run where there is no Python.
+    if device == "xpu" or (device == "cuda" and not is_compiling_for_this_process()):
+        return ""
+    return f"on {device} Inductor does under cpp_wrapper, in an exported program, or where it is asked to"
 
 
 def _op(name: str) -> torch._ops.OpOverload:
@@ -175,9 +236,9 @@ _ANY = Kernel()
 
 def _kernel_for(node: Node, call: LoraCall, lora_b: list[Node], *, without_python: bool) -> Kernel:
     """The first kernel that takes a call for all sizes of the graph; `_ANY` where the op has to choose as it runs."""
-    # A program to be saved may run where there are other kernels, unless it brings its own along.
+    # What leaves this process brings the kernel along that it is to run, or its op chooses one there.
     if not (is_compiling_for_this_process() or without_python):
-        return _ANY
+        return _visible_kernel_for(call)
     forced = forced_kernel()
     # That it cannot run the call is an error.
     chosen = None if forced is None else choice_for(call).kernel
@@ -192,6 +253,20 @@ def _kernel_for(node: Node, call: LoraCall, lora_b: list[Node], *, without_pytho
         if kernel.op != "add_lora" and call.device in kernel.devices:
             note(node, f"lower: kernel {kernel.name} is not used: {why}")
     return _ANY
+
+
+def _visible_kernel_for(call: LoraCall) -> Kernel:
+    """The kernel of a program to be saved, which may run where there are others: what Inductor launches goes along."""
+    forced = forced_kernel()
+    visible = (kernel for kernel in KERNELS if kernel.visible_ops and call.device in kernel.devices)
+    return next((kernel for kernel in visible if forced in (None, kernel.name) and not refusal_of(kernel, call)), _ANY)
+
+
+def _first_kernel_for(call: LoraCall) -> Kernel:
+    """The kernel that an op for a shrink or an expand alone chooses when it runs; `_ANY` if none takes the call."""
+    forced = forced_kernel()
+    allowed = (kernel for kernel in KERNELS if kernel.name == forced or (forced is None and not kernel.by_force_alone))
+    return next((kernel for kernel in allowed if not refusal_of(kernel, call)), _ANY)
 
 
 def _refusal_in_graph(kernel: Kernel, call: LoraCall, lora_b: list[Node]) -> str:
@@ -287,7 +362,8 @@ def _share_memory(base: Node, others: tuple[Node, ...]) -> bool:
 
 def _prepared(op: torch._ops.OpOverload, lora: LoraNode, options: dict[str, Any], memory: Memory) -> dict[str, Node]:
     """Results of the one call of `op` for these indices and this number of slots, by name; made if there is none."""
-    indices, slots = lora.indices, value_of(lora.lora_a[0]).shape[0]
+    stack = (lora.lora_a or lora.lora_b)[0]
+    indices, slots = lora.indices, value_of(stack).shape[0]
     more = tuple(options[argument.name] for argument in op._schema.arguments[2:])
     names = [result.name for result in op._schema.returns]
     for user in indices.users:
@@ -295,7 +371,7 @@ def _prepared(op: torch._ops.OpOverload, lora: LoraNode, options: dict[str, Any]
         if same and memory.is_unchanged(indices, user, lora.node):
             return dict(zip(names, _results(user), strict=True))
     value = op(value_of(indices), slots, *more)
-    made = insert_before(lora.node, op, (indices, size_of(lora.lora_a[0], 0, lora.node), *more), value)
+    made = insert_before(lora.node, op, (indices, size_of(stack, 0, lora.node), *more), value)
     memory.add(made, lora.node)
     if isinstance(value, tuple | list):
         for position, tensor in enumerate(value):

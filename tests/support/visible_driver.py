@@ -1,0 +1,258 @@
+"""What Inductor writes for LoRA on a GPU that is not there: `python visible_driver.py cuda` prints a report as JSON.
+
+A process of its own, without Triton's interpreter: Triton compiles for a GPU by name, tensors are fake, and torch is
+told that there is a device. Nothing is launched.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch._dynamo.device_interface as interfaces
+from torch import Tensor
+from torch._dynamo.utils import detect_fake_mode
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._guards import tracing
+from torch._inductor import config
+from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes import post_grad
+from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops_core
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import GraphModule
+from torch.nn.functional import linear, silu
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+import xpu_lora_compile as xlc
+from xpu_lora_compile.torch_internals import without_memory
+
+TARGET = GPUTarget("cuda", 90, 32)
+
+
+class Driver:
+    """Enough of a driver to compile for a GPU that is not there."""
+
+    launcher_cls = utils = None
+
+    def get_current_target(self) -> Any:
+        return TARGET
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: Any = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+    def get_benchmarker(self) -> None:
+        return None
+
+    def map_python_to_cpp_type(self, _type: str) -> str:
+        return "x"
+
+
+def pretend() -> None:
+    """Have Triton and Inductor find a device."""
+    driver.set_active(Driver())
+    properties = SimpleNamespace(
+        name="absent", multi_processor_count=64, total_memory=1 << 34, major=9, minor=0, gcnArchName="",
+        max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, warp_size=32,
+        max_work_group_size=1024, gpu_subslice_count=20, gpu_eu_count=160, has_fp64=True,
+        max_num_sub_groups=64, sub_group_sizes=[16, 32],
+    )  # fmt: skip
+    answers: dict[str, Callable[..., Any]] = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda _=None: properties,
+        "get_compute_capability": lambda _=None: 90,
+        "synchronize": lambda _=None: None,
+        "is_bf16_supported": lambda *_, **__: True,
+        "is_triton_capable": lambda _=None: True,
+        "raise_if_triton_unavailable": lambda _=None: None,
+        "maybe_exchange_device": lambda device: device,
+        "exchange_device": lambda device: device,
+    }
+    for interface in (interfaces.CudaInterface, interfaces.XpuInterface):
+        for name, answer in answers.items():
+            setattr(interface, name, staticmethod(answer))
+        interface.Worker.get_device_properties = staticmethod(answers["get_device_properties"])
+    # It would allocate there.
+    fake_tensor.init_gpu_context = lambda _: None
+    torch.cuda.get_device_capability = lambda _=None: (9, 0)  # type: ignore[assignment]
+    for name in ("is_available", "device_count", "current_device", "get_device_properties", "synchronize"):
+        setattr(torch.xpu, name, answers[name])
+    torch.xpu.get_device_capability = lambda _=None: {}  # type: ignore[assignment]
+    torch.xpu.get_rng_state = lambda _=None: torch.zeros(1)  # type: ignore[assignment]
+    torch.xpu.set_rng_state = lambda *_: None  # type: ignore[assignment]
+
+
+T, D, INNER, R, K = 7, 64, 96, 4, 3
+
+
+def layers(
+    x: Tensor, weights: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], ranks: Tensor, i: Tensor
+) -> Any:
+    """A packed product with three slices, two products of one input, and one more."""
+    packed, gate, up, down = weights
+    q = xlc.lora_linear(linear(x, packed), x, a[:3], b[:3], i, [0, 16, 32], 0.5, ranks)
+    y = torch.relu(q)
+    one = xlc.lora_linear(linear(y, gate), y, [a[3]], [b[3]], i, [0], 0.5, ranks)
+    other = xlc.lora_linear(linear(y, up), y, [a[4]], [b[4]], i, [0], 0.5, ranks)
+    z = silu(one) * other
+    return xlc.lora_linear(linear(z, down), z, [a[5]], [b[5]], i, [0], 0.5, ranks)
+
+
+def operands(device: str) -> list[Any]:
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    weights = [empty(D, D), empty(INNER, D), empty(INNER, D), empty(D, INNER)]
+    a = [empty(K, R, D) for _ in range(5)] + [empty(K, R, INNER)]
+    b = [empty(K, R, width).transpose(1, 2) for width in (16, 16, 32, INNER, INNER, D)]
+    ranks, indices = empty(K, dtype=torch.int32), empty(T, dtype=torch.int64)
+    return [empty(T, D), weights, a, b, ranks, indices]
+
+
+def written(device: str, dynamic: bool) -> tuple[GraphModule, str]:
+    """The graph that Inductor generates code for, and that code."""
+    found: list[tuple[GraphModule, str]] = []
+
+    def finish(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        mode = detect_fake_mode(inputs)
+        with V.set_fake_mode(mode):
+            reinplace_inplaceable_ops_core(module.graph)
+            post_grad.decompose_triton_kernel_wrapper_functional(module.graph)
+            post_grad.decompose_auto_functionalized(module.graph)
+        module.recompile()
+        lowering = GraphLowering(module, example_inputs=inputs, shape_env=mode.shape_env)
+        quiet = config.patch(compile_threads=1, force_disable_caches=True)
+        with V.set_graph_handler(lowering), V.set_debug_handler(DebugContext()), V.set_fake_mode(mode), quiet:
+            lowering.run(*inputs)
+            made: Any = lowering.codegen()[0]
+        found.append((module, getattr(made, "value", made)))
+        return module.forward
+
+    def backend(module: GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
+        xlc.rewrite(module, launch="inductor")
+        inputs = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
+        with unset_fake_temporarily(), tracing(None):
+            table = select_decomp_table()
+            compiled: Any = aot_module_simplified(module, inputs, fw_compiler=finish, decompositions=table)
+        return compiled
+
+    with without_memory():
+        given = operands(device)
+        if dynamic:
+            torch._dynamo.mark_dynamic(given[0], 0)
+            torch._dynamo.mark_dynamic(given[-1], 0)
+        torch.compile(layers, backend=backend, fullgraph=True)(*given)
+    (only,) = found
+    return only
+
+
+def kernels_in(code: str) -> dict[str, str]:
+    """The text of each kernel of ours that Inductor copied, without its own decorator."""
+    texts = re.findall(r"^(\w+) = async_compile\.triton\('(\w+_flat)', '''(.*?)'''", code, re.S | re.M)
+    return {
+        name: re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n(?=@triton\.jit)", "", text, flags=re.S)
+        for _, name, text in texts
+    }
+
+
+def compiles(name: str, text: str, folder: Path) -> bool:
+    """Whether Triton compiles the copied text of a kernel, as it would with these arguments' types."""
+    file = folder / f"{name}.py"
+    file.write_text(text.replace("triton_helpers.set_driver_to_gpu()", ""))
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kernel = getattr(module, name)
+    # bfloat16 for what is not said otherwise.
+    types = {"tiles": torch.int32, "ranks": torch.int32, "indices": torch.int64, "hidden": torch.float32}
+    values: dict[str, Any] = {
+        "BY_ROW": False, "CHUNK": 64, "BM": 16, "BR": 16, "BK": 64, "BN": 64, "STAGES": 2, "HAS_RANKS": True,
+        "PIECE": 256, "PIECES": 1, "EACH": 1, "PUBLIC": False, "EVEN": False, "PDL": False, "SLICES": 3, "GROUP": 1,
+        "SUMS": 1, "PAIRS": False, "SCALE": True, "ADD": True, "FILL": False,
+        "ONE_BLOCK": True, "PER": 1, "scaling": 0.5,
+    }  # fmt: skip
+    arguments = []
+    for parameter in kernel.arg_names:
+        stem = re.sub(r"_\d+$", "", parameter)
+        if stem in values:
+            arguments.append(values[stem])
+        elif stem in ("tiles", "ranks", "indices", "hidden", "x", "a", "b", "outputs"):
+            arguments.append(torch.empty(1, dtype=types.get(stem, torch.bfloat16)))
+        else:
+            arguments.append(16)
+    return "ptx" in kernel.warmup(*arguments, grid=(1,)).asm
+
+
+def report(device: str) -> dict[str, Any]:
+    """What the test looks at."""
+    found: dict[str, Any] = {}
+    for dynamic in (False, True):
+        module, code = written(device, dynamic)
+        launches = [node for node in module.graph.nodes if "triton_kernel_wrapper_mutation" in str(node.target)]
+        texts = kernels_in(code)
+        with tempfile.TemporaryDirectory() as folder:
+            compiled = {name: compiles(name, text, Path(folder)) for name, text in texts.items()}
+        found["dynamic" if dynamic else "static"] = {
+            "launches": len(launches),
+            "grids": [str(node.kwargs["grid"]) for node in launches],
+            "copies": [
+                str(node.target)
+                for node in module.graph.nodes
+                if "clone" in str(node.target) or "copy" in str(node.target)
+            ],
+            "allocations": len(module.graph.find_nodes(op="call_function", target=torch.ops.aten.empty.memory_format)),
+            "python": re.findall(r"torch\.ops\.xpu_lora\.\w+", code),
+            "runs": len(re.findall(r"_flat\w*\.run\(", code)),
+            "compiled": compiled,
+        }
+    return found
+
+
+def without_overlap() -> dict[str, bool]:
+    """Whether the kernels compile by a Triton that has no functions for CUDA's dependent launches."""
+    from xpu_lora_compile.kernels import triton_kernels, triton_visible
+    from xpu_lora_compile.kernels.triton_flat import flat_form
+
+    triton_kernels.gdc_wait = triton_kernels.gdc_launch_dependents = None
+    made: dict[str, bool] = {}
+
+    def compile_only(kernel: str, grid: tuple[int, ...], *given: Any, **options: Any) -> None:
+        shapes, arguments = triton_visible._flattened(given)
+        made[kernel] = "ptx" in flat_form(kernel, shapes).warmup(*arguments, grid=grid, **options).asm
+
+    x, a, b = torch.empty(T, D), [torch.empty(K, R, D)], [torch.empty(K, D, R)]
+    indices = torch.zeros(T, dtype=torch.int64)
+    tiles = triton_visible.route_tiles(indices, K, T, compile_only)
+    call = triton_visible.called([torch.empty(T, D)], x, a, b, indices, tiles, None)
+    triton_visible.add_lora(call, T, compile_only)
+    return made
+
+
+if __name__ == "__main__":
+    pretend()
+    json.dump(report(sys.argv[1]) if sys.argv[1] != "without_overlap" else without_overlap(), sys.stdout)
