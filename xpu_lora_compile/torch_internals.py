@@ -53,7 +53,7 @@ def check_before_autograd(library: torch.library.Library, op: Any, check: Any) -
 
     # One key a device, since `custom_op` holds the alias key "Autograd" itself.
     for device in ("CPU", "CUDA", "XPU", "Meta"):
-        library.impl(op._schema.name.split("::")[1], call, f"Autograd{device}", with_keyset=True)
+        library.impl(name_of(op), call, f"Autograd{device}", with_keyset=True)
 
 
 def inline_under_aot(library: torch.library.Library, name: str, body: Any, *, unless: Any) -> None:
@@ -214,6 +214,11 @@ def compiled_after_aot(module: Any, compiler: Any) -> Any:
     inputs = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
     with unset_fake_temporarily(), tracing(None):
         return aot_module_simplified(module, inputs, fw_compiler=compiler)
+
+
+def name_of(op: torch._ops.OpOverload) -> str:
+    """An op's name without its namespace and its overload."""
+    return op._schema.name.split("::")[1]
 
 
 def is_composite(op: Any) -> bool:

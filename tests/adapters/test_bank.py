@@ -143,7 +143,7 @@ def test_a_dynamic_batch_compiles_once(
 
 def state_of(bank: xlc.AdapterBank) -> tuple[object, ...]:
     stacks = [stack.clone() for layer in bank._layers.values() for stack in (layer.lora_a, layer.lora_b)]
-    return bank.names, list(bank._slots), bank._routing.slots, stacks
+    return bank.names, list(bank._slots), bank._routing.sequence_slots, stacks
 
 
 def missing(folder: Path) -> None:

@@ -152,6 +152,6 @@ def test_a_failed_trace_leaves_the_model_as_it_was(tmp_path: Path) -> None:
         # The first layer's width is no size that may change.
         xlc.export(model, tmp_path / "a.pt2", (X,), dynamic_shapes={"x": {0: Dim("batch", min=2), 1: Dim("batch2")}})
     assert model.first.lora_routing is routing
-    assert routing.slots is None
+    assert routing.sequence_slots is None
     with bank.use([None] * 3):
         model(X)

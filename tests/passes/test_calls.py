@@ -9,8 +9,8 @@ from torch.fx import Graph
 from xpu_lora_compile.kernels import KERNELS
 from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.ops import LORA_LINEAR
-from xpu_lora_compile.passes.calls import EXPANDS, LORA_OPS, ROUTINGS, SHRINKS, WHOLE, LoraNode, name_of
-from xpu_lora_compile.torch_internals import schemas_of
+from xpu_lora_compile.passes.calls import EXPANDS, LORA_OPS, ROUTINGS, SHRINKS, WHOLE, LoraNode
+from xpu_lora_compile.torch_internals import name_of, schemas_of
 
 # Parts of kernels, which no graph of our passes has: what a composite op becomes, what eager calls try, gradients.
 PARTS = {"native_add_slices", "native_add_packed", "slot_products", "outer_by_slot"}

@@ -341,7 +341,7 @@ def attached(device: str) -> tuple[Model, Tensor]:
     model = Model(device)
     xlc.attach(model, slots=K, max_rank=R, target_modules=["q", "k", "v", "lm_head"], vocab_size=65)
     # What `bank.use` sets, which takes real tensors.
-    model.q.lora_routing.slots = torch.zeros(2, dtype=torch.int64, device=device)
+    model.q.lora_routing.sequence_slots = torch.zeros(2, dtype=torch.int64, device=device)
     model.q.lora_routing.ranks = torch.zeros(K, dtype=torch.int32, device=device)
     return model, random(device, 2, 3, D)
 

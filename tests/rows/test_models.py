@@ -257,7 +257,7 @@ def test_samples_of_a_sequence_have_its_adapter(folders: Callable[..., dict[str,
     model, bank = attached(base, saved, target_modules=["q_proj", "up_proj"])
     seen: list[list[int]] = []
     model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(
-        lambda layer, _: seen.append(layer.lora_routing.slots.tolist())
+        lambda layer, _: seen.append(layer.lora_routing.sequence_slots.tolist())
     )
     with bank.use(NAMES):
         model.generate(

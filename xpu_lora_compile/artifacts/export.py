@@ -42,7 +42,7 @@ from xpu_lora_compile.rows.given import GivenRows
 from xpu_lora_compile.rows.inputs import named_inputs
 from xpu_lora_compile.rows.layout import Layout
 from xpu_lora_compile.rows.routing import BatchRouting
-from xpu_lora_compile.torch_internals import fresh_compilation
+from xpu_lora_compile.torch_internals import fresh_compilation, name_of
 
 
 def export(
@@ -148,7 +148,7 @@ def _layers_of(model: nn.Module) -> dict[str, LoraLayer]:
         got = "one whose parts have had names of their own" if others else "a copy of one, which no bank knows"
         remedy = "Attach LoRA anew: bank.detach(), or xlc.detach(copy), and xlc.attach(model)."
         raise ArtifactError(where, "a model with one bank, and one row of slots", got, remedy)
-    if routing.slots is not None:
+    if routing.sequence_slots is not None:
         raise BankInUseError("export", "a bank that is not in use", "a `use` block", "Leave the block first.")
     if model.training:
         raise ArtifactError(where, "a model in evaluation mode", "one in training mode", "Call model.eval() first.")
@@ -347,7 +347,7 @@ class _WithSlots(nn.Module):
 
     def forward(self, lora_slots: Tensor, *tensors: Tensor) -> list[Tensor]:
         """Run the model."""
-        self._given.slots = lora_slots
+        self._given.sequence_slots = lora_slots
         args, kwargs = _with_tensors(self._arguments(), iter(tensors))
         return self._result.take_apart(self.model(*args, **kwargs))
 
@@ -386,7 +386,7 @@ def _check_ops(program: ExportedProgram, kernel: Kernel, decisions: list[Decisio
         if isinstance(module, torch.fx.GraphModule)
         for node in module.graph.nodes
         if getattr(node.target, "namespace", "") == "xpu_lora"
-        and node.target.name().split("::")[1].split(".")[0] not in (kernel.op, kernel.shrink_op, kernel.expand_op)
+        and name_of(node.target) not in (kernel.op, kernel.shrink_op, kernel.expand_op)
     ]
     if left:
         said = [note for decision in decisions for note in decision.notes if "not" in note or "left" in note]

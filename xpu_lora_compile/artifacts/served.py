@@ -120,7 +120,7 @@ class Served:
         inputs = self._checked(tensors, named)
         sizes = _check_shapes(self.manifest, inputs)
         with self._lock, self._bank.use(adapters):
-            slots = next(iter(self._layers.values())).lora_routing.slots
+            slots = next(iter(self._layers.values())).lora_routing.sequence_slots
             assert slots is not None  # noqa: S101 - for the type checker
             batch = self.manifest.inputs[0].shape[0]
             if len(slots) != (size := batch if isinstance(batch, int) else sizes[batch]):

@@ -35,9 +35,8 @@ from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.layers.attach import attach
 from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, BGMV_SHRINK, LORA_LINEAR
 from xpu_lora_compile.ops.budget import budget_of
-from xpu_lora_compile.passes.calls import name_of
 from xpu_lora_compile.terminal import wrapped
-from xpu_lora_compile.torch_internals import without_memory
+from xpu_lora_compile.torch_internals import name_of, without_memory
 
 _PACKAGES = ("vllm-xpu-kernels", "intel-extension-for-pytorch", "transformers")
 

@@ -16,7 +16,7 @@ from xpu_lora_compile.inspect.report import GraphReport, NodeReport, Report, Sit
 from xpu_lora_compile.kernels import choice_for
 from xpu_lora_compile.layers.host import LoraLayer
 from xpu_lora_compile.passes import check_environment, rewrite
-from xpu_lora_compile.passes.calls import LORA_OPS, ROUTINGS, LoraNode, name_of
+from xpu_lora_compile.passes.calls import LORA_OPS, ROUTINGS, LoraNode
 from xpu_lora_compile.passes.decisions import Decision, decisions_on
 from xpu_lora_compile.passes.editing import arguments_of, graphs_of, origin_of, value_of
 from xpu_lora_compile.passes.find_sites import find_sites
@@ -24,7 +24,7 @@ from xpu_lora_compile.passes.graph import Rewrite
 from xpu_lora_compile.passes.liveness import live_nodes
 from xpu_lora_compile.passes.memory import read_by, storage_of, storages_of, written_by
 from xpu_lora_compile.passes.text import dtype_of, lines_of
-from xpu_lora_compile.torch_internals import fresh_compilation, hint_of, source_of
+from xpu_lora_compile.torch_internals import fresh_compilation, hint_of, name_of, source_of
 
 
 def explain(

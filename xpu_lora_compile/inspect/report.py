@@ -12,7 +12,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from xpu_lora_compile.passes.calls import ROUTINGS, name_of
+from xpu_lora_compile.passes.calls import ROUTINGS
 from xpu_lora_compile.terminal import FirstThatFits, plain_table, terminal_width, wrapped
 
 _SIZES = "T x D -> R -> W in H"

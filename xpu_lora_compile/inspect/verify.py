@@ -306,7 +306,7 @@ def _random_adapters(model: object, inputs: Any, seed: int) -> Iterator[Draw | N
         yield None
         return
     routings = list(dict.fromkeys(layer.lora_routing for layer in layers))
-    before = [(routing, routing.slots, routing.block, routing.lengths) for routing in routings]
+    before = [(routing, routing.sequence_slots, routing.block, routing.lengths) for routing in routings]
     stacks = [(layer.lora_a.clone(), layer.lora_b.clone()) for layer in layers]
     first_size = next((len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), 1)
     random = torch.Generator().manual_seed(seed)

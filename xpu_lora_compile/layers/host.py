@@ -69,7 +69,7 @@ class LoraLayer(nn.Module):
         """The base weight; a parent that reads it without a call of the layer leaves LoRA out."""
         weight = cast("Tensor", self._parameters["weight"])
         routing = self.lora_routing
-        if routing.slots is not None:
+        if routing.sequence_slots is not None:
             if is_compiling():
                 note_read(routing, self, weight)
             else:

@@ -17,7 +17,7 @@ from xpu_lora_compile.kernels.native import TRY_EXPAND, TRY_SHRINK
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.checks import without_slice_dim
 from xpu_lora_compile.ops.internal import expand, shrink
-from xpu_lora_compile.torch_internals import check_before_autograd, note_write, runs_plainly
+from xpu_lora_compile.torch_internals import check_before_autograd, name_of, note_write, runs_plainly
 
 
 def bgmv_shrink(
@@ -216,7 +216,7 @@ BGMV_EXPAND_SLICE = torch.ops.xpu_lora.bgmv_expand_slice.default
 
 
 def _register_gradient_check(op: torch._ops.OpOverload) -> None:
-    name, arguments = op._schema.name.split("::")[1], [argument.name for argument in op._schema.arguments]
+    name, arguments = name_of(op), [argument.name for argument in op._schema.arguments]
 
     def check(*args: Any) -> None:
         given = dict(zip(arguments, args, strict=False))

@@ -152,11 +152,6 @@ class LoraNode:
         return LoraCall(targets, inputs, a, b, RowRouting(value_of(self.indices), slots), *places, self.scaling)
 
 
-def name_of(op: torch._ops.OpOverload) -> str:
-    """Return an op's name without its namespace."""
-    return op._schema.name.split("::")[1]
-
-
 def overload_of(node: Node) -> torch._ops.OpOverload:
     """Return the overload that a node calls, also where it names the packet."""
     target: Any = node.target

@@ -25,7 +25,7 @@ class GivenRows:
     def __init__(self, layouts: Mapping[tuple[str, int], Layout]) -> None:
         """Take the layout of each layer's rows, by its name and the number of dimensions of its input."""
         self.layouts = layouts
-        self.slots: Tensor | None = None
+        self.sequence_slots: Tensor | None = None
         self.called: set[str] = set()
 
     def rows_of(self, layer: Any, inputs: Tensor, features: int) -> Tensor:
@@ -34,18 +34,18 @@ class GivenRows:
         Raises:
             UnprovedRowsError: the call that was followed did not reach the layer in this way.
         """
-        assert self.slots is not None  # noqa: S101 - for the type checker
+        assert self.sequence_slots is not None  # noqa: S101 - for the type checker
         self.called.add(layer.lora_name)
         shape = inputs.shape[: inputs.dim() - features]
         layout = self.layouts.get((layer.lora_name, inputs.dim()))
-        if layout is None or not layout.takes(shape[layout.dimension], self.slots.shape[0]):
+        if layout is None or not layout.takes(shape[layout.dimension], self.sequence_slots.shape[0]):
             raise UnprovedRowsError(
                 f"export: {layer.lora_name}",
                 "rows as they were when the model was called with the example inputs",
                 f"an input of shape {list(shape)} while it is traced",
                 "Have the model do the same when torch.compiler.is_compiling() says that it is traced.",
             )
-        return layout.rows(self.slots, shape)
+        return layout.rows(self.sequence_slots, shape)
 
     def note_read(self, layer: Any) -> None:
         """Nothing: a weight that something else than its layer reads has been found before."""

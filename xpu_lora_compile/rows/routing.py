@@ -44,7 +44,8 @@ class BatchRouting:
     """The slot of each sequence in the batch.
 
     Attributes:
-        slots: `[batch]`, int64, -1 for the base model; of a packed batch one for each token. None outside a block.
+        sequence_slots: `[batch]`, int64, -1 for the base model; of a packed batch one for each token. None outside of
+            all blocks.
         ranks: `[K]`, int32: the highest rank of each slot's adapter, 0 where it is empty; None on a CPU, whose kernel
             asks for none.
         block: the `use` block that says so. It notes the layers that were `called`, and those whose weight was `read`.
@@ -56,7 +57,7 @@ class BatchRouting:
     """
 
     def __init__(self, main_input: str | None = None, part: str = "") -> None:
-        self.slots: Tensor | None = None
+        self.sequence_slots: Tensor | None = None
         self.ranks: Tensor | None = None
         self.block: Any = None
         self.uniform = self.named = False
@@ -114,7 +115,7 @@ class BatchRouting:
         self.block, self.lengths = block, lengths
         self.uniform = slots is not None and len(set(block.slots_of(self.part))) == 1
         self.named = slots is not None and any(slot >= 0 for slot in block.slots_of(self.part))
-        self.slots = slots
+        self.sequence_slots = slots
 
     def is_mine(self) -> bool:
         """Whether the block that is open was opened by this thread or task."""
@@ -132,7 +133,7 @@ class BatchRouting:
             BatchError: nobody knows whose rows these are, or the model has been moved since the block was entered.
             OutsideBlockError: another thread or task has a block open, or a backward pass has left its block.
         """
-        slots = self.slots
+        slots = self.sequence_slots
         if slots is None:
             if not is_compiling() and self.called:
                 self._note_call_without_block(layer)
@@ -166,11 +167,11 @@ class BatchRouting:
 
     def owners_of(self, layer: Any, inputs: Tensor, features: int) -> Tensor | None:
         """The number of each row's sequence; None where all have the same adapter, so that nobody asked."""
-        layout = None if self.slots is None else self._layout(layer, inputs, features)
+        layout = None if self.sequence_slots is None else self._layout(layer, inputs, features)
         if layout is None or layout is UNIFORM:
             return None
-        assert self.slots is not None  # noqa: S101 - for the type checker
-        numbers = torch.arange(len(self.slots)) if self.lengths is None else self.owners(0, 1).long()
+        assert self.sequence_slots is not None  # noqa: S101 - for the type checker
+        numbers = torch.arange(len(self.sequence_slots)) if self.lengths is None else self.owners(0, 1).long()
         return layout.rows(numbers, inputs.shape[: inputs.dim() - features])
 
     def enter(
@@ -178,7 +179,7 @@ class BatchRouting:
     ) -> None:
         """A module that holds layers is called: find out, or remember, how the rows of its layers come about."""
         self._depth += 1
-        if self._depth > 1 or self.slots is None:
+        if self._depth > 1 or self.sequence_slots is None:
             if self._entered is not None and self._thread != get_ident():
                 self._depth -= 1
                 self.raise_for_caller("one while another thread runs the model in the same block")
@@ -189,7 +190,7 @@ class BatchRouting:
             return
         if not self.is_mine():
             self.check_caller()
-        if not self.named and self.slots.device.type == "cpu":
+        if not self.named and self.sequence_slots.device.type == "cpu":
             return
         if torch.is_grad_enabled() and current_backward() is not None:
             # A checkpoint runs a part of the model again: its layers get their rows as they did before.
@@ -201,7 +202,7 @@ class BatchRouting:
         batched = self._batched(module, inputs)
         if not batched and not (self.uniform and self._may_be_batch(inputs)):
             self._raise_batch_size(module, inputs)
-        if self.uniform and not self._must_serve_others(self.slots.device):
+        if self.uniform and not self._must_serve_others(self.sequence_slots.device):
             return
         kind = self._kind(module, prefix, inputs, batched)
         sizes = tuple(tuple(value.shape) for _, value in inputs if isinstance(value, Tensor))
@@ -215,7 +216,7 @@ class BatchRouting:
             self._proof = known or {}
             return
         self._proof, self._found = dict(self._stale.get(kind, {})), {}
-        self._watch = Watch(len(self.lengths or self.slots), self.lengths)
+        self._watch = Watch(len(self.lengths or self.sequence_slots), self.lengths)
         self._mark(self._watch, inputs, batched)
         self._watch.start()
 
@@ -321,7 +322,7 @@ class BatchRouting:
 
     def _must_serve_others(self, device: torch.device) -> bool:
         """Whether what runs now may be captured, and replayed when sequences have different adapters."""
-        return device.type != "cpu" and self.slots is not None and len(self.slots) > 1
+        return device.type != "cpu" and self.sequence_slots is not None and len(self.sequence_slots) > 1
 
     def _by(self, layout: Layout, slots: Tensor, shape: Sequence[int], layer: Any) -> Tensor:
         if not (layout.takes(shape[layout.dimension], slots.shape[0]) and self.keeps_apart(layout)):
@@ -343,8 +344,8 @@ class BatchRouting:
 
     def _may_be_batch(self, inputs: list[tuple[str, Any]]) -> bool:
         """Whether some input may hold as many sequences as there are names, in whatever way."""
-        assert self.slots is not None  # noqa: S101 - for the type checker
-        size = self.slots.shape[0]
+        assert self.sequence_slots is not None  # noqa: S101 - for the type checker
+        size = self.sequence_slots.shape[0]
         tensors = [value for _, value in inputs if isinstance(value, Tensor) and value.dim()]
         # The last dimension holds features, but for tokens.
         shapes = [tensor.shape[:-1] if tensor.is_floating_point() else tensor.shape for tensor in tensors]
@@ -352,11 +353,11 @@ class BatchRouting:
 
     def _batched(self, module: nn.Module, inputs: list[tuple[str, Any]]) -> dict[str, int]:
         """The inputs that hold the batch, and along which dimension."""
-        assert self.slots is not None  # noqa: S101 - for the type checker
+        assert self.sequence_slots is not None  # noqa: S101 - for the type checker
         found = {}
         for name, value in inputs:
             if isinstance(value, Tensor):
-                dimension = self.batch_dimension(module, name, value.shape, inputs, self.slots.shape[0])
+                dimension = self.batch_dimension(module, name, value.shape, inputs, self.sequence_slots.shape[0])
                 if dimension is not None:
                     found[name] = dimension
         return found
@@ -441,10 +442,10 @@ class BatchRouting:
             shape: of its input without the features.
             number: of the calls, see `number_of`.
         """
-        assert self.slots is not None  # noqa: S101 - for the type checker
+        assert self.sequence_slots is not None  # noqa: S101 - for the type checker
         layout = self._anywhere.get((number, name, len(shape)))
         others = [size for at, size in enumerate(shape) if layout is not None and at != layout.dimension]
-        return None if any(bool(size == self.slots.shape[0]) for size in others) else layout
+        return None if any(bool(size == self.sequence_slots.shape[0]) for size in others) else layout
 
     def number_of(self, module: nn.Module, inputs: list[tuple[str, Any]]) -> int:
         """A number for all calls that differ in nothing but sizes, dtypes and modes; -1 where that is not known.
@@ -469,9 +470,9 @@ class BatchRouting:
 
     def owners(self, dimension: int, dimensions: int) -> Tensor:
         """The owners of an input that holds the batch along a dimension."""
-        assert self.slots is not None  # noqa: S101 - for the type checker
+        assert self.sequence_slots is not None  # noqa: S101 - for the type checker
         if self.lengths is None:
-            owners = along(dimension, dimensions, self.slots.shape[0])
+            owners = along(dimension, dimensions, self.sequence_slots.shape[0])
             # One number for each of as many things as sequences may be something else: positions of tokens.
             return owners + GUESS if dimensions == 1 else owners
         sequences = torch.arange(len(self.lengths), dtype=torch.int32).repeat_interleave(torch.tensor(self.lengths))
@@ -482,8 +483,8 @@ class BatchRouting:
 
         None where something else is as long as the batch: such a call has nothing in common with others.
         """
-        assert self.slots is not None  # noqa: S101 - for the type checker
-        size = self.slots.shape[0]
+        assert self.sequence_slots is not None  # noqa: S101 - for the type checker
+        size = self.sequence_slots.shape[0]
         described: list[Hashable] = []
         for name, value in inputs:
             if isinstance(value, Tensor):
@@ -577,16 +578,16 @@ class BatchRouting:
         return batch_error(got, part=self.part, packed=self.lengths is not None)
 
     def _mismatch(self, batch: Any) -> str:
-        if self.slots is None:
+        if self.sequence_slots is None:
             return f"a batch of {batch}"
         if self.lengths is not None:
-            return f"lengths of {self.slots.shape[0]} in all for inputs of other sizes"
-        return f"{self.slots.shape[0]} names for a batch of {batch}"
+            return f"lengths of {self.sequence_slots.shape[0]} in all for inputs of other sizes"
+        return f"{self.sequence_slots.shape[0]} names for a batch of {batch}"
 
     def unproved(self, name: str, inputs: Any, why: str, remedy: str | None = None) -> UnprovedRowsError:
         """The error for a layer whose rows nobody can tell."""
         shape = list(inputs.shape if isinstance(inputs, Tensor) else inputs)
-        number = "" if self.slots is None else f" of {len(self.lengths or self.slots)} sequences"
+        number = "" if self.sequence_slots is None else f" of {len(self.lengths or self.sequence_slots)} sequences"
         inside = [part for part in self.parts if name == part or name.startswith(f"{part}.")]
         part = min(inside, key=len, default=name)
         if why.startswith(UNSAID) and self.part:
@@ -675,8 +676,8 @@ class Entry:
         """A forward pre-hook, with keywords."""
         if not is_compiling():
             out_of_sight(self.routing.enter, module, self.prefix, args, kwargs)
-        elif self.routing.slots is not None:
-            number = tracing.enter(self.routing, self.routing.slots, module, args, kwargs)
+        elif self.routing.sequence_slots is not None:
+            number = tracing.enter(self.routing, self.routing.sequence_slots, module, args, kwargs)
             if number is not None:
                 # Where the graph breaks, Dynamo has this written before it goes on.
                 self.routing.running = number
@@ -686,7 +687,7 @@ class Entry:
         """A forward hook that is called after failures, too."""
         if not is_compiling():
             out_of_sight(self.routing.leave, result)
-        elif self.routing.slots is not None:
+        elif self.routing.sequence_slots is not None:
             tracing.leave(self.routing)
 
     def hook(self, module: nn.Module) -> list[Any]:

@@ -26,6 +26,7 @@ from xpu_lora_compile.rows.owners import (
     fold,
     merge,
 )
+from xpu_lora_compile.torch_internals import name_of
 
 aten = torch.ops.aten
 
@@ -103,7 +104,7 @@ def rule_for(func: Any) -> Rule | None:
         return lora
     if func.namespace not in ("aten", "prims"):
         return None
-    name = func._schema.name.split("::")[1]
+    name = name_of(func)
     found = RULES.get(name) or RULES.get(name.removesuffix("_"))
     if found is None and torch.Tag.pointwise in func.tags:
         return pointwise
@@ -189,14 +190,14 @@ def regroup(owners: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
 def rearranged(step: Step) -> list[Tensor]:
     """The same op on the owners of all elements."""
     source = step.tensors[0]
-    name = step.func._schema.name
+    name = name_of(step.func)
     if "complex" in name or "as_real" in name:
         owners = fold(step.owners(source), [-1])[..., 0] if "as_complex" in name else step.owners(source).unsqueeze(-1)
         return [owners]
     owners = step.owners(source)
     if name.endswith("_") and owners.dim() != source.dim():
         # The operand has been changed by now.
-        return [getattr(aten, name.split("::")[1][:-1])(owners, *step.args[1:])]
+        return [getattr(aten, name[:-1])(owners, *step.args[1:])]
     if len(step.tensors) > 1:
         # repeat_interleave by a tensor of counts.
         counts = step.tensors[1]
@@ -214,7 +215,7 @@ def rearranged(step: Step) -> list[Tensor]:
 
 def _guess(step: Step, source: Tensor) -> Tensor | None:
     """A shared tensor that is repeated once for each sequence."""
-    name = step.func._schema.name.split("::")[1]
+    name = name_of(step.func)
     result = step.results[0]
     if name not in ("expand", "repeat", "repeat_interleave", "broadcast_to", "tile", "expand_copy"):
         return None
@@ -249,9 +250,9 @@ def joined(step: Step) -> Tensor:
     """Each part keeps its owners."""
     tensors, result = step.argument("tensors"), step.results[0]
     dimension = step.argument("dim", 0) % result.dim()
-    parts = [tensor for tensor in tensors if tensor.dim() == result.dim() or "stack" in step.func._schema.name]
+    parts = [tensor for tensor in tensors if tensor.dim() == result.dim() or "stack" in name_of(step.func)]
     owners = [step.owners(part) for part in parts]
-    if "stack" in step.func._schema.name:
+    if "stack" in name_of(step.func):
         owners = [indices.unsqueeze(dimension) for indices in owners]
         sizes = [1] * len(parts)
     else:
@@ -274,7 +275,7 @@ def padded(step: Step) -> Tensor:
     changed = [at for at in range(result.dim()) if at in padded_dims and owners.shape[at] > 1]
     if not changed:
         return owners
-    if "constant" in step.func._schema.name:
+    if "constant" in name_of(step.func):
         full = owners.expand([source.shape[at] if at in changed else owners.shape[at] for at in range(owners.dim())])
         pads = list(step.argument("pad"))
         for at in range(result.dim()):
@@ -360,7 +361,7 @@ def attend(step: Step, asking: Tensor, *asked: Tensor) -> Tensor:
 def product(step: Step) -> Tensor:
     """Rows of the left operand meet columns of the right one."""
     left, right = step.tensors[:2]
-    name = step.func._schema.name
+    name = name_of(step.func)
     if "grouped" in name or "pack" in name:
         return fold(step.owners(left), [-1])
     a, b = step.owners(left), step.owners(right)
@@ -407,7 +408,7 @@ def convolved(step: Step) -> Tensor:
 def pooled(step: Step) -> Tensor:
     """Neighbours meet along all dimensions but the first."""
     source = step.tensors[0]
-    name = step.func._schema.name
+    name = name_of(step.func)
     if "_fft" in name:
         return fold(step.owners(source), step.argument("dim"))
     missing = step.results[0].dim() - source.dim()
@@ -472,7 +473,7 @@ def gathered(step: Step) -> Tensor:
     """Rows that an index picks: their owners are the source's; where it has none, the index's."""
     source, result = step.tensors[0], step.results[0]
     indices = step.tensors[1:]
-    name = step.func._schema.name.split("::")[1]
+    name = name_of(step.func)
     owners = step.owners(source)
     if int(owners.max()) < 0 and not bool((owners == MIXED).any()):
         value = int(owners.min())
@@ -548,7 +549,7 @@ def found(step: Step) -> Tensor:
 def written(step: Step) -> Tensor:
     """What is written into a tensor belongs to whom it belonged to; a place that nobody owned goes to the writer."""
     target, *rest = step.tensors
-    name = step.func._schema.name.split("::")[1].removesuffix("_")
+    name = name_of(step.func).removesuffix("_")
     owners = step.owners(target)
     last = {
         "index_put": "values",
@@ -637,7 +638,7 @@ def _accumulated(target: Tensor, name: str, dimension: int, index: Tensor, sourc
 @rule("histc bincount one_hot unique _unique2 unique_dim unique_consecutive")
 def counted(step: Step) -> Tensor | list[Tensor]:
     """Counts of values belong to all; `one_hot` has its own dimension for them."""
-    if step.func._schema.name.endswith("one_hot"):
+    if name_of(step.func).endswith("one_hot"):
         return step.owners(step.tensors[0]).unsqueeze(-1)
     step.by_data = True
     return [constant(UNKNOWN, result.dim()) for result in step.results]

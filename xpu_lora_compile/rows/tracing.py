@@ -186,7 +186,7 @@ class Trace:
         self.number: int | None = None if outer is None else outer.number
         self.pending: list[tuple[Any, Node]] = []
         self.values: dict[Node, Any] = {}
-        batch = len(routing.lengths or routing.slots)
+        batch = len(routing.lengths or routing.sequence_slots)
         self.watch: Watch = Watch(batch, routing.lengths) if outer is None else outer.watch
         self.mode: Any = fake_mode() if outer is None else outer.mode
 
