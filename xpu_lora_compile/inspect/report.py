@@ -14,6 +14,7 @@ from typing import Any
 
 from xpu_lora_compile.passes.calls import ROUTINGS
 from xpu_lora_compile.terminal import FirstThatFits, plain_table, terminal_width, wrapped
+from xpu_lora_compile.torch_internals import name_of
 
 _SIZES = "T x D -> R -> W in H"
 # The columns of the widest table: the facts that each one holds, in lines of a cell.

@@ -35,6 +35,7 @@ from xpu_lora_compile.ops import (
 )
 from xpu_lora_compile.ops.checks import without_slice_dim
 from xpu_lora_compile.passes.editing import arguments_of, calls_to, value_of
+from xpu_lora_compile.torch_internals import name_of
 
 SHRINKS = (BGMV_SHRINK, SHRINK, NATIVE_SHRINK, TRITON_SHRINK)
 EXPANDS = (BGMV_EXPAND, BGMV_EXPAND_SLICE, EXPAND, EXPAND_SLICE, NATIVE_EXPAND, TRITON_EXPAND_SLICE)
