@@ -322,7 +322,7 @@ def test_a_model_that_is_compiled_already_is_explained_and_stays_compiled(how: s
 
 
 def test_a_model_without_lora_is_an_error() -> None:
-    with pytest.raises(DeadAdapterError, match="wanted a call that adds LoRA; got none in 1 graphs"):
+    with pytest.raises(DeadAdapterError, match="wanted a call that adds LoRA; got none in 1 graph"):
         xlc.explain(nn.Linear(2, 2), bandwidth=1)(torch.ones(1, 2))
 
 

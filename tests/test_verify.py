@@ -214,7 +214,7 @@ def test_sites_in_a_subgraph_are_counted_as_unchecked() -> None:
     with torch.no_grad():
         result = xlc.verify(function, generate_code=False)(*args)
     assert (len(result.sites), result.unchecked) == (0, 1)
-    assert "1 sites in subgraphs were not compared" in str(result)
+    assert "Not compared: 1 site in subgraphs." in str(result)
 
 
 def test_the_text_lists_the_worst_sites() -> None:
@@ -360,7 +360,7 @@ def test_a_model_that_lets_one_sequence_see_another_is_found_and_the_module_name
     monkeypatch.setitem(rules.RULES, "roll", rules.pointwise)
     model = Leaking()
     xlc.attach(model, slots=3, max_rank=2)
-    with pytest.raises(VerificationError, match="1 modules where they change, the first one second") as error:
+    with pytest.raises(VerificationError, match="1 module where they change, the first one second") as error:
         xlc.verify(model, generate_code=False)(torch.randn(5, 2, 4))
     isolation = error.value.verification.isolation
     assert isolation["first"] == 0

@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number of things: "1 name", "2 names"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class LoraError(Exception):
     """The base of all errors that this package raises on purpose: `LoraError(where, wanted, got, remedy)`.
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from xpu_lora_compile.errors import BatchError
+from xpu_lora_compile.errors import BatchError, counted
 
 
 class Bank(Protocol):
@@ -178,7 +178,7 @@ class _Requests:
                 raise BatchError(
                     "generate_batch",
                     "one name for each request",
-                    f"{len(names)} names for {len(inputs)} requests",
+                    f"{counted(len(names), 'name')} for {counted(len(inputs), 'request')}",
                     "Name an adapter, or None, for every request.",
                 )
             self.adapters.update({f"req_{first + at}": name for at, name in enumerate(names)})

@@ -25,6 +25,7 @@ from xpu_lora_compile.errors import (
     NoFreeSlotError,
     UnknownAdapterError,
     UnreachedLayerError,
+    counted,
 )
 from xpu_lora_compile.kernels import reads_ranks
 from xpu_lora_compile.rows.routing import BatchRouting, Entry
@@ -147,12 +148,12 @@ class AdapterBank:
     def __repr__(self) -> str:
         held = ", ".join(self.names) or "empty"
         slots = f"{len(self.names)} of {len(self._slots)} slots taken"
-        size = f"max_rank={self._max_rank}, {len(self._layers)} modules, {self._memory()}"
+        size = f"max_rank={self._max_rank}, {counted(len(self._layers), 'module')}, {self._memory()}"
         lines = [wrapped(f"AdapterBank({held}; {slots}, {size})", indent=4, width=80)]
         width = max(map(len, self.names), default=0)
         for name, rank, modules in zip(self._slots, self._ranks, self._counts, strict=True):
             if name is not None:
-                lines.append(f"  {name:{width}}  rank {rank} on {modules} modules")
+                lines.append(f"  {name:{width}}  rank {rank} on {counted(modules, 'module')}")
         return "\n".join(lines)
 
     def _memory(self) -> str:

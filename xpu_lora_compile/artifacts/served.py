@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from xpu_lora_compile.artifacts.manifest import DTYPES, Base, Input, Manifest, Stack, read_record, read_weights
-from xpu_lora_compile.errors import ArtifactError, BatchError, DtypeError, ShapeError
+from xpu_lora_compile.errors import ArtifactError, BatchError, DtypeError, ShapeError, counted
 from xpu_lora_compile.kernels import native
 from xpu_lora_compile.layers.attach import attach
 from xpu_lora_compile.layers.host import LoraLayer
@@ -124,7 +124,7 @@ class Served:
             assert slots is not None  # noqa: S101 - for the type checker
             batch = self.manifest.inputs[0].shape[0]
             if len(slots) != (size := batch if isinstance(batch, int) else sizes[batch]):
-                got = f"{len(slots)} names for a batch of {size}"
+                got = f"{counted(len(slots), 'name')} for a batch of {size}"
                 remedy = "Name an adapter, or None, for every sequence of the batch."
                 raise BatchError("served: adapters", "one name for each sequence", got, remedy)
             outputs = self._code(slots.to(torch.int32), *(tensor.contiguous() for tensor in inputs))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from xpu_lora_compile import ops
 from xpu_lora_compile.adapters.folders import write_adapter
-from xpu_lora_compile.errors import DeviceError, OptionError, own_error
+from xpu_lora_compile.errors import DeviceError, OptionError, counted, own_error
 from xpu_lora_compile.inspect.operands import RandomOperands, every_kind_of_index, poison_unused_slots
 from xpu_lora_compile.inspect.verify import verify
 from xpu_lora_compile.kernels import choice_for, compiled, ipex, replay, vendor
@@ -226,7 +226,7 @@ def _sweep(dtype: torch.dtype, device: str) -> Iterator[Finding]:
         for columns in {width, width + 5, max(1, width - 3)}:
             for op, call in operands.calls(columns):
                 worst, cases = max(worst, _excess(op, call)), cases + 1
-    text = f"{cases} calls, the worst error is {worst:.2f} of what rounding allows"
+    text = f"{counted(cases, 'call')}, the worst error is {worst:.2f} of what rounding allows"
     yield Finding(str(dtype).removeprefix("torch."), text, worst <= 1)
 
 
@@ -304,7 +304,7 @@ def compiled_model(device: str) -> Iterator[Finding]:
     with torch.no_grad():
         found = verify(model)(x)
         worst = max(max(site.rewritten, site.compiled or 0.0) for site in found.sites)
-        text = f"{len(found.sites)} sites, the worst error is {worst:.2f} of what rounding allows"
+        text = f"{counted(len(found.sites), 'site')}, the worst error is {worst:.2f} of what rounding allows"
         yield Finding("compiled code", text, all(site.is_right for site in found.sites))
         names: list[str | None] = ["one", "two"]
         for name in ("one", "two"):

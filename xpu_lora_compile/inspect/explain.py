@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from xpu_lora_compile.errors import DeadAdapterError, OptionError
+from xpu_lora_compile.errors import DeadAdapterError, OptionError, counted
 from xpu_lora_compile.inspect.report import GraphReport, NodeReport, Report, SiteReport
 from xpu_lora_compile.kernels import choice_for
 from xpu_lora_compile.layers.host import LoraLayer
@@ -341,7 +341,7 @@ def _check_liveness(model: object, report: Report) -> None:
             "leave modules that the model does not call out of target_modules."
         )
     elif not report.sites:
-        wanted, got = "a call that adds LoRA", f"none in {len(report.graphs)} graphs"
+        wanted, got = "a call that adds LoRA", f"none in {counted(len(report.graphs), 'graph')}"
         remedy = "Attach LoRA to the model, or call the ops; what is compiled apart, or not at all, is not seen here."
     if wanted:
         error = DeadAdapterError("explain", wanted, got, remedy)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from xpu_lora_compile.adapters.bank import NO_ADAPTER
-from xpu_lora_compile.errors import KernelError, OptionError, VerificationError
+from xpu_lora_compile.errors import KernelError, OptionError, VerificationError, counted
 from xpu_lora_compile.inspect.replay import Eager, Forced, Taps, copy_of, is_close, tensors_in
 from xpu_lora_compile.kernels import forced_kernel
 from xpu_lora_compile.layers.host import LoraLayer
@@ -78,16 +78,16 @@ class Verification:
         worst = sorted(self.sites, key=lambda site: max(site.rewritten, site.compiled or 0.0), reverse=True)[:5]
         right = sum(site.is_right for site in self.sites)
         difference = f"the results of the model differ by {self.output_error:.2g} of their largest element."
-        lines = [f"{len(self.sites)} sites, {right} of them right; {difference}"]
+        lines = [f"{counted(len(self.sites), 'site')}, {right} of them right; {difference}"]
         if self.unchecked:
-            lines.append(f"{self.unchecked} sites in subgraphs were not compared.")
+            lines.append(f"Not compared: {counted(self.unchecked, 'site')} in subgraphs.")
         if not self.returns_the_same:
             lines.append("WRONG: the rewritten graph changes something beside these calls.")
         if self.isolation:
             changed = {name: rows for name, rows in self.isolation.items() if rows}
             kept = f"{len(self.isolation) - len(changed)} of {len(self.isolation)} modules"
             lines.append(f"Isolation: with another adapter for one sequence, other rows keep their bits in {kept}.")
-            lines += [f"  LEAK: {name}, {rows} rows" for name, rows in list(changed.items())[:5]]
+            lines += [f"  LEAK: {name}, {counted(rows, 'row')}" for name, rows in list(changed.items())[:5]]
         lines.append("Worst errors, as fractions of what rounding allows (rewritten graph, generated code):")
         lines = [wrapped(line, indent=2) for line in lines]
         for site in worst:
@@ -186,7 +186,7 @@ def verify(model: Callable[..., Any], *, seed: int = 0, generate_code: bool = Tr
             error = VerificationError(
                 "verify",
                 "rows that keep their bits when another sequence gets another adapter",
-                f"{len(leaks)} modules where they change, the first one {leaks[0]}\n{result}",
+                f"{counted(len(leaks), 'module')} where they change, the first one {leaks[0]}\n{result}",
                 "Look at what the model does before that module: it mixes sequences, or their rows change places.",
             )
             error.verification = result

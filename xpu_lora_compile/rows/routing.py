@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from xpu_lora_compile.errors import BatchError, CopiedModelError, OutsideBlockError, UnprovedRowsError
+from xpu_lora_compile.errors import BatchError, CopiedModelError, OutsideBlockError, UnprovedRowsError, counted
 from xpu_lora_compile.rows import tracing
 from xpu_lora_compile.rows.bytecode import only_looks
 from xpu_lora_compile.rows.inputs import batch_error, is_media, may_hold_the_batch, named_inputs, shape_of_mask
@@ -582,12 +582,16 @@ class BatchRouting:
             return f"a batch of {batch}"
         if self.lengths is not None:
             return f"lengths of {self.sequence_slots.shape[0]} in all for inputs of other sizes"
-        return f"{self.sequence_slots.shape[0]} names for a batch of {batch}"
+        return f"{counted(self.sequence_slots.shape[0], 'name')} for a batch of {batch}"
 
     def unproved(self, name: str, inputs: Any, why: str, remedy: str | None = None) -> UnprovedRowsError:
         """The error for a layer whose rows nobody can tell."""
         shape = list(inputs.shape if isinstance(inputs, Tensor) else inputs)
-        number = "" if self.sequence_slots is None else f" of {len(self.lengths or self.sequence_slots)} sequences"
+        number = (
+            ""
+            if self.sequence_slots is None
+            else f" of {counted(len(self.lengths or self.sequence_slots), 'sequence')}"
+        )
         inside = [part for part in self.parts if name == part or name.startswith(f"{part}.")]
         part = min(inside, key=len, default=name)
         if why.startswith(UNSAID) and self.part:

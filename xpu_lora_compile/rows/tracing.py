@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
+from xpu_lora_compile.errors import counted
 from xpu_lora_compile.rows.inputs import named_inputs, parameters
 from xpu_lora_compile.rows.layout import UNSAID, Layout
 from xpu_lora_compile.rows.owners import UNKNOWN, constant
@@ -222,7 +223,7 @@ class Trace:
         shown = [
             value.shape[0] for _, node in inputs if isinstance(value := self.values.get(node), Tensor) and value.dim()
         ]
-        return f"{hint_of(size)} names for a batch of {shown[0] if shown else 0}"
+        return f"{counted(hint_of(size), 'name')} for a batch of {shown[0] if shown else 0}"
 
     def layout_of(self, inputs: Node, features: int) -> Any:
         """The layout of the rows of a node's value, or what is wrong with them."""
