@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import struct
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -486,3 +488,59 @@ def test_a_captured_graph_sees_the_swap(tmp_path: Path) -> None:
     for replayed, eager in wanted:
         torch.testing.assert_close(replayed, eager, atol=1e-4, rtol=1e-4)
     assert (wanted[0][0] - wanted[1][0]).abs().max() > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:This process")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="asks for fork")
+def test_a_process_that_was_forked_after_a_load_loads_too(tmp_path: Path) -> None:
+    _model, bank = bank_of()
+    save_adapter(tmp_path / "x", **CASES["list"])
+    bank.load("before", tmp_path / "x")
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        bank.load("after", tmp_path / "x")
+        os._exit(0 if bank.names == ("before", "after") else 1)
+    for _ in range(600):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("it hangs")
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_a_file_that_was_cut_short_since_it_was_opened_is_an_error(tmp_path: Path) -> None:
+    save_adapter(tmp_path / "x", **CASES["list"])
+    path = tmp_path / "x" / WEIGHTS_FILE
+    with opened_safetensors(path) as file:
+        start, end = max(map(file.span, file.keys()))
+        os.truncate(path, start + 1)
+        with pytest.raises(errors.AdapterFileError, match=f"wanted at least {end} bytes; got {start + 1}"):
+            file.bytes_of(start, end)
+
+
+def test_what_a_failed_load_has_made_is_not_for_the_next(tmp_path: Path) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model, bank = bank_of()
+    save_adapter(tmp_path / "x", **CASES["list"])
+    with FakeTensorMode(), pytest.raises((AssertionError, RuntimeError, errors.LoraError)):
+        bank.load("x", tmp_path / "x")
+    bank.load("x", tmp_path / "x")
+    for key, values in wanted_slots(model, bank, tmp_path / "x").items():
+        assert torch.equal(stacks_of(bank)[key][0].cpu(), values), key
+
+
+def test_stacks_that_require_gradients_are_loaded_without_any(tmp_path: Path) -> None:
+    _model, bank = bank_of()
+    save_adapter(tmp_path / "x", **CASES["list"])
+    for layer in bank._layers.values():
+        layer.lora_a.requires_grad_(True)
+    bank.load("x", tmp_path / "x")
+    bank.drop("x")
+    bank.load("x", tmp_path / "x")
+    assert bank.names == ("x",)

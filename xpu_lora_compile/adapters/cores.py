@@ -25,9 +25,9 @@ R = TypeVar("R")
 def with_few_cores(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Run a function in the thread, after what others have given it; this thread waits, even where it is interrupted.
 
-    The function runs outside of all modes and streams of this thread.
+    The function runs outside of all modes and streams of this thread, and without gradients.
     """
-    running = _worker().submit(function, *args, **kwargs)
+    running = _worker().submit(torch.no_grad()(function), *args, **kwargs)
     try:
         return running.result()
     except BaseException:
@@ -47,3 +47,8 @@ def _worker() -> ThreadPoolExecutor:
     worker.submit(torch.get_num_threads).result()
     torch.set_num_threads(before)
     return worker
+
+
+# A process that was forked has no threads but its own.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_worker.cache_clear)

@@ -48,9 +48,11 @@ def shown(value: object) -> str:
 class TensorFile:
     """A safetensors file that is open, its header checked; values are read when they are asked for."""
 
-    def __init__(self, path: Path, opened: Any, mapped: Tensor, header: Mapping[str, Any], start: int) -> None:
+    def __init__(
+        self, path: Path, raw: FileIO, opened: Any, mapped: Tensor, header: Mapping[str, Any], start: int
+    ) -> None:
         self.path = path
-        self._opened, self._mapped, self._header, self._start = opened, mapped, header, start
+        self._raw, self._opened, self._mapped, self._header, self._start = raw, opened, mapped, header, start
 
     def keys(self) -> list[str]:
         """The names of all tensors."""
@@ -79,9 +81,11 @@ class TensorFile:
 
     def bytes_of(self, start: int, end: int) -> Tensor:
         """A part of the file, mapped into memory: to be read only, and copied soon."""
-        if end > len(self._mapped):
+        # What was cut off since cannot be read: the process would end.
+        there = min(len(self._mapped), os.fstat(self._raw.fileno()).st_size)
+        if end > there:
             raise AdapterFileError(
-                str(self.path), f"at least {end} bytes", f"{len(self._mapped)}", "Copy or download the file again."
+                str(self.path), f"at least {end} bytes", f"{there}", "Copy or download the file again."
             )
         return self._mapped[start:end]
 
@@ -107,7 +111,9 @@ def opened_safetensors(path: Path) -> Iterator[TensorFile]:
             header.pop("__metadata__", None)
             # Private pages, which can be written to but are not, since torch warns of those that cannot.
             mapped = torch.frombuffer(mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
-            file = TensorFile(path, opened, mapped, {name: dict(facts) for name, facts in header.items()}, 8 + length)
+            file = TensorFile(
+                path, raw, opened, mapped, {name: dict(facts) for name, facts in header.items()}, 8 + length
+            )
         yield file
 
 

@@ -16,9 +16,9 @@ import math
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -233,10 +233,20 @@ class Staging:
                         run(fill, block, checkpoint, members)
                         run(_check, checkpoint, members, block.flat)
                     ready.setdefault(device, []).append((stacks, block))
+        except BaseException:
+            # Whatever it was made under, or holds, is not for the next load.
+            self._keep({}, groups)
+            raise
+        try:
             yield Staged(ready, checkpoint.pairs)
         finally:
-            # Of two loads at once the last one's stays, and nothing for where the model was before it was moved.
-            self._idle = {key: block for key, block in self._idle.items() if key in groups} | taken
+            self._keep(taken, groups)
+
+    def _keep(
+        self, blocks: Mapping[tuple[torch.device, torch.dtype], _Block], wanted: Container[tuple[Any, Any]]
+    ) -> None:
+        """Keep these for the next load: of two loads at once the last one's, and none for where a model was before."""
+        self._idle = {key: block for key, block in self._idle.items() if key in wanted} | dict(blocks)
 
 
 def _fill_one_by_one(block: _Block, checkpoint: Checkpoint, layers: Mapping[str, StackedLayer]) -> None:
