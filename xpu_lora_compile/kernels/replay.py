@@ -140,6 +140,7 @@ class Tape(TorchDispatchMode):
         own = sizes[len(wanted) :]
         if sizes[: len(wanted)] != wanted or any(size != 8 for size in own) or len(sizes) > 256:
             raise _CannotRecordError("the kernel has other parameters than its signature")
+        _KEPT[kernel.function] = kernel
         words = [parameter[:2] for parameter in parameters] + [(_VALUE, 0)] * len(own)
         threads, pdl = about.num_warps * about.target.warp_size, getattr(about, "launch_pdl", False)
         lengths = [*grid, 1, 1][:3]
@@ -180,6 +181,10 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 # The bytes of what Triton calls by these names.
 _BYTES = {"i1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "i32": 4, "u32": 4, "i64": 8, "u64": 8, "fp32": 4, "f32": 4}
+
+
+# The kernels of recordings, which hold but their addresses.
+_KEPT: dict[int, Any] = {}
 
 
 def _leaves(values: Any) -> Iterator[Any]:
