@@ -194,6 +194,12 @@ def main() -> None:
     report("a list of tensors comes back", f"{python_calls(lists)} of 3 calls, {shapes}")
 
     report("a tensor that was allocated comes back", outcome(lambda: ops.made(torch.ones(9), 3)))
+    weight = torch.randn(6, 4)
+    ops.products(torch.ones(3, 4), [weight, weight])
+    others = [torch.randn(6, 4), torch.randn(6, 4)]
+    twice, once = ops.products(torch.ones(3, 4), others)
+    exact = [torch.ones(3, 4) @ other.t() for other in others]
+    report("one tensor in two places", torch.allclose(twice, 2 * exact[0]) and torch.allclose(once, exact[1]))
     report("another number of rows", outcome(lambda: ops.add_scaled(torch.ones(71), torch.ones(71), 2.0)))
     apart = torch.ones(140)[::2]
     report("other strides", outcome(lambda: ops.add_scaled(apart, x, 2.0)))

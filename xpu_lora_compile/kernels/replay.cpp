@@ -186,6 +186,12 @@ bool describe(const at::Tensor& tensor, bool is_grad_enabled, Words& words, std:
     words.push_back(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) & 15);
     words.insert(words.end(), tensor.sizes().begin(), tensor.sizes().end());
     words.insert(words.end(), tensor.strides().begin(), tensor.strides().end());
+    // A recording that was made of one tensor in two places is for no other call.
+    size_t first = 0;
+    while (first < tensors.size() && !tensors[first]->is_same(tensor)) {
+        first++;
+    }
+    words.push_back(first);
     tensors.push_back(&tensor);
     return true;
 }
