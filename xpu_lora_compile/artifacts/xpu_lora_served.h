@@ -51,16 +51,19 @@ constexpr int FORMAT = 1;
 
 [[noreturn]] inline void refuse(const std::string& where, const std::string& wanted, const std::string& got,
                                 const std::string& remedy = "") {
-    throw std::runtime_error(where + ": wanted " + wanted + "; got " + got + "." + (remedy.empty() ? "" : " " + remedy));
+    std::string more = remedy.empty() ? "" : " " + remedy;
+    throw std::runtime_error(where + ": wanted " + wanted + "; got " + got + "." + more);
 }
 
 constexpr const char* COPY_AGAIN = "Copy or download the file again; it is damaged, or not what PEFT wrote.";
 constexpr const char* COPY_ARTIFACT = "Copy the file again, or export the model again.";
-constexpr const char* WRITE_FIELD = "Write such a value into the field, or save the adapter again where it was trained.";
+constexpr const char* WRITE_FIELD =
+    "Write such a value into the field, or save the adapter again where it was trained.";
 
 // What torch and the standard library throw becomes an error as of `refuse`.
 template <typename Work>
-auto guarded(const std::string& where, const std::string& wanted, const std::string& remedy, Work work) -> decltype(work()) {
+auto guarded(const std::string& where, const std::string& wanted, const std::string& remedy, Work work)
+    -> decltype(work()) {
     try {
         return work();
     } catch (const c10::Error& error) {
@@ -100,7 +103,8 @@ struct Json {
         return kind == INTEGER || kind == NUMBER ? text.substr(0, 100) : words[kind];
     }
     bool is_list_of(Kind wanted) const {
-        return kind == LIST && std::all_of(items.begin(), items.end(), [&](const Json& item) { return item.kind == wanted; });
+        auto fits = [&](const Json& item) { return item.kind == wanted; };
+        return kind == LIST && std::all_of(items.begin(), items.end(), fits);
     }
     std::vector<std::string> texts() const {
         std::vector<std::string> found;
@@ -134,7 +138,8 @@ struct Json {
     static void expect(const char*& place, const char* end, const char* word, const std::string& where) {
         size_t length = std::strlen(word);
         if (size_t(end - place) < length || std::strncmp(place, word, length) != 0)
-            refuse(where, "JSON", "something else at " + std::string(place, std::min<size_t>(20, end - place)), COPY_AGAIN);
+            refuse(where, "JSON", "something else at " + std::string(place, std::min<size_t>(20, end - place)),
+                   COPY_AGAIN);
         place += length;
     }
     static Json value(const char*& place, const char* end, const std::string& where, int depth) {
@@ -186,7 +191,8 @@ struct Json {
             digits();
         }
         if (!well)
-            refuse(where, "JSON", "something else at " + std::string(start, std::min<size_t>(20, end - start)), COPY_AGAIN);
+            refuse(where, "JSON", "something else at " + std::string(start, std::min<size_t>(20, end - start)),
+                   COPY_AGAIN);
         Json found;
         found.text = std::string(start, place), found.kind = whole ? INTEGER : NUMBER;
         return found;
@@ -194,7 +200,8 @@ struct Json {
     // How many bytes of UTF-8 the next character has; 0 where they are none.
     static int length_of(const char* place, const char* end) {
         auto byte = [&](int at) { return static_cast<unsigned char>(place[at]); };
-        int length = byte(0) < 0x80 ? 1 : byte(0) < 0xc2 ? 0 : byte(0) < 0xe0 ? 2 : byte(0) < 0xf0 ? 3 : byte(0) < 0xf5 ? 4 : 0;
+        int first = byte(0);
+        int length = first < 0x80 ? 1 : first < 0xc2 ? 0 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : first < 0xf5 ? 4 : 0;
         if (end - place < length) return 0;
         for (int i = 1; i < length; i++)
             if (byte(i) >> 6 != 2) return 0;
@@ -267,14 +274,16 @@ inline uint32_t crc32(const unsigned char* bytes, size_t size, uint32_t before =
             for (int bit = 0; bit < 8; bit++) made[0][i] = made[0][i] >> 1 ^ (made[0][i] & 1 ? 0xedb88320u : 0);
         }
         for (int back = 1; back < 8; back++)
-            for (uint32_t i = 0; i < 256; i++) made[back][i] = made[back - 1][i] >> 8 ^ made[0][made[back - 1][i] & 255];
+            for (uint32_t i = 0; i < 256; i++)
+                made[back][i] = made[back - 1][i] >> 8 ^ made[0][made[back - 1][i] & 255];
         return made;
     }();
     uint32_t sum = ~before;
     for (; size >= 8; size -= 8, bytes += 8) {
         uint32_t mixed = sum ^ (bytes[0] | bytes[1] << 8 | bytes[2] << 16 | uint32_t(bytes[3]) << 24);
-        sum = tables[7][mixed & 255] ^ tables[6][mixed >> 8 & 255] ^ tables[5][mixed >> 16 & 255] ^ tables[4][mixed >> 24] ^
-              tables[3][bytes[4]] ^ tables[2][bytes[5]] ^ tables[1][bytes[6]] ^ tables[0][bytes[7]];
+        sum = tables[7][mixed & 255] ^ tables[6][mixed >> 8 & 255] ^ tables[5][mixed >> 16 & 255] ^
+              tables[4][mixed >> 24] ^ tables[3][bytes[4]] ^ tables[2][bytes[5]] ^ tables[1][bytes[6]] ^
+              tables[0][bytes[7]];
     }
     for (; size; size--) sum = sum >> 8 ^ tables[0][(sum ^ *bytes++) & 255];
     return ~sum;
@@ -286,7 +295,8 @@ inline void check_sums(caffe2::serialize::PyTorchStreamReader& archive, const st
     std::vector<unsigned char> part(1 << 20);
     auto read = [&](uint64_t at, size_t size) {
         file.seekg(std::streamoff(at));
-        if (!file.read(reinterpret_cast<char*>(part.data()), std::streamsize(size))) refuse(path, "a whole file", "an end before it", COPY_ARTIFACT);
+        if (!file.read(reinterpret_cast<char*>(part.data()), std::streamsize(size)))
+            refuse(path, "a whole file", "an end before it", COPY_ARTIFACT);
     };
     auto number = [&](size_t at, int bytes) {
         uint32_t found = 0;
@@ -308,7 +318,8 @@ inline void check_sums(caffe2::serialize::PyTorchStreamReader& archive, const st
             read(at, 8);
             wanted = number(0, 4) == 0x08074b50 ? number(4, 4) : number(0, 4);
         }
-        if (sum != wanted) refuse(path + ": " + name, "the bytes that were written", "others: the checksum differs", COPY_ARTIFACT);
+        if (sum != wanted)
+            refuse(path + ": " + name, "the bytes that were written", "others: the checksum differs", COPY_ARTIFACT);
     }
 }
 
@@ -336,7 +347,8 @@ struct Tensors {
         uint64_t length = 0;
         if (content.size() >= 8) std::memcpy(&length, content.data(), 8);
         if (content.size() < 8 || length > (32u << 20) || length > content.size() - 8)
-            refuse(path, "a well-formed safetensors file", "a header of " + std::to_string(length) + " bytes", COPY_AGAIN);
+            refuse(path, "a well-formed safetensors file", "a header of " + std::to_string(length) + " bytes",
+                   COPY_AGAIN);
         Json header = Json::parse(content.substr(8, length), path);
         if (header.kind != Json::OBJECT) refuse(path, "a header that is a JSON object", header.shown(), COPY_AGAIN);
         const char* data = content.data() + 8 + length;
@@ -346,35 +358,38 @@ struct Tensors {
             if (header.names[i] == "__metadata__") continue;
             const std::string &name = header.names[i], where = path.string() + ": " + name;
             const Json &given = header.items[i], &sizes = given.at("shape"), &offsets = given.at("data_offsets");
-            if (given.at("dtype").kind != Json::TEXT || !is_list_of_sizes(sizes) || !is_list_of_sizes(offsets) || offsets.items.size() != 2)
+            if (given.at("dtype").kind != Json::TEXT || !is_list_of_sizes(sizes) || !is_list_of_sizes(offsets) ||
+                offsets.items.size() != 2)
                 refuse(where, "a dtype, a shape and two data_offsets, of whole numbers", "something else", COPY_AGAIN);
             at::ScalarType dtype = dtype_of(given.at("dtype").text);
             std::vector<int64_t> shape = sizes.integers(), span = offsets.integers();
             double bytes = double(at::elementSize(dtype));
-            for (int64_t length : shape) bytes *= double(length);
+            for (int64_t extent : shape) bytes *= double(extent);
             if (span[1] < span[0] || span[1] > size || double(span[1] - span[0]) != bytes)
                 refuse(where, "data inside of the file, as long as the shape says", "other data_offsets", COPY_AGAIN);
             if (bytes > 0 && !spans.emplace(std::pair(span[0], span[1]), name).second)
                 refuse(where, "data of its own", "that of another tensor", COPY_AGAIN);
             // A copy, since what lies in the file need not be aligned.
-            at::Tensor tensor = guarded(where, "a shape that a tensor can have", COPY_AGAIN, [&] { return at::empty(shape, dtype); });
+            at::Tensor tensor =
+                guarded(where, "a shape that a tensor can have", COPY_AGAIN, [&] { return at::empty(shape, dtype); });
             if (bytes > 0) std::memcpy(tensor.data_ptr(), data + span[0], size_t(bytes));
             named[name] = tensor;
         }
         for (const auto& [span, name] : spans) {
             if (span.first != end)
-                refuse(path.string() + ": " + name, "data that begin where the last tensor's end", std::to_string(span.first) + ", not " + std::to_string(end), COPY_AGAIN);
+                refuse(path.string() + ": " + name, "data from byte " + std::to_string(end) + ", where the last end",
+                       "data from byte " + std::to_string(span.first), COPY_AGAIN);
             end = span.second;
         }
         if (end != size)
-            refuse(path, "tensors up to its end", std::to_string(size - end) + " bytes that are no tensor's", COPY_AGAIN);
+            refuse(path, "data up to the end, byte " + std::to_string(size), "data up to byte " + std::to_string(end),
+                   COPY_AGAIN);
     }
 
    private:
     static bool is_list_of_sizes(const Json& value) {
-        return value.is_list_of(Json::INTEGER) && std::all_of(value.items.begin(), value.items.end(), [](const Json& item) {
-            return item.text[0] != '-' && item.text.size() < 19;
-        });
+        auto fits = [](const Json& item) { return item.text[0] != '-' && item.text.size() < 19; };
+        return value.is_list_of(Json::INTEGER) && std::all_of(value.items.begin(), value.items.end(), fits);
     }
 };
 
@@ -399,8 +414,10 @@ inline bool is_read_alike(const std::string& pattern) {
             at++;
             if (letter == ']') return true;
             if (letter == '-' && count > 0 && peek() != ']') {
-                if (last != 1 || !peek() || std::strchr("-[", peek()) || (peek() == '\\' && !is_sign(peek(1)))) return false;
-                at += peek() == '\\' ? 2 : 1;
+                bool is_escaped = peek() == '\\';
+                if (last != 1 || !peek() || std::strchr("-[", peek())) return false;
+                if (is_escaped && !is_sign(peek(1))) return false;
+                at += is_escaped ? 2 : 1;
                 last = 2;
                 continue;
             }
@@ -477,13 +494,15 @@ class Config {
         rank_ = integer("r", json.at("r"), 8);
         alpha_ = number("lora_alpha", json.at("lora_alpha"), 8);
         const Json& rs = json.at("use_rslora");
-        if (rs.is_true() && rs.kind != Json::TRUE) refuse(where + ": use_rslora", "true or false", rs.shown(), WRITE_FIELD);
+        if (rs.is_true() && rs.kind != Json::TRUE)
+            refuse(where + ": use_rslora", "true or false", rs.shown(), WRITE_FIELD);
         is_rs = rs.is_true();
         if (json.at("ensure_weight_tying").is_true())
             refuse(where, "an adapter without ensure_weight_tying", "one with it", "Load it in Python.");
         for (const char* name : {"rank_pattern", "alpha_pattern"}) {
             const Json& patterns = json.at(name);
-            if (patterns.kind != Json::NOTHING && patterns.kind != Json::OBJECT) refuse(where + ": " + name, "an object of names and numbers", patterns.shown(), WRITE_FIELD);
+            if (patterns.kind != Json::NOTHING && patterns.kind != Json::OBJECT)
+                refuse(where + ": " + name, "an object of names and numbers", patterns.shown(), WRITE_FIELD);
             for (size_t i = 0; i < patterns.names.size(); i++) {
                 expression(patterns.names[i], where + ": " + name);
                 std::regex compiled("(.*\\.)?(" + patterns.names[i] + ")");
@@ -494,19 +513,26 @@ class Config {
             }
         }
         const Json& layers = json.at("layers_to_transform");
-        if (layers.kind == Json::INTEGER) chosen.insert(layers.integer());
-        else
+        if (layers.kind == Json::INTEGER) {
+            chosen.insert(layers.integer());
+        } else {
             for (const Json& layer : listed("layers_to_transform", Json::INTEGER, "an integer, or a list of integers"))
                 chosen.insert(layer.integer());
+        }
         const Json& patterns = json.at("layers_pattern");
         std::vector<std::string> written;
-        if (patterns.kind == Json::TEXT && !patterns.text.empty()) written = {patterns.text};
-        else
-            for (const Json& pattern : listed("layers_pattern", Json::TEXT, "a name or a list of names")) written.push_back(pattern.text);
+        if (patterns.kind == Json::TEXT && !patterns.text.empty()) {
+            written = {patterns.text};
+        } else {
+            for (const Json& pattern : listed("layers_pattern", Json::TEXT, "a name or a list of names"))
+                written.push_back(pattern.text);
+        }
         if (!chosen.empty() && json.at("target_modules").kind == Json::TEXT)
-            refuse(where + ": layers_to_transform", "no layers, where target_modules is one string", layers.shown(), WRITE_FIELD);
+            refuse(where + ": layers_to_transform", "no layers, where target_modules is one string", layers.shown(),
+                   WRITE_FIELD);
         if (!written.empty() && chosen.empty())
-            refuse(where + ": layers_pattern", "no pattern, where layers_to_transform is not set", patterns.shown(), WRITE_FIELD);
+            refuse(where + ": layers_pattern", "no pattern, where layers_to_transform is not set", patterns.shown(),
+                   WRITE_FIELD);
         for (const std::string& pattern : written) {
             expression(pattern, where + ": layers_pattern");
             of_layer.emplace_back("(?:^|.*?\\.)" + pattern + "\\.(\\d+)\\.");
@@ -565,7 +591,8 @@ class Config {
             found.whole = expression(value.text, where + ": " + name);
             return found;
         }
-        for (const Json& item : listed(name, Json::TEXT, "a list of names, or a regular expression")) found.ends.push_back(item.text);
+        for (const Json& item : listed(name, Json::TEXT, "a list of names, or a regular expression"))
+            found.ends.push_back(item.text);
         return found;
     }
 
@@ -580,8 +607,8 @@ class Config {
     void check_field(const std::string& name, const Json& value, const Json& known) const {
         std::string lower = value.text;
         for (char& letter : lower) letter = char(std::tolower(static_cast<unsigned char>(letter)));
-        bool fine = known.at("refused").has(name) ? !value.is_true()
-                                                  : known.at("read").has(name) || known.at("ignored").has(name) || is_unset(value);
+        bool fine = known.at("read").has(name) || known.at("ignored").has(name) || is_unset(value);
+        if (known.at("refused").has(name)) fine = !value.is_true();
         if (name == "bias") fine = !value.is_true() || value.text == "none";
         if (name == "init_lora_weights")
             fine = !value.is_true() || value.kind == Json::TRUE || (value.kind == Json::TEXT && known.at("inits").has(lower));
@@ -693,7 +720,8 @@ class Served {
             auto [data, size] = archive.getRecord("xpu_lora/" + name);
             return std::string(static_cast<const char*>(data.get()), size);
         };
-        if (!archive.hasRecord("xpu_lora/manifest.json")) refuse(where, "a file that xlc.export wrote", "another", COPY_ARTIFACT);
+        if (!archive.hasRecord("xpu_lora/manifest.json"))
+            refuse(where, "a file that xlc.export wrote", "another", COPY_ARTIFACT);
         // Before anything of it is run.
         check_sums(archive, path);
         manifest = Json::parse(record("manifest.json"), where);
