@@ -5,6 +5,7 @@
 // plan.json is a list of steps, in the order in which a server would be asked:
 //     {"load": ["pirate", "adapters/pirate"]}        a PEFT folder, under a name
 //     {"drop": "pirate"}
+//     {"refused": ["x", "adapters/x"]}               a folder that must not load; prints why it does not
 //     {"rows": ["pirate", null, "terse"]}            a batch, with the adapter of each row
 // The inputs of batch n are the tensors "n.<input>", by the names in the artifact. Where there are tensors "n.<output>",
 // the answers must equal them bit for bit: whoever wrote them computed them in Python. Prints how many rows do not, and
@@ -49,6 +50,8 @@ class Server {
         if (step.at("load").items.size() == 2) {
             served.load(step.at("load").items[0].text, step.at("load").items[1].text);
             loads++;
+        } else if (step.at("refused").items.size() == 2) {
+            refuse(step.at("refused").items[0].text, step.at("refused").items[1].text);
         } else if (step.at("drop").kind == xpu_lora::Json::TEXT) {
             served.drop(step.at("drop").text);
         } else {
@@ -63,6 +66,16 @@ class Server {
     }
 
    private:
+    void refuse(const std::string& name, const std::string& folder) {
+        try {
+            served.load(name, folder);
+        } catch (const std::runtime_error& error) {
+            std::cout << error.what() << std::endl;
+            return;
+        }
+        throw std::runtime_error(folder + ": wanted an adapter that is refused; got one that loads.");
+    }
+
     void answer(const Rows& adapters) {
         std::string number = std::to_string(microseconds.size()) + ".";
         std::vector<at::Tensor> inputs;

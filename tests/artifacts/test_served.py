@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,24 +218,243 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
         "a copy of the model's own weight",
     ),
     "a key of no model": (lambda t, k: t.update({"q_proj.lora_A.weight": t.pop(k)}), {}, "keys that begin with"),
+    "a key that begins with a dot": (lambda t, k: t.update({f".{k}": t.pop(k)}), {}, "keys that begin with"),
+    "a key that ends with a dot": (lambda t, k: t.update({f"{k}.": t.pop(k)}), {}, "only lora_A and lora_B"),
+    "a key with two dots": (
+        lambda t, k: t.update({k.replace(".q_proj", "..q_proj"): t.pop(k)}),
+        {},
+        "names of modules that the model has",
+    ),
+    "layers: true": (None, {"layers_to_transform": True}, "layers_to_transform: wanted an integer, or a list"),
+    "layers: a text": (None, {"layers_to_transform": "1"}, "layers_to_transform: wanted an integer, or a list"),
+    "layers: a list with true": (None, {"layers_to_transform": [True]}, "layers_to_transform: wanted an integer, or a"),
+    "layers: a fraction": (None, {"layers_to_transform": [1.0]}, "layers_to_transform: wanted an integer, or a list"),
+    "layers: an object": (None, {"layers_to_transform": {"0": 1}}, "layers_to_transform: wanted an integer, or a list"),
+    "exclude: a number": (None, {"exclude_modules": 5}, "exclude_modules: wanted a list of names"),
+    "exclude: nought": (None, {"exclude_modules": 0}, "exclude_modules: wanted a list of names"),
+    "exclude: numbers": (None, {"exclude_modules": [5]}, "exclude_modules: wanted a list of names"),
+    "exclude: true": (None, {"exclude_modules": True}, "exclude_modules: wanted a list of names"),
+    "targets: a number": (None, {"target_modules": 5}, "target_modules: wanted a list of names"),
+    "targets: null in a list": (None, {"target_modules": ["q_proj", None]}, "target_modules: wanted a list of names"),
+    "layers_pattern: a number": (
+        None,
+        {"layers_to_transform": [0], "layers_pattern": 5},
+        "layers_pattern: wanted a name or a list of names",
+    ),
+    "a pattern that ends before the number": (
+        None,
+        {"layers_to_transform": [0], "layers_pattern": ["model|h"], "target_modules": ["q_proj"]},
+        "an adapter for modules of this artifact",
+    ),
+    "ranks: a list": (None, {"rank_pattern": ["q_proj"]}, "rank_pattern: wanted an object"),
+    "a module to save: null": (None, {"modules_to_save": [None]}, "modules_to_save=a list"),
+    "DoRA: a text": (None, {"use_dora": "none"}, 'use_dora="none"'),
+    "a field of the future, nought": (None, {"new_feature": 0}, "new_feature=0"),
 }
+
+
+def _check_refusals(program: Path, artifact: Path, words: dict[Path, str]) -> None:
+    """Have C++ refuse each folder; what it says must hold the words."""
+    plan = [{"refused": ["wrong", str(folder)]} for folder in words]
+    status, said = serve_pt2.run_program(program, artifact, plan, {"0.x": torch.ones(1)})
+    assert status == 0, said
+    missed = [
+        (wanted, line) for wanted, line in zip(words.values(), said.splitlines(), strict=False) if wanted not in line
+    ]
+    assert not missed
+    assert len(said.splitlines()) == len(words) + 1
 
 
 def test_cpp_and_python_refuse_the_same_adapters(llama: Path, program: Path, tmp_path: Path) -> None:
     served = xlc.load_artifact(llama)
-    for at, (what, (change, config, words)) in enumerate(WRONG.items()):
+    wanted = {}
+    for at, (change, config, words) in enumerate(WRONG.values()):
         folder = _wrong(tmp_path / str(at), change, **config)
         with pytest.raises(xlc.LoraError):
             served.load("wrong", folder)
-        status, said = serve_pt2.run_program(program, llama, [{"load": ["wrong", str(folder)]}], {"0.x": torch.ones(1)})
-        assert (status, words in said) == (2, True), f"{what}: {said}"
+        wanted[folder] = words
+    _check_refusals(program, llama, wanted)
     assert served.names == ()
 
 
-def test_cpp_refuses_a_pattern_that_it_would_read_otherwise(llama: Path, program: Path, tmp_path: Path) -> None:
-    folder = _wrong(tmp_path / "a", target_modules=r"(?i).*Q_PROJ")
+# The data of a file: what stands in its header about the first two tensors, and what comes after the data.
+def _move(header: dict[str, Any], by: int) -> None:
+    for entry in list(header.values())[1:]:
+        entry["data_offsets"] = [end + by for end in entry["data_offsets"]]
+
+
+def _first(header: dict[str, Any]) -> dict[str, Any]:
+    return next(iter(header.values()))  # type: ignore[no-any-return]
+
+
+def _last(header: dict[str, Any]) -> dict[str, Any]:
+    return max(header.values(), key=lambda entry: entry["data_offsets"])  # type: ignore[no-any-return]
+
+
+def _overlap(header: dict[str, Any]) -> None:
+    _last(header)["data_offsets"] = _first(header)["data_offsets"]
+
+
+DAMAGED_FILES: dict[str, tuple[Callable[[dict[str, Any]], object], bytes, str]] = {
+    "overlap": (_overlap, b"", "wanted data of its own; got that of another tensor"),
+    "half an overlap": (lambda header: _move(header, -8), b"", "where the last end; got data from byte"),
+    "a gap": (lambda header: _move(header, 8), b"\0" * 8, "where the last end; got data from byte"),
+    "bytes at the end": (lambda _: None, b"\0", "wanted data up to the end, byte "),
+    "beyond the end": (lambda header: _move(header, 8), b"", "wanted data inside of the file"),
+    "a size of 4.9": (lambda header: _first(header).update(shape=[4.9, 64]), b"", "of whole numbers"),
+    "a negative size": (lambda header: _first(header).update(shape=[-4, -64]), b"", "of whole numbers"),
+    "a size as a text": (lambda header: _first(header).update(shape=["4", 64]), b"", "of whole numbers"),
+    "no shape": (lambda header: _first(header).pop("shape"), b"", "of whole numbers"),
+    "a dtype that is none": (lambda header: _first(header).update(dtype="F33"), b"", "one that PyTorch has"),
+}
+
+
+def test_cpp_and_python_refuse_files_whose_tensors_do_not_cover_them(
+    llama: Path, program: Path, tmp_path: Path
+) -> None:
+    served = xlc.load_artifact(llama)
+    wanted = {}
+    for at, (change, more, words) in enumerate(DAMAGED_FILES.values()):
+        file = _wrong(tmp_path / str(at)) / "adapter_model.safetensors"
+        content = file.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        entries = json.loads(content[8:end]).items()
+        header = dict(sorted(entries, key=lambda item: item[1]["data_offsets"]))
+        change(header)
+        text = json.dumps(header).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:] + more)
+        with pytest.raises(xlc.LoraError):
+            served.load("wrong", file.parent)
+        wanted[file.parent] = words
+    _check_refusals(program, llama, wanted)
+
+
+NO_JSON = {
+    "a number with a nought before it": b'{"r": 01}',
+    "a number with a plus": b'{"r": +1}',
+    "a number without digits after the point": b'{"r": 1.}',
+    "a number without digits before the point": b'{"r": .5}',
+    "a number without an exponent": b'{"r": 1e}',
+    "an unknown escape": rb'{"r": "\q"}',
+    "an escape of no number": rb'{"r": "\u00zz"}',
+    "a line break in a text": b'{"r": "\n"}',
+    "a NUL after the end": b'{"r": 4}\0',
+    "more after the end": b'{"r": 4} {}',
+    "a comma at the end": b'{"r": 4,}',
+    "no end": b'{"r": [4',
+    "bytes that are no UTF-8": b'{"r": "\xff"}',
+    "UTF-8 of more bytes than are needed": b'{"r": "\xc0\x80"}',
+    "a single quote": b"{'r': 4}",
+    "nothing": b"",
+}
+
+
+def test_cpp_and_python_refuse_configs_that_are_no_json(llama: Path, program: Path, tmp_path: Path) -> None:
+    served = xlc.load_artifact(llama)
+    wanted = {}
+    for at, text in enumerate(NO_JSON.values()):
+        folder = _wrong(tmp_path / str(at))
+        (folder / "adapter_config.json").write_bytes(text)
+        with pytest.raises(xlc.LoraError):
+            served.load("wrong", folder)
+        wanted[folder] = "adapter_config.json: wanted JSON; got "
+    _check_refusals(program, llama, wanted)
+
+
+def test_cpp_reads_json_as_python_does(llama: Path, program: Path, tmp_path: Path) -> None:
+    folder = _wrong(tmp_path / "a")
+    text = r'{"peft_type": "LORA", "target_modules": ["q\u005fproj"], "r": 4, "lora_alpha": -6.0E-1, "revision": "%s"}'
+    (folder / "adapter_config.json").write_text(
+        text % (r"\ud83d\ude00 \" \\ \/ \b\f\n\r\t" + " é€😀"), encoding="utf-8"
+    )
+    xlc.load_artifact(llama).load("a", folder)
     status, said = serve_pt2.run_program(program, llama, [{"load": ["a", str(folder)]}], {"0.x": torch.ones(1)})
-    assert (status, "a regular expression that std::regex reads as Python does" in said) == (2, True)
+    assert status == 0, said
+
+
+# Each names q_proj in Python, or could; ECMAScript has another meaning for it, or none.
+READ_OTHERWISE = [
+    r"(?i).*Q_PROJ",
+    r"(?P<name>.*)q_proj",
+    r".*(?<=_attn\.)q_proj",
+    r".*(?=q_proj).*",
+    r"(?>.*\.)q_proj",
+    r"(.*)(?#comment)q_proj",
+    r".*q_proj\Z",
+    r"\A.*q_proj",
+    r"[^]x]*q_proj",
+    r"[]q].*|.*q_proj",
+    r".*+|.*q_proj",
+    r".?+.*q_proj",
+    r".{0,9}+.*q_proj",
+    r".{,90}q_proj",
+    r"x{a}|.*q_proj",
+    r"x{|.*q_proj",
+    r"x}|.*q_proj",
+    r"[[:alpha:]]|.*q_proj",
+    r"[a-c--b]|.*q_proj",
+    r"[\w-z]|.*q_proj",
+    r"(.)\1|.*q_proj",
+    r"\x41|.*q_proj",
+    r"é|.*q_proj",
+]
+# As people write them.
+READ_ALIKE = [
+    r".*q_proj",
+    r"^.*\.(q_proj|v_proj)$",
+    r"(?:.*?(?:self_attn|attn).*?(?:q_proj|k_proj)).*?",
+    r"model\.layers\.[0-9]+\.self_attn\.q_proj",
+    r"model\.layers\.(?:[0-9]|1[0-9])\.[\w.-]+q_proj",
+    r"(model\.)?layers\.\d{1,2}\..*q_proj|.*\bq_proj",
+    r"[^ ]*[-._a-z]q_proj",
+    r".+?\.[^.]{9}\.q\_proj",
+]
+
+
+def test_cpp_refuses_a_pattern_that_it_would_read_otherwise(llama: Path, program: Path, tmp_path: Path) -> None:
+    words = "target_modules: wanted a regular expression that std::regex reads as Python does; got "
+    wanted = {
+        _wrong(tmp_path / str(at), target_modules=pattern): words + pattern for at, pattern in enumerate(READ_OTHERWISE)
+    }
+    folder = _wrong(tmp_path / "ranks", rank_pattern={r"q_proj\Z": 4})
+    _check_refusals(program, llama, wanted | {folder: "rank_pattern: wanted a regular expression"})
+
+
+def test_cpp_takes_patterns_as_people_write_them(llama: Path, program: Path, tmp_path: Path) -> None:
+    served = xlc.load_artifact(llama)
+    for at, pattern in enumerate(READ_ALIKE):
+        folder = _wrong(tmp_path / str(at), target_modules=pattern)
+        try:
+            served.load("a", folder)
+            served.drop("a")
+            taken = True
+        except xlc.LoraError:
+            taken = False
+        status, said = serve_pt2.run_program(program, llama, [{"load": ["a", str(folder)]}], {"0.x": torch.ones(1)})
+        assert (status == 0) == taken, f"{pattern}: {said}"
+        assert "a regular expression" not in said, said
+
+
+def test_cpp_says_which_part_of_an_artifact_is_damaged(tagger: Path, program: Path, tmp_path: Path) -> None:
+    content, damaged = tagger.read_bytes(), tmp_path / "damaged.pt2"
+    with zipfile.ZipFile(tagger) as archive:
+        entries = archive.infolist()
+    for entry in entries:
+        names = sum(struct.unpack_from("<HH", content, entry.header_offset + 26))
+        place = entry.header_offset + 30 + names + entry.file_size // 2
+        damaged.write_bytes(content[:place] + bytes([content[place] ^ 0x40]) + content[place + 1 :])
+        status, said = serve_pt2.run_program(program, damaged, [], {"0.x": torch.ones(1)})
+        record = entry.filename.split("/", 1)[1]
+        assert (status, f"{record}: wanted the bytes that were written" in said) == (2, True), said
+    assert {"weights.safetensors", "manifest.json", "native.so"} <= {Path(entry.filename).name for entry in entries}
+
+
+def test_cpp_refuses_a_file_that_is_no_artifact(tagger: Path, program: Path, tmp_path: Path) -> None:
+    content = tagger.read_bytes()
+    for name, part in {"text": b"no archive", "half": content[:10000], "less": content[:-3000], "empty": b""}.items():
+        (tmp_path / f"{name}.pt2").write_bytes(part)
+        status, said = serve_pt2.run_program(program, tmp_path / f"{name}.pt2", [], {"0.x": torch.ones(1)})
+        assert (status, f"{name}.pt2: wanted a file that xlc.export wrote; got " in said) == (2, True), said
 
 
 def test_cpp_refuses_steps_that_cannot_be_taken(llama: Path, program: Path, tmp_path: Path) -> None:

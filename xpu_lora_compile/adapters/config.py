@@ -71,11 +71,13 @@ def rules_for_readers() -> dict[str, list[str]]:
     """Return what a reader of configs in another language must know of their fields, beside the code below.
 
     `read`: fields with a meaning. `ignored`: those without. `inits`: values of `init_lora_weights` for plain adapters.
+    `refused`: those that PEFT asks whether they are true.
     """
     return {
         "read": sorted(_READ),
         "ignored": sorted(_WITHOUT_EFFECT),
         "inits": sorted(_INITS_THAT_LEAVE_THE_BASE_ALONE),
+        "refused": sorted((_MERGEABLE | _NOT_MERGEABLE) - {"bias"}),
     }
 
 

@@ -8,7 +8,7 @@
 //
 // All that cannot be served is a std::runtime_error: of the adapter's files by the rules of adapters/ in Python, from
 // which this differs in refusing what it would need the model for (ensure_weight_tying, copies of base weights, names of
-// former times) and what std::regex does not know. C++17; link torch, torch_cpu and c10.
+// former times) and what std::regex may read otherwise. C++17; link torch, torch_cpu and c10.
 
 #pragma once
 
@@ -24,6 +24,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -48,8 +49,30 @@ namespace xpu_lora {
 // As `FORMAT` in artifacts/manifest.py.
 constexpr int FORMAT = 1;
 
-[[noreturn]] inline void refuse(const std::string& where, const std::string& wanted, const std::string& got) {
-    throw std::runtime_error(where + ": wanted " + wanted + "; got " + got + ".");
+[[noreturn]] inline void refuse(const std::string& where, const std::string& wanted, const std::string& got,
+                                const std::string& remedy = "") {
+    std::string more = remedy.empty() ? "" : " " + remedy;
+    throw std::runtime_error(where + ": wanted " + wanted + "; got " + got + "." + more);
+}
+
+constexpr const char* COPY_AGAIN = "Copy or download the file again; it is damaged, or not what PEFT wrote.";
+constexpr const char* COPY_ARTIFACT = "Copy the file again, or export the model again.";
+constexpr const char* WRITE_FIELD =
+    "Write such a value into the field, or save the adapter again where it was trained.";
+
+// What torch and the standard library throw becomes an error as of `refuse`.
+template <typename Work>
+auto guarded(const std::string& where, const std::string& wanted, const std::string& remedy, Work work)
+    -> decltype(work()) {
+    try {
+        return work();
+    } catch (const c10::Error& error) {
+        refuse(where, wanted, error.what_without_backtrace(), remedy);
+    } catch (const std::runtime_error&) {
+        throw;
+    } catch (const std::exception& error) {
+        refuse(where, wanted, error.what(), remedy);
+    }
 }
 
 // ---- JSON, with the order of names kept: of patterns the first that matches counts.
@@ -73,6 +96,16 @@ struct Json {
         if (kind == INTEGER || kind == NUMBER) return number() != 0;
         return kind == TRUE || (kind == TEXT && !text.empty()) || !items.empty();
     }
+    // As it was written, cut short.
+    std::string shown() const {
+        static const char* const words[] = {"null", "false", "true", "", "", "", "a list", "an object"};
+        if (kind == TEXT) return "\"" + text.substr(0, 100) + "\"";
+        return kind == INTEGER || kind == NUMBER ? text.substr(0, 100) : words[kind];
+    }
+    bool is_list_of(Kind wanted) const {
+        auto fits = [&](const Json& item) { return item.kind == wanted; };
+        return kind == LIST && std::all_of(items.begin(), items.end(), fits);
+    }
     std::vector<std::string> texts() const {
         std::vector<std::string> found;
         for (const Json& item : items) found.push_back(item.text);
@@ -92,7 +125,8 @@ struct Json {
     static Json parse(const std::string& source, const std::string& where) {
         const char *place = source.data(), *end = place + source.size();
         Json found = value(place, end, where, 0);
-        if (next(place, end) != 0) refuse(where, "JSON", "more after its end");
+        next(place, end);
+        if (place != end) refuse(where, "JSON", "more after its end", COPY_AGAIN);
         return found;
     }
 
@@ -104,7 +138,8 @@ struct Json {
     static void expect(const char*& place, const char* end, const char* word, const std::string& where) {
         size_t length = std::strlen(word);
         if (size_t(end - place) < length || std::strncmp(place, word, length) != 0)
-            refuse(where, "JSON", "something else at " + std::string(place, std::min<size_t>(20, end - place)));
+            refuse(where, "JSON", "something else at " + std::string(place, std::min<size_t>(20, end - place)),
+                   COPY_AGAIN);
         place += length;
     }
     static Json value(const char*& place, const char* end, const std::string& where, int depth) {
@@ -115,12 +150,12 @@ struct Json {
             bool is_object = first == '{';
             char last = is_object ? '}' : ']';
             found.kind = is_object ? OBJECT : LIST;
+            std::set<std::string> seen;
             for (place++; next(place, end) != last;) {
                 if (!found.items.empty()) expect(place, end, ",", where), next(place, end);
                 if (is_object) {
                     std::string name = quoted(place, end, where);
-                    if (std::count(found.names.begin(), found.names.end(), name))
-                        refuse(where, "each name once", name + " twice");
+                    if (!seen.insert(name).second) refuse(where, "each name once", name + " twice", COPY_AGAIN);
                     found.names.push_back(name);
                     next(place, end), expect(place, end, ":", where);
                 }
@@ -133,36 +168,73 @@ struct Json {
             expect(place, end, first == 't' ? "true" : first == 'f' ? "false" : "null", where);
             found.kind = first == 't' ? TRUE : first == 'f' ? FALSE : NOTHING;
         } else {
-            const char* start = place;
-            while (place < end && *place && std::strchr("+-.0123456789eE", *place)) place++;
-            found.text = std::string(start, place);
-            found.kind = found.text.find_first_of(".eE") == std::string::npos ? INTEGER : NUMBER;
-            char* stopped = nullptr;
-            std::strtod(found.text.c_str(), &stopped);
-            if (found.text.empty() || *stopped) refuse(where, "JSON", "something else at " + found.text);
+            found = numeral(place, end, where);
         }
         return found;
+    }
+    static Json numeral(const char*& place, const char* end, const std::string& where) {
+        const char* start = place;
+        bool well = true, whole = true;
+        auto digits = [&] {
+            const char* first = place;
+            while (place < end && *place >= '0' && *place <= '9') place++;
+            well = well && place > first;
+            return first;
+        };
+        if (place < end && *place == '-') place++;
+        const char* first = digits();
+        well = well && (*first != '0' || place == first + 1);
+        if (place < end && *place == '.') place++, whole = false, digits();
+        if (place < end && (*place == 'e' || *place == 'E')) {
+            place++, whole = false;
+            if (place < end && (*place == '+' || *place == '-')) place++;
+            digits();
+        }
+        if (!well)
+            refuse(where, "JSON", "something else at " + std::string(start, std::min<size_t>(20, end - start)),
+                   COPY_AGAIN);
+        Json found;
+        found.text = std::string(start, place), found.kind = whole ? INTEGER : NUMBER;
+        return found;
+    }
+    // How many bytes of UTF-8 the next character has; 0 where they are none.
+    static int length_of(const char* place, const char* end) {
+        auto byte = [&](int at) { return static_cast<unsigned char>(place[at]); };
+        int first = byte(0);
+        int length = first < 0x80 ? 1 : first < 0xc2 ? 0 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : first < 0xf5 ? 4 : 0;
+        if (end - place < length) return 0;
+        for (int i = 1; i < length; i++)
+            if (byte(i) >> 6 != 2) return 0;
+        bool well = !((byte(0) == 0xe0 && byte(1) < 0xa0) || (byte(0) == 0xed && byte(1) > 0x9f) ||
+                      (byte(0) == 0xf0 && byte(1) < 0x90) || (byte(0) == 0xf4 && byte(1) > 0x8f));
+        return length < 2 || well ? length : 0;
     }
     static std::string quoted(const char*& place, const char* end, const std::string& where) {
         expect(place, end, "\"", where);
         std::string found;
         while (place < end && *place != '"') {
             if (*place != '\\') {
-                found += *place++;
+                int length = length_of(place, end);
+                if (length == 0 || static_cast<unsigned char>(*place) < 0x20)
+                    refuse(where, "JSON", "a byte that cannot be in a text, after " + found.substr(0, 100), COPY_AGAIN);
+                found.append(place, length), place += length;
                 continue;
             }
             if (++place >= end) break;
             char escaped = *place++;
             if (escaped != 'u') {
-                static const char names[] = "bfnrt", values[] = "\b\f\n\r\t";
+                static const char names[] = "bfnrt\"\\/", values[] = "\b\f\n\r\t\"\\/";
                 const char* known = std::strchr(names, escaped);
-                found += known && *known ? values[known - names] : escaped;
+                if (!escaped || !known) refuse(where, "JSON", std::string("the escape \\") + escaped, COPY_AGAIN);
+                found += values[known - names];
                 continue;
             }
             uint32_t code = hexadecimal(place, end, where);
-            if (code >= 0xd800 && code < 0xdc00 && end - place > 1 && *place == '\\') {
-                place += 2;
-                code = 0x10000 + ((code - 0xd800) << 10) + (hexadecimal(place, end, where) - 0xdc00);
+            if (code >= 0xd800 && code < 0xe000) {
+                bool is_pair = code < 0xdc00 && end - place > 1 && place[0] == '\\' && place[1] == 'u';
+                uint32_t low = is_pair ? hexadecimal(place += 2, end, where) : 0;
+                if (low < 0xdc00 || low >= 0xe000) refuse(where, "JSON", "half of a pair of surrogates", COPY_AGAIN);
+                code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
             }
             if (code < 0x80) found += char(code);
             if (code >= 0x80) found += char(code < 0x800 ? 0xc0 | code >> 6 : code < 0x10000 ? 0xe0 | code >> 12 : 0xf0 | code >> 18);
@@ -174,7 +246,8 @@ struct Json {
         return found;
     }
     static uint32_t hexadecimal(const char*& place, const char* end, const std::string& where) {
-        if (end - place < 4) refuse(where, "JSON", "an end inside of a character");
+        if (end - place < 4 || !std::all_of(place, place + 4, [](unsigned char digit) { return std::isxdigit(digit); }))
+            refuse(where, "JSON", "an escape \\u without four hexadecimal digits", COPY_AGAIN);
         uint32_t code = std::strtoul(std::string(place, 4).c_str(), nullptr, 16);
         place += 4;
         return code;
@@ -187,6 +260,67 @@ inline std::string read_file(const std::filesystem::path& path) {
     std::ostringstream content;
     content << file.rdbuf();
     return content.str();
+}
+
+// ---- Checksums: torch reads an archive without looking at them.
+
+// CRC-32 as of zip, of bytes that follow others.
+inline uint32_t crc32(const unsigned char* bytes, size_t size, uint32_t before = 0) {
+    using Tables = std::array<std::array<uint32_t, 256>, 8>;
+    static const Tables tables = [] {
+        Tables made{};
+        for (uint32_t i = 0; i < 256; i++) {
+            made[0][i] = i;
+            for (int bit = 0; bit < 8; bit++) made[0][i] = made[0][i] >> 1 ^ (made[0][i] & 1 ? 0xedb88320u : 0);
+        }
+        for (int back = 1; back < 8; back++)
+            for (uint32_t i = 0; i < 256; i++)
+                made[back][i] = made[back - 1][i] >> 8 ^ made[0][made[back - 1][i] & 255];
+        return made;
+    }();
+    uint32_t sum = ~before;
+    for (; size >= 8; size -= 8, bytes += 8) {
+        uint32_t mixed = sum ^ (bytes[0] | bytes[1] << 8 | bytes[2] << 16 | uint32_t(bytes[3]) << 24);
+        sum = tables[7][mixed & 255] ^ tables[6][mixed >> 8 & 255] ^ tables[5][mixed >> 16 & 255] ^
+              tables[4][mixed >> 24] ^ tables[3][bytes[4]] ^ tables[2][bytes[5]] ^ tables[1][bytes[6]] ^
+              tables[0][bytes[7]];
+    }
+    for (; size; size--) sum = sum >> 8 ^ tables[0][(sum ^ *bytes++) & 255];
+    return ~sum;
+}
+
+// Compare each record of an archive with the checksum beside it, which stands before the bytes, or after them.
+inline void check_sums(caffe2::serialize::PyTorchStreamReader& archive, const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    std::vector<unsigned char> part(1 << 20);
+    auto read = [&](uint64_t at, size_t size) {
+        file.seekg(std::streamoff(at));
+        if (!file.read(reinterpret_cast<char*>(part.data()), std::streamsize(size)))
+            refuse(path, "a whole file", "an end before it", COPY_ARTIFACT);
+    };
+    auto number = [&](size_t at, int bytes) {
+        uint32_t found = 0;
+        while (bytes-- > 0) found = found << 8 | part[at + size_t(bytes)];
+        return found;
+    };
+    for (const std::string& name : archive.getAllRecords()) {
+        uint64_t start = archive.getRecordOffset(name), left = archive.getRecordSize(name), at = start;
+        read(archive.getRecordHeaderOffset(name), 30);
+        bool follows = number(6, 2) & 8, is_stored = number(8, 2) == 0;
+        uint32_t wanted = number(14, 4), sum = 0;
+        if (!is_stored) refuse(path + ": " + name, "a record as it is, not compressed", "another", COPY_ARTIFACT);
+        for (size_t size; left; left -= size, at += size) {
+            size = size_t(std::min<uint64_t>(left, part.size()));
+            read(at, size);
+            sum = crc32(part.data(), size, sum);
+        }
+        if (follows) {
+            read(at, 8);
+            wanted = number(0, 4) == 0x08074b50 ? number(4, 4) : number(0, 4);
+        }
+        if (sum != wanted)
+            refuse(path + ": " + name, "the bytes that were written", "others: the checksum differs", COPY_ARTIFACT);
+    }
 }
 
 inline at::ScalarType dtype_of(const std::string& name) {
@@ -213,66 +347,164 @@ struct Tensors {
         uint64_t length = 0;
         if (content.size() >= 8) std::memcpy(&length, content.data(), 8);
         if (content.size() < 8 || length > (32u << 20) || length > content.size() - 8)
-            refuse(path, "a well-formed safetensors file", "a header of " + std::to_string(length) + " bytes");
+            refuse(path, "a well-formed safetensors file", "a header of " + std::to_string(length) + " bytes",
+                   COPY_AGAIN);
         Json header = Json::parse(content.substr(8, length), path);
-        size_t start = 8 + length;
+        if (header.kind != Json::OBJECT) refuse(path, "a header that is a JSON object", header.shown(), COPY_AGAIN);
+        const char* data = content.data() + 8 + length;
+        int64_t size = int64_t(content.size() - 8 - length), end = 0;
+        std::map<std::pair<int64_t, int64_t>, std::string> spans;
         for (size_t i = 0; i < header.names.size(); i++) {
             if (header.names[i] == "__metadata__") continue;
-            at::ScalarType dtype = dtype_of(header.items[i].at("dtype").text);
-            std::vector<int64_t> shape = header.items[i].at("shape").integers();
-            std::vector<int64_t> span = header.items[i].at("data_offsets").integers();
+            const std::string &name = header.names[i], where = path.string() + ": " + name;
+            const Json &given = header.items[i], &sizes = given.at("shape"), &offsets = given.at("data_offsets");
+            if (given.at("dtype").kind != Json::TEXT || !is_list_of_sizes(sizes) || !is_list_of_sizes(offsets) ||
+                offsets.items.size() != 2)
+                refuse(where, "a dtype, a shape and two data_offsets, of whole numbers", "something else", COPY_AGAIN);
+            at::ScalarType dtype = dtype_of(given.at("dtype").text);
+            std::vector<int64_t> shape = sizes.integers(), span = offsets.integers();
             double bytes = double(at::elementSize(dtype));
-            for (int64_t size : shape) bytes *= size < 0 ? NAN : double(size);
-            if (span.size() != 2 || span[0] < 0 || span[1] < span[0] || size_t(span[1]) > content.size() - start ||
-                double(span[1] - span[0]) != bytes)
-                refuse(path.string() + ": " + header.names[i], "data inside of the file", "other offsets");
+            for (int64_t extent : shape) bytes *= double(extent);
+            if (span[1] < span[0] || span[1] > size || double(span[1] - span[0]) != bytes)
+                refuse(where, "data inside of the file, as long as the shape says", "other data_offsets", COPY_AGAIN);
+            if (bytes > 0 && !spans.emplace(std::pair(span[0], span[1]), name).second)
+                refuse(where, "data of its own", "that of another tensor", COPY_AGAIN);
             // A copy, since what lies in the file need not be aligned.
-            at::Tensor tensor = at::empty(shape, dtype);
-            if (bytes > 0) std::memcpy(tensor.data_ptr(), content.data() + start + span[0], size_t(bytes));
-            named[header.names[i]] = tensor;
+            at::Tensor tensor =
+                guarded(where, "a shape that a tensor can have", COPY_AGAIN, [&] { return at::empty(shape, dtype); });
+            if (bytes > 0) std::memcpy(tensor.data_ptr(), data + span[0], size_t(bytes));
+            named[name] = tensor;
         }
+        for (const auto& [span, name] : spans) {
+            if (span.first != end)
+                refuse(path.string() + ": " + name, "data from byte " + std::to_string(end) + ", where the last end",
+                       "data from byte " + std::to_string(span.first), COPY_AGAIN);
+            end = span.second;
+        }
+        if (end != size)
+            refuse(path, "data up to the end, byte " + std::to_string(size), "data up to byte " + std::to_string(end),
+                   COPY_AGAIN);
+    }
+
+   private:
+    static bool is_list_of_sizes(const Json& value) {
+        auto fits = [](const Json& item) { return item.text[0] != '-' && item.text.size() < 19; };
+        return value.is_list_of(Json::INTEGER) && std::all_of(value.items.begin(), value.items.end(), fits);
     }
 };
 
 // ---- adapter_config.json: which modules, how strongly.
 
-// A regular expression that means the same to Python and to std::regex.
-inline std::regex expression(const std::string& pattern, const std::string& where) {
-    bool same = pattern.find("[[") == std::string::npos;
-    for (size_t i = 0; i + 1 < pattern.size(); i++) {
-        char following = pattern[i + 1];
-        if (pattern[i] == '(' && following == '?') same = same && pattern[i + 2] == ':';
-        if (pattern[i] != '\\') continue;
-        same = same && (!std::isalnum(static_cast<unsigned char>(following)) || std::strchr("dDwWsSbB", following));
-        i++;
+// Whether Python and std::regex read a pattern alike: known forms do, and nothing else is let through.
+inline bool is_read_alike(const std::string& pattern) {
+    if (pattern.size() > 10000) return false;
+    size_t at = 0, depth = 0;
+    bool repeatable = false;
+    auto peek = [&](size_t further = 0) { return at + further < pattern.size() ? pattern[at + further] : '\0'; };
+    auto is_digit = [](char letter) { return letter >= '0' && letter <= '9'; };
+    // A character after a backslash: of a class like \d, or a sign that stands for itself.
+    auto is_class = [&](char letter) { return letter && std::strchr("dDwWsS", letter); };
+    auto is_sign = [](char letter) { return letter > 0 && std::ispunct(static_cast<unsigned char>(letter)); };
+    auto bracket = [&] {
+        if (peek() == '^') at++;
+        // The last one: 0 for none, 1 for one that a range can begin with, 2 for a class or the end of a range.
+        for (int last = 0, count = 0;; count++) {
+            char letter = peek();
+            if (!letter || letter == '[' || (letter == ']' && count == 0)) return false;
+            at++;
+            if (letter == ']') return true;
+            if (letter == '-' && count > 0 && peek() != ']') {
+                bool is_escaped = peek() == '\\';
+                if (last != 1 || !peek() || std::strchr("-[", peek())) return false;
+                if (is_escaped && !is_sign(peek(1))) return false;
+                at += is_escaped ? 2 : 1;
+                last = 2;
+                continue;
+            }
+            // Python warns of these, twice in a row: a later one may give them a meaning.
+            if (std::strchr("&~|-", letter) && peek() == letter) return false;
+            last = letter == '-' ? 2 : 1;
+            if (letter != '\\') continue;
+            if (!is_class(peek()) && !is_sign(peek())) return false;
+            last = is_class(peek()) ? 2 : 1;
+            at++;
+        }
+    };
+    auto quantifier = [&](char letter) {
+        if (!repeatable) return false;
+        if (letter == '{') {
+            size_t first = at;
+            while (is_digit(peek())) at++;
+            if (at == first || at - first > 4) return false;
+            if (peek() == ',')
+                for (at++, first = at; is_digit(peek()); at++)
+                    if (at - first > 3) return false;
+            if (peek() != '}') return false;
+            at++;
+        }
+        if (peek() == '?') at++;
+        repeatable = false;
+        return true;
+    };
+    while (at < pattern.size()) {
+        char letter = pattern[at++];
+        if (letter <= 0 || letter == '}' || letter == ']') return false;
+        if (std::strchr("*+?{", letter)) {
+            if (!quantifier(letter)) return false;
+            continue;
+        }
+        repeatable = letter != '|' && letter != '^' && letter != '$' && letter != '(';
+        if (letter == '(') {
+            if (++depth > 100) return false;
+            if (peek() == '?' && peek(1) != ':') return false;
+            at += peek() == '?' ? 2 : 0;
+        } else if (letter == ')') {
+            if (depth-- == 0) return false;
+        } else if (letter == '[') {
+            if (!bracket()) return false;
+        } else if (letter == '\\') {
+            char following = peek();
+            bool is_edge = following == 'b' || following == 'B';
+            if (!is_edge && !is_class(following) && !is_sign(following)) return false;
+            repeatable = !is_edge;
+            at++;
+        }
     }
+    return depth == 0;
+}
+
+inline std::regex expression(const std::string& pattern, const std::string& where) {
     try {
-        if (same) return std::regex(pattern);
+        if (is_read_alike(pattern)) return std::regex(pattern);
     } catch (const std::regex_error&) {
     }
-    refuse(where, "a regular expression that std::regex reads as Python does", pattern);
+    refuse(where, "a regular expression that std::regex reads as Python does", pattern.substr(0, 200),
+           "Write it without what only Python knows, or list the names of the modules.");
 }
 
 class Config {
    public:
     Config(const std::filesystem::path& path, const Json& known) : where(path), json(Json::parse(read_file(path), path)) {
-        if (json.kind != Json::OBJECT) refuse(where, "a JSON object", "something else");
-        if (json.at("peft_type").text != "LORA") refuse(where, "a plain LoRA adapter", "another peft_type");
+        if (json.kind != Json::OBJECT) refuse(where, "a JSON object", json.shown(), COPY_AGAIN);
+        if (json.at("peft_type").kind != Json::TEXT || json.at("peft_type").text != "LORA")
+            refuse(where, "a plain LoRA adapter", "peft_type=" + json.at("peft_type").shown(), "Serve it with PEFT.");
         for (size_t i = 0; i < json.names.size(); i++) check_field(json.names[i], json.items[i], known);
         target = rule("target_modules"), exclude = rule("exclude_modules");
-        if (json.at("target_modules").kind == Json::NOTHING) refuse(where, "target_modules", "null");
+        if (json.at("target_modules").kind == Json::NOTHING) refuse(where, "target_modules", "null", WRITE_FIELD);
         rank_ = integer("r", json.at("r"), 8);
         alpha_ = number("lora_alpha", json.at("lora_alpha"), 8);
         const Json& rs = json.at("use_rslora");
-        if (rs.is_true() && rs.kind != Json::TRUE) refuse(where + ": use_rslora", "true or false", rs.text);
+        if (rs.is_true() && rs.kind != Json::TRUE)
+            refuse(where + ": use_rslora", "true or false", rs.shown(), WRITE_FIELD);
         is_rs = rs.is_true();
         if (json.at("ensure_weight_tying").is_true())
-            refuse(where, "an adapter without ensure_weight_tying", "one with it; load it in Python");
+            refuse(where, "an adapter without ensure_weight_tying", "one with it", "Load it in Python.");
         for (const char* name : {"rank_pattern", "alpha_pattern"}) {
             const Json& patterns = json.at(name);
-            if (patterns.kind != Json::NOTHING && patterns.kind != Json::OBJECT) refuse(where, name, "no object");
+            if (patterns.kind != Json::NOTHING && patterns.kind != Json::OBJECT)
+                refuse(where + ": " + name, "an object of names and numbers", patterns.shown(), WRITE_FIELD);
             for (size_t i = 0; i < patterns.names.size(); i++) {
-                expression(patterns.names[i], where);
+                expression(patterns.names[i], where + ": " + name);
                 std::regex compiled("(.*\\.)?(" + patterns.names[i] + ")");
                 if (name[0] == 'r')
                     ranks.emplace_back(compiled, integer(name, patterns.items[i], 0));
@@ -281,20 +513,28 @@ class Config {
             }
         }
         const Json& layers = json.at("layers_to_transform");
-        if (layers.kind == Json::INTEGER) chosen.insert(layers.integer());
-        for (const Json& layer : layers.items) {
-            if (layer.kind != Json::INTEGER) refuse(where + ": layers_to_transform", "integers", layer.text);
-            chosen.insert(layer.integer());
+        if (layers.kind == Json::INTEGER) {
+            chosen.insert(layers.integer());
+        } else {
+            for (const Json& layer : listed("layers_to_transform", Json::INTEGER, "an integer, or a list of integers"))
+                chosen.insert(layer.integer());
         }
         const Json& patterns = json.at("layers_pattern");
-        std::vector<std::string> written = patterns.texts();
-        if (patterns.kind == Json::TEXT && !patterns.text.empty()) written = {patterns.text};
+        std::vector<std::string> written;
+        if (patterns.kind == Json::TEXT && !patterns.text.empty()) {
+            written = {patterns.text};
+        } else {
+            for (const Json& pattern : listed("layers_pattern", Json::TEXT, "a name or a list of names"))
+                written.push_back(pattern.text);
+        }
         if (!chosen.empty() && json.at("target_modules").kind == Json::TEXT)
-            refuse(where + ": layers_to_transform", "no layers, where target_modules is one string", "some");
+            refuse(where + ": layers_to_transform", "no layers, where target_modules is one string", layers.shown(),
+                   WRITE_FIELD);
         if (!written.empty() && chosen.empty())
-            refuse(where + ": layers_pattern", "no pattern, where layers_to_transform is not set", "one");
+            refuse(where + ": layers_pattern", "no pattern, where layers_to_transform is not set", patterns.shown(),
+                   WRITE_FIELD);
         for (const std::string& pattern : written) {
-            expression(pattern, where);
+            expression(pattern, where + ": layers_pattern");
             of_layer.emplace_back("(?:^|.*?\\.)" + pattern + "\\.(\\d+)\\.");
         }
         if (written.empty()) of_layer.emplace_back(".*?\\.[^.]*\\.(\\d+)\\.");
@@ -312,7 +552,8 @@ class Config {
             std::smatch match;
             if (std::regex_search(full, match, pattern, std::regex_constants::match_continuous)) {
                 std::string index = match[match.size() - 1];
-                return index.size() < 10 && chosen.count(std::stoll(index));
+                // Where the pattern has alternatives, one of them may end before the number.
+                return !index.empty() && index.size() < 10 && chosen.count(std::stoll(index));
             }
         }
         return false;
@@ -346,40 +587,53 @@ class Config {
     Rule rule(const std::string& name) const {
         const Json& value = json.at(name);
         Rule found;
-        if (value.kind == Json::TEXT && !value.text.empty() && value.text != "all-linear")
+        if (value.kind == Json::TEXT && !value.text.empty()) {
             found.whole = expression(value.text, where + ": " + name);
-        found.ends = value.texts();
+            return found;
+        }
+        for (const Json& item : listed(name, Json::TEXT, "a list of names, or a regular expression"))
+            found.ends.push_back(item.text);
         return found;
+    }
+
+    // The items of a field that is a list, or is not set.
+    std::vector<Json> listed(const std::string& name, Json::Kind kind, const std::string& wanted) const {
+        const Json& value = json.at(name);
+        if (!value.is_true() && value.kind != Json::INTEGER) return {};
+        if (!value.is_list_of(kind)) refuse(where + ": " + name, wanted, value.shown(), WRITE_FIELD);
+        return value.items;
     }
 
     void check_field(const std::string& name, const Json& value, const Json& known) const {
         std::string lower = value.text;
         for (char& letter : lower) letter = char(std::tolower(static_cast<unsigned char>(letter)));
         bool fine = known.at("read").has(name) || known.at("ignored").has(name) || is_unset(value);
+        if (known.at("refused").has(name)) fine = !value.is_true();
         if (name == "bias") fine = !value.is_true() || value.text == "none";
         if (name == "init_lora_weights")
             fine = !value.is_true() || value.kind == Json::TRUE || (value.kind == Json::TEXT && known.at("inits").has(lower));
-        if (!fine && value.is_true()) refuse(where, "a plain LoRA adapter", "one with " + name);
+        if (!fine)
+            refuse(where, "a plain LoRA adapter", "one with " + name.substr(0, 100) + "=" + value.shown(),
+                   "Train the adapter without it, or merge it with PEFT; xlc.load_artifact in Python says more.");
     }
 
     static bool is_unset(const Json& value) {
         if (value.kind == Json::TEXT) return value.text.empty() || value.text == "none" || value.text == "null";
-        for (const Json& item : value.items)
-            if (!is_unset(item)) return false;
-        return !value.items.empty() || !value.is_true();
+        if (value.kind == Json::INTEGER || value.kind == Json::NUMBER || value.kind == Json::TRUE) return false;
+        return std::all_of(value.items.begin(), value.items.end(), is_unset);
     }
 
     int64_t integer(const std::string& name, const Json& value, int64_t otherwise) const {
         if (value.kind == Json::NOTHING && otherwise && !std::count(json.names.begin(), json.names.end(), name)) return otherwise;
         if (value.kind != Json::INTEGER || value.integer() < 1 || value.integer() >= (int64_t(1) << 31))
-            refuse(where + ": " + name, "an integer of at least 1", value.text);
+            refuse(where + ": " + name, "an integer of at least 1", value.shown(), WRITE_FIELD);
         return value.integer();
     }
 
     double number(const std::string& name, const Json& value, double otherwise) const {
         if (value.kind == Json::NOTHING && otherwise && !std::count(json.names.begin(), json.names.end(), name)) return otherwise;
         if ((value.kind != Json::INTEGER && value.kind != Json::NUMBER) || !(std::abs(value.number()) < 1e300))
-            refuse(where + ": " + name, "a finite number", value.text);
+            refuse(where + ": " + name, "a finite number", value.shown(), WRITE_FIELD);
         return value.number();
     }
 
@@ -409,46 +663,14 @@ class Served {
    public:
     // Calls run at the same time as far as there are runners; each has memory of its own for what it computes.
     explicit Served(const std::string& path, size_t runners = 1) : where(path) {
-        caffe2::serialize::PyTorchStreamReader archive(path);
-        auto record = [&](const std::string& name) {
-            auto [data, size] = archive.getRecord("xpu_lora/" + name);
-            return std::string(static_cast<const char*>(data.get()), size);
-        };
-        if (!archive.hasRecord("xpu_lora/manifest.json")) refuse(where, "a file that xlc.export wrote", "another");
-        manifest = Json::parse(record("manifest.json"), where);
-        check_versions();
-        // Before the code, which looks its ops up as it is loaded.
-        if (manifest.at("library").kind == Json::TEXT) load_library(record(manifest.at("library").text));
-        loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, "model", false, runners);
-        slots.resize(manifest.at("slots").integer());
-        std::unordered_map<std::string, at::Tensor> constants;
-        const Json &listed = manifest.at("modules"), &aliases = manifest.at("aliases");
-        for (auto& [name, tensor] : Tensors(record("weights.safetensors"), path).named) {
-            const Json& strides = manifest.at("strides").at(name);
-            if (strides.kind == Json::LIST)
-                tensor = at::empty_strided(tensor.sizes(), strides.integers(), tensor.options()).copy_(tensor);
-            constants[name] = weights[name] = tensor.to(at::Device(manifest.at("device").text));
-        }
-        for (size_t i = 0; i < aliases.names.size(); i++)
-            constants[aliases.names[i]] = weights[aliases.names[i]] = weights.at(aliases.items[i].text);
-        for (size_t i = 0; i < listed.names.size(); i++) {
-            const Json& site = listed.items[i];
-            at::ScalarType dtype = dtype_of(site.at("dtype").text);
-            Module module{site.at("kind").text == "embedding", site.at("padded").is_true(),
-                          site.at("in_features").integer(),    site.at("out_features").integer(),
-                          stack(site.at("a"), dtype, constants), stack(site.at("b"), dtype, constants)};
-            if (narrowest != at::kHalf && dtype != at::kFloat) narrowest = dtype;
-            modules.emplace(listed.names[i], module);
-        }
-        // The code reads this memory: to load an adapter is to write there.
-        loader->load_constants(constants, /*use_inactive=*/false, /*check_full_update=*/true, /*user_managed=*/true);
+        guarded(path, "a file that xlc.export wrote", COPY_ARTIFACT, [&] { open(path, runners); });
     }
 
     // Put the adapter of a PEFT folder into a free slot, beside calls that are running: none of them reads that slot. All
     // that can be wrong is found before anything is written.
     void load(const std::string& name, const std::filesystem::path& folder) {
         { std::lock_guard writing(writers); free_slot(name); }
-        auto pairs = read(folder);
+        auto pairs = guarded(folder, "an adapter that can be read", COPY_AGAIN, [&] { return read(folder); });
         std::lock_guard writing(writers);
         size_t slot = free_slot(name);
         for (auto& [module_name, module] : modules) {
@@ -491,6 +713,45 @@ class Served {
         at::Tensor a, b;
     };
     using Pair = std::pair<at::Tensor, at::Tensor>;
+
+    void open(const std::string& path, size_t runners) {
+        caffe2::serialize::PyTorchStreamReader archive(path);
+        auto record = [&](const std::string& name) {
+            auto [data, size] = archive.getRecord("xpu_lora/" + name);
+            return std::string(static_cast<const char*>(data.get()), size);
+        };
+        if (!archive.hasRecord("xpu_lora/manifest.json"))
+            refuse(where, "a file that xlc.export wrote", "another", COPY_ARTIFACT);
+        // Before anything of it is run.
+        check_sums(archive, path);
+        manifest = Json::parse(record("manifest.json"), where);
+        check_versions();
+        // Before the code, which looks its ops up as it is loaded.
+        if (manifest.at("library").kind == Json::TEXT) load_library(record(manifest.at("library").text));
+        loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, "model", false, runners);
+        slots.resize(manifest.at("slots").integer());
+        std::unordered_map<std::string, at::Tensor> constants;
+        const Json &listed = manifest.at("modules"), &aliases = manifest.at("aliases");
+        for (auto& [name, tensor] : Tensors(record("weights.safetensors"), path).named) {
+            const Json& strides = manifest.at("strides").at(name);
+            if (strides.kind == Json::LIST)
+                tensor = at::empty_strided(tensor.sizes(), strides.integers(), tensor.options()).copy_(tensor);
+            constants[name] = weights[name] = tensor.to(at::Device(manifest.at("device").text));
+        }
+        for (size_t i = 0; i < aliases.names.size(); i++)
+            constants[aliases.names[i]] = weights[aliases.names[i]] = weights.at(aliases.items[i].text);
+        for (size_t i = 0; i < listed.names.size(); i++) {
+            const Json& site = listed.items[i];
+            at::ScalarType dtype = dtype_of(site.at("dtype").text);
+            Module module{site.at("kind").text == "embedding", site.at("padded").is_true(),
+                          site.at("in_features").integer(),    site.at("out_features").integer(),
+                          stack(site.at("a"), dtype, constants), stack(site.at("b"), dtype, constants)};
+            if (narrowest != at::kHalf && dtype != at::kFloat) narrowest = dtype;
+            modules.emplace(listed.names[i], module);
+        }
+        // The code reads this memory: to load an adapter is to write there.
+        loader->load_constants(constants, /*use_inactive=*/false, /*check_full_update=*/true, /*user_managed=*/true);
+    }
 
     void check_versions() const {
         if (manifest.at("format").integer() != FORMAT)
@@ -578,10 +839,13 @@ class Served {
         static const std::set<std::string> wrappers = {"_orig_mod", "_fsdp_wrapped_module", "_fpw_module",
                                                        "_checkpoint_wrapped_module", "_forward_module"};
         static const std::string prefix = "base_model.model.";
-        std::string name, word;
-        std::istringstream words(key);
-        while (std::getline(words, word, '.'))
-            if (!wrappers.count(word)) name += (name.empty() ? "" : ".") + word;
+        std::string name;
+        // Empty words are kept, so that no dot goes unseen.
+        for (size_t start = 0, end = 0, kept = 0; end != std::string::npos; start = end + 1) {
+            end = key.find('.', start);
+            std::string word = key.substr(start, end == std::string::npos ? end : end - start);
+            if (!wrappers.count(word)) name += (kept++ ? "." : "") + word;
+        }
         while (name.rfind("module.", 0) == 0 && name.find(prefix) != std::string::npos) name.erase(0, 7);
         if (name.rfind(prefix, 0) != 0 || name.size() > 1000) refuse(file, "keys that begin with " + prefix, key);
         static const std::regex form(
