@@ -529,12 +529,12 @@ def before_each_op(check: Any) -> Iterator[None]:
     """Have `check(op, args, kwargs)` run before each op that the dispatcher is asked for."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Checked(TorchDispatchMode):
+    class Checked(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
         def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             check(op, args, kwargs or {})
             return op(*args, **(kwargs or {}))
 
-    with Checked():
+    with Checked():  # type: ignore[no-untyped-call]
         yield
 
 
