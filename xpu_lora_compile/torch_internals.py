@@ -539,10 +539,14 @@ def before_each_op(check: Any) -> Iterator[None]:
 
 
 def written_by(op: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
-    """The tensors among the arguments that the op's schema says it writes into."""
-    for at, argument in enumerate(op._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[at] if at < len(args) else kwargs.get(argument.name)
+    """The tensors among the arguments that the op writes into."""
+    arguments = op._schema.arguments
+    values = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+    # The schema of `native_batch_norm` does not say that training updates the statistics.
+    unsaid = ("running_mean", "running_var") if values.get("training") is True else ()
+    for argument in arguments:
+        if argument.name in unsaid or (argument.alias_info is not None and argument.alias_info.is_write):
+            value = values.get(argument.name)
             for tensor in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(tensor, torch.Tensor):
                     yield tensor

@@ -273,3 +273,12 @@ def test_a_model_that_is_itself_the_layer(tmp_path: Path) -> None:
     xlc.attach(layer, slots=2, max_rank=4)
     refused(tmp_path, "layers with LoRA that have names; got a model that is itself the one layer", layer)
     refused(tmp_path, "layers with LoRA that have names", nn.Sequential(layer).eval())
+
+
+def test_a_model_that_updates_statistics(tmp_path: Path) -> None:
+    model = Model(lambda self, x: self.second(self.norm(self.first(x)))).eval().requires_grad_(False)
+    model.norm = nn.BatchNorm1d(5, track_running_stats=True)
+    model.norm.num_batches_tracked = None
+    xlc.attach(model, slots=2, max_rank=4)
+    refused(tmp_path, "got one that changes norm.running_mean of the model", model)
+    assert not model.norm.running_mean.any()
