@@ -517,3 +517,51 @@ def is_state_change(target: Any) -> bool:
         *("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode", "_set_deterministic_algorithms"),
         *("_saved_tensors_hooks_disable", "_saved_tensors_hooks_enable", "_enter_autocast", "_exit_autocast"),
     )
+
+
+def memory_of(tensor: torch.Tensor) -> int | None:
+    """The address of the memory that a tensor is a view of; None of one that holds none of its own."""
+    return None if is_wrapper(tensor) or tensor.is_meta else tensor.untyped_storage().data_ptr() or None
+
+
+@contextmanager
+def before_each_op(check: Any) -> Iterator[None]:
+    """Have `check(op, args, kwargs)` run before each op that the dispatcher is asked for."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Checked(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            check(op, args, kwargs or {})
+            return op(*args, **(kwargs or {}))
+
+    with Checked():  # type: ignore[no-untyped-call]
+        yield
+
+
+def written_by(op: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
+    """The tensors among the arguments that the op writes into."""
+    arguments = op._schema.arguments
+    values = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+    # The schema of `native_batch_norm` does not say that training updates the statistics.
+    unsaid = ("running_mean", "running_var") if values.get("training") is True else ()
+    for argument in arguments:
+        if argument.name in unsaid or (argument.alias_info is not None and argument.alias_info.is_write):
+            value = values.get(argument.name)
+            for tensor in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(tensor, torch.Tensor):
+                    yield tensor
+
+
+def open_guards(graph: torch.fx.Graph) -> list[str]:
+    """What an exported program's trace has taken for granted, and the ranges of its sizes do not imply."""
+    from torch.utils._sympy.value_ranges import bound_sympy
+
+    values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
+    mode = next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)
+    if mode is None or mode.shape_env is None:
+        return []
+    env = mode.shape_env
+    replaced = [env.replace(guard.expr) for guard in env.guards]
+    # Two sizes that were found to be equal are one by now.
+    unsettled = [guard for guard in replaced if guard != True and bound_sympy(guard, env.var_to_range).lower != True]  # noqa: E712 - sympy's
+    return list(dict.fromkeys(map(str, unsettled)))

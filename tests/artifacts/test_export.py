@@ -41,6 +41,22 @@ def refused(tmp_path: Path, match: str, model: Any, *args: Any, **options: Any) 
     assert not list(tmp_path.iterdir())
 
 
+def admitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any, **options: Any) -> None:
+    """The model gets as far as the compiler, which this test does not ask."""
+    from xpu_lora_compile.artifacts import package
+
+    class ReachedError(Exception):
+        pass
+
+    def compile_into(*_: Any) -> Path:
+        raise ReachedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(package, "compile_into", compile_into)
+        with pytest.raises(ReachedError):
+            xlc.export(model, tmp_path / "a.pt2", (X,), **options)
+
+
 def test_a_model_without_a_bank(tmp_path: Path) -> None:
     refused(tmp_path, "a model that LoRA is attached to; got a plain model", Model().eval())
     refused(tmp_path, r"a torch.nn.Module that LoRA is attached to; got function", lambda x: x)
@@ -155,3 +171,114 @@ def test_a_failed_trace_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     assert routing.sequence_slots is None
     with bank.use([None] * 3):
         model(X)
+
+
+def test_a_guard_on_a_size_that_is_no_range(tmp_path: Path) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.second(self.first(x))
+        return y * 3 if x.shape[0] % 3 == 0 else y
+
+    shapes = {"x": {0: Dim.AUTO}}
+    refused(tmp_path, r"holds only if Eq\(Mod\((\w+), 3\), 0\), where \1 is size 0 of x", attached(forward)[0],
+            dynamic_shapes=shapes)  # fmt: skip
+
+
+def test_a_model_that_does_something_else_with_a_batch_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.second(self.first(x))
+        return y * 3 if x.shape[0] == 1 else y
+
+    model, _ = attached(forward)
+    shapes = {"x": {0: Dim("batch", max=64)}}
+    refused(
+        tmp_path, r"other results with the example inputs cut to \w+ = 1, size 0 of x", model, dynamic_shapes=shapes
+    )
+    # Neither a least size of two nor an ordinary model is refused before the compiler is asked.
+    admitted(tmp_path, monkeypatch, model, dynamic_shapes={"x": {0: Dim("batch", min=2, max=64)}})
+    admitted(tmp_path, monkeypatch, attached()[0], dynamic_shapes=shapes)
+    admitted(tmp_path, monkeypatch, attached()[0], dynamic_shapes={"x": {0: Dim.AUTO}})
+
+
+def test_a_model_that_cannot_run_a_batch_of_one(tmp_path: Path) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.second(self.first(x)) + x[1, 0]
+
+    shapes = {"x": {0: Dim("batch", max=64)}}
+    refused(tmp_path, r"got IndexError with the example inputs cut to \w+ = 1", attached(forward)[0],
+            dynamic_shapes=shapes)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("result", "match"),
+    [
+        (lambda y, z: {"a": {"b": y}, "a.b": z}, r"\['a'\]\['b'\] and \['a.b'\], which are both named 'a.b'"),
+        (lambda y, z: {0: y, "0": z}, r"\[0\] and \['0'\], which are both named '0'"),
+        (lambda y, z: [{"": y, "0": z}, {0: [y], "0": [z]}], r"\[1\]\[0\] and \[1\]\['0'\], which are both named '0'"),
+        (lambda y, z: {"": y, "output": z}, r"\[''\] and \['output'\], which are both named 'output'"),
+    ],
+)
+def test_results_of_the_same_name(tmp_path: Path, result: Callable[[Tensor, Tensor], Any], match: str) -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        y = self.first(x)
+        return result(y, self.second(y))
+
+    refused(tmp_path, match, attached(forward)[0])
+
+
+def with_buffer(forward: Callable[[nn.Module, Tensor], Any]) -> Model:
+    model = Model(forward).eval().requires_grad_(False)
+    model.register_buffer("count", torch.ones(2))
+    xlc.attach(model, slots=2, max_rank=4)
+    return model
+
+
+def test_a_model_that_writes_into_a_buffer(tmp_path: Path) -> None:
+    def adds(self: Any, x: Tensor) -> Tensor:
+        self.count[1:].add_(1)
+        return self.second(self.first(x)) * self.count[1]
+
+    def replaces(self: Any, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        return self.second(self.first(x)) * self.count[1]
+
+    for forward in (adds, replaces):
+        model = with_buffer(forward)
+        before = model.count
+        refused(tmp_path, "got one that changes count of the model", model)
+        assert model.count is before
+        assert model.count.tolist() == [1, 1]
+
+
+def test_a_model_that_writes_into_a_weight_or_an_input(tmp_path: Path) -> None:
+    def weight(self: Any, x: Tensor) -> Tensor:
+        self.first.bias.mul_(2)
+        return self.second(self.first(x))
+
+    refused(tmp_path, "got one that changes first.bias of the model", attached(weight)[0])
+    x = X.clone()
+    refused(tmp_path, "changes the input x", attached(lambda self, x: self.second(self.first(x.mul_(2))))[0], x)
+    assert x.equal(X)
+
+
+def test_a_model_that_sets_a_buffer_to_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.count = self.count.clone()
+        return self.second(self.first(x)) * self.count[1]
+
+    admitted(tmp_path, monkeypatch, with_buffer(forward))
+
+
+def test_a_model_that_is_itself_the_layer(tmp_path: Path) -> None:
+    layer = nn.Linear(4, 4).eval().requires_grad_(False)
+    xlc.attach(layer, slots=2, max_rank=4)
+    refused(tmp_path, "layers with LoRA that have names; got a model that is itself the one layer", layer)
+    refused(tmp_path, "layers with LoRA that have names", nn.Sequential(layer).eval())
+
+
+def test_a_model_that_updates_statistics(tmp_path: Path) -> None:
+    model = Model(lambda self, x: self.second(self.norm(self.first(x)))).eval().requires_grad_(False)
+    model.norm = nn.BatchNorm1d(5, track_running_stats=True)
+    model.norm.num_batches_tracked = None
+    xlc.attach(model, slots=2, max_rank=4)
+    refused(tmp_path, "got one that changes norm.running_mean of the model", model)
+    assert not model.norm.running_mean.any()

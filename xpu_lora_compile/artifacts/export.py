@@ -7,9 +7,12 @@ ExportedProgram --rewrite--> ops without Python --AOTInductor--> served.pt2, the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from xpu_lora_compile.adapters.bank import Block, Rows
+from xpu_lora_compile.adapters.bank import NO_ADAPTER, Block, Rows
 from xpu_lora_compile.adapters.files import few
 from xpu_lora_compile.adapters.names import BaseModel, plain_name
 from xpu_lora_compile.artifacts.manifest import (
@@ -42,7 +45,14 @@ from xpu_lora_compile.rows.given import GivenRows
 from xpu_lora_compile.rows.inputs import named_inputs
 from xpu_lora_compile.rows.layout import Layout
 from xpu_lora_compile.rows.routing import BatchRouting
-from xpu_lora_compile.torch_internals import fresh_compilation, name_of
+from xpu_lora_compile.torch_internals import (
+    before_each_op,
+    fresh_compilation,
+    memory_of,
+    name_of,
+    open_guards,
+    written_by,
+)
 
 
 def export(
@@ -58,7 +68,8 @@ def export(
 
     The file holds the compiled code and the base weights. Its loader makes room for as many adapters as the bank has
     slots, of ranks up to its `max_rank`; adapters that are in the bank now stay there. An input of the code says which
-    row uses which slot. Runs the model twice with the example inputs, on a machine like the one that will serve.
+    row uses which slot. Runs the model twice with the example inputs, on a machine like the one that will serve. Runs
+    it again with inputs cut to the size 1 where `dynamic_shapes` allows that size, and compares the trace with it.
 
     Args:
         model: what `attach` was given, or a module that holds it: then the example inputs are of that module.
@@ -74,9 +85,10 @@ def export(
         The path.
 
     Raises:
-        ArtifactError: the model has no bank, is in training mode, carries gradients, or returns something else than
-            tensors; the inputs are no such; nothing can be written at `path`; or there is no kernel that runs without
-            Python.
+        ArtifactError: the model has no bank, is in training mode, carries gradients, is itself the one layer, or
+            returns something else than tensors of different names; it writes into its buffers, weights or inputs; its
+            trace does not hold for all sizes that `dynamic_shapes` allows; the inputs are no tensors; nothing can be
+            written at `path`; or there is no kernel that runs without Python.
         BankInUseError: a `use` block is open.
         UnprovedRowsError: a layer's rows come from the sequences in a way that cannot be told.
         BatchError: the inputs hold another number of sequences than the first of them.
@@ -104,7 +116,9 @@ def _export(
     with torch.no_grad():
         layouts = _follow(model, layers, args, kwargs, inputs)
         program, result, outputs = _traced(model, layers, layouts, (args, kwargs), inputs, specs)
+        _check_size_one(program, model, args, kwargs, inputs)
         decisions = rewrite(program, without_python=True)
+        _check_guards(program, [SLOTS, *inputs])
         _check_ops(program, kernel, decisions)
         library = kernel.library()
         weights = {**program.state_dict, **program.constants}
@@ -142,6 +156,9 @@ def _layers_of(model: nn.Module) -> dict[str, LoraLayer]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
         raise ArtifactError(where, "a model that LoRA is attached to", "a plain model", remedy)
+    if any(not plain_name(layer.lora_name) for layer in layers.values()):
+        remedy = "Put the layer into a module, nn.Sequential(layer) for example, and attach LoRA to that module."
+        raise ArtifactError(where, "layers with LoRA that have names", "a model that is itself the one layer", remedy)
     routings = {id(layer.lora_routing): layer.lora_routing for layer in layers.values()}
     (routing, *others) = routings.values()
     if others or not isinstance(routing, BatchRouting):
@@ -286,7 +303,8 @@ def _follow(
     try:
         slots = torch.tensor(block.slots_of(""), device=first.device)
         routing.point(slots, block)
-        model(*args, **kwargs)
+        with _unchanged(model, inputs):
+            model(*args, **kwargs)
         shown, unreached = dict(routing._shown), routing.unreached(block)
     finally:
         routing.point(None)
@@ -301,6 +319,47 @@ def _follow(
     return {key: layout for key, layout in shown.items() if layout is not None}
 
 
+@contextmanager
+def _unchanged(model: nn.Module, inputs: Mapping[str, Tensor]) -> Iterator[None]:
+    """Stop a call of the model before it writes into a tensor of the model or of the inputs.
+
+    A buffer that the call has replaced by one of other values is put back before the error is raised.
+    """
+    held = [
+        (module, values, f"{name}.{key}".strip("."), key, value)
+        for name, module in model.named_modules()
+        for values in (module._parameters, module._buffers, vars(module))
+        for key, value in values.items()
+        if isinstance(value, Tensor)
+    ]
+    kept = {memory_of(value): f"{name} of the model" for _, _, name, _, value in held}
+    kept |= {memory_of(tensor): f"the input {name}" for name, tensor in inputs.items()}
+    kept.pop(None, None)
+    with before_each_op(functools.partial(_check_writes, kept)):
+        yield
+    replaced = [entry for entry in held if entry[1].get(entry[3]) is not entry[4]]
+    changed = []
+    for _, values, name, key, value in replaced:
+        new = values.get(key)
+        if not (isinstance(new, Tensor) and new.dtype == value.dtype and torch.equal(new, value)):
+            changed.append(name)
+            values[key] = value
+    if changed:
+        raise _written(f"{few(changed)} of the model")
+
+
+def _check_writes(kept: Mapping[int | None, str], op: Any, args: Any, kwargs: Any) -> None:
+    for tensor in written_by(op, args, kwargs):
+        if (memory := memory_of(tensor)) in kept:
+            raise _written(kept[memory])
+
+
+def _written(what: str) -> ArtifactError:
+    wanted = "a model that writes into none of its buffers, weights and inputs"
+    remedy = "A file has no state: return the new value as a result, and take the old one as an input."
+    return ArtifactError("export: model", wanted, f"one that changes {what}", remedy)
+
+
 @dataclasses.dataclass
 class _Result:
     """What the model returned while it was traced: the names of its tensors, and how they lay in it."""
@@ -310,29 +369,51 @@ class _Result:
 
     def take_apart(self, value: Any) -> list[Tensor]:
         """Return the tensors in it."""
-        found: dict[str, Tensor] = {}
-        self.structure = self._plain(value, "", found)
+        found: dict[str, tuple[str, Tensor]] = {}
+        self.structure = self._plain(value, "", "", found)
         self.names = list(found)
-        return list(found.values())
+        return [tensor for _, tensor in found.values()]
 
-    def _plain(self, value: Any, name: str, found: dict[str, Tensor]) -> Any:
+    def _plain(self, value: Any, name: str, where: str, found: dict[str, tuple[str, Tensor]]) -> Any:
+        """The structure of a value, whose tensors it adds to `found`; `where` is how Python reaches the value."""
         if isinstance(value, Tensor):
-            found[name or "output"] = value
+            name = name or "output"
+            if name in found:
+                raise _same_name(name, found[name][0], where)
+            found[name] = where, value
             return len(found) - 1
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
         if isinstance(value, Mapping):
             # transformers leaves what a model does not return as None.
-            present = {str(key): item for key, item in value.items() if item is not None}
-            return {key: self._plain(item, f"{name}.{key}".strip("."), found) for key, item in present.items()}
+            present = {key: item for key, item in value.items() if item is not None}
+            keys: dict[str, Any] = {}
+            for key in present:
+                if keys.setdefault(str(key), key) is not key:
+                    raise _same_name(str(key), f"{where}[{keys[str(key)]!r}]", f"{where}[{key!r}]")
+            return {
+                str(key): self._plain(item, f"{name}.{key}".strip("."), f"{where}[{key!r}]", found)
+                for key, item in present.items()
+            }
         if isinstance(value, list | tuple):
-            return [self._plain(item, f"{name}.{at}".strip("."), found) for at, item in enumerate(value)]
+            return [
+                self._plain(item, f"{name}.{at}".strip("."), f"{where}[{at}]", found) for at, item in enumerate(value)
+            ]
         raise ArtifactError(
             f"export: what the model returns{name and f', {name}'}",
             "tensors, and lists, tuples and dicts of tensors",
             f"a {type(value).__name__}",
             "Pass use_cache=False to a transformer, or export a module of your own that returns tensors.",
         )
+
+
+def _same_name(name: str, first: str, second: str) -> ArtifactError:
+    return ArtifactError(
+        "export: what the model returns",
+        "a name of its own for each tensor",
+        f"{first} and {second}, which are both named {name!r}",
+        "Give them other keys, in a module of your own that calls the model.",
+    )
 
 
 class _WithSlots(nn.Module):
@@ -376,6 +457,87 @@ def _traced(
         for name, layer in layers.items():
             layer.lora_routing = routings[name]
     return program, result.structure, result.names
+
+
+def _check_size_one(
+    program: ExportedProgram,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    inputs: Mapping[str, Tensor],
+) -> None:
+    """Compare the program with the model at the size 1, which torch takes for allowed and traces as if it were not.
+
+    The base model is compared, without adapters: once for each size that may be 1, and with all of these at 1.
+    """
+    names = [SLOTS, *inputs]
+    given = {entry.name: entry.shape for entry in _inputs(program, names)}
+    # Whoever names no least size in `dynamic_shapes` has allowed 1.
+    used = {size for shape in given.values() for size in shape}
+    small = [size for size, (low, _) in _sizes(program).items() if low == 1 and size in used]
+    run = program.module() if small else None
+    for sizes in [*([size] for size in small), *([small] if len(small) > 1 else [])]:
+        tensors = [_cut(tensor, given[name], sizes) for name, tensor in inputs.items()]
+        batch = 1 if given[SLOTS][0] in sizes else len(tensors[0])
+        slots = torch.full((batch,), NO_ADAPTER, dtype=torch.int32, device=tensors[0].device)
+        where = ", ".join(f"{size} = 1, size {_place(size, given)}" for size in sizes)
+        remedy = "Say in dynamic_shapes that the size is at least 2: torch.export.Dim(name, min=2)."
+        wanted = "a trace that computes what the model does at every size that dynamic_shapes allows"
+        try:
+            cut_args, cut_kwargs = _with_tensors((args, kwargs), iter(tensors))
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(0)
+                expected = _Result().take_apart(model(*cut_args, **cut_kwargs))
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(0)
+                got = cast("Callable[..., list[Tensor]]", run)(slots, *tensors)
+        except Exception as error:
+            said = f"{type(error).__name__} with the example inputs cut to {where}: {str(error).strip()[:200]}"
+            raise ArtifactError("export: dynamic_shapes", wanted, said, remedy) from error
+        if len(got) != len(expected) or not all(map(_is_close, got, expected)):
+            said = f"other results with the example inputs cut to {where}"
+            raise ArtifactError("export: dynamic_shapes", wanted, said, remedy)
+
+
+def _cut(tensor: Tensor, shape: Sequence[int | str], sizes: Collection[str]) -> Tensor:
+    """The tensor's first entries along each dimension whose size is one of these."""
+    for dim, size in enumerate(shape):
+        if size in sizes:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _place(size: str, shapes: Mapping[str, Sequence[int | str]]) -> str:
+    """Where a size is found first: the dimension and the input."""
+    return next(
+        (f"{shape.index(size)} of {name}" for name, shape in shapes.items() if name != SLOTS and size in shape),
+        "of none",
+    )
+
+
+def _is_close(got: Tensor, expected: Tensor) -> bool:
+    """Whether two results are the same but for rounding."""
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return False
+    if not expected.dtype.is_floating_point:
+        return torch.equal(got, expected)
+    finite = expected.nan_to_num(0, 0, 0).abs()
+    allowed = 32 * torch.finfo(expected.dtype).eps * (float(finite.max()) if finite.numel() else 0.0)
+    return torch.allclose(got, expected, rtol=0, atol=allowed, equal_nan=True)
+
+
+def _check_guards(program: ExportedProgram, names: list[str]) -> None:
+    """Stop where the program is right for some of the sizes alone that the manifest would allow."""
+    if guards := open_guards(program.graph):
+        shapes = {entry.name: entry.shape for entry in _inputs(program, names)}
+        symbols = [size for size in _sizes(program) if any(size in re.findall(r"\w+", guard) for guard in guards)]
+        where = ", ".join(f"{size} is size {_place(size, shapes)}" for size in symbols)
+        raise ArtifactError(
+            "export: dynamic_shapes",
+            "a trace that holds for every size in the range",
+            f"one that holds only if {' and '.join(guards)}{where and f', where {where}'}",
+            "Fix that size, limit it with torch.export.Dim(name, min=, max=), or take the condition out of the model.",
+        )
 
 
 def _check_ops(program: ExportedProgram, kernel: Kernel, decisions: list[Decision]) -> None:

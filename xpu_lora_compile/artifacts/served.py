@@ -219,6 +219,14 @@ def _shell(manifest: Manifest, constants: Mapping[str, Tensor]) -> nn.Module:
         # The code may know the weight by one of its names alone.
         known = next((weights[f"{name}.weight"] for name in names if f"{name}.weight" in weights), None)
         weights |= {} if known is None else dict.fromkeys((f"{name}.weight" for name in names), known)
+    device = next((tensor.device for tensor in constants.values()), torch.device(manifest.device))
+    for name, carrier in manifest.modules.items():
+        if f"{name}.weight" not in weights:
+            # A weight that the code knows by the name of another module: here it says dtype and device alone.
+            sizes = carrier.out_features, carrier.in_features
+            sizes = sizes[::-1] if carrier.kind == "embedding" else sizes
+            stand_in = torch.zeros((), dtype=DTYPES[carrier.dtype], device=device).expand(sizes)
+            weights[f"{name}.weight"] = nn.Parameter(stand_in, requires_grad=False)
     for name, weight in weights.items():
         path, _, last = name.rpartition(".")
         _module_at(shell, path).register_parameter(last, weight)
