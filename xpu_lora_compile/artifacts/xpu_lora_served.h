@@ -681,13 +681,15 @@ class Served {
             module.a[slot].narrow(0, 0, a.size(0)).narrow(1, 0, a.size(1)).copy_(a);
             module.b[slot].narrow(0, 0, b.size(0)).narrow(1, 0, b.size(1)).copy_(b);
         }
+        std::lock_guard entering(entrance);
         std::unique_lock lock(mutex);
         slots[slot] = name;
     }
 
-    // Empty the slot of an adapter, when no call is running.
+    // Empty the slot of an adapter, when no call is running; calls that come meanwhile wait.
     void drop(const std::string& name) {
         std::lock_guard writing(writers);
+        std::lock_guard entering(entrance);
         std::unique_lock lock(mutex);
         slots[slot_of(name)].reset();
     }
@@ -697,7 +699,12 @@ class Served {
         std::vector<at::Tensor> given{at::empty({int64_t(adapters.size())}, at::kInt)};
         for (const at::Tensor& input : inputs) given.push_back(input.contiguous());
         check_inputs(given);
-        std::shared_lock lock(mutex);
+        std::shared_lock<std::shared_mutex> lock;
+        {
+            // Calls that come while a load or a drop waits let it go first.
+            std::lock_guard entering(entrance);
+            lock = std::shared_lock(mutex);
+        }
         for (size_t row = 0; row < adapters.size(); row++)
             given[0].data_ptr<int32_t>()[row] = adapters[row] ? int32_t(slot_of(*adapters[row])) : -1;
         if (manifest.at("device").text != "cpu") given[0] = given[0].to(given[1].device());
@@ -970,7 +977,7 @@ class Served {
     at::ScalarType narrowest = at::kFloat;
     // Of the names of the slots, and of who may change them.
     std::shared_mutex mutex;
-    std::mutex writers;
+    std::mutex writers, entrance;
 };
 
 }  // namespace xpu_lora

@@ -108,8 +108,8 @@ def run(
         "load: GB/s": size / timings[LOAD].median / 1e3,
         "load, the slowest: GB/s": size / max(alone) / 1e9,
         "load while it decodes: GB/s": size / timings[LOAD_MEANWHILE].median / 1e3,
-        "the longest wait of the loop, ms": (max(busy.seconds) - usual) * 1e3,
-        "the same without loads, ms": (max(quiet.seconds) - usual) * 1e3,
+        "the longest wait of the loop, ms": max(0.0, max(busy.seconds) - usual) * 1e3,
+        "the same without loads, ms": max(0.0, max(quiet.seconds) - usual) * 1e3,
         "steps while adapters are loaded": float(len(busy.seconds)),
     }
     layers = SHAPES[shape]["num_hidden_layers"]
