@@ -487,7 +487,7 @@ def test_a_wrong_number_of_names_is_a_batch_error(
     with bank.use(names):
         error = error_of(lambda: run(X))
     assert isinstance(error, BatchError)
-    assert f"{len(names)} names for a batch of 2" in str(error)
+    assert f"{'1 name' if len(names) == 1 else f'{len(names)} names'} for a batch of 2" in str(error)
     assert "for every sequence" in str(error)
 
 
