@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 import xpu_lora_compile as xlc
 from xpu_lora_compile.adapters.bank import AdapterBank
 from xpu_lora_compile.adapters.folders import write_adapter
-from xpu_lora_compile.bench.measure import WRONG_NUMBERS, Timing, machine, timing_of, without_stderr
+from xpu_lora_compile.bench.measure import WRONG_NUMBERS, ModelRun, machine, timing_of, without_stderr
 from xpu_lora_compile.bench.model import BASE, MIXED, SMOLLM2, TARGETS
 from xpu_lora_compile.errors import BenchError
 
@@ -48,17 +47,6 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class GpuModelRun:
-    """All that one run measured, and where."""
-
-    machine: str
-    what: str
-    # Of one step.
-    timings: dict[str, Timing]
-    summary: dict[str, float]
-
-
 def run(
     shape: str,
     mode: str,
@@ -69,7 +57,7 @@ def run(
     rounds: int,
     device: str,
     on_done: Callable[[str], None],
-) -> GpuModelRun:
+) -> ModelRun:
     """Time a step of the base model and of mixed adapters in turn, both run in the same way.
 
     Args:
@@ -147,7 +135,7 @@ def run(
     if mode != EAGER:
         summary["Python frames of this package during a step"] = float(frames)
     what = f"{shape}, {layers} layers, bfloat16, {mode}, batch {batch}, {tokens} tokens a row, R{rank} K{slots}"
-    return GpuModelRun(machine("cuda"), what, timings, summary)
+    return ModelRun(machine("cuda"), what, timings, summary)
 
 
 def prepare(

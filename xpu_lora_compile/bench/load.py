@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,13 @@ from xpu_lora_compile.adapters.config import read_config
 from xpu_lora_compile.adapters.folders import write_adapter
 from xpu_lora_compile.adapters.names import BaseModel
 from xpu_lora_compile.bench.gpu_model import SHAPES, Step, prepare
-from xpu_lora_compile.bench.measure import WRONG_NUMBERS, Timing, machine, timing_of
+from xpu_lora_compile.bench.measure import WRONG_NUMBERS, ModelRun, machine, timing_of
 from xpu_lora_compile.errors import BenchError
 from xpu_lora_compile.layers import HOSTS
 
 STEP, STEP_MEANWHILE = "a decoding step", "the same while adapters are loaded"
 LOAD, LOAD_MEANWHILE, DROP = "load", "load while it decodes", "drop"
 _NAME = "loaded again and again"
-
-
-@dataclass(frozen=True)
-class LoadRun:
-    """All that one run measured, and where."""
-
-    machine: str
-    what: str
-    timings: dict[str, Timing]
-    summary: dict[str, float]
 
 
 def run(
@@ -49,7 +38,7 @@ def run(
     loads: int,
     device: str,
     on_done: Callable[[str], None],
-) -> LoadRun:
+) -> ModelRun:
     """Load and drop an adapter again and again, alone and while another thread decodes with others.
 
     On CUDA a step is the replay of a graph and the wait for it; on a CPU it is a call of the compiled model. Each has a
@@ -114,7 +103,7 @@ def run(
     }
     layers = SHAPES[shape]["num_hidden_layers"]
     what = f"{shape}, {layers} layers, batch {batch}, R{rank} K{slots}, {size / 1e6:.0f} MB of {dtype}"
-    return LoadRun(machine(device), what, timings, summary)
+    return ModelRun(machine(device), what, timings, summary)
 
 
 def _load_often(bank: AdapterBank, folder: Path, loads: int) -> tuple[list[float], list[float]]:

@@ -37,6 +37,16 @@ class Timing:
     runs: int
 
 
+@dataclass(frozen=True)
+class ModelRun:
+    """All that one run of a whole model measured, and where."""
+
+    machine: str
+    what: str
+    timings: dict[str, Timing]
+    summary: dict[str, float]
+
+
 def measure(
     contenders: Mapping[str, Callable[[int], object]],
     device: str,

@@ -59,7 +59,7 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = op(*args, **(kwargs or {}))
         if op in (_aten.empty.memory_format, _aten.new_empty.default):
-            self._steps.append([_EMPTY, _dtype_number(result), result.dim(), *result.shape])
+            self._steps.append([_EMPTY, _SCALAR_TYPES[result.dtype], result.dim(), *result.shape])
             if not result.is_contiguous():
                 self._refuse("it allocates with other strides")
             self._add(result)
@@ -189,14 +189,10 @@ _KEPT: dict[int, Any] = {}
 
 def _leaves(values: Any) -> Iterator[Any]:
     for value in values:
-        if isinstance(value, tuple):
+        if isinstance(value, list | tuple):
             yield from _leaves(value)
         else:
             yield value
-
-
-def _dtype_number(tensor: Tensor) -> int:
-    return _SCALAR_TYPES[tensor.dtype]
 
 
 # As c10::ScalarType counts them.
@@ -227,7 +223,7 @@ def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         library = library_for(args)
         if library is None or not library.xpu_lora_is_wanted():
             return function(*args)
-        tape = Tape([value for value in _leaves(_tuples(args)) if isinstance(value, Tensor)])
+        tape = Tape([value for value in _leaves(args) if isinstance(value, Tensor)])
         token = _TAPE.set(tape)
         try:
             with tape:
@@ -239,10 +235,6 @@ def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return run
-
-
-def _tuples(values: Any) -> Any:
-    return tuple(_tuples(value) if isinstance(value, list | tuple) else value for value in values)
 
 
 def library_for(args: Sequence[Any]) -> Any:
