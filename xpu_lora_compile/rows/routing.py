@@ -37,7 +37,7 @@ from xpu_lora_compile.torch_internals import (
 # So many kinds of calls are remembered.
 MOST_PROOFS = 1024
 # What is known of a call that is like the last one, while nobody asks.
-NOTHING_ASKED = None, (), None
+NOTHING_ASKED = None, (), nn.Identity()
 # Inputs that may hold tensors.
 _HOLDERS = list, tuple, dict
 # What a layer's rows are while every sequence has the same adapter: any layout gives the same.
@@ -74,7 +74,7 @@ class BatchRouting:
         # How deep in modules that `Entry` hooks the current call is, and what is known of its rows.
         self._depth = 0
         self._watch: Watch | None = None
-        self._entered: tuple[Hashable, Hashable, nn.Module | None] | None = None
+        self._entered: tuple[Hashable, Hashable, nn.Module] | None = None
         self._inputs: list[tuple[str, Any]] = []
         # What is still to be found out of the current call, if anybody asks: `_begin`'s arguments.
         self._late: tuple[nn.Module, str, tuple[Any, ...], dict[str, Any]] | None = None
