@@ -34,7 +34,7 @@ Rows rows_of(const xpu_lora::Json& step) {
 int64_t wrong_rows(const at::Tensor& got, const at::Tensor& wanted) {
     if (got.sizes() != wanted.sizes() || got.dtype() != wanted.dtype()) return wanted.size(0);
     int64_t wrong = 0, bytes = wanted[0].nbytes();
-    at::Tensor mine = got.contiguous();
+    at::Tensor mine = got.cpu().contiguous();
     for (int64_t row = 0; row < wanted.size(0); row++) {
         auto of = [&](const at::Tensor& tensor) { return static_cast<const char*>(tensor.data_ptr()) + row * bytes; };
         wrong += std::memcmp(of(mine), of(wanted), bytes) != 0;
@@ -80,9 +80,11 @@ class Server {
         std::string number = std::to_string(microseconds.size()) + ".";
         std::vector<at::Tensor> inputs;
         const auto& listed = served.manifest.at("inputs").items;
-        for (size_t i = 1; i < listed.size(); i++) inputs.push_back(tensors.named.at(number + listed[i].at("name").text));
+        for (size_t i = served.manifest.at("ranks").is_true() ? 2 : 1; i < listed.size(); i++)
+            inputs.push_back(tensors.named.at(number + listed[i].at("name").text).to(served.device));
         auto start = std::chrono::steady_clock::now();
         std::vector<at::Tensor> outputs = served.run(inputs, adapters);
+        served.wait();
         std::chrono::duration<double, std::micro> passed = std::chrono::steady_clock::now() - start;
         microseconds.push_back(passed.count());
         rows += int64_t(adapters.size());

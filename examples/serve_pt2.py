@@ -65,10 +65,14 @@ def make_program(path: Path) -> Path:
     package, libtorch = Path(xlc.__file__).parent, Path(torch.__file__).parent
     headers = [libtorch / "include", libtorch / "include/torch/csrc/api/include", package / "artifacts"]
     includes = [part for folder in headers for part in ("-isystem", str(folder))]
-    linked = [f"-L{libtorch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libtorch / 'lib'}", "-ldl"]
+    names = ["torch", "torch_cpu", "c10", *(["torch_cuda", "c10_cuda"] if torch.cuda.is_available() else [])]
+    # The program calls nothing of torch_cuda itself, and would be linked without it.
+    linked = ["-Wl,--no-as-needed", f"-L{libtorch / 'lib'}", f"-Wl,-rpath,{libtorch / 'lib'}"]
+    linked += [f"-l{name}" for name in (*names, "dl")]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    source = Path(__file__).with_suffix(".cpp")
-    command = [*compiled.found_compiler(), "-std=c++17", "-O1", abi, *includes, str(source), "-o", str(path), *linked]
+    source, compiler = Path(__file__).with_suffix(".cpp"), compiled.found_compiler()
+    linked += compiled.cxx_library(compiler)
+    command = [*compiler, "-std=c++17", "-O1", abi, *includes, str(source), "-o", str(path), *linked]
     subprocess.run(command, check=True)  # noqa: S603 - the machine's own compiler
     return path
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch._inductor import config, utils
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
@@ -84,6 +85,7 @@ __all__ = [
     "compile_fx",
     "config_of",
     "fresh_cache",
+    "get_cpp_compiler",
     "in_slot",
     "mode_names",
     "option_names",

@@ -25,6 +25,7 @@ from xpu_lora_compile.adapters.files import few
 from xpu_lora_compile.adapters.names import BaseModel, plain_name
 from xpu_lora_compile.artifacts.manifest import (
     DTYPES,
+    RANKS,
     SLOTS,
     Base,
     Input,
@@ -107,44 +108,48 @@ def _export(
 ) -> Path:
     folder = folder_of(path)
     layers = _layers_of(model)
-    kernel = _kernel_on(next(iter(layers.values())).lora_a.device)
+    first = next(iter(layers.values()))
+    kernel = _kernel_on(first.lora_a.device)
     inputs = _checked_inputs(model, args, kwargs)
+    own = _own_inputs(first.lora_a, inputs, kernel)
     specs = _specs(model, args, kwargs, dynamic_shapes)
     # Loads Inductor, and therefore waits until it is called.
     from xpu_lora_compile.artifacts.package import compile_into, load_package
 
     with torch.no_grad():
         layouts = _follow(model, layers, args, kwargs, inputs)
-        program, result, outputs = _traced(model, layers, layouts, (args, kwargs), inputs, specs)
-        _check_size_one(program, model, args, kwargs, inputs)
+        program, result, outputs = _traced(model, layers, layouts, (args, kwargs), own, inputs, specs)
+        _check_size_one(program, model, args, kwargs, own, inputs)
         decisions = rewrite(program, without_python=True)
-        _check_guards(program, [SLOTS, *inputs])
+        _check_guards(program, own, inputs)
         _check_ops(program, kernel, decisions)
         library = kernel.library()
         weights = {**program.state_dict, **program.constants}
         modules = {plain_name(layer.lora_name): _module(name, layer) for name, layer in layers.items()}
         stacks = [stack.constant for module in modules.values() for stack in (module.a, module.b)]
         manifest = Manifest(
-            slots=len(next(iter(layers.values())).lora_a),
-            max_rank=next(iter(layers.values())).lora_b.shape[2],
+            slots=len(first.lora_a),
+            max_rank=first.lora_b.shape[2],
             modules=modules,
             base=_base(model, layers),
-            inputs=_inputs(program, [SLOTS, *inputs]),
+            inputs=_inputs(program, own, inputs),
+            ranks=RANKS in own,
             sizes=_sizes(program),
             aliases={},
             strides={},
             outputs=outputs,
             result=result,
-            device=next(iter(inputs.values())).device.type,
+            device=first.lora_a.device.type,
             library=None if library is None else f"native{library.suffix}",
         )
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as aside:
             made = compile_into(Path(aside) / path.name, program, options)
             read = set(load_package(made).get_constant_fqns())
             _check_constants(read, stacks, weights)
-            own = {name: weights[name] for name in sorted(read - set(stacks))}
-            manifest = dataclasses.replace(manifest, aliases=_aliases(own), strides=_strides(own))
-            manifest.add_to(made, own, library)
+            base = {name: weights[name] for name in sorted(read - set(stacks))}
+            _check_devices(base, first.lora_a.device)
+            manifest = dataclasses.replace(manifest, aliases=_aliases(base), strides=_strides(base))
+            manifest.add_to(made, base, library)
             return made.replace(path)
 
 
@@ -179,7 +184,7 @@ def _layers_of(model: nn.Module) -> dict[str, LoraLayer]:
 def _kernel_on(device: torch.device) -> Kernel:
     """The kernel that the file will use."""
     kernel = preferred_on(device.type)
-    why = "its ops are written in Python" if not kernel.runs_without_python else kernel.problem(device.type)
+    why = kernel.problem(device.type) if kernel.ops_without_python else "its ops are written in Python"
     if why:
         remedy = "Move the model to the CPU." if device.type != "cpu" else "Force no kernel, and install g++."
         wanted = f"a kernel for {device.type} that runs without Python"
@@ -251,6 +256,13 @@ def _checked_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         remedy = "Pass inputs of two sequences or more: with one, nobody could tell whose rows are whose."
         raise ArtifactError("export: inputs", "a batch of at least two sequences", got, remedy)
     return found
+
+
+def _own_inputs(stack: Tensor, inputs: Mapping[str, Tensor], kernel: Kernel) -> dict[str, Tensor]:
+    """What the program is given besides the model's inputs, for rows without an adapter."""
+    batch, given = len(next(iter(inputs.values()))), {"dtype": torch.int32, "device": stack.device}
+    own = {SLOTS: torch.full((batch,), NO_ADAPTER, **given)}
+    return own | {RANKS: torch.zeros(len(stack), **given)} if kernel.reads_ranks else own
 
 
 def _specs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> list[Any]:
@@ -417,18 +429,22 @@ def _same_name(name: str, first: str, second: str) -> ArtifactError:
 
 
 class _WithSlots(nn.Module):
-    """The model as a function of tensors alone, the slots first, that returns a list of tensors."""
+    """The model as a function of tensors alone, what `_own_inputs` names first, that returns a list of tensors."""
 
-    def __init__(self, model: nn.Module, given: GivenRows, result: _Result, arguments: tuple[Any, ...]) -> None:
+    def __init__(
+        self, model: nn.Module, given: GivenRows, result: _Result, arguments: tuple[Any, ...], reads_ranks: bool
+    ) -> None:
         super().__init__()
         self.model = model
-        self._given, self._result = given, result
+        self._given, self._result, self._reads_ranks = given, result, reads_ranks
         # Hidden from the tracer, which looks for tensors in attributes.
         self._arguments: Callable[[], tuple[Any, ...]] = lambda: arguments
 
     def forward(self, lora_slots: Tensor, *tensors: Tensor) -> list[Tensor]:
         """Run the model."""
         self._given.sequence_slots = lora_slots
+        if self._reads_ranks:
+            self._given.ranks, *tensors = tensors  # type: ignore[assignment]
         args, kwargs = _with_tensors(self._arguments(), iter(tensors))
         return self._result.take_apart(self.model(*args, **kwargs))
 
@@ -438,21 +454,22 @@ def _traced(
     layers: Mapping[str, LoraLayer],
     layouts: Mapping[tuple[str, int], Layout],
     arguments: tuple[Any, ...],
+    own: Mapping[str, Tensor],
     inputs: Mapping[str, Tensor],
     specs: list[Any],
 ) -> tuple[ExportedProgram, Any, list[str]]:
     """The program, what the model returned in terms of its outputs, and the names of these."""
     given, result = GivenRows(layouts), _Result()
     routings = {name: layer.lora_routing for name, layer in layers.items()}
-    tensors = tuple(inputs.values())
-    slots = torch.zeros(len(tensors[0]), dtype=torch.int32, device=tensors[0].device)
-    shapes = (_of_batch(specs[0]), tuple(specs)) if any(spec is not None for spec in specs) else None
-    wrapper: nn.Module = _WithSlots(model, given, result, arguments)
+    tensors = *own.values(), *inputs.values()
+    fixed = [None] * (len(own) - 1)
+    shapes = (_of_batch(specs[0]), (*fixed, *specs)) if any(spec is not None for spec in specs) else None
+    wrapper: nn.Module = _WithSlots(model, given, result, arguments, RANKS in own)
     wrapper.eval()
     try:
         for layer in layers.values():
             layer.lora_routing = cast("BatchRouting", given)
-        program = torch.export.export(wrapper, (slots, *tensors), dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(wrapper, tensors, dynamic_shapes=shapes, strict=False)
     finally:
         for name, layer in layers.items():
             layer.lora_routing = routings[name]
@@ -464,22 +481,21 @@ def _check_size_one(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    own: Mapping[str, Tensor],
     inputs: Mapping[str, Tensor],
 ) -> None:
     """Compare the program with the model at the size 1, which torch takes for allowed and traces as if it were not.
 
     The base model is compared, without adapters: once for each size that may be 1, and with all of these at 1.
     """
-    names = [SLOTS, *inputs]
-    given = {entry.name: entry.shape for entry in _inputs(program, names)}
+    given = {entry.name: entry.shape for entry in _inputs(program, own, inputs)}
     # Whoever names no least size in `dynamic_shapes` has allowed 1.
     used = {size for shape in given.values() for size in shape}
     small = [size for size, (low, _) in _sizes(program).items() if low == 1 and size in used]
     run = program.module() if small else None
     for sizes in [*([size] for size in small), *([small] if len(small) > 1 else [])]:
         tensors = [_cut(tensor, given[name], sizes) for name, tensor in inputs.items()]
-        batch = 1 if given[SLOTS][0] in sizes else len(tensors[0])
-        slots = torch.full((batch,), NO_ADAPTER, dtype=torch.int32, device=tensors[0].device)
+        slots, *more = (_cut(tensor, given[name], sizes) for name, tensor in own.items())
         where = ", ".join(f"{size} = 1, size {_place(size, given)}" for size in sizes)
         remedy = "Say in dynamic_shapes that the size is at least 2: torch.export.Dim(name, min=2)."
         wanted = "a trace that computes what the model does at every size that dynamic_shapes allows"
@@ -490,7 +506,7 @@ def _check_size_one(
                 expected = _Result().take_apart(model(*cut_args, **cut_kwargs))
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(0)
-                got = cast("Callable[..., list[Tensor]]", run)(slots, *tensors)
+                got = cast("Callable[..., list[Tensor]]", run)(slots, *more, *tensors)
         except Exception as error:
             said = f"{type(error).__name__} with the example inputs cut to {where}: {str(error).strip()[:200]}"
             raise ArtifactError("export: dynamic_shapes", wanted, said, remedy) from error
@@ -526,10 +542,10 @@ def _is_close(got: Tensor, expected: Tensor) -> bool:
     return torch.allclose(got, expected, rtol=0, atol=allowed, equal_nan=True)
 
 
-def _check_guards(program: ExportedProgram, names: list[str]) -> None:
+def _check_guards(program: ExportedProgram, own: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
     """Stop where the program is right for some of the sizes alone that the manifest would allow."""
     if guards := open_guards(program.graph):
-        shapes = {entry.name: entry.shape for entry in _inputs(program, names)}
+        shapes = {entry.name: entry.shape for entry in _inputs(program, own, inputs)}
         symbols = [size for size in _sizes(program) if any(size in re.findall(r"\w+", guard) for guard in guards)]
         where = ", ".join(f"{size} is size {_place(size, shapes)}" for size in symbols)
         raise ArtifactError(
@@ -548,7 +564,7 @@ def _check_ops(program: ExportedProgram, kernel: Kernel, decisions: list[Decisio
         if isinstance(module, torch.fx.GraphModule)
         for node in module.graph.nodes
         if getattr(node.target, "namespace", "") == "xpu_lora"
-        and name_of(node.target) not in (kernel.op, kernel.shrink_op, kernel.expand_op)
+        and name_of(node.target) not in kernel.ops_without_python
     ]
     if left:
         said = [note for decision in decisions for note in decision.notes if "not" in note or "left" in note]
@@ -591,19 +607,20 @@ def _base(model: nn.Module, layers: Mapping[str, LoraLayer]) -> Base:
     )
 
 
-def _inputs(program: ExportedProgram, names: list[str]) -> list[Input]:
+def _inputs(program: ExportedProgram, own: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Input]:
     wanted = set(program.graph_signature.user_inputs)
     nodes = [node for node in program.graph.find_nodes(op="placeholder") if node.name in wanted]
     found = []
-    for name, node in zip(names, nodes, strict=True):
+    for name, node in zip([*own, *inputs], nodes, strict=True):
         value: Tensor = node.meta["val"]
         shape = [size if isinstance(size, int) else str(size) for size in value.shape]
         if derived := [size for size in shape if isinstance(size, str) and not size.isidentifier()]:
             remedy = "Give the dimension a name of its own in dynamic_shapes, and check the relation yourself."
             raise ArtifactError(f"export: input {name}", "sizes that are free or fixed", f"{derived[0]}", remedy)
         found.append(Input(name, name_of_dtype(value.dtype), shape))
-    if found[0].shape[0] != found[1].shape[0]:
-        got = f"{found[0].shape[0]} slots for {found[1].shape[0]} sequences"
+    slots, sequences = (entry.shape[0] for entry in (found[0], found[len(own)]))
+    if slots != sequences:
+        got = f"{slots} slots for {sequences} sequences"
         remedy = "Make the first dimension of the first tensor dynamic, or none."
         raise ArtifactError("export: dynamic_shapes", "a slot for each sequence of the batch", got, remedy)
     return found
@@ -623,6 +640,13 @@ def _check_constants(read: Collection[str], stacks: list[str], weights: Collecti
         got = f"code that does not read {few(lost)}" if lost else f"code that reads {few(made)}, too"
         remedy = "Export without constant folding or freezing, and without modules whose result is not used."
         raise ArtifactError("export", "code that reads the adapters of each module, and the weights", got, remedy)
+
+
+def _check_devices(weights: Mapping[str, Tensor], device: torch.device) -> None:
+    """Stop where the code reads what is on another device than the adapters."""
+    if elsewhere := [name for name, tensor in weights.items() if tensor.device != device]:
+        got = f"{few(elsewhere)} on {weights[elsewhere[0]].device}"
+        raise ArtifactError("export: model", f"all weights on {device}", got, "Move them: model.to(device).")
 
 
 def _aliases(weights: Mapping[str, Tensor]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from xpu_lora_compile.errors import ArtifactError
 FORMAT = 1
 # Beside torch's own folders in the archive, none of which is named so.
 FOLDER, MANIFEST, WEIGHTS = "xpu_lora", "manifest.json", "weights.safetensors"
-SLOTS = "lora_slots"
+SLOTS, RANKS = "lora_slots", "lora_ranks"
 
 DTYPES = {
     "bool": torch.bool,
@@ -112,6 +112,7 @@ class Manifest:
         modules: those that carry LoRA, by name without wrappers.
         base: the rest of the model.
         inputs: in order; the first is `lora_slots`, int32, the slot of each sequence.
+        ranks: whether the second is `lora_ranks`, int32 `[K]`, the highest rank of each slot's adapter.
         sizes: least and greatest value of each size that is no number; null for no limit.
         aliases: constants that are the same memory as another one, whose name follows.
         strides: of those constants in `weights.safetensors` that do not lie in memory as they do in the file.
@@ -132,6 +133,7 @@ class Manifest:
     modules: Mapping[str, Module]
     base: Base
     inputs: Sequence[Input]
+    ranks: bool
     sizes: Mapping[str, tuple[int, int | None]]
     aliases: Mapping[str, str]
     strides: Mapping[str, Sequence[int]]
@@ -145,6 +147,11 @@ class Manifest:
     machine: str = field(default_factory=platform.machine)
     instructions: Sequence[str] = field(default_factory=lambda: instructions())
     format: int = FORMAT
+
+    @property
+    def asked(self) -> Sequence[Input]:
+        """The inputs that a caller passes."""
+        return self.inputs[2 if self.ranks else 1 :]
 
     def add_to(self, path: Path, weights: Mapping[str, Tensor], library: Path | None) -> None:
         """Add the record, the base weights, and the library that the record names to an archive of torch's."""

@@ -11,7 +11,11 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from xpu_lora_compile.backend import inductor_config
-from xpu_lora_compile.inductor_internals import aoti_compile_and_package, aoti_load_package
+from xpu_lora_compile.inductor_internals import aoti_compile_and_package, aoti_load_package, get_cpp_compiler
+from xpu_lora_compile.kernels.compiled import SHARED_CXX_LIBRARY, links_its_own_cxx_library
+
+# Inductor's option for what the code is linked with.
+_LIBRARIES = "aot_inductor.custom_op_libs"
 
 
 def compile_into(path: Path, program: ExportedProgram, options: dict[str, Any]) -> Path:
@@ -21,6 +25,8 @@ def compile_into(path: Path, program: ExportedProgram, options: dict[str, Any]) 
         OptionError: an option that Inductor does not know, or a value of the wrong type.
     """
     config = inductor_config(options)
+    if links_its_own_cxx_library((get_cpp_compiler(),)):
+        config[_LIBRARIES] = [*(config.get(_LIBRARIES) or ()), SHARED_CXX_LIBRARY]
     with _quiet():
         return Path(aoti_compile_and_package(program, package_path=str(path), inductor_configs=config))
 

@@ -71,7 +71,7 @@ class Served:
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        inputs = ", ".join(f"{given.name} {given.dtype}{list(given.shape)}" for given in self.manifest.inputs[1:])
+        inputs = ", ".join(f"{given.name} {given.dtype}{list(given.shape)}" for given in self.manifest.asked)
         return f"Served({inputs} -> {', '.join(self.manifest.outputs)}; {self._bank!r})"
 
     def _dtype(self) -> torch.dtype | None:
@@ -120,18 +120,19 @@ class Served:
         inputs = self._checked(tensors, named)
         sizes = _check_shapes(self.manifest, inputs)
         with self._lock, self._bank.use(adapters):
-            slots = next(iter(self._layers.values())).lora_routing.sequence_slots
+            routing = next(iter(self._layers.values())).lora_routing
+            slots, ranks = routing.sequence_slots, [routing.ranks] if self.manifest.ranks else []
             assert slots is not None  # noqa: S101 - for the type checker
             batch = self.manifest.inputs[0].shape[0]
             if len(slots) != (size := batch if isinstance(batch, int) else sizes[batch]):
                 got = f"{counted(len(slots), 'name')} for a batch of {size}"
                 remedy = "Name an adapter, or None, for every sequence of the batch."
                 raise BatchError("served: adapters", "one name for each sequence", got, remedy)
-            outputs = self._code(slots.to(torch.int32), *(tensor.contiguous() for tensor in inputs))
+            outputs = self._code(slots.to(torch.int32), *ranks, *(tensor.contiguous() for tensor in inputs))
         return _shaped(self.manifest.result, outputs)
 
     def _checked(self, tensors: tuple[Tensor, ...], named: dict[str, Tensor]) -> list[Tensor]:
-        wanted = [given.name for given in self.manifest.inputs[1:]]
+        wanted = [given.name for given in self.manifest.asked]
         inputs = dict(zip(wanted, tensors, strict=False)) | named
         if len(tensors) > len(wanted) or set(inputs) != set(wanted) or len(inputs) < len(tensors) + len(named):
             got = ", ".join([f"{len(tensors)} by position", *named])
@@ -143,7 +144,7 @@ class Served:
 def _check_shapes(manifest: Manifest, inputs: list[Tensor]) -> dict[str, int]:
     """Return the value of each size that is no number; the code itself checks nothing."""
     sizes: dict[str, int] = {}
-    for given, tensor in zip(manifest.inputs[1:], inputs, strict=True):
+    for given, tensor in zip(manifest.asked, inputs, strict=True):
         fits = isinstance(tensor, Tensor) and tensor.device.type == manifest.device
         if not fits or tensor.dtype != DTYPES[given.dtype]:
             got = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__

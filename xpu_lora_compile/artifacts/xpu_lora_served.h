@@ -4,11 +4,13 @@
 //     served.load("pirate", "adapters/pirate");                            // a folder of PEFT's
 //     auto outputs = served.run({tokens}, {"pirate", std::nullopt});      // an adapter, or none, for each sequence
 //
-// The numbers are those of the model compiled in Python, with as many threads (OMP_NUM_THREADS).
+// The numbers are those of the model compiled in Python, with as many threads (OMP_NUM_THREADS). On a GPU, inputs and
+// outputs are there, `run` computes on the calling thread's current stream, and returns before the GPU is done.
 //
 // All that cannot be served is a std::runtime_error: of the adapter's files by the rules of adapters/ in Python, from
 // which this differs in refusing what it would need the model for (ensure_weight_tying, copies of base weights, names of
-// former times) and what std::regex may read otherwise. C++17; link torch, torch_cpu and c10.
+// former times) and what std::regex may read otherwise. C++17; link torch, torch_cpu and
+// c10, and for CUDA torch_cuda, which the linker would leave out without -Wl,--no-as-needed.
 
 #pragma once
 
@@ -17,6 +19,8 @@
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/isfinite.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <caffe2/serialize/inline_container.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
@@ -667,12 +671,13 @@ class Served {
     }
 
     // Put the adapter of a PEFT folder into a free slot, beside calls that are running: none of them reads that slot. All
-    // that can be wrong is found before anything is written.
+    // that can be wrong is found before anything is written. Returns when all of it is there, on a GPU too.
     void load(const std::string& name, const std::filesystem::path& folder) {
         { std::lock_guard writing(writers); free_slot(name); }
         auto pairs = guarded(folder, "an adapter that can be read", COPY_AGAIN, [&] { return read(folder); });
         std::lock_guard writing(writers);
         size_t slot = free_slot(name);
+        int64_t rank = 0;
         for (auto& [module_name, module] : modules) {
             module.a[slot].zero_(), module.b[slot].zero_();
             auto found = pairs.find(module_name);
@@ -680,25 +685,30 @@ class Served {
             at::Tensor a = module.is_embedding ? found->second.first.t() : found->second.first, b = found->second.second;
             module.a[slot].narrow(0, 0, a.size(0)).narrow(1, 0, a.size(1)).copy_(a);
             module.b[slot].narrow(0, 0, b.size(0)).narrow(1, 0, b.size(1)).copy_(b);
+            rank = std::max(rank, b.size(1));
         }
+        if (ranks.defined()) ranks[slot].fill_(rank);
+        wait_for_this_stream();
         std::lock_guard entering(entrance);
         std::unique_lock lock(mutex);
         slots[slot] = name;
     }
 
-    // Empty the slot of an adapter, when no call is running; calls that come meanwhile wait.
+    // Empty the slot of an adapter, when no call is running, and a GPU is done with those that have returned; calls that
+    // come meanwhile wait.
     void drop(const std::string& name) {
         std::lock_guard writing(writers);
         std::lock_guard entering(entrance);
         std::unique_lock lock(mutex);
-        slots[slot_of(name)].reset();
+        size_t slot = slot_of(name);
+        wait();
+        slots[slot].reset();
     }
 
     // The outputs, for inputs in the order of `manifest`, with the adapter of each sequence.
     std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs, const std::vector<std::optional<std::string>>& adapters) {
-        std::vector<at::Tensor> given{at::empty({int64_t(adapters.size())}, at::kInt)};
-        for (const at::Tensor& input : inputs) given.push_back(input.contiguous());
-        check_inputs(given);
+        check_inputs(inputs, adapters.size());
+        at::Tensor rows = at::empty({int64_t(adapters.size())}, at::kInt);
         std::shared_lock<std::shared_mutex> lock;
         {
             // Calls that come while a load or a drop waits let it go first.
@@ -706,12 +716,23 @@ class Served {
             lock = std::shared_lock(mutex);
         }
         for (size_t row = 0; row < adapters.size(); row++)
-            given[0].data_ptr<int32_t>()[row] = adapters[row] ? int32_t(slot_of(*adapters[row])) : -1;
-        if (manifest.at("device").text != "cpu") given[0] = given[0].to(given[1].device());
+            rows.data_ptr<int32_t>()[row] = adapters[row] ? int32_t(slot_of(*adapters[row])) : -1;
+        // A GPU has read them by the time that this returns, and does not wait for what it was given before.
+        std::vector<at::Tensor> given{device.is_cpu() ? rows : rows.to(device, at::kInt, /*non_blocking=*/true)};
+        if (ranks.defined()) given.push_back(ranks);
+        for (const at::Tensor& input : inputs) given.push_back(input.contiguous());
         return loader->run(given);
     }
 
+    // Wait until the GPU has done all that it was given, on any stream; on a CPU nothing is left to wait for.
+    void wait() const {
+        if (!device.is_cpu()) c10::impl::VirtualGuardImpl(device.type()).synchronizeDevice(device.index());
+    }
+
     Json manifest;
+
+    // Where inputs have to be.
+    at::Device device = at::kCPU;
 
    private:
     struct Module {
@@ -733,17 +754,19 @@ class Served {
         check_sums(archive, path);
         manifest = Json::parse(record("manifest.json"), where);
         check_versions();
+        device = found_device();
         // Before the code, which looks its ops up as it is loaded.
         if (manifest.at("library").kind == Json::TEXT) load_library(record(manifest.at("library").text));
-        loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, "model", false, runners);
+        loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, "model", false, runners, device.index());
         slots.resize(manifest.at("slots").integer());
+        if (manifest.at("ranks").is_true()) ranks = at::zeros({int64_t(slots.size())}, at::TensorOptions(at::kInt).device(device));
         std::unordered_map<std::string, at::Tensor> constants;
         const Json &listed = manifest.at("modules"), &aliases = manifest.at("aliases");
         for (auto& [name, tensor] : Tensors(record("weights.safetensors"), path).named) {
             const Json& strides = manifest.at("strides").at(name);
             if (strides.kind == Json::LIST)
                 tensor = at::empty_strided(tensor.sizes(), strides.integers(), tensor.options()).copy_(tensor);
-            constants[name] = weights[name] = tensor.to(at::Device(manifest.at("device").text));
+            constants[name] = weights[name] = tensor.to(device);
         }
         for (size_t i = 0; i < aliases.names.size(); i++)
             constants[aliases.names[i]] = weights[aliases.names[i]] = weights.at(aliases.items[i].text);
@@ -777,6 +800,24 @@ class Served {
         }
     }
 
+    // The current one of its type: that on which the code runs.
+    at::Device found_device() const {
+        at::Device type(manifest.at("device").text);
+        if (type.is_cpu()) return type;
+        if (!c10::impl::hasDeviceGuardImpl(type.type()))
+            refuse(where, "a program with torch's library for " + type.str(), "one that is linked without it",
+                   "Link torch_" + type.str() + " and c10_" + type.str() + ", with -Wl,--no-as-needed.");
+        c10::impl::VirtualGuardImpl guard(type.type());
+        if (guard.deviceCount() == 0) refuse(where, "a machine with a device for " + type.str(), "none");
+        return guard.getDevice();
+    }
+
+    void wait_for_this_stream() const {
+        if (device.is_cpu()) return;
+        c10::impl::VirtualGuardImpl guard(device.type());
+        guard.synchronizeStream(guard.getStream(device));
+    }
+
     static void load_library(const std::string& content) {
         std::string path = std::filesystem::temp_directory_path() / "xpu-lora-XXXXXX";
         int file = mkstemp(path.data());
@@ -789,7 +830,7 @@ class Served {
     }
 
     at::Tensor stack(const Json& given, at::ScalarType dtype, std::unordered_map<std::string, at::Tensor>& constants) const {
-        auto options = at::TensorOptions(dtype).device(at::Device(manifest.at("device").text));
+        auto options = at::TensorOptions(dtype).device(device);
         at::Tensor made = at::empty_strided(given.at("shape").integers(), given.at("stride").integers(), options).zero_();
         return constants[given.at("constant").text] = made;
     }
@@ -811,15 +852,19 @@ class Served {
         refuse("adapter " + name, "one that is loaded", "another");
     }
 
-    // The code itself checks nothing.
-    void check_inputs(const std::vector<at::Tensor>& given) const {
-        const Json& wanted = manifest.at("inputs");
-        if (given.size() != wanted.items.size())
-            refuse("inputs", std::to_string(wanted.items.size() - 1), std::to_string(given.size() - 1));
+    // The code itself checks nothing. The first of the manifest's inputs are those that the caller does not pass.
+    void check_inputs(const std::vector<at::Tensor>& given, size_t names) const {
+        const auto& wanted = manifest.at("inputs").items;
+        size_t own = ranks.defined() ? 2 : 1;
+        if (given.size() != wanted.size() - own)
+            refuse("inputs", std::to_string(wanted.size() - own), std::to_string(given.size()));
         std::map<std::string, int64_t> sizes;
         for (size_t i = 0; i < given.size(); i++) {
-            const Json& input = wanted.items[i];
+            const Json& input = wanted[own + i];
             const auto& shape = input.at("shape").items;
+            if (given[i].device() != device)
+                refuse(input.at("name").text, "a tensor on " + device.str(), "one on " + given[i].device().str(),
+                       "Move it: tensor.to(device).");
             bool fits = given[i].scalar_type() == dtype_of(input.at("dtype").text) && given[i].dim() == int64_t(shape.size());
             for (size_t d = 0; fits && d < shape.size(); d++) {
                 int64_t size = given[i].size(d);
@@ -835,6 +880,11 @@ class Served {
             if (!fits) got << given[i].dtype() << " of shape " << given[i].sizes();
             if (!fits) refuse(input.at("name").text, "the dtype and shape that the manifest says", got.str());
         }
+        const Json& batch = wanted[0].at("shape").items[0];
+        int64_t sequences = batch.kind == Json::INTEGER ? batch.integer() : sizes.at(batch.text);
+        if (int64_t(names) != sequences)
+            refuse("adapters", "one name for each sequence", std::to_string(names) + " for a batch of " + std::to_string(sequences),
+                   "Name an adapter, or none, for every sequence of the batch.");
     }
 
     // What a key means: A or B of a module, or, without a part, another weight of the model.
@@ -970,6 +1020,8 @@ class Served {
     }
 
     std::string where;
+    // The highest rank of each slot's adapter, if the code asks.
+    at::Tensor ranks;
     std::unique_ptr<torch::inductor::AOTIModelPackageLoader> loader;
     std::map<std::string, Module> modules;
     std::map<std::string, at::Tensor> weights;

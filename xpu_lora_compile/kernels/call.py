@@ -105,8 +105,9 @@ class Kernel:
             `packed`, whose columns are all A and then all B.
         reads_ranks: whether it makes use of the rank of each slot's adapter.
         stores_b_by_rank: whether it reads B fastest with the columns of one rank side by side.
-        runs_without_python: whether `op`, `shrink_op` and `expand_op` do, in a program that leaves this process: they
-            are launches that the compiler makes, or ops of the library that `library` names.
+        ops_without_python: those of `op`, `visible_ops` and the like that a program may hold which leaves this process
+            for one without Python: the compiler makes launches of them, or they are in the library that `library`
+            names.
         shrink_op: what `lower` emits in such a program for a shrink alone, with the arguments of `xpu_lora::shrink`.
         expand_op: the same for an expand alone, with those of `xpu_lora::expand_slice`.
         computes_base_on: the types of devices on which it can compute base products with their LoRA, by
@@ -125,7 +126,7 @@ class Kernel:
     takes_wholes: bool = False
     reads_ranks: bool = False
     stores_b_by_rank: bool = True
-    runs_without_python: bool = False
+    ops_without_python: frozenset[str] = frozenset()
     shrink_op: str = "shrink"
     expand_op: str = "expand_slice"
     computes_base_on: tuple[str, ...] = ()

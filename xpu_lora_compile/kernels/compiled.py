@@ -26,6 +26,8 @@ import torch
 _TORCH = Path(torch.__file__).parent
 FLAGS = ("-std=c++20", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
 _AGAINST_TORCH = ("-isystem", str(_TORCH / "include"), f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10")
+# As an argument of `-l`: the one C++ library of the process, by the name under which torch has loaded it.
+SHARED_CXX_LIBRARY = ":libstdc++.so.6"
 
 _LOADING = threading.Lock()
 
@@ -85,7 +87,7 @@ def _compiled(folder: Path, name: str, sources: Sequence[Path], flags: Sequence[
 
 def build(library: Path, sources: Sequence[Path], flags: Sequence[str], compiler: Sequence[str]) -> Path:
     """Compile a library of ops to a file."""
-    command = [*compiler, *flags, *FLAGS, "-o", str(library), str(sources[0]), *_AGAINST_TORCH]
+    command = [*compiler, *flags, *FLAGS, "-o", str(library), str(sources[0]), *_AGAINST_TORCH, *cxx_library(compiler)]
     subprocess.run(command, capture_output=True, check=True, timeout=600)  # noqa: S603
     return library
 
@@ -99,6 +101,23 @@ def found_compiler() -> list[str]:
     """Return the compiler that is taken where none is named, or nothing."""
     found = next(filter(shutil.which, ("g++", "clang++", "c++")), None)
     return [found] if found else []
+
+
+def cxx_library(compiler: Sequence[str]) -> list[str]:
+    """Return what has a compiler link the C++ library of this process; nothing where it does so of its own accord."""
+    return [f"-l{SHARED_CXX_LIBRARY}"] if links_its_own_cxx_library(tuple(compiler)) else []
+
+
+@cache
+def links_its_own_cxx_library(compiler: tuple[str, ...]) -> bool:
+    """Return whether a compiler puts a copy of the C++ library into what it makes, since it has no shared one.
+
+    Two copies in one process share some of their variables. The code of AOTInductor reads its device by a regular
+    expression, and ends the process when the copy in it takes a locale for its own (GCC 13 with libstdc++.a alone).
+    """
+    asked = subprocess.run([*compiler, "-print-file-name=libstdc++.so"], capture_output=True, text=True, check=False)  # noqa: S603
+    # The name alone, without a folder, is the answer to what it does not find.
+    return asked.stdout.strip() == "libstdc++.so"
 
 
 def _own_folder() -> Path:

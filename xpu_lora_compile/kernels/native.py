@@ -65,9 +65,9 @@ class Native(Kernel):
     prepares = ""
     needs_plain_slices = True
     takes_wholes = True
-    runs_without_python = True
     shrink_op = "native_shrink"
     expand_op = "native_expand"
+    ops_without_python = frozenset({op, shrink_op, expand_op})
 
     def problem(self, device: str) -> str:
         """As `Kernel.problem`; warns the first time that there is one on a CPU."""

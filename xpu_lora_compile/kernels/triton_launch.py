@@ -133,6 +133,7 @@ class Triton(Kernel):
         }
     )
     visible_prepares = "triton_route_tiles"
+    ops_without_python = frozenset({visible_prepares, *visible_ops.values()})
     reads_ranks = True
     # A CPU interprets it.
     computes_base_on = ("cuda", "cpu")

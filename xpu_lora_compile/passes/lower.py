@@ -69,7 +69,7 @@ def lower(graph: Graph, rewrite: Rewrite) -> None:
     memory = Memory(graph) if halves else None
     for call in halves:
         if rewrite.without_python:
-            _lower_half(call)
+            _lower_half(call, rewrite, cast("Memory", memory))
         else:
             _make_visible(call, rewrite, cast("Memory", memory))
     calls = [call.node for call in lora_calls(graph, LORA_LINEAR, LORA_LINEARS)]
@@ -86,12 +86,15 @@ def lower(graph: Graph, rewrite: Rewrite) -> None:
             _lower(call, rewrite, memory)
 
 
-def _lower_half(lora: LoraNode) -> None:
+def _lower_half(lora: LoraNode, rewrite: Rewrite, memory: Memory) -> None:
     """Have a shrink or an expand alone run without Python, if a kernel can."""
     kernel = _kernel_for(lora.node, lora.call(), lora.lora_b, without_python=True)
+    if kernel.visible_ops and not is_subgraph(lora.node.graph):
+        _make_visible(lora, rewrite, memory)
+        return
     (output,), (weights,) = lora.outputs, lora.lora_a or lora.lora_b
     operands = output, lora.inputs, weights, lora.indices
-    if not kernel.runs_without_python:
+    if not {kernel.shrink_op, kernel.expand_op} <= kernel.ops_without_python:
         return
     if lora.op is SHRINK:
         replace(lora.node, _op(kernel.shrink_op), (*operands, lora.scaling))
@@ -244,7 +247,7 @@ def _kernel_for(node: Node, call: LoraCall, lora_b: list[Node], *, without_pytho
     chosen = None if forced is None else choice_for(call).kernel
     for kernel in KERNELS:
         why = kernel.by_force_alone if forced is None else "" if kernel is chosen else f"{forced} was forced"
-        if without_python and not kernel.runs_without_python:
+        if without_python and not kernel.ops_without_python:
             why = why or "its op is written in Python, which the program has to do without"
         why = why or refusal_of(kernel, call) or _refusal_in_graph(kernel, call, lora_b)
         if not why:

@@ -16,16 +16,15 @@ class GivenRows:
 
     Attributes:
         slots: `[batch]`, an input of the program.
-        ranks: None: the program is to serve adapters of all ranks.
+        ranks: `[K]`, another one: the highest rank of each slot's adapter; None where no kernel asks for it.
         called: the names of the layers that asked.
     """
-
-    ranks = None
 
     def __init__(self, layouts: Mapping[tuple[str, int], Layout]) -> None:
         """Take the layout of each layer's rows, by its name and the number of dimensions of its input."""
         self.layouts = layouts
         self.sequence_slots: Tensor | None = None
+        self.ranks: Tensor | None = None
         self.called: set[str] = set()
 
     def rows_of(self, layer: Any, inputs: Tensor, features: int) -> Tensor:
