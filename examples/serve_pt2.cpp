@@ -48,8 +48,9 @@ class Server {
 
     void take(const xpu_lora::Json& step) {
         if (step.at("load").items.size() == 2) {
+            auto start = std::chrono::steady_clock::now();
             served.load(step.at("load").items[0].text, step.at("load").items[1].text);
-            loads++;
+            loads.push_back(microseconds_since(start));
         } else if (step.at("refused").items.size() == 2) {
             refuse(step.at("refused").items[0].text, step.at("refused").items[1].text);
         } else if (step.at("drop").kind == xpu_lora::Json::TEXT) {
@@ -60,8 +61,8 @@ class Server {
     }
 
     int report() const {
-        std::printf("%ld loads, %ld batches, %ld of %ld rows wrong, median %.1f us a batch\n", long(loads),
-                    long(microseconds.size()), long(wrong), long(rows), median());
+        std::printf("%ld loads, %ld batches, %ld of %ld rows wrong, median %.1f us a batch and %.1f us a load\n",
+                    long(loads.size()), long(batches.size()), long(wrong), long(rows), median(batches), median(loads));
         return wrong ? 1 : 0;
     }
 
@@ -77,7 +78,7 @@ class Server {
     }
 
     void answer(const Rows& adapters) {
-        std::string number = std::to_string(microseconds.size()) + ".";
+        std::string number = std::to_string(batches.size()) + ".";
         std::vector<at::Tensor> inputs;
         const auto& listed = served.manifest.at("inputs").items;
         for (size_t i = served.manifest.at("ranks").is_true() ? 2 : 1; i < listed.size(); i++)
@@ -85,8 +86,7 @@ class Server {
         auto start = std::chrono::steady_clock::now();
         std::vector<at::Tensor> outputs = served.run(inputs, adapters);
         served.wait();
-        std::chrono::duration<double, std::micro> passed = std::chrono::steady_clock::now() - start;
-        microseconds.push_back(passed.count());
+        batches.push_back(microseconds_since(start));
         rows += int64_t(adapters.size());
         auto names = served.manifest.at("outputs").texts();
         for (size_t i = 0; i < names.size(); i++)
@@ -94,16 +94,20 @@ class Server {
                 wrong += wrong_rows(outputs[i], wanted->second);
     }
 
-    double median() const {
-        std::vector<double> sorted = microseconds;
+    static double microseconds_since(std::chrono::steady_clock::time_point start) {
+        return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count();
+    }
+
+    static double median(std::vector<double> sorted) {
         std::sort(sorted.begin(), sorted.end());
         return sorted.empty() ? 0 : sorted[sorted.size() / 2];
     }
 
     xpu_lora::Served served;
     xpu_lora::Tensors tensors;
-    std::vector<double> microseconds;
-    int64_t loads = 0, rows = 0, wrong = 0;
+    // How long each took, in microseconds.
+    std::vector<double> batches, loads;
+    int64_t rows = 0, wrong = 0;
 };
 
 }  // namespace

@@ -54,7 +54,7 @@ def save_voices(folder: Path) -> None:
 
 def make_artifact(model: nn.Module, path: Path) -> Path:
     """Export a model for any number of sequences of one length."""
-    tokens = torch.randint(0, VOCABULARY, (3, LENGTH))
+    tokens = torch.randint(0, VOCABULARY, (3, LENGTH)).to(next(model.parameters()).device)
     return xlc.export(
         model, path, kwargs={"input_ids": tokens}, dynamic_shapes={"input_ids": {0: Dim("batch", max=64)}}
     )
@@ -84,7 +84,7 @@ def run_program(
     with tempfile.TemporaryDirectory() as folder:
         plan_file, tensor_file = Path(folder) / "plan.json", Path(folder) / "tensors.safetensors"
         plan_file.write_text(json.dumps(plan))
-        save_file(tensors, tensor_file)
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, tensor_file)
         command = [str(program), str(artifact), str(plan_file), str(tensor_file)]
         done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 - compiled above
     return done.returncode, (done.stdout + done.stderr).strip()

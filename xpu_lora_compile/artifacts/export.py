@@ -260,9 +260,11 @@ def _checked_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _own_inputs(stack: Tensor, inputs: Mapping[str, Tensor], kernel: Kernel) -> dict[str, Tensor]:
     """What the program is given besides the model's inputs, for rows without an adapter."""
-    batch, given = len(next(iter(inputs.values()))), {"dtype": torch.int32, "device": stack.device}
-    own = {SLOTS: torch.full((batch,), NO_ADAPTER, **given)}
-    return own | {RANKS: torch.zeros(len(stack), **given)} if kernel.reads_ranks else own
+    batch = len(next(iter(inputs.values())))
+    own = {SLOTS: torch.full((batch,), NO_ADAPTER, dtype=torch.int32, device=stack.device)}
+    if kernel.reads_ranks:
+        own[RANKS] = torch.zeros(len(stack), dtype=torch.int32, device=stack.device)
+    return own
 
 
 def _specs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> list[Any]:
@@ -563,8 +565,7 @@ def _check_ops(program: ExportedProgram, kernel: Kernel, decisions: list[Decisio
         for module in program.graph_module.modules()
         if isinstance(module, torch.fx.GraphModule)
         for node in module.graph.nodes
-        if getattr(node.target, "namespace", "") == "xpu_lora"
-        and name_of(node.target) not in kernel.ops_without_python
+        if getattr(node.target, "namespace", "") == "xpu_lora" and name_of(node.target) not in kernel.ops_without_python
     ]
     if left:
         said = [note for decision in decisions for note in decision.notes if "not" in note or "left" in note]
