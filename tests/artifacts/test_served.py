@@ -1,6 +1,6 @@
 """An artifact of `xlc.export` in C++ and in Python: the same numbers as the compiled model's, and the same refusals.
 
-On the device that XPU_LORA_TEST_DEVICE names; on a GPU the bits are those of the kernels that Inductor launches.
+On the device that XPU_LORA_TEST_DEVICE names.
 """
 
 from __future__ import annotations
@@ -55,6 +55,14 @@ def tagger_inputs(batch: int) -> dict[str, Tensor]:
 def compiled_here(model: nn.Module) -> Any:
     """The model as Python runs it, with the kernels that are in the file."""
     return torch.compile(model, backend="xpu_lora", options={"xpu_lora.launch": "inductor"})
+
+
+def is_same(got: Tensor, expected: Tensor) -> bool:
+    """On a CPU to the bit. On a GPU Inductor sums in an order that depends on the batch that it was first given."""
+    if DEVICE.type == "cpu":
+        return torch.equal(got, expected)
+    # Another adapter is off by much more than rounding.
+    return bool((got - expected).abs().max() <= 1e-3 * expected.abs().max())
 
 
 def tokens_for(rows: list[Any]) -> Tensor:
@@ -133,7 +141,7 @@ def test_a_thousand_random_swaps_and_batches_in_cpp_give_no_wrong_row(
         with torch.no_grad(), bank.use(what):
             logits = compiled(input_ids=tokens).logits
         answer = served(tokens, adapters=what)["logits"]
-        differ += sum(not torch.equal(*pair) for pair in zip(answer, logits, strict=True))
+        differ += sum(not is_same(*pair) for pair in zip(answer, logits, strict=True))
         plan.append({"rows": what})
         tensors |= {f"{batches}.input_ids": tokens, f"{batches}.logits": answer.contiguous()}
         batches += 1
