@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import serve_pt2
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
@@ -41,7 +42,9 @@ def refused(tmp_path: Path, match: str, model: Any, *args: Any, **options: Any) 
     assert not list(tmp_path.iterdir())
 
 
-def admitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any, **options: Any) -> None:
+def admitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any, args: tuple[Tensor, ...] = (X,), **options: Any
+) -> None:
     """The model gets as far as the compiler, which this test does not ask."""
     from xpu_lora_compile.artifacts import package
 
@@ -54,7 +57,7 @@ def admitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any, **opti
     with monkeypatch.context() as patch:
         patch.setattr(package, "compile_into", compile_into)
         with pytest.raises(ReachedError):
-            xlc.export(model, tmp_path / "a.pt2", (X,), **options)
+            xlc.export(model, tmp_path / "a.pt2", args, **options)
 
 
 def test_a_model_without_a_bank(tmp_path: Path) -> None:
@@ -282,3 +285,12 @@ def test_a_model_that_updates_statistics(tmp_path: Path) -> None:
     xlc.attach(model, slots=2, max_rank=4)
     refused(tmp_path, "got one that changes norm.running_mean of the model", model)
     assert not model.norm.running_mean.any()
+
+
+def test_a_model_of_transformers_gets_as_far_as_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It repeats keys for the queries that share them, in a batch of any size: torch 2.8 could not follow the copy."""
+    model = serve_pt2.tiny_llama()
+    xlc.attach(model, slots=2, max_rank=4)
+    shapes = {"input_ids": {0: Dim("batch", max=64)}}
+    tokens = {"input_ids": serve_pt2.batch_of([None] * 3)}
+    admitted(tmp_path, monkeypatch, model, (), kwargs=tokens, dynamic_shapes=shapes)

@@ -185,6 +185,20 @@ def test_an_exported_program_that_copies_knows_its_views() -> None:
     assert knows_its_views(program.graph_module.graph)
 
 
+class Repeats(torch.nn.Module):
+    """Each head's keys twice, as attention does where two queries share them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = (x * 2).view(-1, 5, 2, 3).transpose(1, 2)
+        return heads[:, :, None].expand(-1, 2, 2, 5, 3).reshape(x.shape[0], 4, 5, 3)
+
+
+def test_a_copy_of_a_symbolic_size_is_known() -> None:
+    batch = {0: torch.export.Dim("batch", max=64)}
+    program = torch.export.export(Repeats(), (torch.ones(3, 5, 6),), dynamic_shapes=(batch,))
+    assert knows_its_views(program.graph_module.graph)
+
+
 @pytest.mark.parametrize(("name", "writes"), [("__getitem__", False), ("__eq__", False), ("__setitem__", True)])
 def test_operators_spelled_as_methods_are_known(name: str, writes: bool) -> None:
     graph = torch.fx.Graph()

@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 
 from xpu_lora_compile.ops import LORA_LINEAR
 from xpu_lora_compile.passes.editing import value_of
-from xpu_lora_compile.torch_internals import is_composite, is_known
+from xpu_lora_compile.torch_internals import hint_of, is_composite, is_known
 
 # Methods and functions that use a tensor's shape or dtype alone; and conversions that ATen has no op for.
 _QUESTIONS = {"size", "dim", "numel", "stride", "is_contiguous", "nelement", "ndimension", "element_size"}
@@ -85,13 +85,20 @@ def _copies(node: Node) -> bool:
     """Whether a call of `reshape`, `to` and the like, which return a view where they can, has to copy."""
     if not is_composite(node.target):
         return False
-    args, kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), _value_if_node)
+    # Torch 2.8 cannot reshape what has symbolic sizes outside of a trace.
+    examples = {operand: _with_hints(value_of(operand)) for operand in node.all_input_nodes}
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), examples.__getitem__)
     again = node.target(*args, **kwargs)  # type: ignore[operator]
-    return storage_of(again) != storage_of(value_of(node.all_input_nodes[0]))
+    return storage_of(again) != storage_of(examples[node.all_input_nodes[0]])
 
 
-def _value_if_node(argument: Any) -> Any:
-    return value_of(argument) if isinstance(argument, Node) else argument
+def _with_hints(value: Any) -> Any:
+    """The value, or one like it for the sizes that the graph was traced with."""
+    if isinstance(value, torch.SymInt):
+        return hint_of(value)
+    if not isinstance(value, Tensor) or all(isinstance(size, int) for size in (*value.shape, *value.stride())):
+        return value
+    return value.new_empty_strided(list(map(hint_of, value.shape)), list(map(hint_of, value.stride())))
 
 
 def written_by(node: Node) -> set[int]:
