@@ -233,6 +233,40 @@ xpu_lora.triton_add_lora((%2, %3), %4, (%5, %6), (%7, %8), %1, (0, 1), (0, 0), 0
     assert program.range_constraints == before
 
 
+class Expand(nn.Module):
+    """An expand alone, as an embedding with LoRA has it."""
+
+    def forward(self, x: Tensor, hidden: Tensor, b: Tensor, indices: Tensor) -> Tensor:
+        output = x * 2
+        xlc.bgmv_expand(output, hidden, b, indices)
+        return output
+
+
+def leaving_python(make: Callable[[], nn.Module], *shapes: tuple[int, ...]) -> str:
+    """What calls of our ops become in a program for an Intel GPU that is to run without Python."""
+    with without_memory(), torch.no_grad():
+        operands = (torch.empty(shape, device="xpu") for shape in shapes)
+        program = torch.export.export(make(), (*operands, torch.zeros(T, dtype=torch.int64, device="xpu")))
+    xlc.rewrite(program, without_python=True)
+    return lora_lines(as_text(program.graph_module))
+
+
+@on_cpu
+def test_a_program_that_leaves_python_has_ops_that_a_compiler_makes_launches_of() -> None:
+    assert_expected_inline(
+        leaving_python(lambda: Layer("xpu"), (T, D)),
+        """\
+%0: i32[4, 17] = xpu_lora.triton_route_tiles(%1, 3, 5)
+xpu_lora.triton_add_lora((%2, %3), %4, (%5, %6), (%7, %8), %1, (0, 1), (0, 0), 0.5, 5, %0)""",
+    )
+    assert_expected_inline(
+        leaving_python(Expand, (T, D), (T, R), (K, D, R)),
+        """\
+%0: i32[4, 17] = xpu_lora.triton_route_tiles(%1, 3, 5)
+xpu_lora.triton_expand_slice(%2, %3, %4, %1, 0, True, 5, %0)""",
+    )
+
+
 @on_cpu
 def test_an_exported_program_for_a_cpu_keeps_the_op_that_chooses() -> None:
     program = torch.export.export(Layer(), (random(T, D), indices_of(T)))
