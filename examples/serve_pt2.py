@@ -29,6 +29,7 @@ from xpu_lora_compile.kernels import compiled
 VOICES = {"pirate": 4, "terse": 8, "formal": 2}
 BATCHES: list[list[str | None]] = [["pirate", None, "terse"], ["formal", "pirate"], [None, "terse", "formal", "formal"]]
 LENGTH, VOCABULARY, MODULES = 12, 96, r".*(proj|lm_head)"
+SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -60,8 +61,8 @@ def make_artifact(model: nn.Module, path: Path) -> Path:
     )
 
 
-def make_program(path: Path) -> Path:
-    """Compile `serve_pt2.cpp` with the libtorch of this process."""
+def make_program(path: Path, source: Path = SOURCE) -> Path:
+    """Compile `serve_pt2.cpp`, or another source, with the libtorch of this process."""
     package, libtorch = Path(xlc.__file__).parent, Path(torch.__file__).parent
     headers = [libtorch / "include", libtorch / "include/torch/csrc/api/include", package / "artifacts"]
     includes = [part for folder in headers for part in ("-isystem", str(folder))]
@@ -70,7 +71,7 @@ def make_program(path: Path) -> Path:
     linked = ["-Wl,--no-as-needed", f"-L{libtorch / 'lib'}", f"-Wl,-rpath,{libtorch / 'lib'}"]
     linked += [f"-l{name}" for name in (*names, "dl")]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    source, compiler = Path(__file__).with_suffix(".cpp"), compiled.found_compiler()
+    compiler = compiled.found_compiler()
     linked += compiled.cxx_library(compiler)
     command = [*compiler, "-std=c++17", "-O1", abi, *includes, str(source), "-o", str(path), *linked]
     subprocess.run(command, check=True)  # noqa: S603 - the machine's own compiler

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import struct
+import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import serve_pt2
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.artifacts import Tagger, edited, made_once, save_files, save_plain_adapter
 from support.cases import DEVICE
 from support.peft_folders import CASES, quiet, save_adapter
@@ -497,6 +498,19 @@ def test_cpp_refuses_steps_that_cannot_be_taken(llama: Path, program: Path, tmp_
     for words, plan in steps.items():
         status, said = serve_pt2.run_program(program, llama, plan, {"0.input_ids": tokens})
         assert (status, words in said) == (2, True), said
+
+
+def test_loads_get_their_turn_beside_calls_without_a_pause(
+    tagger: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    source = Path(__file__).with_name("load_beside_calls.cpp")
+    program = made_once(tmp_path_factory, source.stem, lambda path: serve_pt2.make_program(path, source))
+    folder = save_plain_adapter(tmp_path / "a", {"hidden": ((4, 15), (20, 4)), "summary": ((4, 20), (5, 4))})
+    inputs = {f"inputs.{name}": tensor.cpu() for name, tensor in tagger_inputs(3).items()}
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    command = [program, tagger, folder, tmp_path / "inputs.safetensors"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)  # noqa: S603
+    assert (done.returncode, "0 threads were done before, 0 wrong" in done.stdout) == (0, True), done
 
 
 def test_an_adapter_saved_with_copies_of_the_embeddings_is_taken(llama: Path, program: Path, tmp_path: Path) -> None:
