@@ -545,18 +545,23 @@ def test_inputs_that_the_code_is_not_for_are_refused(tagger: Path) -> None:
         served(*big, adapters=[None] * 33)
 
 
-def test_linear_layers_that_share_a_weight_are_served(tmp_path: Path) -> None:
+def test_linear_layers_that_share_a_weight_are_served(program: Path, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5)).eval().requires_grad_(False).to(DEVICE)
     model[2].weight = model[0].weight
     bank = xlc.attach(model, slots=2, max_rank=4)
     shapes = ((2, 5), (5, 2))
     folder = save_plain_adapter(tmp_path / "a", {"0": shapes, "2": shapes}, r=2)
-    served = xlc.load_artifact(xlc.export(model, tmp_path / "a.pt2", (torch.randn(3, 5, device=DEVICE),)))
+    file = xlc.export(model, tmp_path / "a.pt2", (torch.randn(3, 5, device=DEVICE),))
+    served = xlc.load_artifact(file)
     x, rows = torch.randn(3, 5, device=DEVICE), ["a", None, "a"]
     bank.load("a", folder)
     served.load("a", folder)
     with torch.no_grad(), bank.use(rows):
         torch.testing.assert_close(served(x, adapters=rows), model(x))
+    tensors = {"0.input": x, "0.output": served(x, adapters=rows)}
+    plan: list[dict[str, Any]] = [{"load": ["a", str(folder)]}, {"rows": rows}]
+    status, said = serve_pt2.run_program(program, file, plan, tensors)
+    assert (status, "1 batches, 0 of 3 rows wrong" in said) == (0, True), said
 
 
 def test_inputs_in_any_memory_are_taken(tagger: Path) -> None:
