@@ -73,7 +73,7 @@ def make_program(path: Path, source: Path = SOURCE) -> Path:
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     compiler = compiled.found_compiler()
     linked += compiled.cxx_library(compiler)
-    command = [*compiler, "-std=c++17", "-O1", abi, *includes, str(source), "-o", str(path), *linked]
+    command = [*compiler, "-std=c++20", "-O1", abi, *includes, str(source), "-o", str(path), *linked]
     subprocess.run(command, check=True)  # noqa: S603 - the machine's own compiler
     return path
 
