@@ -9,8 +9,8 @@
 //
 // All that cannot be served is a std::runtime_error: of the adapter's files by the rules of adapters/ in Python, from
 // which this differs in refusing what it would need the model for (ensure_weight_tying, copies of base weights, names of
-// former times) and what std::regex may read otherwise. C++17, or C++20 from torch
-// 2.15 on; link torch, torch_cpu and c10, and for CUDA torch_cuda, which the linker would leave out without -Wl,--no-as-needed.
+// former times) and what std::regex may read otherwise. C++17, or C++20 from torch 2.15 on. Link torch, torch_cpu and c10,
+// and for CUDA torch_cuda and c10_cuda, which the linker would leave out without -Wl,--no-as-needed.
 
 #pragma once
 
