@@ -498,7 +498,7 @@ def test_cpp_refuses_steps_that_cannot_be_taken(llama: Path, program: Path, tmp_
     for words, plan in steps.items():
         status, said = serve_pt2.run_program(program, llama, plan, {"0.input_ids": tokens})
         assert (status, words in said) == (2, True), said
-    for wrong in (tokens.int(), tokens[:, :5], tokens[0]):
+    for wrong in (tokens.int(), tokens[:, :5].clone(), tokens[0]):
         status, said = serve_pt2.run_program(program, llama, [{"rows": [None] * 3}], {"0.input_ids": wrong})
         assert (status, "the dtype and shape that the manifest says" in said) == (2, True), said
 
