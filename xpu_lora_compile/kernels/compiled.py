@@ -87,7 +87,7 @@ def _compiled(folder: Path, name: str, sources: Sequence[Path], flags: Sequence[
 
 def build(library: Path, sources: Sequence[Path], flags: Sequence[str], compiler: Sequence[str]) -> Path:
     """Compile a library of ops to a file."""
-    command = [*compiler, *flags, *FLAGS, "-o", str(library), str(sources[0]), *_AGAINST_TORCH, *cxx_library(compiler)]
+    command = [*compiler, *flags, *FLAGS, "-o", str(library), str(sources[0]), *_AGAINST_TORCH]
     subprocess.run(command, capture_output=True, check=True, timeout=600)  # noqa: S603
     return library
 
