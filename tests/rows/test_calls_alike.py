@@ -10,7 +10,7 @@ from support.frames import frames_of
 from torch import Tensor, nn
 
 import xpu_lora_compile as xlc
-from xpu_lora_compile.errors import BatchError
+from xpu_lora_compile.errors import BatchError, UnprovedRowsError
 
 D = 4
 NAMES = ["a", None, "b"]
@@ -54,14 +54,7 @@ class Turning(nn.Module):
 
 @pytest.fixture
 def bank() -> xlc.AdapterBank:
-    # What other tests have compiled of the class counts towards a limit.
-    torch.compiler.reset()
-    bank = xlc.attach(Turning().eval().requires_grad_(False), slots=2, max_rank=2)
-    bank._slots[:] = ["a", "b"]
-    for layer in bank._layers.values():
-        layer.lora_a.normal_()
-        layer.lora_b.normal_()
-    return bank
+    return filled_bank(Turning())
 
 
 X = torch.randn(len(NAMES), 2, D)
@@ -89,7 +82,8 @@ def test_it_costs_a_few_frames(bank: xlc.AdapterBank) -> None:
     with torch.no_grad(), bank.use(NAMES):
         run(x)
         # Twice it is asked who calls: by the hook, and by a guard.
-        looks = ["before", "out_of_sight", "enter", "is_mine", "_looks_of", "is_mine", "after", "out_of_sight", "leave"]
+        looks = ["before", "out_of_sight", "enter", "is_mine", "_looks_of", "_flags", "parameters", "parameters"]
+        looks += ["is_mine", "after", "out_of_sight", "leave"]
         assert frames_of(lambda: run(x)) == looks
     with torch.no_grad(), bank.use(NAMES[::-1]):
         assert frames_of(lambda: run(x)) == looks
@@ -118,7 +112,6 @@ def test_a_layer_left_out_of_the_graph_after_it_gets_its_own_rows(breaks: str, b
         for stance in ("default", "fail_on_recompile"):
             for first in calls[::2]:
                 for second in calls[1::2]:
-                    bank._routing._asks.clear()
                     for turn, how in (first, second, first):
                         with torch.compiler.set_stance(stance):
                             assert_right(run, bank, want[turn, how], turn=turn, breaks=how)
@@ -133,3 +126,86 @@ def test_a_call_that_fails_leaves_nothing_behind(bank: xlc.AdapterBank) -> None:
         with bank.use(NAMES), pytest.raises(ValueError, match="asked to fail"):
             run(X)
         assert_right(run, bank, want)
+
+
+class State:
+    """An input whose flag decides the order of rows."""
+
+    def __init__(self, *, turned: bool) -> None:
+        self.turned = turned
+
+
+class Flipping(nn.Module):
+    """A flag, or the mode, that decides the order of rows, and is another one when Python gets to the second layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(D, D), nn.Linear(D, D)
+        self.turned = False
+
+    def forward(self, x: Tensor, state: State, breaks: bool = False) -> Tensor:
+        x = self.first(x)
+        turned = self.turned or state.turned or not torch.is_grad_enabled()
+        if not breaks:
+            return self.rest(x, turned)
+        if torch.is_grad_enabled():
+            self.turned, state.turned = not self.turned, not state.turned
+        with torch.no_grad():
+            return self.in_python(x, turned)
+
+    def rest(self, x: Tensor, turned: bool) -> Tensor:
+        lines = x.transpose(0, 1) if turned else x
+        result = self.second(lines.reshape(-1, D)).view(lines.shape)
+        return result.transpose(0, 1) if turned else result
+
+    @torch.compiler.disable
+    def in_python(self, x: Tensor, turned: bool) -> Tensor:
+        return self.rest(x, turned)
+
+
+def filled_bank(model: nn.Module) -> xlc.AdapterBank:
+    # What other tests have compiled of the class counts towards a limit.
+    torch.compiler.reset()
+    bank = xlc.attach(model.eval().requires_grad_(False), slots=2, max_rank=2)
+    bank._slots[:] = ["a", "b"]
+    for layer in bank._layers.values():
+        layer.lora_a.normal_()
+        layer.lora_b.normal_()
+    return bank
+
+
+@pytest.mark.parametrize("where", ["module", "input", "mode"])
+def test_what_decides_the_order_is_taken_as_it_was_when_the_call_began(where: str) -> None:
+    bank = filled_bank(Flipping())
+    model: Any = bank._model
+
+    def call(run: Any, turned: bool, breaks: bool) -> Any:
+        model.turned = turned and where == "module"
+        with torch.set_grad_enabled(not (turned and where == "mode")):
+            return run(X, State(turned=turned and where == "input"), breaks=breaks)
+
+    run = torch.compile(model, backend="xpu_lora")
+    calls = [(turned, breaks) for turned in (False, True) for breaks in (False, True)]
+    want = {}
+    for kind in calls:
+        rows = []
+        for row, name in enumerate(NAMES):
+            with bank.use([name] * len(NAMES)):
+                rows.append(call(model, *kind)[row])
+        want[kind] = torch.stack(rows)
+        with bank.use(NAMES):
+            torch.testing.assert_close(call(model, *kind), want[kind], atol=1e-4, rtol=1e-4)
+    for kind in calls:
+        for _ in range(3):
+            with bank.use(NAMES):
+                torch.testing.assert_close(call(run, *kind), want[kind], atol=1e-4, rtol=1e-4)
+
+
+def test_a_layer_called_by_itself_after_it_is_refused(bank: xlc.AdapterBank) -> None:
+    run, model = torch.compile(bank._model, backend="xpu_lora"), bank._model
+    with torch.no_grad(), bank.use(NAMES):
+        model(X)
+        run(X)
+        # It may be given rows in any order.
+        with pytest.raises(UnprovedRowsError, match="it was not called by the model"):
+            model.second(X)  # type: ignore[operator]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Hashable, Sequence
 from contextvars import ContextVar
+from dataclasses import is_dataclass
 from threading import get_ident
 from typing import Any
 
@@ -21,7 +22,14 @@ from torch.compiler import is_compiling
 from xpu_lora_compile.errors import BatchError, CopiedModelError, OutsideBlockError, UnprovedRowsError, counted
 from xpu_lora_compile.rows import tracing
 from xpu_lora_compile.rows.bytecode import only_looks
-from xpu_lora_compile.rows.inputs import batch_error, is_media, may_hold_the_batch, named_inputs, shape_of_mask
+from xpu_lora_compile.rows.inputs import (
+    batch_error,
+    is_media,
+    may_hold_the_batch,
+    named_inputs,
+    parameters,
+    shape_of_mask,
+)
 from xpu_lora_compile.rows.inputs import described as described_as
 from xpu_lora_compile.rows.layout import UNSAID, Layout
 from xpu_lora_compile.rows.owners import GUESS, UNKNOWN, along, constant
@@ -36,10 +44,10 @@ from xpu_lora_compile.torch_internals import (
 
 # So many kinds of calls are remembered.
 MOST_PROOFS = 1024
-# What is known of a call that is like the last one, while nobody asks.
-NOTHING_ASKED = None, (), nn.Identity()
 # Inputs that may hold tensors.
 _HOLDERS = list, tuple, dict
+# Of such a class are the flags of a module.
+_FLAGS = {bool, int, str}
 # What a layer's rows are while every sequence has the same adapter: any layout gives the same.
 UNIFORM = Layout(-1, 0, 0)
 
@@ -62,6 +70,8 @@ class BatchRouting:
 
     def __init__(self, main_input: str | None = None, part: str = "") -> None:
         self.sequence_slots: Tensor | None = None
+        # What two blocks have in common in which calls that look alike are alike.
+        self._pointed_at: Hashable = None
         self.ranks: Tensor | None = None
         self.block: Any = None
         self.uniform = self.named = False
@@ -76,11 +86,11 @@ class BatchRouting:
         self._watch: Watch | None = None
         self._entered: tuple[Hashable, Hashable, nn.Module] | None = None
         self._inputs: list[tuple[str, Any]] = []
-        # What is still to be found out of the current call, if anybody asks: `_begin`'s arguments.
-        self._late: tuple[nn.Module, str, tuple[Any, ...], dict[str, Any]] | None = None
-        # What the last compiled call looked like that needed nothing found out, and modules whose calls did.
+        # Whether what earlier calls have shown is still to be looked up for the current one, if a layer asks.
+        self._late = False
+        # What the last compiled call looked like, and what was found out of it: `running` and `_entered`.
         self._looked_at: Hashable = None
-        self._asks: set[str] = set()
+        self._seen: tuple[int, tuple[Hashable, Hashable, nn.Module] | None] = -1, None
         self._compiled = False
         self._thread = 0
         # The modules that `Entry` hooks, by name.
@@ -125,6 +135,8 @@ class BatchRouting:
         self.uniform = slots is not None and len(set(block.slots_of(self.part))) == 1
         self.named = slots is not None and any(slot >= 0 for slot in block.slots_of(self.part))
         self.sequence_slots = slots
+        alike = None if slots is None else (slots.shape, slots.device, lengths is None, self.uniform, block.parts)
+        self._pointed_at = alike
 
     def is_mine(self) -> bool:
         """Whether the block that is open was opened by this thread or task."""
@@ -156,8 +168,8 @@ class BatchRouting:
             # Elsewhere a graph that is captured now may be replayed for others.
             self._check_device(inputs, slots)
             return None
-        if self._late is not None:
-            self._find_out()
+        if self._late:
+            self._look_up()
         shape = inputs.shape[: inputs.dim() - features]
         rows = self._rows_of_call.get((layer.lora_name, shape))
         if rows is not None and self._watch is None and inputs.device == slots.device:
@@ -178,7 +190,8 @@ class BatchRouting:
 
     def owners_of(self, layer: Any, inputs: Tensor, features: int) -> Tensor | None:
         """The number of each row's sequence; None where all have the same adapter, so that nobody asked."""
-        self._find_out()
+        if self._late:
+            self._look_up()
         layout = None if self.sequence_slots is None else self._layout(layer, inputs, features)
         if layout is None or layout is UNIFORM:
             return None
@@ -193,7 +206,7 @@ class BatchRouting:
         self._depth += 1
         if self._depth > 1 or self.sequence_slots is None:
             if self._entered is not None and self._thread != get_ident():
-                self._depth -= 1
+                # `leave` is called all the same.
                 self.raise_for_caller("one while another thread runs the model in the same block")
             return
         self._thread = get_ident()
@@ -209,13 +222,16 @@ class BatchRouting:
             self._entered = None, (), module
             self._proof = {key: layout for key, layout in self._shown.items() if layout is not None}
             return
-        looks = self._looks_of(module, prefix, args, kwargs) if compiled and prefix not in self._asks else None
+        looks = self._looks_of(module, prefix, args, kwargs) if compiled else None
         if looks is not None and looks == self._looked_at:
-            # Its batch has the right size, and compiled code asks no more.
-            self._late, self._entered = (module, prefix, args, kwargs), NOTHING_ASKED
+            self.running, self._entered = self._seen
+            if self._entered is not None:
+                self._late, self._inputs = True, [*zip(parameters(type(module)), args, strict=False), *kwargs.items()]
             return
+        self._looked_at = None
         self._begin(module, prefix, args, kwargs, compiled)
-        self._looked_at = looks
+        if self._entered is None or not self._looks_at_masks(self._entered[0]):
+            self._looked_at, self._seen = looks, (self.running, self._entered)
 
     def _begin(
         self, module: nn.Module, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
@@ -231,46 +247,41 @@ class BatchRouting:
         kind = self._kind(module, prefix, inputs, batched)
         sizes = tuple(tuple(value.shape) for _, value in inputs if isinstance(value, Tensor))
         self._entered, self._inputs = (kind, sizes, module), inputs
-        self._rows_of_call = {} if kind is None else self._rows.setdefault((kind, sizes), {})
-        # Where a dimension holds more than the sequences, calls of other sizes are followed, too.
-        known = self._proofs.get((kind, sizes)) or self._proofs.get(kind)
+        is_known = self._look_up()
         self._compiled = compiled
-        if known is not None or compiled:
+        if is_known or compiled:
             # Where Dynamo is at work, the graph shows what a watch would.
-            self._proof = known or {}
             return
         self._proof, self._found = dict(self._stale.get(kind, {})), {}
         self._watch = Watch(len(self.lengths or self.sequence_slots), self.lengths)
         self._mark(self._watch, inputs, batched)
         self._watch.start()
 
+    def _look_up(self) -> bool:
+        """Look up what earlier calls of the kind that was entered have shown, and whether they have shown anything."""
+        assert self._entered is not None  # noqa: S101 - for the type checker
+        kind, sizes, _ = self._entered
+        self._rows_of_call = {} if kind is None else self._rows.setdefault((kind, sizes), {})
+        # Where a dimension holds more than the sequences, calls of other sizes are followed, too.
+        known = self._proofs.get((kind, sizes)) or self._proofs.get(kind)
+        self._proof, self._late, self._compiled = known or {}, False, True
+        return known is not None
+
     def _looks_of(self, module: nn.Module, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
-        """All that decides whether the inputs hold the batch; None where that takes more than a look."""
-        assert self.sequence_slots is not None  # noqa: S101 - for the type checker
-        looks: list[Hashable] = [prefix, id(module), self.sequence_slots.shape, self.lengths is None, self.uniform]
-        for value in args:
-            looks.append((value.shape, value.dtype) if isinstance(value, Tensor) else None)
-            if isinstance(value, _HOLDERS) or hasattr(value, "__dataclass_fields__"):
-                return None
-        for name, value in kwargs.items():
-            looks.append((name, value.shape, value.dtype) if isinstance(value, Tensor) else name)
-            if isinstance(value, _HOLDERS) or hasattr(value, "__dataclass_fields__"):
-                return None
-        return tuple(looks)
-
-    def _find_out(self, *, always: bool = True) -> None:
-        """Find out what `enter` has left undone; `always`: it does so at once from now on."""
-        if self._late is None:
-            return
-        (module, prefix, args, kwargs), self._late, self._entered = self._late, None, None
-        if always:
-            self._asks.add(prefix)
-        self._begin(module, prefix, args, kwargs, compiled=True)
-
-    def number_of_call(self) -> int:
-        """The number of the call that is running, see `number_of`."""
-        self._find_out()
-        return self.running
+        """All that `_begin` goes by, as it is when the call begins; None where that takes more than a look."""
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        looks: list[Hashable] = [prefix, id(module), self._pointed_at, modes, self._flags()]
+        for values in (enumerate(args), kwargs.items()):
+            for name, value in values:
+                if isinstance(value, Tensor):
+                    looks.append((name, value.shape, value.dtype))
+                elif value is None or value.__class__ in _FLAGS:
+                    looks.append((name, value))
+                elif isinstance(value, _HOLDERS) or is_dataclass(value) or callable(value):
+                    return None
+                else:
+                    looks.append((name, described_as(value)))
+        return tuple(looks) if len(args) <= len(parameters(type(module))) else None
 
     def leave(self, result: Any, _: bool) -> None:
         """The call has ended; with None where it failed."""
@@ -278,12 +289,12 @@ class BatchRouting:
             self._depth -= 1
         if self._depth or self._entered is None:
             return
-        if self._late is not None:
-            self._late = self._entered = None
-            return
         watch, (kind, sizes, module), inputs = self._watch, self._entered, self._inputs
+        self._entered, self._inputs, self._compiled = None, [], False
+        if self._late:
+            self._late = False
+            return
         self._stop_watching()
-        self._entered, self._inputs = None, []
         self._rows_of_call = {}
         if result is not None:
             for key, layout in self._proof.items():
@@ -293,9 +304,10 @@ class BatchRouting:
             try:
                 if result is not None:
                     self._check_result(watch, module, result)
-                    if watch.looked_at_masks and isinstance(kind, tuple) and kind[0] not in self._kinds_that_look:
+                    if watch.looked_at_masks and isinstance(kind, tuple) and not self._looks_at_masks(kind):
                         # Else it says already what its masks look like.
                         self._kinds_that_look.add(kind)
+                        self._looked_at = None
                         kind = kind, _masks_of(inputs)
                     if kind is not None and not watch.looked_at_values:
                         is_open = any(layout[1:] != (1, 1) for layout in self._proof.values())
@@ -333,7 +345,14 @@ class BatchRouting:
         self._stop_watching()
         if watch is not None:
             watch.forget()
-        self._depth, self._entered, self._late, self._proof, self._inputs = 0, None, None, {}, []
+        self._depth, self._entered, self._late, self._compiled, self._proof, self._inputs = (
+            0,
+            None,
+            False,
+            False,
+            {},
+            [],
+        )
 
     def _stop_watching(self) -> None:
         watch, self._watch = self._watch, None
@@ -462,7 +481,6 @@ class BatchRouting:
 
     def entered_inputs(self, module: nn.Module | None) -> dict[int, tuple[int | None, str]]:
         """The inputs of a module that was entered eagerly, by identity: along which dimension they hold the batch."""
-        self._find_out(always=False)
         if self._entered is None or self._entered[2] is not module:
             return {}
         batched = self._batched(module, self._inputs) if self._inputs and module is not None else {}
@@ -519,10 +537,14 @@ class BatchRouting:
 
     def _flags(self) -> Hashable:
         """The flags of the modules that people call; those inside of them are not looked at."""
-        return tuple(
-            tuple(item for item in vars(entry).items() if type(item[1]) in (bool, int, str))
-            for entry in self.entries.values()
-        )
+        flags: list[Hashable] = []
+        for prefix, entry in self.entries.items():
+            flags += [(prefix, name, value) for name, value in vars(entry).items() if value.__class__ in _FLAGS]
+        return tuple(flags)
+
+    def _looks_at_masks(self, kind: Hashable) -> bool:
+        """Whether a kind says what masks look like."""
+        return isinstance(kind, tuple) and kind[0] in self._kinds_that_look
 
     def owners(self, dimension: int, dimensions: int) -> Tensor:
         """The owners of an input that holds the batch along a dimension."""
