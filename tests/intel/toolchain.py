@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from xpu_lora_compile.kernels import triton_launch
+from xpu_lora_compile.kernels.sizes import Sizes
 
 # What torch.xpu.get_device_properties() says, as far as Triton asks. `architecture` 0: it then asks no ocloc.
 _XE_HPC = {
@@ -205,17 +206,21 @@ class Launch:
 
 
 @contextmanager
-def sized_for_xpu() -> Iterator[None]:
-    """Have tensors on a CPU be given the sizes of tiles that those on an Intel GPU are given."""
+def sized_for_xpu(sizes: Sizes | None = None) -> Iterator[None]:
+    """Have tensors on a CPU be given the sizes of tiles that those on an Intel GPU are given, or these."""
     real = triton_launch.sizes_for
-    triton_launch.sizes_for = lambda rows, rank, width, device="", kind="plain": real(rows, rank, width, "xpu", kind)
+
+    def sizes_for(rows: int, rank: int, width: int, _device: str = "", kind: str = "plain") -> Sizes:
+        return sizes or real(rows, rank, width, "xpu", kind)
+
+    triton_launch.sizes_for = sizes_for
     try:
         yield
     finally:
         triton_launch.sizes_for = real
 
 
-def launches_of(run: Callable[[], object]) -> list[Launch]:
+def launches_of(run: Callable[[], object], sizes: Sizes | None = None) -> list[Launch]:
     """The launches that a function of tensors on a CPU would ask for on an Intel GPU; none is made."""
     noted: list[Launch] = []
     real = triton_launch._launch
@@ -223,7 +228,7 @@ def launches_of(run: Callable[[], object]) -> list[Launch]:
         Launch(kernel, grid, operands, options)
     )
     try:
-        with sized_for_xpu():
+        with sized_for_xpu(sizes):
             run()
     finally:
         triton_launch._launch = real
