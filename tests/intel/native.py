@@ -39,12 +39,13 @@ class Native:
     Attributes:
         registers: for each thread; a thread of 128 has seven neighbours on its vector engine, one of 256 three.
         spilled: bytes a thread that did not fit its registers, and go to memory and back.
-        local: bytes of shared local memory that the kernel itself declares.
+        simd: threads of a sub-group.
         size: bytes of code.
         dpas: instructions of the matrix engine.
         sends: messages to memory, of any kind; `blocks` of them load or store 2-D blocks, and `gathers` load or store
             global memory with an address of its own for each lane.
         shared: messages to shared local memory.
+        repeated: of the messages those in loops.
     """
 
     registers: int
@@ -56,6 +57,7 @@ class Native:
     blocks: int
     gathers: int
     shared: int
+    repeated: int
 
 
 def found_tools(folder: Path) -> Tools | str:
@@ -156,7 +158,7 @@ def _native(tools: Tools, spirv: bytes, device: str, options: str) -> Native:
         if ran.returncode or not made.exists():
             raise ValueError(f"{shlex.join(command)}: {ran.returncode}\n{ran.stdout}{ran.stderr}")
         sections = _sections(made.read_bytes())
-        (code,) = [code for name, code in sections.items() if name.startswith(".text.") and "Intel" not in name]
+        (code,) = [code for title, code in sections.items() if title.startswith(".text.") and "Intel" not in title]
         (folder / "code").write_bytes(code)
         command = [*tools.iga64, f"-p={_INSTRUCTIONS[device]}", "-d", "code"]
         text = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout  # noqa: S603
@@ -175,7 +177,18 @@ def _native(tools: Tools, spirv: bytes, device: str, options: str) -> Native:
         blocks=sum("block2d" in message for message in messages),
         gathers=sum(bool(re.match(r"(load|store)\.ugm\.d\d+(u32)?(x\d+)?\.a64", message)) for message in messages),
         shared=sum(bool(re.match(r"(load|store)\.slm", message)) for message in messages),
+        repeated=_sends_in_loops(text.splitlines()),
     )
+
+
+def _sends_in_loops(lines: list[str]) -> int:
+    """How many messages lie between a label and a jump back to it."""
+    labels = {line.split(":")[0]: at for at, line in enumerate(lines) if re.match(r"L\d+:", line)}
+    looped: set[int] = set()
+    for at, line in enumerate(lines):
+        for label in re.findall(r"\b(?:jmpi|while|goto)\b.*?\b(L\d+)\b", line):
+            looped.update(range(labels.get(label, at), at))
+    return sum(bool(re.search(r"\bsends?[gc]*\.", lines[at])) for at in looped)
 
 
 def _sections(elf: bytes) -> dict[str, bytes]:

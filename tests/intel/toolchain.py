@@ -194,11 +194,15 @@ class Launch:
     operands: tuple[Any, ...]
     options: dict[str, Any]
 
+    def operand(self, name: str) -> Any:
+        """The argument of a parameter of the kernel."""
+        return self.operands[getattr(_kernels(), self.kernel).arg_names.index(name)]
+
     def constants(self) -> dict[str, Any]:
         """What is compiled into the kernel, by name: its constexprs and Triton's options."""
         function = getattr(_kernels(), self.kernel)
         names = [function.arg_names[at] for at in function.constexprs]
-        return {name: self.operands[function.arg_names.index(name)] for name in names} | self.options
+        return {name: self.operand(name) for name in names} | self.options
 
     def compiled(self) -> Any:
         """Triton's compiled kernel, for the device of the block that this is called in."""
