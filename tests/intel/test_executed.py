@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 from intel import opencl
 from intel.toolchain import compiling_for
-from kernels import test_every_kernel, test_triton, test_visible
+from kernels import test_every_kernel, test_triton
 from kernels.test_triton import _new_memory_is_poisoned  # noqa: F401
-from support.cases import BF16, CASES, F16, F32, F64, OPS, Case, cases_of
+from support.cases import CASES, F64, OPS, Case, cases_of
 
 from xpu_lora_compile.kernels import triton_launch
 from xpu_lora_compile.kernels.sizes import Sizes

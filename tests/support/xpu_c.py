@@ -1,6 +1,6 @@
 """A double of `torch.ops._xpu_C`, the ops of vllm-xpu-kernels 0.1.16.2, on a CPU: schemas, checks and quirks.
 
-`tests/intel/test_vendor.py` compares it with the original: its numbers to the bit, its schemas and messages word by word.
+`tests/intel/test_vendor.py` compares it with the original: numbers to the bit, schemas and messages word by word.
 It is stricter in two things, and then says that it is the double that refuses: an index of K or more where the original
 reads past the weights (`bgmv_expand` and its slice), and tensors that 32 bits cannot count.
 """
