@@ -96,6 +96,15 @@ def _product(left, right, total):
 
 
 @triton.jit
+def _cut(number):
+    """The first 8 bits of a finite fp32 number's 24, in fp32: what bfloat16 holds of it.
+
+    By a mask: compilers with fast math take a cast to bfloat16 and back for nothing at all.
+    """
+    return (number.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _rank_product(hidden, b, total):
     """`total + hidden @ b` with fp32 `hidden`: on the tensor cores, as three bfloat16 parts that hold all of its bits.
 
@@ -103,15 +112,19 @@ def _rank_product(hidden, b, total):
     """
     if b.dtype == tl.float32 or hidden.dtype != tl.float32:
         return _product(hidden, b, total)
-    high = hidden.to(tl.bfloat16)
-    rest = hidden - high.to(tl.float32)
-    # Of an infinite number nothing is left over.
-    rest = tl.where(rest == rest, rest, 0.0)
-    middle = rest.to(tl.bfloat16)
-    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-    b_high = b.to(tl.float32).to(tl.bfloat16)
+    # Of an infinite number nothing is left over, and of a NaN its first bits may be those of an infinite one.
+    is_finite = (hidden.to(tl.uint32, bitcast=True) & 0x7F800000) != 0x7F800000
+    high = tl.where(is_finite, _cut(hidden), hidden)
+    rest = tl.where(is_finite, hidden - high, 0.0)
+    middle = _cut(rest)
+    low = (rest - middle).to(tl.bfloat16)
+    middle = middle.to(tl.bfloat16)
+    high = high.to(tl.bfloat16)
+    b_high = b
     if b.dtype == tl.float16:
-        b_low = (b.to(tl.float32) - b_high.to(tl.float32)).to(tl.bfloat16)
+        whole = b.to(tl.float32)
+        b_low = (whole - _cut(whole)).to(tl.bfloat16)
+        b_high = _cut(whole).to(tl.bfloat16)
         total = _product(low, b_low, total)
         total = _product(middle, b_low, total)
         total = _product(high, b_low, total)
