@@ -1,8 +1,8 @@
 """The module that Inductor writes for an Intel GPU, run on CPU tensors.
 
-Its own kernels and ours in it are compiled by Intel's Triton compiler and run by Intel's OpenCL for CPUs (`opencl`). Its
-wrapper runs as it was written, but for its few calls of `torch.xpu` and the device that its memory is on. Base products
-are plain PyTorch's.
+Inductor's kernels and ours in it are compiled by Intel's Triton compiler, and run by Intel's OpenCL for CPUs (`opencl`).
+The wrapper runs as it was written, but for its few calls of `torch.xpu`, and its memory is the CPU's. Base products are
+plain PyTorch's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from intel.toolchain import compiling_for
 from support.visible_driver import Written, pretend
 from torch import Tensor
 from torch._inductor import config
-from torch._inductor.runtime import triton_heuristics, triton_helpers
+from torch._inductor.runtime import triton_helpers, triton_heuristics
 
 # The lines that name what a torch without xpu does not have, and what stands for it.
 REPLACED = {

@@ -1,17 +1,15 @@
-"""A compiled layer with LoRA on an Intel GPU: our passes, Inductor's code, Intel's compiler, executed; see `inductor`."""
+"""A compiled layer with LoRA on an Intel GPU, executed: our passes, Inductor's code, Intel's compiler; see `inductor`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from intel import inductor, opencl, vendor
 from support import xpu_c
-from support.visible_driver import Written, written
+from support.visible_driver import written
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
@@ -108,3 +106,25 @@ def test_a_layer_computes_what_it_does_eagerly(dtype: torch.dtype, dynamic: bool
             assert [name.split("_")[0] for name in ours] == ["route", *["shrink", "expand"] * 3]
             # And Inductor's own.
             assert any(name.startswith("triton_") for name in opencl.launched)
+
+
+@pytest.mark.skipif(bool(vendor.problem()), reason=vendor.problem())
+@pytest.mark.parametrize("groups", [xpu_c.LORA, xpu_c.BGMV], ids=["new", "old"])
+def test_a_layer_on_the_vendors_ops_computes_what_it_does_eagerly(
+    groups: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor calls them as they are, and fuses the conversion of the indices: all of it is the wheel's or its own."""
+    for name in groups:
+        monkeypatch.setattr(xpu_c, name, getattr(vendor, name))
+    values = operands(BF16, by_rank=False)
+    calls: list[str] = []
+    with inductor.executing(), xpu_c.installed(groups, calls=calls):
+        code = written("xpu", False, layer, partial(empty_like, values))
+        module = inductor.loaded(code, tmp_path)
+        opencl.launched.clear()
+        (got,) = inductor.run(module, code, named(values))
+    check(got, values)
+    assert all(name.startswith("triton_") for name in opencl.launched)
+    # Of six slices of three inputs, into four outputs.
+    new, old = ["lora_shrink"] * 3 + ["lora_expand"] * 4, ["bgmv_shrink", "bgmv_expand_slice"] * 6
+    assert sorted(calls) == sorted(new if groups is xpu_c.LORA else old)
