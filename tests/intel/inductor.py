@@ -1,6 +1,6 @@
 """The module that Inductor writes for an Intel GPU, run on CPU tensors.
 
-Inductor's kernels and ours in it are compiled by Intel's Triton compiler, and run by Intel's OpenCL for CPUs (`opencl`).
+Inductor's kernels and ours in it are compiled by Intel's Triton compiler and run by its OpenCL for CPUs (`opencl`).
 The wrapper runs as it was written, but for its few calls of `torch.xpu`, and its memory is the CPU's. Base products are
 plain PyTorch's.
 """

@@ -1,4 +1,4 @@
-"""A compiled layer with LoRA on an Intel GPU, executed: our passes, Inductor's code, Intel's compiler; see `inductor`."""
+"""A compiled layer with LoRA on an Intel GPU, executed: our passes, Inductor's code, Intel's compiler (`inductor`)."""
 
 from __future__ import annotations
 
