@@ -204,15 +204,27 @@ class Launch:
         return getattr(_kernels(), self.kernel).warmup(*self.operands, grid=self.grid, **self.options)
 
 
+@contextmanager
+def sized_for_xpu() -> Iterator[None]:
+    """Have tensors on a CPU be given the sizes of tiles that those on an Intel GPU are given."""
+    real = triton_launch.sizes_for
+    triton_launch.sizes_for = lambda rows, rank, width, device="", kind="plain": real(rows, rank, width, "xpu", kind)
+    try:
+        yield
+    finally:
+        triton_launch.sizes_for = real
+
+
 def launches_of(run: Callable[[], object]) -> list[Launch]:
-    """The launches that a function asks for; none is made, so that what it computes is arbitrary."""
+    """The launches that a function of tensors on a CPU would ask for on an Intel GPU; none is made."""
     noted: list[Launch] = []
     real = triton_launch._launch
     triton_launch._launch = lambda kernel, grid, *operands, **options: noted.append(
         Launch(kernel, grid, operands, options)
     )
     try:
-        run()
+        with sized_for_xpu():
+            run()
     finally:
         triton_launch._launch = real
     return noted

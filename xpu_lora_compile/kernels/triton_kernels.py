@@ -110,27 +110,30 @@ def _rank_product(hidden, b, total):
 
     A float16 `b` is two such parts. The small ones go first.
     """
+    # No early return: Triton reads on behind one.
     if b.dtype == tl.float32 or hidden.dtype != tl.float32:
-        return _product(hidden, b, total)
-    # Of an infinite number nothing is left over, and of a NaN its first bits may be those of an infinite one.
-    is_finite = (hidden.to(tl.uint32, bitcast=True) & 0x7F800000) != 0x7F800000
-    high = tl.where(is_finite, _cut(hidden), hidden)
-    rest = tl.where(is_finite, hidden - high, 0.0)
-    middle = _cut(rest)
-    low = (rest - middle).to(tl.bfloat16)
-    middle = middle.to(tl.bfloat16)
-    high = high.to(tl.bfloat16)
-    b_high = b
-    if b.dtype == tl.float16:
-        whole = b.to(tl.float32)
-        b_low = (whole - _cut(whole)).to(tl.bfloat16)
-        b_high = _cut(whole).to(tl.bfloat16)
-        total = _product(low, b_low, total)
-        total = _product(middle, b_low, total)
-        total = _product(high, b_low, total)
-    total = _product(low, b_high, total)
-    total = _product(middle, b_high, total)
-    return _product(high, b_high, total)
+        total = _product(hidden, b, total)
+    else:
+        # Of an infinite number nothing is left over, and of a NaN its first bits may be those of an infinite one.
+        is_finite = (hidden.to(tl.uint32, bitcast=True) & 0x7F800000) != 0x7F800000
+        high = tl.where(is_finite, _cut(hidden), hidden)
+        rest = tl.where(is_finite, hidden - high, 0.0)
+        middle = _cut(rest)
+        low = (rest - middle).to(tl.bfloat16)
+        middle = middle.to(tl.bfloat16)
+        high = high.to(tl.bfloat16)
+        b_high = b
+        if b.dtype == tl.float16:
+            whole = b.to(tl.float32)
+            b_low = (whole - _cut(whole)).to(tl.bfloat16)
+            b_high = _cut(whole).to(tl.bfloat16)
+            total = _product(low, b_low, total)
+            total = _product(middle, b_low, total)
+            total = _product(high, b_low, total)
+        total = _product(low, b_high, total)
+        total = _product(middle, b_high, total)
+        total = _product(high, b_high, total)
+    return total
 
 
 @triton.jit
@@ -162,6 +165,16 @@ def _a_tile(a, a_rank, a_column, r, rank, column, is_in, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _a_block(a, a_rank, first, column, rank, features, BR: tl.constexpr, BK: tl.constexpr):
+    """The same tile, of columns that lie side by side: Intel's compiler makes 2-D block loads of it.
+
+    They go from memory to where the matrix engine reads: no address for each lane, no way through shared memory.
+    """
+    block = tl.make_block_ptr(a, (rank, features), (a_rank, 1), (first, column), (BR, BK), (1, 0))
+    return tl.load(block, boundary_check=(0, 1), padding_option="zero")
+
+
+@triton.jit
 def _close(part, pair, total, ends, closes, EACH: tl.constexpr):
     """The sums of the piece, the pair and all, once a piece ends and once it closes a pair; one piece may be all."""
     if EACH == 1:
@@ -188,7 +201,7 @@ def shrink_kernel(
     hidden, h_row, h_column, x, x_row, x_column, count, a, a_slot, a_rank, a_column,
     tiles, tile_count, ranks, rank, features, rank_blocks, scaling,
     HAS_RANKS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, EACH: tl.constexpr, PUBLIC: tl.constexpr,
-    EVEN: tl.constexpr, PDL: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr,
+    EVEN: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, EACH pieces, group of slices and block of ranks): one tile's rows through A of 1 to 3 slices.
@@ -198,7 +211,8 @@ def shrink_kernel(
     Args:
         hidden: fp32 `[PIECES / EACH, slices, T, R]`; with PUBLIC (and EACH = PIECES) the output of `bgmv_shrink`,
             scaled, and zero for rows without an adapter.
-        a: one stack a slice, with its strides and its rank beside it; the last stride is that of all.
+        a: one stack a slice, with its strides and its rank beside it; the last stride is that of all. With BLOCKS the
+            last is 1, all have the first slice's stride from rank to rank, and GROUP is 1.
     """
     if PDL:
         # First the end of whatever came before; then the kernel after this one may start, and read all but `hidden`.
@@ -245,7 +259,12 @@ def shrink_kernel(
         is_in = column < features
         mask = (rows >= 0)[None, :] if EVEN else (rows >= 0)[None, :] & is_in[:, None]
         right = tl.load(x_tile + column[:, None] * x_column, mask=mask, other=0.0)
-        left = _a_tile(a_0, _pick(a_rank, s), a_column, r, used, column, is_in, EVEN)
+        if BLOCKS:
+            # Of a stride that it picks the compiler would not know that it is a multiple of 16.
+            first_column = piece * EACH * PIECE + step * BK
+            left = _a_block(a_0, a_rank[0], which % rank_blocks * BR, first_column, used, features, BR, BK)
+        else:
+            left = _a_tile(a_0, _pick(a_rank, s), a_column, r, used, column, is_in, EVEN)
         part = _product(left, right, part)
         # The end of a piece, and of a pair.
         ends = (step + 1) % per == 0
