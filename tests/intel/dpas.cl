@@ -1,4 +1,4 @@
-// The matrix engine of Intel's GPUs, emulated: what its instructions compute, for a sub-group of 16 threads.
+// The matrix engine of Intel's GPUs and its 2-D block loads, emulated, for a sub-group of 16 threads.
 //
 // Row m of A is element m of all threads, column n of B lies in thread n. Products are exact, and are added in order of
 // k, each sum rounded to float; in which order the engine adds, and with how many bits, is not published.
@@ -35,3 +35,32 @@ intel_sub_group_tf32_tf32_matrix_mad_k8(float4 a, float8 b, float8 total) {
   }
   return total;
 }
+
+// Blocks of 16 columns of a matrix of `width` bytes and `height` rows, `pitch` bytes apart, from column and row `at` on:
+// thread l gets column l of each block, row by row, and zeros where the matrix has ended.
+#define BLOCK_READ(ROWS, BLOCKS)                                                                                 \
+  __attribute__((overloadable, noinline)) void intel_sub_group_2d_block_read_16b_##ROWS##r16x##BLOCKS##c(       \
+      __global void* matrix, int width, int height, int pitch, int2 at, private ushort* elements) {             \
+    for (int block = 0; block < BLOCKS; ++block) for (int row = 0; row < ROWS; ++row) {                          \
+      int x = at.x + block * 16 + (int)get_sub_group_local_id(), y = at.y + row;                                 \
+      __global ushort* line = (__global ushort*)((__global char*)matrix + (long)y * pitch);                     \
+      elements[block * ROWS + row] = x >= 0 && y >= 0 && 2 * x < width && y < height ? line[x] : (ushort)0;       \
+    }                                                                                                            \
+  }
+BLOCK_READ(8, 1)
+BLOCK_READ(8, 2)
+BLOCK_READ(16, 1)
+BLOCK_READ(16, 2)
+BLOCK_READ(32, 1)
+BLOCK_READ(32, 2)
+
+// A hint.
+#define BLOCK_PREFETCH(ROWS, BLOCKS)                                                                             \
+  __attribute__((overloadable, noinline)) void intel_sub_group_2d_block_prefetch_16b_##ROWS##r16x##BLOCKS##c(   \
+      __global void* matrix, int width, int height, int pitch, int2 at) {}
+BLOCK_PREFETCH(8, 1)
+BLOCK_PREFETCH(8, 2)
+BLOCK_PREFETCH(16, 1)
+BLOCK_PREFETCH(16, 2)
+BLOCK_PREFETCH(32, 1)
+BLOCK_PREFETCH(32, 2)

@@ -14,10 +14,10 @@ from intel import opencl
 from intel.toolchain import compiling_for
 from kernels import test_every_kernel, test_triton, test_visible
 from kernels.test_triton import QKV, RANKED, Layer, Operands, _new_memory_is_poisoned, check  # noqa: F401
-from support.cases import BF16, F16, F32, F64, OPS, Case, cases_of
+from support.cases import BF16, F16, F32, F64, OPS, Case, cases_of, same_bits
 
 from xpu_lora_compile.kernels import triton_launch
-from xpu_lora_compile.kernels.sizes import Sizes
+from xpu_lora_compile.kernels.sizes import Sizes, sizes_for
 
 # Small tiles are compiled faster.
 SMALL = Sizes()._replace(expand_columns=32, shrink_columns=32, shrink_warps=4, linear_rows=0, linear_rows_if_small=0)
@@ -96,6 +96,24 @@ def test_what_is_added_to_a_product_is_within_the_budget(layer: Layer) -> None:
 @pytest.mark.parametrize("features", [300, 600, 1100])
 def test_a_shrink_sums_all_pieces_of_a_long_row(features: int) -> None:
     test_triton.test_a_shrink_sums_all_pieces_of_a_long_row(features)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "fp32"])
+def test_the_sizes_for_intel_gpus_have_the_bits_of_small_ones(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2-D block loads among them, which read A of bfloat16."""
+    operands = Operands.of(Layer(T=5, D=96, dtype=dtype, ranks=(1, 0, 3, 2)))
+    (base,) = operands.bases()
+    small = operands.add_lora([base.clone()])
+
+    def for_xpu(rows: int, rank: int, width: int, _device: str = "", kind: str = "plain") -> Sizes:
+        return sizes_for(rows, rank, width, "xpu", kind)
+
+    monkeypatch.setattr(triton_launch, "sizes_for", for_xpu)
+    (got,) = operands.add_lora([base.clone()])
+    check([got], operands, [base])
+    assert same_bits(got, small[0])
 
 
 def test_no_size_of_a_tile_changes_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
