@@ -405,9 +405,10 @@ def named(function: Callable[..., Any], values: Sequence[Tensor]) -> dict[str, T
 def check(
     base: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], i: Tensor, at: list[int], by: float, got: Tensor
 ) -> None:
-    """Within the budget of the op's contract, and rows without an adapter as they were."""
+    """Within the budget of the kernel `vendor`, and rows without an adapter as they were."""
     names = ("base", "inputs", "lora_a", "lora_b", "lora_indices_tensor", "slice_offsets", "scaling")
-    budget = budget_of("lora_linear", dict(zip(names, (base, x, a, b, i, at, by), strict=True)))
+    given = dict(zip(names, (base, x, a, b, i, at, by), strict=True))
+    budget = budget_of("lora_linear", given, rounds_before_adding=True)
     budget.check(got, torch.ones(got.shape, dtype=torch.bool))
     without = (i < 0) | (i >= K)
     assert torch.equal(got[without], base[without])

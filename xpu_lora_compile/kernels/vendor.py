@@ -1,7 +1,8 @@
 """The ops of vllm-xpu-kernels for Intel GPUs, `torch.ops._xpu_C`: which are there, and where their rules hold.
 
 Schemas and rules are those of release 0.1.16.2. An op counts as there if its name and its schema are the known ones,
-whatever the version says. None of this has been run on an Intel GPU.
+whatever the version says. None of this has been run on an Intel GPU. To an output of float16 or bfloat16 they add what
+they have rounded to its dtype.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Vendor(Kernel):
     needs_plain_slices = True
     needs_whole_stacks = True
     stores_b_by_rank = False
+    rounds_before_adding = True
 
     def problem(self, device: str) -> str:
         """As `Kernel.problem`."""
