@@ -59,6 +59,8 @@ def _runs() -> Iterator[Callable[[], None]]:
             yield partial(kernel.add_lora, lora_call(rows, rank, dtype, features))
     for dtype, rows, rank in itertools.product(DTYPES.values(), (8, 2048), RANKS):
         yield partial(kernel.add_lora, lora_call(rows, rank, dtype, has_ranks=False))
+        # Of one width, so that B can be read in blocks.
+        yield partial(kernel.add_lora, lora_call(rows, rank, dtype, widths=(1024, 1024)))
         # Columns that two slices share are summed in fp32.
         yield partial(kernel.add_lora, lora_call(rows, rank, dtype, output=torch.float32))
         call, hidden = lora_call(rows, rank, dtype, widths=(1024,)), torch.empty(rows, rank)

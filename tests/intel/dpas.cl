@@ -36,16 +36,32 @@ intel_sub_group_tf32_tf32_matrix_mad_k8(float4 a, float8 b, float8 total) {
   return total;
 }
 
-// Blocks of 16 columns of a matrix of `width` bytes and `height` rows, `pitch` bytes apart, from column and row `at` on:
-// thread l gets column l of each block, row by row, and zeros where the matrix has ended.
-#define BLOCK_READ(ROWS, BLOCKS)                                                                                 \
-  __attribute__((overloadable, noinline)) void intel_sub_group_2d_block_read_16b_##ROWS##r16x##BLOCKS##c(       \
-      __global void* matrix, int width, int height, int pitch, int2 at, private ushort* elements) {             \
-    for (int block = 0; block < BLOCKS; ++block) for (int row = 0; row < ROWS; ++row) {                          \
-      int x = at.x + block * 16 + (int)get_sub_group_local_id(), y = at.y + row;                                 \
-      __global ushort* line = (__global ushort*)((__global char*)matrix + (long)y * pitch);                     \
-      elements[block * ROWS + row] = x >= 0 && y >= 0 && 2 * x < width && y < height ? line[x] : (ushort)0;       \
-    }                                                                                                            \
+// Of a matrix of `width` bytes and `height` rows, `pitch` bytes apart, zero where it has ended. It starts at a multiple of
+// 64 bytes: the compiler has moved `x` by what its address has beyond one, which the hardware does not look at.
+ushort element_at(__global void* matrix, int width, int height, int pitch, int x, int y) {
+  __global char* start = (__global char*)((ulong)matrix & ~63ul);
+  return x >= 0 && y >= 0 && 2 * x < width && y < height ? ((__global ushort*)(start + (long)y * pitch))[x] : (ushort)0;
+}
+
+// Blocks of 16 columns from column and row `at` on: thread l gets column l of each block, row by row. Transformed, two rows
+// are one element, as the matrix engine wants B.
+#define BLOCK_READ(ROWS, BLOCKS)                                                                               \
+  __attribute__((overloadable, noinline)) void intel_sub_group_2d_block_read_16b_##ROWS##r16x##BLOCKS##c(     \
+      __global void* matrix, int width, int height, int pitch, int2 at, private ushort* elements) {           \
+    for (int block = 0; block < BLOCKS; ++block) for (int row = 0; row < ROWS; ++row) {                        \
+      int x = at.x + block * 16 + (int)get_sub_group_local_id();                                               \
+      elements[block * ROWS + row] = element_at(matrix, width, height, pitch, x, at.y + row);                  \
+    }                                                                                                          \
+  }                                                                                                            \
+  __attribute__((overloadable, noinline)) void                                                                 \
+  intel_sub_group_2d_block_read_transform_16b_##ROWS##r16x##BLOCKS##c(                                         \
+      __global void* matrix, int width, int height, int pitch, int2 at, private uint* elements) {             \
+    for (int block = 0; block < BLOCKS; ++block) for (int row = 0; row < ROWS; row += 2) {                     \
+      int x = at.x + block * 16 + (int)get_sub_group_local_id();                                               \
+      uint low = element_at(matrix, width, height, pitch, x, at.y + row);                                      \
+      uint high = element_at(matrix, width, height, pitch, x, at.y + row + 1);                                 \
+      elements[(block * ROWS + row) / 2] = low | high << 16;                                                   \
+    }                                                                                                          \
   }
 BLOCK_READ(8, 1)
 BLOCK_READ(8, 2)

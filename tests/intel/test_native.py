@@ -15,6 +15,8 @@ from xpu_lora_compile.kernels.sizes import Sizes
 from xpu_lora_compile.kernels.triton_launch import Triton
 
 GROUPS = every_launch()
+# float16 for one of the two, since it takes minutes.
+TRIED = [(device, group) for device in ("pvc", "bmg") for group in GROUPS if (device, group[-4:]) != ("pvc", "fp16")]
 # With more than this a vector engine runs four threads instead of eight.
 REGISTERS = 128
 
@@ -33,15 +35,14 @@ def native_of(launch: Launch, device: str, tools: Tools) -> Native:
         return native(tools, launch.compiled().asm["spv"], device)
 
 
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("device", ["pvc", "bmg"])
+@pytest.mark.parametrize(("device", "group"), TRIED)
 def test_no_size_spills(device: str, group: str, tools: Tools) -> None:
     for launch in GROUPS[group]:
         made = native_of(launch, device, tools)
         assert (made.spilled, made.registers) == (0, REGISTERS), launch.constants()
         if "fp32" not in group and launch.kernel != "route_kernel":
             assert made.dpas, launch.constants()
-        if launch.constants().get("BLOCKS"):
+        if launch.constants().get("BLOCKS") and launch.constants().get("ONE_BLOCK", True):
             assert made.blocks, launch.constants()
 
 

@@ -536,7 +536,7 @@ def test_the_sizes_of_intel_gpus_compute_the_same(
     use(sizes_for(rows, rank, 0, "xpu", "float32" if dtype == F32 else "plain"), monkeypatch)
     bases = operands.bases()
     check(operands.add_lora([base.clone() for base in bases]), operands, bases)
-    assert triton_launch._fits_block_loads(operands.x, operands.a) == (features == 608 and dtype != F32)
+    assert triton_launch._fits_block_loads(operands.a, 1, 2) == (features == 608 and dtype != F32)
 
 
 @pytest.mark.parametrize("features", [300, 600, 1100])

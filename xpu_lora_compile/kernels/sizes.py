@@ -25,7 +25,7 @@ class Sizes(NamedTuple):
     # How many ranks a product of the shrink and of the expand takes at most.
     shrink_ranks: int = 64
     expand_ranks: int = 64
-    # Whether the shrink reads A by Intel's 2-D block loads where these can read it.
+    # Whether A and B are read by Intel's 2-D block loads where these can read them.
     block_loads: bool = False
     # Columns of D that one step of the shrink takes.
     shrink_columns: int = 128
@@ -105,9 +105,10 @@ def _xpu_sizes(rows: int, rank: int, kind: str) -> Sizes:
     if kind == "float32":
         # Without the matrix engine, which multiplies no float32 exactly, a product takes more registers.
         return sizes._replace(shrink_ranks=16, shrink_columns=16, shrink_warps=8, expand_columns=32, expand_warps=8)
-    sizes = sizes._replace(shrink_columns=64, block_loads=True, expand_columns=64)
     # 16 rows and 16 ranks are two tiles of the matrix engine: work for two warps.
-    return sizes._replace(shrink_warps=2 if rows <= 64 and rank <= 16 else 4, expand_warps=8 if kind == "mixed" else 4)
+    shrink_warps, expand_warps = 2 if rows <= 64 and rank <= 16 else 4, 8 if kind == "mixed" else 4
+    sizes = sizes._replace(block_loads=True, shrink_columns=64, shrink_warps=shrink_warps)
+    return sizes._replace(expand_columns=64, expand_warps=expand_warps)
 
 
 def tuned_rows_for(rows: int | torch.SymInt) -> int:

@@ -165,12 +165,13 @@ def _a_tile(a, a_rank, a_column, r, rank, column, is_in, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _a_block(a, a_rank, first, column, rank, features, BR: tl.constexpr, BK: tl.constexpr):
-    """The same tile, of columns that lie side by side: Intel's compiler makes 2-D block loads of it.
+def _block_of(matrix, row_stride, row, column, rows, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """`[HEIGHT, WIDTH]` of one slot's A or B, whose columns lie side by side: zero outside of `[rows, columns]`.
 
-    They go from memory to where the matrix engine reads: no address for each lane, no way through shared memory.
+    Intel's compiler makes 2-D block loads of it, which go from memory to where the matrix engine reads: no address for
+    each lane, no way through shared memory.
     """
-    block = tl.make_block_ptr(a, (rank, features), (a_rank, 1), (first, column), (BR, BK), (1, 0))
+    block = tl.make_block_ptr(matrix, (rows, columns), (row_stride, 1), (row, column), (HEIGHT, WIDTH), (1, 0))
     return tl.load(block, boundary_check=(0, 1), padding_option="zero")
 
 
@@ -262,7 +263,7 @@ def shrink_kernel(
         if BLOCKS:
             # Of a stride that it picks the compiler would not know that it is a multiple of 16.
             first_column = piece * EACH * PIECE + step * BK
-            left = _a_block(a_0, a_rank[0], which % rank_blocks * BR, first_column, used, features, BR, BK)
+            left = _block_of(a_0, a_rank[0], which % rank_blocks * BR, first_column, used, features, BR, BK)
         else:
             left = _a_tile(a_0, _pick(a_rank, s), a_column, r, used, column, is_in, EVEN)
         part = _product(left, right, part)
@@ -322,8 +323,8 @@ def expand_kernel(
     outputs, out_row, out_column, hidden, h_row, h_column, count, b, b_slot, b_width, b_rank,
     tiles, tile_count, block_count, ranks, rank, width, scaling,
     HAS_RANKS: tl.constexpr, SUMS: tl.constexpr, PAIRS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr,
-    FILL: tl.constexpr, ONE_BLOCK: tl.constexpr, PDL: tl.constexpr, PER: tl.constexpr,
-    BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    FILL: tl.constexpr, ONE_BLOCK: tl.constexpr, AHEAD: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
+    PER: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Program (PER blocks of columns of one slice, a tile): its rows through one slot's B.
 
@@ -366,7 +367,25 @@ def expand_kernel(
     target = _pick(outputs, s) + at[:, None] * _pick(out_row, s)
     h_slice = tl.cast(count, tl.int64) * h_row
     source = hidden + s * h_slice
-    if ONE_BLOCK:
+    h_piece = slices * h_slice
+    if ONE_BLOCK and not AHEAD:
+        if PDL:
+            gdc_wait()
+        mask = is_row[:, None] & (r < used)[None, :]
+        left = _hidden_tile(source, h_piece, h_row, h_column, at, r, mask, scaling, SUMS, PAIRS, SCALE)
+        for block in range(PER):
+            if BLOCKS:
+                right = _block_of(mine, b_rank[0], 0, first * (BN * PER) + block * BN, used, limit, BR, BN)
+            else:
+                right = _b_tile(mine, b_width, row_of_b, n, limit, r, used)
+            total = _rank_product(left, right, tl.zeros([BM, BN], tl.float32))
+            place = target + n.to(tl.int64)[None, :] * out_column
+            is_in = is_row[:, None] & (n < limit)[None, :]
+            if ADD:
+                total += tl.load(place, mask=is_in, other=0.0).to(tl.float32)
+            tl.store(place, _rounded(total, place.dtype.element_ty), mask=is_in)
+            n += BN
+    elif ONE_BLOCK:
         # Each block's memory is read one block ahead, and the first before the shrink has ended.
         right = _b_tile(mine, b_width, row_of_b, n, limit, r, used)
         place = target + n.to(tl.int64)[None, :] * out_column
@@ -375,7 +394,7 @@ def expand_kernel(
         if PDL:
             gdc_wait()
         mask = is_row[:, None] & (r < used)[None, :]
-        left = _hidden_tile(source, slices * h_slice, h_row, h_column, at, r, mask, scaling, SUMS, PAIRS, SCALE)
+        left = _hidden_tile(source, h_piece, h_row, h_column, at, r, mask, scaling, SUMS, PAIRS, SCALE)
         for block in range(PER):
             next_n = n + BN
             is_next_in = is_row[:, None] & (next_n < limit)[None, :] & (block + 1 < PER)
@@ -403,7 +422,6 @@ def expand_kernel(
                 some = start + r
                 right = _b_tile(mine, b_width, row_of_b, n, limit, some, used)
                 mask = is_row[:, None] & (some < used)[None, :]
-                h_piece = slices * h_slice
                 left = _hidden_tile(source, h_piece, h_row, h_column, at, some, mask, scaling, SUMS, PAIRS, SCALE)
                 total = _rank_product(left, right, total)
             place = target + n.to(tl.int64)[None, :] * out_column

@@ -286,7 +286,7 @@ def shrink_into(
     dtype = inputs.dtype if inputs.dtype == lora_a[0].dtype else torch.float32
     kind = "float32" if dtype == torch.float32 else "plain"
     sizes = sizes_for(form.rows, max(ranks), 0, inputs.device.type, kind)
-    has_blocks = sizes.block_loads and _fits_block_loads(inputs, lora_a)
+    has_blocks = sizes.block_loads and _fits_block_loads(lora_a, 1, 2)
     pieces, piece, programs = piece_count(features), piece_of(features), len(hidden.sums)
     each = -(-pieces // programs)
     # Tiles of A that are loaded lane by lane take registers, and so do sums of pairs.
@@ -389,7 +389,10 @@ def expand_from(
         add,
         # The public op leaves rows without an adapter as they are.
         scaling is not None and not add,
-        sizes.expand_ahead and max(ranks) <= block,
+        # Of float32 a loop takes fewer registers than the rank vectors that would be kept.
+        max(ranks) <= block and (sizes.expand_ahead or sizes.block_loads),
+        sizes.expand_ahead,
+        sizes.block_loads and _fits_block_loads(lora_b, 2, 1),
         pdl,
         each,
         height,
@@ -486,7 +489,8 @@ def _sizes(
     if dtype == torch.float32 or inputs not in (torch.float32, dtype):
         kind = "float32"
     else:
-        kind = "mixed" if inputs != torch.float32 or output not in (None, dtype) else "plain"
+        is_mixed = inputs != torch.float32 or output not in (None, dtype)
+        kind = "mixed" if is_mixed else "plain"
     return sizes_for(rows, rank, width, lora_b[0].device.type, kind)
 
 
@@ -520,15 +524,24 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-def _fits_block_loads(inputs: Tensor, lora_a: Sequence[Tensor]) -> bool:
-    """Whether Intel GPUs can read A by 2-D block loads: of rows of at least 64 bytes, at multiples of 16 bytes.
+def _fits_block_loads(matrices: Sequence[Tensor], row: int, column: int) -> bool:
+    """Whether Intel GPUs can read each slot of stacks by 2-D block loads, which want rows of 64 bytes and more.
 
-    Triton knows of a stride no more than whether it is a multiple of 16.
+    Rows start at multiples of 16 elements: of a stride Triton knows no more than that.
+
+    Args:
+        matrices: of each slice, A or B.
+        row: the dimension whose stride leads to the next row, equal in all.
+        column: that of the elements of a row, side by side.
     """
-    features, dtype = int(inputs.shape[1]), lora_a[0].dtype
-    strides = {a.stride()[1:] for a in lora_a}
-    is_regular = len(strides) == 1 and lora_a[0].stride(1) % 16 == 0 and lora_a[0].stride(2) == 1
-    return is_regular and features >= 32 and features % 2 == 0 and inputs.dtype == dtype and dtype.itemsize == 2
+    strides = {(matrix.stride(row), matrix.stride(column)) for matrix in matrices}
+    is_regular = len(strides) == 1 and matrices[0].stride(row) % 16 == 0 and matrices[0].stride(column) == 1
+    lengths = [int(matrix.shape[column]) for matrix in matrices]
+    return (
+        is_regular
+        and all(length >= 32 and length % 2 == 0 for length in lengths)
+        and all(matrix.dtype.itemsize == 2 for matrix in matrices)
+    )
 
 
 def _rank_block(most: int, rank: int, dtype: torch.dtype) -> int:
