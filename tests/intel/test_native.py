@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,17 @@ def test_no_size_spills_on_lunar_lake(group: str, tools: Tools) -> None:
     for launch in GROUPS[group][::10]:
         made = native_of(launch, "lnl", tools)
         assert (made.spilled, made.registers) == (0, REGISTERS), launch.constants()
+
+
+@pytest.mark.parametrize(("rank", "most"), [(16, 0), (64, 256)])
+@pytest.mark.parametrize("rows", [8, 2048])
+def test_b_as_the_vendor_reads_it_spills_next_to_nothing(rows: int, rank: int, most: int, tools: Tools) -> None:
+    """`[K, W, R]`: so the bank stores it on an Intel GPU."""
+    call = lora_call(rows, rank, torch.bfloat16)
+    call = replace(call, lora_b=[b.contiguous() for b in call.lora_b])
+    made = native_of(launches_of(lambda: Triton().add_lora(call))[-1], "bmg", tools)
+    assert made.spilled <= most
+    assert made.registers == REGISTERS
 
 
 def test_the_report_sees_a_size_that_spills(tools: Tools) -> None:
