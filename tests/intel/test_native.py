@@ -54,7 +54,7 @@ def test_no_size_spills_on_lunar_lake(group: str, tools: Tools) -> None:
         assert (made.spilled, made.registers) == (0, REGISTERS), launch.constants()
 
 
-@pytest.mark.parametrize(("rank", "most"), [(16, 0), (64, 256)])
+@pytest.mark.parametrize(("rank", "most"), [(16, 0), (64, 512)])
 @pytest.mark.parametrize("rows", [8, 2048])
 def test_b_as_the_vendor_reads_it_spills_next_to_nothing(rows: int, rank: int, most: int, tools: Tools) -> None:
     """`[K, W, R]`: so the bank stores it on an Intel GPU."""
