@@ -16,9 +16,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Where there is no GPU to run them, Triton's interpreter runs the kernels. It is asked for as Triton is imported; a
-# process that a test starts sees it, too.
+# process that a test starts sees it, too. The leg `intel` has it 0.
 if os.environ.get("XPU_LORA_TEST_DEVICE", "cpu") == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Where IPEX is, everything is tested beside it: importing it exchanges some of PyTorch's own kernels.
 if find_spec("intel_extension_for_pytorch") is not None:
     import intel_extension_for_pytorch  # noqa: F401

@@ -13,7 +13,7 @@ from torch import Tensor
 from xpu_lora_compile.errors import KernelError
 from xpu_lora_compile.kernels import vendor
 
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 T, D, R, K, W, H = 4, 6, 3, 2, 5, 8
 OTHER = {"lora_shrink": "(Tensor inputs, Tensor[] lora_a_weights, Tensor! output_tensor) -> ()"}
 
@@ -123,7 +123,7 @@ MOST = 2**31
 RULES: list[tuple[dict[str, Any], str]] = [
     ({"lora_a": [meta(K, R, D, dtype=F32)]}, "weights must be float16 or bfloat16"),
     ({"lora_b": [meta(K, W, R, dtype=F32)]}, "weights must be float16 or bfloat16"),
-    ({"inputs": meta(T, D, dtype=torch.float64)}, "inputs and outputs must be float16, bfloat16 or float32"),
+    ({"inputs": meta(T, D, dtype=F64)}, "inputs and outputs must be float16, bfloat16 or float32"),
     ({"outputs": [meta(T, H, dtype=torch.float64)]}, "inputs and outputs must be float16, bfloat16 or float32"),
     ({"inputs": meta(T, 2 * D)[:, :D]}, "inputs, outputs and indices must be contiguous"),
     ({"outputs": [meta(T, 2 * H)[:, :H]]}, "inputs, outputs and indices must be contiguous"),
@@ -261,6 +261,7 @@ def run(name: str, args: list[Any]) -> None:
 
 NAMES = [*xpu_c.BGMV, *xpu_c.LORA]
 SIZE_RULE = "lora_b_weights.size(-2) must match slice_size"
+MATCH = "inputs dtype must match lora_{}_weights dtype when inputs is not float32"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -279,62 +280,84 @@ def half(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 I64, I32 = torch.zeros(T, dtype=torch.int64), torch.zeros(T, dtype=torch.int32)
 BROKEN: list[tuple[str, dict[str, Any], str]] = [
-    # The seed's, word for word, of both sides, and in the op whose slice is the whole output.
+    # Sizes, of both sides, and in the op whose slice is the whole output.
     ("bgmv_expand", {"outputs": half(T, W + 1)}, SIZE_RULE),
     ("bgmv_expand", {"outputs": half(T, W - 1)}, SIZE_RULE),
     ("bgmv_expand_slice", {"slice_size": W - 1}, SIZE_RULE),
     ("bgmv_expand_slice", {"slice_size": W + 1}, SIZE_RULE),
-    ("bgmv_expand_slice", {"slice_offset": H - W + 1}, "slice_offset + slice_size must be <= outputs.size(1)"),
-    ("bgmv_shrink", {"inputs": half(T, D + 1)}, "lora_a_weights.size(-1) must match inputs.size(1)"),
-    ("bgmv_shrink", {"outputs": half(T, R + 1)}, "lora_a_weights.size(-2) must match outputs.size(1)"),
-    *[(name, {"indices": I32}, "indices must be torch.int64") for name in xpu_c.BGMV],
-    *[(name, {"lora_indices": I64}, "indices must be torch.int32") for name in xpu_c.LORA],
-    *[(name, {"indices": I64[:, None]}, "1-D") for name in xpu_c.BGMV],
-    *[(name, {"lora_indices": I32[:, None]}, "1-D") for name in xpu_c.LORA],
-    *[(name, {"indices": I64.repeat(2)[::2]}, "indices must be contiguous") for name in xpu_c.BGMV],
-    *[(name, {"lora_indices": I32.repeat(2)[::2]}, "indices must be contiguous") for name in xpu_c.LORA],
-    *[(name, {"indices": I64[:-1]}, "must have the same rows") for name in xpu_c.BGMV],
+    ("bgmv_expand_slice", {"slice_offset": H - W + 1}, ") is out of bounds for output dimension "),
+    ("bgmv_shrink", {"inputs": half(T, D + 1)}, "inputs.size(1) must match lora_a_weights.size(-1)"),
+    ("bgmv_shrink", {"outputs": half(T, R + 1)}, "output_tensor.size(1) must match lora_a_weights.size(-2)"),
+    *[(name, {"indices": I32}, "lora_indices_tensor must be int64") for name in xpu_c.BGMV],
+    *[(name, {"lora_indices": I64}, "lora_indices must be int32") for name in xpu_c.LORA],
+    *[(name, {"indices": I64[:, None]}, "lora_indices_tensor must be 1D [batch_size]") for name in xpu_c.BGMV],
+    *[(name, {"lora_indices": I32[:-1]}, ") must equal batch_size (") for name in xpu_c.LORA],
+    *[(name, {"indices": I64.repeat(2)[::2]}, "lora_indices_tensor must be contiguous") for name in xpu_c.BGMV],
+    *[(name, {"lora_indices": I32.repeat(2)[::2]}, "lora_indices must be contiguous XPU") for name in xpu_c.LORA],
+    *[(name, {"indices": I64[:-1]}, "inputs.size(0) must match lora_indices_tensor.size(0)") for name in xpu_c.BGMV],
+    ("bgmv_shrink", {"outputs": half(T + 1, R)}, "inputs.size(0) must match output_tensor.size(0)"),
+    ("lora_shrink", {"output_tensor": half(2, T + 1, R)}, "output_tensor batch dim mismatch"),
+    ("lora_expand", {"output_tensor": half(T + 1, H)}, ") must equal batch_size ("),
+    ("bgmv_shrink", {"inputs": half(1, T, D)}, "inputs must be 2D [batch_size, hidden_size]"),
+    ("bgmv_expand", {"inputs": half(1, T, R)}, "inputs must be 2D [batch_size, rank]"),
+    ("bgmv_shrink", {"outputs": half(T, R, 1)}, "output_tensor must be 2D [batch_size, rank]"),
+    ("lora_shrink", {"inputs": half(1, T, D)}, "inputs must be 2D [batch_size, hidden_size]"),
+    ("lora_expand", {"output_tensor": half(T, H, 1)}, "output_tensor must be 2D [batch_size, total_output_dim]"),
     # Dtypes.
-    ("bgmv_shrink", {"weights": half(K, R, D, dtype=F32)}, "unsupported dtype of weights"),
-    ("bgmv_expand", {"weights": half(K, W, R, dtype=F32)}, "unsupported dtype of weights"),
-    ("bgmv_expand_slice", {"weights": half(K, W, R, dtype=F32)}, "unsupported dtype of weights"),
-    ("lora_shrink", {"lora_a_weights": [half(K, R, D, dtype=F32)] * 2}, "unsupported dtype of weights"),
-    ("lora_expand", {"lora_b_weights": [half(K, W, R), half(K, 2, R, dtype=F32)]}, "unsupported dtype of weights"),
-    ("bgmv_shrink", {"weights": half(K, R, D, dtype=F16)}, "weights must have the inputs' dtype"),
-    ("bgmv_expand", {"inputs": half(T, R, dtype=F16)}, "weights must have the inputs' dtype"),
-    ("bgmv_expand_slice", {"inputs": half(T, R, dtype=F16)}, "weights must have the inputs' dtype"),
-    ("bgmv_shrink", {"outputs": half(T, R, dtype=torch.float64)}, "unsupported dtype of inputs or outputs"),
-    ("bgmv_expand_slice", {"inputs": half(T, R, dtype=torch.float64)}, "unsupported dtype of inputs or outputs"),
-    ("lora_shrink", {"inputs": half(T, D, dtype=torch.float64)}, "unsupported dtype of inputs or outputs"),
-    ("lora_expand", {"output_tensor": half(T, H, dtype=torch.float64)}, "unsupported dtype of inputs or outputs"),
+    ("bgmv_shrink", {"weights": half(K, R, D, dtype=F32)}, "lora_a_weights must be float16 or bfloat16"),
+    ("bgmv_expand", {"weights": half(K, W, R, dtype=F32)}, "lora_b_weights must be float16 or bfloat16"),
+    ("bgmv_expand_slice", {"weights": half(K, W, R, dtype=F32)}, "lora_b_weights must be float16 or bfloat16"),
+    ("lora_shrink", {"lora_a_weights": [half(K, R, D, dtype=F32)] * 2}, "Unsupported weight type: "),
+    ("lora_expand", {"lora_b_weights": [half(K, 2, R, dtype=F32)] * 2}, "Unsupported weight type: "),
+    ("lora_shrink", {"lora_a_weights": [half(K, R, D), half(K, R, D, dtype=F16)]}, "] dtype mismatches slice 0"),
+    ("lora_expand", {"lora_b_weights": [half(K, W, R), half(K, 2, R, dtype=F16)]}, "expected scalar type "),
+    ("bgmv_shrink", {"weights": half(K, R, D, dtype=F16)}, MATCH.format("a")),
+    ("bgmv_expand", {"inputs": half(T, R, dtype=F16)}, MATCH.format("b")),
+    ("bgmv_expand_slice", {"inputs": half(T, R, dtype=F16)}, MATCH.format("b")),
+    (
+        "bgmv_shrink",
+        {"outputs": half(T, R, dtype=F64)},
+        "output_tensor must be float16, bfloat16, or float32",
+    ),
+    ("bgmv_expand_slice", {"inputs": half(T, R, dtype=F64)}, "inputs must be float16, bfloat16, or float32"),
+    ("lora_shrink", {"inputs": half(T, D, dtype=F64)}, "lora_shrink_input"),
+    ("lora_shrink", {"output_tensor": half(2, T, R, dtype=F64)}, "lora_shrink_output"),
+    ("lora_expand", {"inputs": half(2, T, R, dtype=F64)}, "lora_expand_input"),
+    ("lora_expand", {"output_tensor": half(T, H, dtype=F64)}, "Unsupported output type: "),
     # Contiguity.
-    ("bgmv_shrink", {"outputs": half(T, 2 * R)[:, :R]}, "tensors must be contiguous"),
-    ("bgmv_shrink", {"weights": half(K, D, R).mT}, "tensors must be contiguous"),
-    ("bgmv_expand", {"weights": half(K, R, W).mT}, "tensors must be contiguous"),
-    ("bgmv_expand_slice", {"weights": half(K, W + 1, R)[:, :W]}, "tensors must be contiguous"),
-    ("bgmv_expand_slice", {"inputs": half(T, 2 * R)[:, :R]}, "tensors must be contiguous"),
-    ("lora_shrink", {"inputs": half(T, 2 * D)[:, :D]}, "tensors must be contiguous"),
-    ("lora_expand", {"lora_b_weights": [half(K, W, R), half(K, R, 2).mT]}, "tensors must be contiguous"),
-    ("lora_expand", {"output_tensor": half(T, 2 * H)[:, :H]}, "tensors must be contiguous"),
+    ("bgmv_shrink", {"outputs": half(T, 2 * R)[:, :R]}, "output_tensor must be contiguous"),
+    ("bgmv_shrink", {"weights": half(K, D, R).mT}, "lora_a_weights must be contiguous"),
+    ("bgmv_expand", {"weights": half(K, R, W).mT}, "lora_b_weights must be contiguous"),
+    ("bgmv_expand_slice", {"weights": half(K, W + 1, R)[:, :W]}, "lora_b_weights must be contiguous"),
+    ("bgmv_expand_slice", {"inputs": half(T, 2 * R)[:, :R]}, "inputs must be contiguous"),
+    ("lora_shrink", {"inputs": half(T, 2 * D)[:, :D]}, "inputs must be contiguous XPU tensor"),
+    ("lora_expand", {"lora_b_weights": [half(K, W, R), half(K, R, 2).mT]}, "] must be contiguous XPU tensor"),
+    ("lora_expand", {"output_tensor": half(T, 2 * H)[:, :H]}, "output_tensor must be contiguous XPU tensor"),
     # Weights of other ranks than three, or four with a 1.
-    ("bgmv_expand", {"weights": half(W, R)}, "weights must be [K, rows, columns]"),
-    ("bgmv_shrink", {"weights": half(K, 2, R, D)}, "weights must have 1 in second place"),
-    ("lora_shrink", {"lora_a_weights": [half(R, D)] * 2}, "weights must be [K, rows, columns]"),
+    ("bgmv_expand", {"weights": half(W, R)}, "lora_b_weights must be 3D [lora_num, slice_size, rank]"),
+    ("bgmv_shrink", {"weights": half(K, 2, R, D)}, "lora_a_weights.size(1) must be 1"),
+    ("lora_shrink", {"lora_a_weights": [half(R, D)] * 2}, "] must be 3D after squeeze"),
+    ("lora_shrink", {"lora_a_weights": [half(K, 2, R, D)] * 2}, "].size(1) must be 1"),
     # Indices past the weights: only here does the double raise where the original reads on.
     ("bgmv_expand", {"indices": I64 + K}, "refuses an index >= K"),
     ("bgmv_expand_slice", {"indices": I64 + K}, "refuses an index >= K"),
     # Slices.
-    ("lora_shrink", {"lora_a_weights": [half(K, R, D)] * 9}, "at most 8 slices"),
-    ("lora_expand", {"lora_b_weights": [half(K, 1, R)] * 9}, "at most 8 slices"),
-    ("lora_shrink", {"lora_a_weights": []}, "at most 8 slices"),
-    ("lora_shrink", {"output_tensor": half(3, T, R)}, "output_tensor must be [slices, T, R]"),
-    ("lora_shrink", {"lora_a_weights": [half(K, R, D), half(K, R + 1, D)]}, "lora_a_weights must be [K, R, D]"),
-    ("lora_shrink", {"inputs": half(T, D + 1)}, "lora_a_weights must be [K, R, D]"),
-    ("lora_expand", {"inputs": half(3, T, R)}, "inputs must be [slices, T, R]"),
-    ("lora_expand", {"lora_b_weights": [half(K, W, R), half(K, 2, R + 1)]}, "lora_b_weights must be [K, W, R]"),
-    ("bgmv_expand", {"weights": half(K, W, R + 1)}, "lora_b_weights.size(-1) must match inputs.size(1)"),
-    ("bgmv_expand_slice", {"weights": half(K, W, R + 1)}, "lora_b_weights.size(-1) must match inputs.size(1)"),
-    ("lora_expand", {"offset_start": H - W - 1}, "the slices must fit into output_tensor"),
+    ("lora_shrink", {"lora_a_weights": [half(K, R, D)] * 9}, "Too many slices ("),
+    ("lora_expand", {"lora_b_weights": [half(K, 1, R)] * 9}, "Too many slices ("),
+    ("lora_shrink", {"lora_a_weights": []}, "lora_a_weights must be non-empty"),
+    ("lora_expand", {"lora_b_weights": []}, "lora_b_weights must be non-empty"),
+    ("lora_shrink", {"output_tensor": half(3, T, R)}, "output_tensor.size(0) must match number of weight slices"),
+    ("lora_shrink", {"output_tensor": half(2, T, R + 1)}, "output_tensor rank dim mismatch"),
+    ("lora_shrink", {"lora_a_weights": [half(K, R, D), half(K, R + 1, D)]}, "] rank mismatch: expected "),
+    ("lora_shrink", {"lora_a_weights": [half(K, R, D), half(K + 1, R, D)]}, "] num_loras mismatch: expected "),
+    ("lora_expand", {"lora_b_weights": [half(K, W, R), half(K + 1, 2, R)]}, "] num_loras mismatch: expected "),
+    ("lora_shrink", {"inputs": half(T, D + 1)}, "weight hidden dim mismatch at slice "),
+    ("lora_expand", {"inputs": half(3, T, R)}, "inputs.size(0) must match num_slices"),
+    ("lora_expand", {"lora_b_weights": [half(K, W, R), half(K, 2, R + 1)]}, "weight rank dim mismatch at slice "),
+    ("bgmv_expand", {"weights": half(K, W, R + 1)}, "inputs.size(1) must match lora_b_weights.size(-1)"),
+    ("bgmv_expand_slice", {"weights": half(K, W, R + 1)}, "inputs.size(1) must match lora_b_weights.size(-1)"),
+    ("lora_expand", {"offset_start": H - W - 1}, ") exceeds output_tensor.size(1) ("),
+    ("lora_expand", {"offset_start": -1}, ") out of range [0, "),
 ]
 
 
@@ -350,11 +373,15 @@ def test_the_double_raises_for_each_rule(name: str, changes: dict[str, Any], mes
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_double_refuses_what_32_bits_cannot_count(name: str) -> None:
-    check = xpu_c._check_common
-    dtype = torch.int64 if name in xpu_c.BGMV else torch.int32
-    check([meta(T, D)], [meta(1, 1, MOST - 1)], I64.to(dtype), dtype)
-    with pytest.raises(RuntimeError, match="32-bit"):
-        check([meta(T, D)], [meta(1, 1, MOST)], I64.to(dtype), dtype)
+    def run_with(elements: int) -> None:
+        weights = meta(1, 1, elements)
+        key = {"lora_shrink": "lora_a_weights", "lora_expand": "lora_b_weights"}.get(name, "weights")
+        getattr(xpu_c, name)(*operands(name, **{key: [weights] * 2 if name in xpu_c.LORA else weights}))
+
+    with pytest.raises(RuntimeError, match="the double refuses 2147483648 elements"):
+        run_with(MOST)
+    with pytest.raises(RuntimeError, match=r"must match|mismatch"):
+        run_with(MOST - 1)
 
 
 def test_bgmv_shrink_adds_to_what_is_there() -> None:
@@ -403,6 +430,24 @@ def test_lora_expand_takes_weights_that_are_narrower_than_the_output() -> None:
     # Slices of five and of two columns, from column 1 on.
     changed = (args[2] != before).any(0)
     assert changed.tolist() == [False, *[True] * (W + 2)]
+
+
+@pytest.mark.parametrize("name", ["bgmv_shrink", "bgmv_expand", "bgmv_expand_slice", "lora_expand"])
+def test_what_is_added_to_a_half_is_rounded_before_and_after(name: str) -> None:
+    """1 + 2**-8 is a tie, which goes to the even 1; more of it would go up, had it not been rounded first."""
+    more, there = 2**-8 * (1 + 2**-9), 1.0
+    inputs, weights = torch.full((1, 1), more), torch.ones(1, 1, 1, dtype=BF16)
+    indices = torch.zeros(1, dtype=torch.int64)
+    output = torch.full((1, 1), there, dtype=BF16)
+    args: dict[str, list[Any]] = {
+        "bgmv_shrink": [output, inputs, weights, indices, 1.0],
+        "bgmv_expand": [output, inputs, weights, indices, True],
+        "bgmv_expand_slice": [output, inputs, weights, indices, 0, 1, True],
+        "lora_expand": [inputs[None], [weights], output, indices.int(), 0, True],
+    }
+    run(name, args[name])
+    assert output.item() == 1.0
+    assert torch.tensor(there + more).bfloat16().item() > 1.0
 
 
 def test_expanding_without_adding_replaces() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,6 +49,31 @@ def test_rounding_the_product_before_adding_it_is_over_the_budget(dtype: torch.d
         return output + _products(weights, inputs, indices).to(dtype)
 
     assert _worst(EXPAND, _case(dtype), rounds_twice) > 1.2
+
+
+@HALF
+def test_rounding_the_product_before_adding_it_is_within_the_budget_of_a_kernel_that_does(dtype: torch.dtype) -> None:
+    call = build(EXPAND, _case(dtype))
+    output, inputs, weights, indices, _add = call.args.values()
+    budget = budget_of(EXPAND, call.args, rounds_before_adding=True)
+    products = _products(weights, inputs, indices).to(dtype)
+    assert 0.7 < float(budget.excess(output + products).max()) <= 1
+    # Three quarters of an ulp more are not.
+    ulp = products.abs() * torch.finfo(dtype).eps
+    assert float(budget.excess(output + products + 3 * ulp).max()) > 1
+
+
+@HALF
+def test_each_slice_of_a_kernel_that_rounds_before_adding_is_allowed_its_own_rounding(dtype: torch.dtype) -> None:
+    call = build(LORA_LINEAR, replace(_case(dtype), H=96, slices=2))
+    args = call.args | {"slice_offsets": [0, 64]}
+    base, inputs, lora_a, lora_b, indices, offsets, scaling = args.values()
+    result = base.clone()
+    for a, b, offset in zip(lora_a, lora_b, offsets, strict=True):
+        columns = result[:, offset : offset + b.shape[1]]
+        columns += _products(b, scaling * _products(a, inputs, indices), indices).to(dtype)
+    strict, wide = (budget_of(LORA_LINEAR, args, rounds_before_adding=early) for early in (False, True))
+    assert float(strict.excess(result).max()) > 1 >= float(wide.excess(result).max())
 
 
 @HALF

@@ -25,6 +25,10 @@ from xpu_lora_compile.torch_internals import compiled_after_aot, source_of, with
 NO_WORK = ("aten.t", "aten.view", "aten.slice.Tensor", "aten.select.int", "aten.as_strided", "aten.reshape", "getitem")
 # Questions that the host answers.
 NO_WORK += ("aten.sym_size.int", "aten.sym_storage_offset")
+# What has the host wait for the device, or the device for another stream: no graph that is captured may do so.
+WAITS = ("item", "_local_scalar_dense", "nonzero", "unique", "record_event", "wait_event", "wait_stream", "synchronize")
+# Which operand each of the vendor's ops writes to.
+WRITTEN = {"lora_shrink": 2, "lora_expand": 2, "bgmv_shrink": 0, "bgmv_expand_slice": 0}
 # Of the conversion of indices, which is one kernel after Inductor has fused it.
 CONVERSION = ("aten.lt.", "aten.ge.", "aten.bitwise_or.", "aten.masked_fill.", "aten._to_copy")
 
@@ -130,4 +134,16 @@ def for_intel(
         args = make("xpu")
         torch.compile(function, backend=backend, fullgraph=True, **options)(*args)
     (only,) = traced
+    can_be_captured(only.after_aot)
     return only
+
+
+def can_be_captured(text: str) -> None:
+    """Fail on a graph that waits, or hands the vendor's ops a view to write to: that has lost devices (vLLM #47944)."""
+    made = dict(re.findall(r"^(%\d+): .*? = (\S+?)\(", text, re.MULTILINE))
+    for op, operands in re.findall(r"_xpu_C\.(\w+)\((.*)\)$", text, re.MULTILINE):
+        # Operands that are lists count as one.
+        written = re.sub(r"\(.*?\)", "()", operands).split(", ")[WRITTEN[op]]
+        assert not made.get(written, "").startswith(NO_WORK), f"{op} writes to {written}, a view:\n{text}"
+    for name in made.values():
+        assert not {*name.split(".")} & {*WAITS}, f"{name} waits:\n{text}"

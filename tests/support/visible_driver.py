@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo.device_interface as interfaces
@@ -37,7 +37,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import xpu_lora_compile as xlc
-from xpu_lora_compile.torch_internals import without_memory
+from xpu_lora_compile.torch_internals import source_of, without_memory
 
 TARGET = GPUTarget("cuda", 90, 32)
 
@@ -69,9 +69,13 @@ class Driver:
         return "x"
 
 
-def pretend() -> None:
-    """Have Triton and Inductor find a device."""
-    driver.set_active(Driver())
+def pretend(put: Callable[[Any, str, Any], object] = setattr, capability: Any = 90) -> None:
+    """Have Inductor find a device.
+
+    Args:
+        put: what sets an attribute.
+        capability: what Triton's backend is told of the device.
+    """
     properties = SimpleNamespace(
         name="absent", multi_processor_count=64, total_memory=1 << 34, major=9, minor=0, gcnArchName="",
         max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, warp_size=32,
@@ -83,7 +87,7 @@ def pretend() -> None:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "get_device_properties": lambda _=None: properties,
-        "get_compute_capability": lambda _=None: 90,
+        "get_compute_capability": lambda _=None: capability,
         "synchronize": lambda _=None: None,
         "is_bf16_supported": lambda *_, **__: True,
         "is_triton_capable": lambda _=None: True,
@@ -93,16 +97,16 @@ def pretend() -> None:
     }
     for interface in (interfaces.CudaInterface, interfaces.XpuInterface):
         for name, answer in answers.items():
-            setattr(interface, name, staticmethod(answer))
-        interface.Worker.get_device_properties = staticmethod(answers["get_device_properties"])
+            put(interface, name, staticmethod(answer))
+        put(interface.Worker, "get_device_properties", staticmethod(answers["get_device_properties"]))
     # It would allocate there.
-    fake_tensor.init_gpu_context = lambda _: None
-    torch.cuda.get_device_capability = lambda _=None: (9, 0)  # type: ignore[assignment]
+    put(fake_tensor, "init_gpu_context", lambda _: None)
+    put(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
     for name in ("is_available", "device_count", "current_device", "get_device_properties", "synchronize"):
-        setattr(torch.xpu, name, answers[name])
-    torch.xpu.get_device_capability = lambda _=None: {}  # type: ignore[assignment]
-    torch.xpu.get_rng_state = lambda _=None: torch.zeros(1)  # type: ignore[assignment]
-    torch.xpu.set_rng_state = lambda *_: None  # type: ignore[assignment]
+        put(torch.xpu, name, answers[name])
+    put(torch.xpu, "get_device_capability", lambda _=None: {})
+    put(torch.xpu, "get_rng_state", lambda _=None: torch.zeros(1))
+    put(torch.xpu, "set_rng_state", lambda *_: None)
 
 
 T, D, INNER, R, K = 7, 64, 96, 4, 3
@@ -132,9 +136,31 @@ def operands(device: str) -> list[Any]:
     return [empty(T, D), weights, a, b, ranks, indices]
 
 
-def written(device: str, dynamic: bool) -> tuple[GraphModule, str]:
-    """The graph that Inductor generates code for, and that code."""
+class Written(NamedTuple):
+    """What Inductor made of a function.
+
+    Attributes:
+        module: the graph that it generated code for.
+        code: that code.
+        inputs: where the inputs come from, by the function's names.
+    """
+
+    module: GraphModule
+    code: str
+    inputs: list[str]
+
+
+def written(device: str, dynamic: bool, function: Callable[..., Any] = layers, make: Any = None) -> Written:
+    """Compile a function for a device, with the kernels visible.
+
+    Args:
+        device: the device's type.
+        dynamic: whether the number of rows, those of the first and the last argument, is symbolic.
+        function: what is compiled.
+        make: its arguments on a device; those of `layers` where it is None.
+    """
     found: list[tuple[GraphModule, str]] = []
+    sources: list[str] = []
 
     def finish(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         mode = detect_fake_mode(inputs)
@@ -153,20 +179,22 @@ def written(device: str, dynamic: bool) -> tuple[GraphModule, str]:
 
     def backend(module: GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
         xlc.rewrite(module, launch="inductor")
-        inputs = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
+        placeholders = module.graph.find_nodes(op="placeholder")
+        sources.extend(map(source_of, placeholders))
+        inputs = [node.meta["example_value"] for node in placeholders]
         with unset_fake_temporarily(), tracing(None):
             table = select_decomp_table()
             compiled: Any = aot_module_simplified(module, inputs, fw_compiler=finish, decompositions=table)
         return compiled
 
     with without_memory():
-        given = operands(device)
+        given = (make or operands)(device)
         if dynamic:
             torch._dynamo.mark_dynamic(given[0], 0)
             torch._dynamo.mark_dynamic(given[-1], 0)
-        torch.compile(layers, backend=backend, fullgraph=True)(*given)
+        torch.compile(function, backend=backend, fullgraph=True)(*given)
     (only,) = found
-    return only
+    return Written(*only, sources)
 
 
 def kernels_in(code: str) -> dict[str, str]:
@@ -212,7 +240,7 @@ def report(device: str) -> dict[str, Any]:
     """What the test looks at."""
     found: dict[str, Any] = {}
     for dynamic in (False, True):
-        module, code = written(device, dynamic)
+        module, code, _ = written(device, dynamic)
         launches = [node for node in module.graph.nodes if "triton_kernel_wrapper_mutation" in str(node.target)]
         texts = kernels_in(code)
         with tempfile.TemporaryDirectory() as folder:
@@ -254,5 +282,6 @@ def without_overlap() -> dict[str, bool]:
 
 
 if __name__ == "__main__":
+    driver.set_active(Driver())
     pretend()
     json.dump(report(sys.argv[1]) if sys.argv[1] != "without_overlap" else without_overlap(), sys.stdout)

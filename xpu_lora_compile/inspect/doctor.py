@@ -29,7 +29,7 @@ from xpu_lora_compile.adapters.folders import write_adapter
 from xpu_lora_compile.errors import DeviceError, OptionError, counted, own_error
 from xpu_lora_compile.inspect.operands import RandomOperands, every_kind_of_index, poison_unused_slots
 from xpu_lora_compile.inspect.verify import verify
-from xpu_lora_compile.kernels import choice_for, compiled, ipex, replay, vendor
+from xpu_lora_compile.kernels import choice_for, compiled, ipex, replay, rounds_before_adding, vendor
 from xpu_lora_compile.kernels.call import LoraCall
 from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.layers.attach import attach
@@ -260,7 +260,8 @@ class _Operands:
 def _excess(op: str, arguments: dict[str, Any]) -> float:
     """The worst error of a call in units of its budget; untouched elements have none if they are untouched."""
     first = next(iter(arguments))
-    budget = budget_of(op, arguments)
+    rounds_early = rounds_before_adding(arguments[first].device.type)
+    budget = budget_of(op, arguments, rounds_before_adding=rounds_early)
     given = arguments | {first: arguments[first].clone()}
     with torch.no_grad():
         result = getattr(ops, op)(**given)

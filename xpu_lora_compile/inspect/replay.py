@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
+from xpu_lora_compile.kernels import rounds_before_adding
 from xpu_lora_compile.ops import (
     BGMV_EXPAND,
     BGMV_EXPAND_SLICE,
@@ -201,12 +202,12 @@ class Layout:
             for s, (target, offset, _) in enumerate(places)
             if target == at
         ]
-        site = slices[0][0]
+        site, rounds_early = slices[0][0], rounds_before_adding(base.device.type)
         if self.is_expand:
             ((_, _, offset),) = slices
             given = {"output_tensor": base, "inputs": inputs, "lora_b_weights": site.b[0], "indices": site.indices}
             size = {"slice_offset": offset, "slice_size": site.b[0].shape[-2], "add_inputs": site.adds}
-            return budget_of("bgmv_expand_slice", {**given, **size})
+            return budget_of("bgmv_expand_slice", {**given, **size}, rounds_before_adding=rounds_early)
         return budget_of(
             "lora_linear",
             {
@@ -218,6 +219,7 @@ class Layout:
                 "slice_offsets": [offset for _, _, offset in slices],
                 "scaling": site.scaling,
             },
+            rounds_before_adding=rounds_early,
         )
 
 

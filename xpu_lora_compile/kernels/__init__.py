@@ -109,6 +109,12 @@ def preferred_on(device: str) -> Kernel:
     return next(kernel for kernel in KERNELS if not kernel.devices or device in kernel.devices)
 
 
+def rounds_before_adding(device: str) -> bool:
+    """Return whether the kernel that comes first on a type of device does, so that its calls may."""
+    kernel = preferred_on(device)
+    return kernel.rounds_before_adding and not kernel.problem(device)
+
+
 def reads_ranks(device: str) -> bool:
     """Return whether a kernel for a type of device makes use of the ranks of the slots."""
     return any(kernel.reads_ranks and device in kernel.devices for kernel in KERNELS)

@@ -112,6 +112,7 @@ class Kernel:
         expand_op: the same for an expand alone, with those of `xpu_lora::expand_slice`.
         computes_base_on: the types of devices on which it can compute base products with their LoRA, by
             `linear_with_lora`.
+        rounds_before_adding: whether it rounds a slice's LoRA to the output's dtype before it adds it, besides the sum.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Kernel:
     shrink_op: str = "shrink"
     expand_op: str = "expand_slice"
     computes_base_on: tuple[str, ...] = ()
+    rounds_before_adding: bool = False
 
     def problem(self, device: str) -> str:
         """Return why it cannot run on this machine's devices of a type; empty where it can."""

@@ -2,7 +2,8 @@
 in the kernel of the base product (`linear_*`), after it, or before it (`delta_first`), which may.
 
 Found on an H200 and an H100 (torch 2.11, Triton 3.6, bfloat16, D = 4096) at points of `xpu-lora bench gpu`, settings
-against each other in one run.
+against each other in one run. Those for Intel GPUs were found without one, by what Intel's compilers say of registers
+and messages: `benchmarks/intel_sizes.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ FEW, MANY = 64, 1024
 class Sizes(NamedTuple):
     """Tiles, warps and stages of each kernel; the defaults are those of few rows."""
 
+    # How many ranks a product of the shrink and of the expand takes at most.
+    shrink_ranks: int = 64
+    expand_ranks: int = 64
+    # Whether A and B are read by Intel's 2-D block loads where these can read them.
+    block_loads: bool = False
     # Columns of D that one step of the shrink takes.
     shrink_columns: int = 128
     # With two warps a program instead of four, the shrink of 32 and 128 rows takes 0.8 of the time.
@@ -34,6 +40,8 @@ class Sizes(NamedTuple):
     expand_columns: int = 256
     expand_blocks: int = 1
     expand_warps: int = 4
+    # Whether a program reads the rank vectors once, and B and outputs one block ahead: that takes registers.
+    expand_ahead: bool = True
     # Whether LoRA comes first, and the base product is added to it: what is only written, and read by a product that
     # has time for it, takes less time than what is read, added to and written.
     delta_first: bool = False
@@ -55,8 +63,19 @@ class Sizes(NamedTuple):
 
 # Each call asks four times.
 @lru_cache(maxsize=4096)
-def sizes_for(rows: int, rank: int, width: int) -> Sizes:
-    """The sizes for T rows, the highest R, and W of all slices together; those of the shrink do not depend on W."""
+def sizes_for(rows: int, rank: int, width: int, device: str = "cuda", kind: str = "plain") -> Sizes:
+    """The sizes for T rows, the highest R, and W of all slices together; those of the shrink do not depend on W.
+
+    Args:
+        rows: T, or what a graph for every T is tuned for.
+        rank: R.
+        width: W.
+        device: the type of the device.
+        kind: of dtypes, for Intel GPUs: "plain", "mixed" where outputs or rank vectors are of others than usual, or
+            "float32" where products are.
+    """
+    if device == "xpu":
+        return _xpu_sizes(rows, rank, kind)
     is_low, is_wide = rank <= 16, width > 8192
     if rows <= 64:
         # A program takes 16 rows of a linear, and these columns: narrow ones while there are too few programs.
@@ -78,6 +97,18 @@ def sizes_for(rows: int, rank: int, width: int) -> Sizes:
         return sizes._replace(expand_blocks=2)
     blocks = 4 if rows * width <= 1 << 24 else 8
     return sizes._replace(expand_columns=128, expand_blocks=blocks, delta_first=True)
+
+
+def _xpu_sizes(rows: int, rank: int, kind: str) -> Sizes:
+    """The largest that keep all in 128 registers: with 256, half as many threads would hide the time of memory."""
+    sizes = Sizes(shrink_ranks=32, expand_ranks=16, expand_ahead=False)
+    if kind == "float32":
+        # Without the matrix engine, which multiplies no float32 exactly, a product takes more registers.
+        return sizes._replace(shrink_ranks=16, shrink_columns=16, shrink_warps=8, expand_columns=32, expand_warps=8)
+    # 16 rows and 16 ranks are two tiles of the matrix engine: work for two warps.
+    shrink_warps, expand_warps = 2 if rows <= 64 and rank <= 16 else 4, 8 if kind == "mixed" else 4
+    sizes = sizes._replace(block_loads=True, shrink_columns=64, shrink_warps=shrink_warps)
+    return sizes._replace(expand_columns=64, expand_warps=expand_warps)
 
 
 def tuned_rows_for(rows: int | torch.SymInt) -> int:

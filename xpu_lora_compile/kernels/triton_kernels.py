@@ -96,28 +96,44 @@ def _product(left, right, total):
 
 
 @triton.jit
+def _cut(number):
+    """The first 8 bits of a finite fp32 number's 24, in fp32: what bfloat16 holds of it.
+
+    By a mask: compilers with fast math take a cast to bfloat16 and back for nothing at all.
+    """
+    return (number.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _rank_product(hidden, b, total):
     """`total + hidden @ b` with fp32 `hidden`: on the tensor cores, as three bfloat16 parts that hold all of its bits.
 
     A float16 `b` is two such parts. The small ones go first.
     """
+    # No early return: Triton reads on behind one.
     if b.dtype == tl.float32 or hidden.dtype != tl.float32:
-        return _product(hidden, b, total)
-    high = hidden.to(tl.bfloat16)
-    rest = hidden - high.to(tl.float32)
-    # Of an infinite number nothing is left over.
-    rest = tl.where(rest == rest, rest, 0.0)
-    middle = rest.to(tl.bfloat16)
-    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-    b_high = b.to(tl.float32).to(tl.bfloat16)
-    if b.dtype == tl.float16:
-        b_low = (b.to(tl.float32) - b_high.to(tl.float32)).to(tl.bfloat16)
-        total = _product(low, b_low, total)
-        total = _product(middle, b_low, total)
-        total = _product(high, b_low, total)
-    total = _product(low, b_high, total)
-    total = _product(middle, b_high, total)
-    return _product(high, b_high, total)
+        total = _product(hidden, b, total)
+    else:
+        # Of an infinite number nothing is left over, and of a NaN its first bits may be those of an infinite one.
+        is_finite = (hidden.to(tl.uint32, bitcast=True) & 0x7F800000) != 0x7F800000
+        high = tl.where(is_finite, _cut(hidden), hidden)
+        rest = tl.where(is_finite, hidden - high, 0.0)
+        middle = _cut(rest)
+        low = (rest - middle).to(tl.bfloat16)
+        middle = middle.to(tl.bfloat16)
+        high = high.to(tl.bfloat16)
+        b_high = b
+        if b.dtype == tl.float16:
+            whole = b.to(tl.float32)
+            b_low = (whole - _cut(whole)).to(tl.bfloat16)
+            b_high = _cut(whole).to(tl.bfloat16)
+            total = _product(low, b_low, total)
+            total = _product(middle, b_low, total)
+            total = _product(high, b_low, total)
+        total = _product(low, b_high, total)
+        total = _product(middle, b_high, total)
+        total = _product(high, b_high, total)
+    return total
 
 
 @triton.jit
@@ -149,6 +165,17 @@ def _a_tile(a, a_rank, a_column, r, rank, column, is_in, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _block_of(matrix, row_stride, row, column, rows, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """`[HEIGHT, WIDTH]` of one slot's A or B, whose columns lie side by side: zero outside of `[rows, columns]`.
+
+    Intel's compiler makes 2-D block loads of it, which go from memory to where the matrix engine reads: no address for
+    each lane, no way through shared memory.
+    """
+    block = tl.make_block_ptr(matrix, (rows, columns), (row_stride, 1), (row, column), (HEIGHT, WIDTH), (1, 0))
+    return tl.load(block, boundary_check=(0, 1), padding_option="zero")
+
+
+@triton.jit
 def _close(part, pair, total, ends, closes, EACH: tl.constexpr):
     """The sums of the piece, the pair and all, once a piece ends and once it closes a pair; one piece may be all."""
     if EACH == 1:
@@ -175,7 +202,7 @@ def shrink_kernel(
     hidden, h_row, h_column, x, x_row, x_column, count, a, a_slot, a_rank, a_column,
     tiles, tile_count, ranks, rank, features, rank_blocks, scaling,
     HAS_RANKS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, EACH: tl.constexpr, PUBLIC: tl.constexpr,
-    EVEN: tl.constexpr, PDL: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr,
+    EVEN: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, EACH pieces, group of slices and block of ranks): one tile's rows through A of 1 to 3 slices.
@@ -185,7 +212,8 @@ def shrink_kernel(
     Args:
         hidden: fp32 `[PIECES / EACH, slices, T, R]`; with PUBLIC (and EACH = PIECES) the output of `bgmv_shrink`,
             scaled, and zero for rows without an adapter.
-        a: one stack a slice, with its strides and its rank beside it; the last stride is that of all.
+        a: one stack a slice, with its strides and its rank beside it; the last stride is that of all. With BLOCKS the
+            last is 1, all have the first slice's stride from rank to rank, and GROUP is 1.
     """
     if PDL:
         # First the end of whatever came before; then the kernel after this one may start, and read all but `hidden`.
@@ -232,7 +260,12 @@ def shrink_kernel(
         is_in = column < features
         mask = (rows >= 0)[None, :] if EVEN else (rows >= 0)[None, :] & is_in[:, None]
         right = tl.load(x_tile + column[:, None] * x_column, mask=mask, other=0.0)
-        left = _a_tile(a_0, _pick(a_rank, s), a_column, r, used, column, is_in, EVEN)
+        if BLOCKS:
+            # Of a stride that it picks the compiler would not know that it is a multiple of 16.
+            first_column = piece * EACH * PIECE + step * BK
+            left = _block_of(a_0, a_rank[0], which % rank_blocks * BR, first_column, used, features, BR, BK)
+        else:
+            left = _a_tile(a_0, _pick(a_rank, s), a_column, r, used, column, is_in, EVEN)
         part = _product(left, right, part)
         # The end of a piece, and of a pair.
         ends = (step + 1) % per == 0
@@ -290,8 +323,8 @@ def expand_kernel(
     outputs, out_row, out_column, hidden, h_row, h_column, count, b, b_slot, b_width, b_rank,
     tiles, tile_count, block_count, ranks, rank, width, scaling,
     HAS_RANKS: tl.constexpr, SUMS: tl.constexpr, PAIRS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr,
-    FILL: tl.constexpr, ONE_BLOCK: tl.constexpr, PDL: tl.constexpr, PER: tl.constexpr,
-    BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
+    FILL: tl.constexpr, ONE_BLOCK: tl.constexpr, AHEAD: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
+    PER: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Program (PER blocks of columns of one slice, a tile): its rows through one slot's B.
 
@@ -334,7 +367,25 @@ def expand_kernel(
     target = _pick(outputs, s) + at[:, None] * _pick(out_row, s)
     h_slice = tl.cast(count, tl.int64) * h_row
     source = hidden + s * h_slice
-    if ONE_BLOCK:
+    h_piece = slices * h_slice
+    if ONE_BLOCK and not AHEAD:
+        if PDL:
+            gdc_wait()
+        mask = is_row[:, None] & (r < used)[None, :]
+        left = _hidden_tile(source, h_piece, h_row, h_column, at, r, mask, scaling, SUMS, PAIRS, SCALE)
+        for block in range(PER):
+            if BLOCKS:
+                right = _block_of(mine, b_rank[0], 0, first * (BN * PER) + block * BN, used, limit, BR, BN)
+            else:
+                right = _b_tile(mine, b_width, row_of_b, n, limit, r, used)
+            total = _rank_product(left, right, tl.zeros([BM, BN], tl.float32))
+            place = target + n.to(tl.int64)[None, :] * out_column
+            is_in = is_row[:, None] & (n < limit)[None, :]
+            if ADD:
+                total += tl.load(place, mask=is_in, other=0.0).to(tl.float32)
+            tl.store(place, _rounded(total, place.dtype.element_ty), mask=is_in)
+            n += BN
+    elif ONE_BLOCK:
         # Each block's memory is read one block ahead, and the first before the shrink has ended.
         right = _b_tile(mine, b_width, row_of_b, n, limit, r, used)
         place = target + n.to(tl.int64)[None, :] * out_column
@@ -343,7 +394,7 @@ def expand_kernel(
         if PDL:
             gdc_wait()
         mask = is_row[:, None] & (r < used)[None, :]
-        left = _hidden_tile(source, slices * h_slice, h_row, h_column, at, r, mask, scaling, SUMS, PAIRS, SCALE)
+        left = _hidden_tile(source, h_piece, h_row, h_column, at, r, mask, scaling, SUMS, PAIRS, SCALE)
         for block in range(PER):
             next_n = n + BN
             is_next_in = is_row[:, None] & (next_n < limit)[None, :] & (block + 1 < PER)
@@ -371,7 +422,6 @@ def expand_kernel(
                 some = start + r
                 right = _b_tile(mine, b_width, row_of_b, n, limit, some, used)
                 mask = is_row[:, None] & (some < used)[None, :]
-                h_piece = slices * h_slice
                 left = _hidden_tile(source, h_piece, h_row, h_column, at, some, mask, scaling, SUMS, PAIRS, SCALE)
                 total = _rank_product(left, right, total)
             place = target + n.to(tl.int64)[None, :] * out_column

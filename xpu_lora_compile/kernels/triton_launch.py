@@ -284,14 +284,20 @@ def shrink_into(
     if form.rows == 0:
         return
     ranks = [int(a.shape[1]) for a in lora_a]
-    sizes = sizes_for(form.rows, max(ranks), 0)
-    block = _rank_block(max(ranks), inputs.dtype if inputs.dtype == lora_a[0].dtype else torch.float32)
+    dtype = inputs.dtype if inputs.dtype == lora_a[0].dtype else torch.float32
+    kind = "float32" if dtype == torch.float32 else "plain"
+    sizes = sizes_for(form.rows, max(ranks), 0, inputs.device.type, kind)
+    has_blocks = sizes.block_loads and _fits_block_loads(lora_a, 1, 2)
+    pieces, piece, programs = piece_count(features), piece_of(features), len(hidden.sums)
+    each = -(-pieces // programs)
+    # Tiles of A that are loaded lane by lane take registers, and so do sums of pairs.
+    is_tight = sizes.block_loads and not (has_blocks and each <= 2)
+    most = 16 if is_tight else sizes.shrink_ranks
+    block = _rank_block(most, max(ranks), dtype)
     # Of float32, which takes twice the memory, no GPU with 99 KB of it shared would hold more.
     is_single = scaling is not None or block > 16 or lora_a[0].dtype == torch.float32
     group = 1 if is_single else sizes.shrink_slices
-    pieces, piece = piece_count(features), piece_of(features)
     blocks = -(-max(ranks) // block)
-    programs = len(hidden.sums)
     tiles = _tiles_of(routing)
     height, count = _tiling(rows, routing)
     columns = sizes.shrink_columns
@@ -317,9 +323,10 @@ def shrink_into(
         routing.ranks is not None,
         piece,
         pieces,
-        -(-pieces // programs),
+        each,
         scaling is not None,
         features > 0 and features % piece == 0,
+        has_blocks,
         pdl,
         len(lora_a),
         group,
@@ -328,7 +335,7 @@ def shrink_into(
         columns,
         sizes.shrink_stages,
         # For 64 ranks Triton takes other instructions on Hopper if there are four warps: so let there always be four.
-        num_warps=4 if block == 64 else sizes.shrink_warps,
+        num_warps=4 if block == 64 or is_tight else sizes.shrink_warps,
         **_overlap(pdl),
     )
 
@@ -351,9 +358,9 @@ def expand_from(
     form = form or Form(_launch, rows)
     if form.rows == 0:
         return
-    sizes = _sizes(form.rows, lora_b)
+    sizes = _sizes(form.rows, lora_b, hidden, columns[0].dtype)
     ranks, widths = [int(b.shape[2]) for b in lora_b], [int(b.shape[1]) for b in lora_b]
-    block = _rank_block(max(ranks), lora_b[0].dtype)
+    block = _rank_block(sizes.expand_ranks, max(ranks), lora_b[0].dtype)
     tiles = _tiles_of(routing)
     height, count = _tiling(rows, routing)
     width = sizes.expand_columns
@@ -383,7 +390,10 @@ def expand_from(
         add,
         # The public op leaves rows without an adapter as they are.
         scaling is not None and not add,
-        max(ranks) <= block,
+        # Of float32 a loop takes fewer registers than the rank vectors that would be kept.
+        max(ranks) <= block and (sizes.expand_ahead or sizes.block_loads),
+        sizes.expand_ahead,
+        sizes.block_loads and _fits_block_loads(lora_b, 2, 1),
         pdl,
         each,
         height,
@@ -469,8 +479,20 @@ def _linears(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor 
     return outputs
 
 
-def _sizes(rows: int, lora_b: Sequence[Tensor]) -> Sizes:
-    return sizes_for(rows, max(int(b.shape[2]) for b in lora_b), sum(int(b.shape[1]) for b in lora_b))
+def _sizes(
+    rows: int, lora_b: Sequence[Tensor], hidden: Hidden | None = None, output: torch.dtype | None = None
+) -> Sizes:
+    """The sizes of an expand from rank vectors into outputs of a dtype; without them of a whole call of one dtype."""
+    rank, width = max(int(b.shape[2]) for b in lora_b), sum(int(b.shape[1]) for b in lora_b)
+    dtype = lora_b[0].dtype
+    inputs = torch.float32 if hidden is None else hidden.sums.dtype
+    # Rank vectors in fp32 are multiplied in parts of the dtype of B; others must be of that dtype.
+    if dtype == torch.float32 or inputs not in (torch.float32, dtype):
+        kind = "float32"
+    else:
+        is_mixed = inputs != torch.float32 or output not in (None, dtype)
+        kind = "mixed" if is_mixed else "plain"
+    return sizes_for(rows, rank, width, lora_b[0].device.type, kind)
 
 
 def empty_hidden(inputs: Tensor, lora_a: Sequence[Tensor], routing: RowRouting, sized_for: int | None = None) -> Hidden:
@@ -479,7 +501,7 @@ def empty_hidden(inputs: Tensor, lora_a: Sequence[Tensor], routing: RowRouting, 
     if sized_for is None:
         sized_for = rows
     highest = max(int(a.shape[1]) for a in lora_a)
-    sizes = sizes_for(sized_for, highest, 0)
+    sizes = sizes_for(sized_for, highest, 0, inputs.device.type)
     pieces = piece_count(features)
     programs = tile_count(sized_for, routing.slots) * pieces * -(-len(lora_a) // sizes.shrink_slices)
     is_paired = programs >= sizes.shrink_programs
@@ -503,9 +525,30 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-def _rank_block(rank: int, dtype: torch.dtype) -> int:
+def _fits_block_loads(matrices: Sequence[Tensor], row: int, column: int) -> bool:
+    """Whether Intel GPUs can read each slot of stacks by 2-D block loads, which want rows of 64 bytes and more.
+
+    Rows start at multiples of 16 elements: of a stride Triton knows no more than that.
+
+    Args:
+        matrices: of each slice, A or B.
+        row: the dimension whose stride leads to the next row, equal in all.
+        column: that of the elements of a row, side by side.
+    """
+    strides = {(matrix.stride(row), matrix.stride(column)) for matrix in matrices}
+    is_regular = len(strides) == 1 and matrices[0].stride(row) % 16 == 0 and matrices[0].stride(column) == 1
+    lengths = [int(matrix.shape[column]) for matrix in matrices]
+    return (
+        is_regular
+        and all(length >= 32 and length % 2 == 0 for length in lengths)
+        and all(matrix.dtype.itemsize == 2 for matrix in matrices)
+    )
+
+
+def _rank_block(most: int, rank: int, dtype: torch.dtype) -> int:
     # Products of float32, which tensor cores do not compute exactly, are 5 to 8 times slower with 64 ranks at a time.
-    return 16 if rank <= 16 else 32 if rank <= 32 or dtype == torch.float32 else 64
+    most = min(most, 32 if dtype == torch.float32 else 64)
+    return next(block for block in (16, 32, 64) if block >= min(rank, most))
 
 
 def _with_strides(stacks: Sequence[Tensor], common: int) -> tuple[Any, ...]:

@@ -1,7 +1,8 @@
 """The ops of vllm-xpu-kernels for Intel GPUs, `torch.ops._xpu_C`: which are there, and where their rules hold.
 
 Schemas and rules are those of release 0.1.16.2. An op counts as there if its name and its schema are the known ones,
-whatever the version says. None of this has been run on an Intel GPU.
+whatever the version says. None of this has been run on an Intel GPU. To an output of float16 or bfloat16 they add what
+they have rounded to its dtype.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Vendor(Kernel):
     needs_plain_slices = True
     needs_whole_stacks = True
     stores_b_by_rank = False
+    rounds_before_adding = True
 
     def problem(self, device: str) -> str:
         """As `Kernel.problem`."""
@@ -201,42 +203,54 @@ def add_lora(
             end += 1
         if not (_lies_in_a_stack(stack) if stored else all(stack.is_contiguous() for stack in b[start:end])):
             raise KernelError("vllm-xpu-kernels", "B stored as the graph said", "another view", "Compile anew.")
+        vectors = hidden.narrow(0, start, end - start) if isinstance(hidden, Tensor) else hidden[start:end]
         if stored:
             # All rows that are in memory into a scratch, and those that are wanted from there: once a call, T rows.
             slot_count, width, rank = stack.shape
             whole = stack.as_strided((slot_count, stored, rank), (stored * rank, rank, 1))
             scratch = inputs.new_zeros((inputs.shape[0], stored), dtype=torch.float32)
-            _expand(kind, scratch, hidden.narrow(0, start, end - start), [whole], slots, 0)
+            _expand(kind, scratch, vectors, [whole], slots, 0)
             outputs[at].narrow(1, offset, width).add_(scratch.narrow(1, 0, width))
         else:
-            _expand(kind, outputs[at], hidden.narrow(0, start, end - start), b[start:end], slots, offset)
+            _expand(kind, outputs[at], vectors, b[start:end], slots, offset)
         start = end
 
 
-def _shrunk(kind: str, inputs: Tensor, a: Sequence[Tensor], slots: Tensor, scaling: float) -> Tensor:
-    """The rank vectors of all slices, `[slices, T, R]`, fp32; arbitrary in rows without an adapter."""
-    # What `bgmv_shrink` adds to must be zeros; `lora_shrink` makes its own.
-    shape = (len(a), inputs.shape[0], a[0].shape[-2])
+def _shrunk(kind: str, inputs: Tensor, a: Sequence[Tensor], slots: Tensor, scaling: float) -> Tensor | list[Tensor]:
+    """The rank vectors of each slice, `[T, R]`, fp32; arbitrary in rows without an adapter.
+
+    No op is given a view to write to: in compiled code that has lost the device (vLLM #47944).
+    """
+    rows, rank = inputs.shape[0], a[0].shape[-2]
     if kind == "lora":
-        hidden = inputs.new_empty(shape, dtype=torch.float32)
+        hidden = inputs.new_empty((len(a), rows, rank), dtype=torch.float32)
         op("lora_shrink")(inputs, a, hidden, slots, scaling)
         return hidden
-    hidden = inputs.new_zeros(shape, dtype=torch.float32)
-    for s, stack in enumerate(a):
-        op("bgmv_shrink")(hidden.select(0, s), inputs, stack, slots, scaling)
-    return hidden
+    # What `bgmv_shrink` adds to must be zeros; `lora_shrink` makes its own.
+    vectors = [inputs.new_zeros((rows, rank), dtype=torch.float32) for _ in a]
+    for vector, stack in zip(vectors, a, strict=True):
+        op("bgmv_shrink")(vector, inputs, stack, slots, scaling)
+    return vectors
 
 
-def _expand(kind: str, output: Tensor, hidden: Tensor, b: Sequence[Tensor], slots: Tensor, offset: int) -> None:
+def _expand(
+    kind: str, output: Tensor, hidden: Tensor | list[Tensor], b: Sequence[Tensor], slots: Tensor, offset: int
+) -> None:
     if kind == "lora":
         op("lora_expand")(hidden, b, output, slots, offset, True)
         return
-    for s, stack in enumerate(b):
-        op("bgmv_expand_slice")(output, hidden.select(0, s), stack, slots, offset, stack.shape[-2], True)
+    for vector, stack in zip(hidden, b, strict=True):
+        op("bgmv_expand_slice")(output, vector, stack, slots, offset, stack.shape[-2], True)
 
 
 def _stack(weights: Tensor) -> Tensor:
     return weights.flatten(0, -3) if weights.dim() > 3 else weights
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor is all that is in its memory, for all sizes of a graph."""
+    size = tensor.untyped_storage().nbytes()
+    return is_known(tensor.storage_offset() == 0) and is_known(size == tensor.numel() * tensor.element_size())
 
 
 def rows_stored(b: Tensor) -> int | torch.SymInt:

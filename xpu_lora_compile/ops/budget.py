@@ -8,6 +8,9 @@ The first term is the one rounding that the contract allows. The second is the b
 Accuracy and Stability of Numerical Algorithms, section 3.1): n is the number of roundings on the way of a product into
 the result, u the unit roundoff of the accumulator. Since the ops are sums of products, the sum of the products'
 absolute values is the reference itself, called with the absolute value of every operand.
+
+A kernel may say that it rounds each slice's product to the output's dtype before it adds it. Then half an ulp of each
+product is allowed, too.
 """
 
 from __future__ import annotations
@@ -45,8 +48,14 @@ class Budget:
             )
 
 
-def budget_of(op: str, args: dict[str, Any]) -> Budget:
-    """The budget of one call of the op; `args` are its arguments by name, in order, as they are before the call."""
+def budget_of(op: str, args: dict[str, Any], *, rounds_before_adding: bool = False) -> Budget:
+    """Return the budget of one call.
+
+    Args:
+        op: the op's name.
+        args: its arguments by name, in order, as they are before the call.
+        rounds_before_adding: as `Kernel.rounds_before_adding`, of the kernel that runs it.
+    """
     output, *rest = args.values()
     operands = [output.detach().cpu().double(), *map(_on_cpu, rest)]
     exact = getattr(reference, op)(*operands)
@@ -56,7 +65,22 @@ def budget_of(op: str, args: dict[str, Any]) -> Budget:
     # The oracle sums in float64 and is itself as far from the exact value as its own bound says.
     accumulated = (_gamma(n, accumulator) + _gamma(n, torch.float64)) * magnitude
     underflow = n * torch.finfo(accumulator).smallest_normal * torch.finfo(accumulator).eps
-    return Budget(exact, _half_ulp(exact.abs() + accumulated, output.dtype) + accumulated + underflow)
+    added = _added(op, operands, exact, args) if rounds_before_adding else []
+    early = sum((_half_ulp(part.abs() + accumulated, output.dtype) for part in added), torch.zeros_like(exact))
+    late = _half_ulp(exact.abs() + accumulated + early, output.dtype)
+    return Budget(exact, late + early + accumulated + underflow)
+
+
+def _added(op: str, operands: list[Any], exact: Tensor, args: dict[str, Any]) -> list[Tensor]:
+    """What an op adds to its output, one by one."""
+    if op != "lora_linear":
+        return [exact - operands[0]] if args.get("add_inputs") else []
+    base, inputs, lora_a, lora_b, indices, offsets, *rest = operands
+    slices = zip(lora_a, lora_b, offsets, strict=True)
+    return [
+        reference.lora_linear(torch.zeros_like(base), inputs, [a], [b], indices, [offset], *rest)
+        for a, b, offset in slices
+    ]
 
 
 def _roundings(op: str, args: dict[str, Any]) -> int:

@@ -209,7 +209,14 @@ def _vendor_add_lora(
     scaling: float,
     kind: str,
 ) -> None:
-    vendor.add_lora(kind, outputs, inputs, lora_a, lora_b, valid, slice_outputs, slice_offsets, scaling)
+    # As in `_shrunk`: no op is given a view to write to.
+    written = [
+        output if vendor.is_whole(output) else inputs.new_zeros(output.shape, dtype=torch.float32) for output in outputs
+    ]
+    vendor.add_lora(kind, written, inputs, lora_a, lora_b, valid, slice_outputs, slice_offsets, scaling)
+    for output, added in zip(outputs, written, strict=True):
+        if added is not output:
+            output.add_(added)
 
 
 # Composite: one call in the graph that our passes see, and the vendor's own ops in the one that Inductor gets.

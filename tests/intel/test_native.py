@@ -1,0 +1,73 @@
+"""No size of an Intel GPU spills: what IGC, Intel's compiler, says of the native code that it makes of our kernels."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from intel.calls import every_launch, lora_call
+from intel.native import Native, Tools, found_tools, native
+from intel.toolchain import Launch, compiling_for, launches_of
+
+from xpu_lora_compile.kernels.sizes import Sizes
+from xpu_lora_compile.kernels.triton_launch import Triton
+
+GROUPS = every_launch()
+# float16 for one of the two, since it takes minutes.
+TRIED = [(device, group) for device in ("pvc", "bmg") for group in GROUPS if (device, group[-4:]) != ("pvc", "fp16")]
+# With more than this a vector engine runs four threads instead of eight.
+REGISTERS = 128
+
+
+@pytest.fixture(scope="session")
+def tools() -> Tools:
+    """Beside Triton's cache, which goes away with the tests."""
+    found = found_tools(Path(os.environ["TRITON_CACHE_DIR"], "ocloc"))
+    if isinstance(found, str):
+        pytest.skip(f"native code: {found}")
+    return found
+
+
+def native_of(launch: Launch, device: str, tools: Tools) -> Native:
+    with compiling_for(device):
+        return native(tools, launch.compiled().asm["spv"], device)
+
+
+@pytest.mark.parametrize(("device", "group"), TRIED)
+def test_no_size_spills(device: str, group: str, tools: Tools) -> None:
+    for launch in GROUPS[group]:
+        made = native_of(launch, device, tools)
+        assert (made.spilled, made.registers) == (0, REGISTERS), launch.constants()
+        if "fp32" not in group and launch.kernel != "route_kernel":
+            assert made.dpas, launch.constants()
+        if launch.constants().get("BLOCKS") and launch.constants().get("ONE_BLOCK", True):
+            assert made.blocks, launch.constants()
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_no_size_spills_on_lunar_lake(group: str, tools: Tools) -> None:
+    for launch in GROUPS[group][::10]:
+        made = native_of(launch, "lnl", tools)
+        assert (made.spilled, made.registers) == (0, REGISTERS), launch.constants()
+
+
+@pytest.mark.parametrize(("rank", "most"), [(16, 0), (64, 512)])
+@pytest.mark.parametrize("rows", [8, 2048])
+def test_b_as_the_vendor_reads_it_spills_next_to_nothing(rows: int, rank: int, most: int, tools: Tools) -> None:
+    """`[K, W, R]`: so the bank stores it on an Intel GPU."""
+    call = lora_call(rows, rank, torch.bfloat16)
+    call = replace(call, lora_b=[b.contiguous() for b in call.lora_b])
+    made = native_of(launches_of(lambda: Triton().add_lora(call))[-1], "bmg", tools)
+    assert made.spilled <= most
+    assert made.registers == REGISTERS
+
+
+def test_the_report_sees_a_size_that_spills(tools: Tools) -> None:
+    """Those of an H100."""
+    call = lora_call(2048, 16, torch.bfloat16)
+    sizes = Sizes(expand_columns=256, expand_blocks=2, expand_warps=8)
+    launches = launches_of(lambda: Triton().add_lora(call), sizes)
+    assert native_of(launches[-1], "bmg", tools).spilled > 16384
