@@ -290,7 +290,7 @@ class BatchRouting:
         if self._depth or self._entered is None:
             return
         watch, (kind, sizes, module), inputs = self._watch, self._entered, self._inputs
-        self._entered, self._inputs, self._compiled = None, [], False
+        self._entered, self._inputs = None, []
         if self._late:
             self._late = False
             return
@@ -345,14 +345,7 @@ class BatchRouting:
         self._stop_watching()
         if watch is not None:
             watch.forget()
-        self._depth, self._entered, self._late, self._compiled, self._proof, self._inputs = (
-            0,
-            None,
-            False,
-            False,
-            {},
-            [],
-        )
+        self._depth, self._entered, self._late, self._proof, self._inputs = 0, None, False, {}, []
 
     def _stop_watching(self) -> None:
         watch, self._watch = self._watch, None
@@ -376,13 +369,15 @@ class BatchRouting:
         if self.uniform and not self._must_serve_others(inputs.device):
             return UNIFORM
         known = self._proof.get(key)
-        if known is None and self._compiled:
+        # Not of a layer that is called by itself afterwards.
+        compiled = self._compiled and (self._depth > 0 or current_backward() is not None)
+        if known is None and compiled:
             known = self.known_anywhere(layer.lora_name, inputs.shape[: inputs.dim() - features], self.running)
         if known is not None:
             return known
         if self.uniform and not is_capturing(inputs.device):
             return UNIFORM
-        if self._compiled:
+        if compiled:
             why = "torch.compile left it to Python, and no call that was followed has reached it"
             remedy = tracing.CALL_ONCE
             raise self.unproved(layer.lora_name, inputs, why, remedy)
