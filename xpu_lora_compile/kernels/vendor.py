@@ -248,9 +248,9 @@ def _stack(weights: Tensor) -> Tensor:
 
 
 def is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor is all that is in its memory, for all sizes of a graph."""
+    """Whether a tensor is all that is in its memory, for all sizes of a graph, if need be thanks to a guard."""
     size = tensor.untyped_storage().nbytes()
-    return is_known(tensor.storage_offset() == 0) and is_known(size == tensor.numel() * tensor.element_size())
+    return is_guarded(tensor.storage_offset() == 0) and is_guarded(size == tensor.numel() * tensor.element_size())
 
 
 def rows_stored(b: Tensor) -> int | torch.SymInt:
