@@ -1,4 +1,7 @@
-"""The real model, call by call: its graph is what we claim, and every call is within its error budget."""
+"""The real model, call by call: its graph is what we claim, and every call is within its error budget.
+
+A few of its layers; `tox -e demo` runs all.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from torch import nn
 
 import xpu_lora_compile as xlc
 
+LAYERS = 6
+
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[nn.Module]:
@@ -21,14 +26,17 @@ def model() -> Iterator[nn.Module]:
         warnings.simplefilter("ignore")
         model, tokenizer = smollm2.load_model(), smollm2.load_tokenizer()
         smollm2.pad_vocabulary(model, tokenizer)
+        del model.model.layers[LAYERS:]
+        model.config.num_hidden_layers = LAYERS
         xlc.attach(model, slots=4, max_rank=8, target_modules=TARGETS, vocab_size=smollm2.ORIGINAL_VOCAB)
         yield model
 
 
-def test_all_211_sites_of_the_whole_model_are_within_their_budgets(model: Any) -> None:
+def test_every_site_is_within_its_budget(model: Any) -> None:
     tokens = torch.arange(100, 104)[:, None]
     with torch.no_grad(), xlc.record_decisions() as decisions:
         result = xlc.verify(model, generate_code=False)(tokens, use_cache=False)
-    assert len(decisions) == len(result.sites) == 7 * 30 + 1
+    assert len(decisions) == len(result.sites) == 7 * LAYERS + 1
     assert all(site.is_right for site in result.sites)
-    assert sum(site.rewritten > 0 for site in result.sites) > 200
+    # The head, whose weights are narrower than its output, among them.
+    assert all(site.rewritten > 0 for site in result.sites)

@@ -492,6 +492,7 @@ def test_a_captured_graph_sees_the_swap(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:This process")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="asks for fork")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a process that was forked may not use the device of its parent")
 def test_a_process_that_was_forked_after_a_load_loads_too(tmp_path: Path) -> None:
     _model, bank = bank_of()
     save_adapter(tmp_path / "x", **CASES["list"])

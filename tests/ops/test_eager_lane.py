@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 import torch
 from support.cases import DEVICE
+from support.frames import frames_of
 from torch import nn
 
 import xpu_lora_compile as xlc
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the lane is the native kernel's, on a CPU")
-ROOT = str(Path(xlc.__file__).parent)
-
-
-def frames_of(call: Callable[[], object]) -> list[str]:
-    """The functions of the package that one call enters, by name."""
-    names: list[str] = []
-
-    def note(frame: FrameType, event: str, _: Any) -> None:
-        code = frame.f_code
-        # A loop in an expression is a frame in some versions of Python.
-        if event == "call" and code.co_filename.startswith(ROOT) and not code.co_name.startswith("<"):
-            names.append(code.co_name)
-
-    sys.setprofile(note)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return names
 
 
 def ops_of(call: Callable[[], object]) -> list[str]:

@@ -210,6 +210,9 @@ class Step:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
+            if self.start == 0:
+                # A prompt fills the cache: the next replay begins anew.
+                self.rewind()
             logits = contender()
         return graph, logits
 

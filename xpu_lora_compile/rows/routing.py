@@ -36,6 +36,10 @@ from xpu_lora_compile.torch_internals import (
 
 # So many kinds of calls are remembered.
 MOST_PROOFS = 1024
+# What is known of a call that is like the last one, while nobody asks.
+NOTHING_ASKED = None, (), nn.Identity()
+# Inputs that may hold tensors.
+_HOLDERS = list, tuple, dict
 # What a layer's rows are while every sequence has the same adapter: any layout gives the same.
 UNIFORM = Layout(-1, 0, 0)
 
@@ -72,6 +76,11 @@ class BatchRouting:
         self._watch: Watch | None = None
         self._entered: tuple[Hashable, Hashable, nn.Module] | None = None
         self._inputs: list[tuple[str, Any]] = []
+        # What is still to be found out of the current call, if anybody asks: `_begin`'s arguments.
+        self._late: tuple[nn.Module, str, tuple[Any, ...], dict[str, Any]] | None = None
+        # What the last compiled call looked like that needed nothing found out, and modules whose calls did.
+        self._looked_at: Hashable = None
+        self._asks: set[str] = set()
         self._compiled = False
         self._thread = 0
         # The modules that `Entry` hooks, by name.
@@ -147,6 +156,8 @@ class BatchRouting:
             # Elsewhere a graph that is captured now may be replayed for others.
             self._check_device(inputs, slots)
             return None
+        if self._late is not None:
+            self._find_out()
         shape = inputs.shape[: inputs.dim() - features]
         rows = self._rows_of_call.get((layer.lora_name, shape))
         if rows is not None and self._watch is None and inputs.device == slots.device:
@@ -167,6 +178,7 @@ class BatchRouting:
 
     def owners_of(self, layer: Any, inputs: Tensor, features: int) -> Tensor | None:
         """The number of each row's sequence; None where all have the same adapter, so that nobody asked."""
+        self._find_out()
         layout = None if self.sequence_slots is None else self._layout(layer, inputs, features)
         if layout is None or layout is UNIFORM:
             return None
@@ -197,6 +209,18 @@ class BatchRouting:
             self._entered = None, (), module
             self._proof = {key: layout for key, layout in self._shown.items() if layout is not None}
             return
+        looks = self._looks_of(module, prefix, args, kwargs) if compiled and prefix not in self._asks else None
+        if looks is not None and looks == self._looked_at:
+            # Its batch has the right size, and compiled code asks no more.
+            self._late, self._entered = (module, prefix, args, kwargs), NOTHING_ASKED
+            return
+        self._begin(module, prefix, args, kwargs, compiled)
+        self._looked_at = looks
+
+    def _begin(
+        self, module: nn.Module, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
+    ) -> None:
+        assert self.sequence_slots is not None  # noqa: S101 - for the type checker
         inputs = named_inputs(module, args, kwargs)
         self.running = self.number_of(module, inputs)
         batched = self._batched(module, inputs)
@@ -220,11 +244,42 @@ class BatchRouting:
         self._mark(self._watch, inputs, batched)
         self._watch.start()
 
+    def _looks_of(self, module: nn.Module, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+        """All that decides whether the inputs hold the batch; None where that takes more than a look."""
+        assert self.sequence_slots is not None  # noqa: S101 - for the type checker
+        looks: list[Hashable] = [prefix, id(module), self.sequence_slots.shape, self.lengths is None, self.uniform]
+        for value in args:
+            looks.append((value.shape, value.dtype) if isinstance(value, Tensor) else None)
+            if isinstance(value, _HOLDERS) or hasattr(value, "__dataclass_fields__"):
+                return None
+        for name, value in kwargs.items():
+            looks.append((name, value.shape, value.dtype) if isinstance(value, Tensor) else name)
+            if isinstance(value, _HOLDERS) or hasattr(value, "__dataclass_fields__"):
+                return None
+        return tuple(looks)
+
+    def _find_out(self, *, always: bool = True) -> None:
+        """Find out what `enter` has left undone; `always`: it does so at once from now on."""
+        if self._late is None:
+            return
+        (module, prefix, args, kwargs), self._late, self._entered = self._late, None, None
+        if always:
+            self._asks.add(prefix)
+        self._begin(module, prefix, args, kwargs, compiled=True)
+
+    def number_of_call(self) -> int:
+        """The number of the call that is running, see `number_of`."""
+        self._find_out()
+        return self.running
+
     def leave(self, result: Any, _: bool) -> None:
         """The call has ended; with None where it failed."""
         if self._depth:
             self._depth -= 1
         if self._depth or self._entered is None:
+            return
+        if self._late is not None:
+            self._late = self._entered = None
             return
         watch, (kind, sizes, module), inputs = self._watch, self._entered, self._inputs
         self._stop_watching()
@@ -278,7 +333,7 @@ class BatchRouting:
         self._stop_watching()
         if watch is not None:
             watch.forget()
-        self._depth, self._entered, self._proof, self._inputs = 0, None, {}, []
+        self._depth, self._entered, self._late, self._proof, self._inputs = 0, None, None, {}, []
 
     def _stop_watching(self) -> None:
         watch, self._watch = self._watch, None
@@ -407,6 +462,7 @@ class BatchRouting:
 
     def entered_inputs(self, module: nn.Module | None) -> dict[int, tuple[int | None, str]]:
         """The inputs of a module that was entered eagerly, by identity: along which dimension they hold the batch."""
+        self._find_out(always=False)
         if self._entered is None or self._entered[2] is not module:
             return {}
         batched = self._batched(module, self._inputs) if self._inputs and module is not None else {}

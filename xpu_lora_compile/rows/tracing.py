@@ -98,10 +98,10 @@ def layout_of(at: Any, routing: Any, layer: Any, inputs: Any, features: int) -> 
     if at is not None:
         # Layers and blocks of one class share code, and not what is known of them.
         guard_on_module_of_frame(at)
-    number = routing.running if trace is None or trace.number is None else trace.number
+    number = routing.number_of_call() if trace is None or trace.number is None else trace.number
     if at is not None and (trace is None or trace.number is None):
         of_call = weakref.proxy(routing)
-        guard_on(at, f"xpu_lora: calls of number {number} of {id(routing)}", lambda: of_call.running == number)
+        guard_on(at, f"xpu_lora: calls of number {number} of {id(routing)}", lambda: of_call.number_of_call() == number)
     shape = example.shape[: example.dim() - features]
     if unsaid and (known := routing.known_anywhere(layer.lora_name, shape, number)):
         return tuple(known)
