@@ -21,6 +21,7 @@ from support.visible_driver import Written, pretend
 from torch import Tensor
 from torch._inductor import config
 from torch._inductor.runtime import triton_helpers, triton_heuristics
+from torch.utils import _triton
 
 # The lines that name what a torch without xpu does not have, and what stands for it.
 REPLACED = {
@@ -48,7 +49,15 @@ def executing() -> Iterator[None]:
         # The driver is ours.
         patch.setattr(triton_helpers, "set_driver_to_gpu", lambda: None)
         patch.setattr(triton_heuristics.CachingAutotuner, "_precompile_worker", _compile_the_first)
+        _forget_triton()
         yield
+    _forget_triton()
+
+
+def _forget_triton() -> None:
+    """Have torch ask once more whether there is a Triton, which it keeps the answer of."""
+    for answer in (_triton.has_triton, _triton.has_triton_package):
+        answer.cache_clear()
 
 
 _compile_all = triton_heuristics.CachingAutotuner._precompile_worker

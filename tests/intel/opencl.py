@@ -20,12 +20,14 @@ from typing import Any, TypeAlias
 from intel import toolchain
 from torch import Tensor
 
-# Numbers of SPIR-V's: instructions, and in them what this OpenCL refuses to read, all of it hints.
-OP_EXTENSION, OP_EXECUTION_MODE, OP_CAPABILITY = 10, 16, 17
+# Numbers of SPIR-V: instructions, and in them what this OpenCL refuses to read, all of it hints.
+OP_EXTENSION, OP_IMPORT, OP_IMPORTED, OP_EXECUTION_MODE, OP_CAPABILITY = 10, 11, 12, 16, 17
 CAPABILITIES = {5892: "KernelAttributesINTEL", 5619: "VectorAnyINTEL"}
 MODES = {5893: "MaxWorkgroupSizeINTEL"}
 EXTENSIONS = (b"SPV_INTEL_kernel_attributes", b"SPV_INTEL_vector_compute")
-# Numbers of OpenCL's.
+# Functions of OpenCL.
+FMA, MAD = 26, 42
+# Numbers of OpenCL.
 CPU, PLATFORM_NAME, BUILD_LOG, BINARY_SIZES, BINARIES, READS_ANY_MEMORY = 2, 0x0902, 0x1183, 0x1165, 0x1166, 0x11B7
 
 SCALARS: dict[str, Any] = {
@@ -61,13 +63,20 @@ def text_of(words: Sequence[int]) -> bytes:
     return struct.pack(f"<{len(words)}I", *words).split(b"\0")[0]
 
 
-def without_hints(code: bytes) -> bytes:
-    """SPIR-V less the hints that this OpenCL refuses to read."""
-    words = words_of(code)
+def for_cpu(code: bytes) -> bytes:
+    """SPIR-V less the hints that this OpenCL refuses to read; and `mad`, which may round once or twice, as `fma`.
+
+    Intel's compiler for GPUs makes one instruction of a `mad`, the one for CPUs sometimes two.
+    """
+    words, functions = words_of(code), 0
     kept = list(words[:5])
     for instruction in instructions(words):
         op, operands = instruction[0] & 0xFFFF, instruction[1:]
-        if not (
+        if op == OP_IMPORT and text_of(operands[1:]) == b"OpenCL.std":
+            functions = operands[0]
+        if op == OP_IMPORTED and operands[2:4] == (functions, MAD):
+            kept += [*instruction[:4], FMA, *instruction[5:]]
+        elif not (
             (op == OP_CAPABILITY and operands[0] in CAPABILITIES)
             or (op == OP_EXECUTION_MODE and operands[1] in MODES)
             or (op == OP_EXTENSION and text_of(operands) in EXTENSIONS)
@@ -165,7 +174,7 @@ class Platform:
         kept = Path(os.environ["TRITON_CACHE_DIR"], "opencl", hashlib.sha256(code + engine).hexdigest())
         if kept.exists():
             return self._loaded(kept.read_bytes())
-        known = without_hints(code)
+        known = for_cpu(code)
         program = self.made("clCreateProgramWithIL", self.context, known, ctypes.c_size_t(len(known)))
         if engine:
             text = ctypes.byref(ctypes.c_char_p(engine))

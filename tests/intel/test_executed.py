@@ -19,8 +19,10 @@ from support.cases import BF16, F16, F32, F64, OPS, Case, cases_of, same_bits
 from xpu_lora_compile.kernels import triton_launch
 from xpu_lora_compile.kernels.sizes import Sizes, sizes_for
 
-# Small tiles are compiled faster.
-SMALL = Sizes()._replace(expand_columns=32, shrink_columns=32, shrink_warps=4, linear_rows=0, linear_rows_if_small=0)
+# As for Intel GPUs, but small tiles, which are compiled faster.
+SMALL = sizes_for(64, 16, 64, "xpu")._replace(
+    block_loads=False, expand_columns=32, shrink_columns=32, shrink_warps=4, linear_rows=0, linear_rows_if_small=0
+)
 
 
 @pytest.fixture(autouse=True)

