@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any
 
 import pytest
 import torch
 from support.frames import frames_of
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import xpu_lora_compile as xlc
-from xpu_lora_compile.errors import BatchError, UnprovedRowsError
+from xpu_lora_compile.errors import BatchError, OutsideBlockError, UnprovedRowsError
 
 D = 4
 NAMES = ["a", None, "b"]
@@ -209,3 +213,74 @@ def test_a_layer_called_by_itself_after_it_is_refused(bank: xlc.AdapterBank) -> 
         # It may be given rows in any order.
         with pytest.raises(UnprovedRowsError, match="it was not called by the model"):
             model.second(X)  # type: ignore[operator]
+
+
+class Recomputed(nn.Module):
+    """A part that the compiler leaves to Python, and a backward pass runs again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.in_python(self.first(x))
+
+    @torch.compiler.disable
+    def in_python(self, x: Tensor) -> Tensor:
+        return checkpoint(self.part, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    def part(self, x: Tensor) -> Tensor:
+        return self.second(x.transpose(0, 1)).transpose(0, 1).sin()
+
+
+def test_a_part_that_a_backward_pass_runs_again_gets_its_rows_again() -> None:
+    bank = filled_bank(Recomputed())
+    run = torch.compile(bank._model, backend="xpu_lora")
+
+    def gradient(names: list[str | None], model: Any) -> Tensor:
+        x = X.clone().requires_grad_()
+        with bank.use(names):
+            model(x).sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    want = torch.stack([gradient([name] * len(NAMES), bank._model)[row] for row, name in enumerate(NAMES)])
+    with torch.no_grad(), bank.use(NAMES):
+        bank._model(X)
+    for _ in range(3):
+        torch.testing.assert_close(gradient(NAMES, run), want, atol=1e-4, rtol=1e-4)
+
+
+class Waiting(Turning):
+    """Its second layer is Python's, and waits until another thread has been refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_inside, self.may_go_on = threading.Event(), threading.Event()
+
+    @torch.compiler.disable
+    def in_python(self, x: Tensor) -> Tensor:
+        self.is_inside.set()
+        assert self.may_go_on.wait(60)
+        return self.second(x)
+
+
+def test_a_thread_that_is_refused_leaves_the_call_of_the_other_as_it_was() -> None:
+    bank = filled_bank(Waiting())
+    model: Any = bank._model
+    model.may_go_on.set()
+    run = torch.compile(model, backend="xpu_lora")
+    with torch.no_grad():
+        want = wanted(bank, turn=True, breaks="Python")
+        assert_right(model, bank, want, turn=True, breaks="Python")
+        assert_right(run, bank, want, turn=True, breaks="Python")
+        model.is_inside.clear()
+        model.may_go_on.clear()
+        with bank.use(NAMES), ThreadPoolExecutor(1) as pool:
+            # In the block of this thread, as `asyncio.to_thread` has it.
+            first = pool.submit(copy_context().run, torch.no_grad()(run), X, turn=True, breaks="Python")
+            assert model.is_inside.wait(60)
+            with pytest.raises(OutsideBlockError, match="another thread runs the model"):
+                run(X)
+            model.may_go_on.set()
+            torch.testing.assert_close(first.result(60), want, atol=1e-4, rtol=1e-4)
