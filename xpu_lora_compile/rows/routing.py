@@ -135,8 +135,7 @@ class BatchRouting:
         self.uniform = slots is not None and len(set(block.slots_of(self.part))) == 1
         self.named = slots is not None and any(slot >= 0 for slot in block.slots_of(self.part))
         self.sequence_slots = slots
-        alike = None if slots is None else (slots.shape, slots.device, lengths is None, self.uniform, block.parts)
-        self._pointed_at = alike
+        self._pointed_at = slots is not None and (slots.shape, slots.device, lengths is None, self.uniform, block.parts)
 
     def is_mine(self) -> bool:
         """Whether the block that is open was opened by this thread or task."""
