@@ -86,7 +86,7 @@ def test_it_costs_a_few_frames(bank: xlc.AdapterBank) -> None:
     with torch.no_grad(), bank.use(NAMES):
         run(x)
         # Twice it is asked who calls: by the hook, and by a guard.
-        looks = ["before", "out_of_sight", "enter", "is_mine", "_looks_of", "_flags", "parameters", "parameters"]
+        looks = ["before", "out_of_sight", "enter", "is_mine", "_looks_of", "parameters", "parameters"]
         looks += ["is_mine", "after", "out_of_sight", "leave"]
         assert frames_of(lambda: run(x)) == looks
     with torch.no_grad(), bank.use(NAMES[::-1]):
@@ -203,6 +203,48 @@ def test_what_decides_the_order_is_taken_as_it_was_when_the_call_began(where: st
         for _ in range(3):
             with bank.use(NAMES):
                 torch.testing.assert_close(call(run, *kind), want[kind], atol=1e-4, rtol=1e-4)
+
+
+class Debugged(Turning):
+    """A flag of it, which no input shows, has its second layer be left to Python, and decides the order there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.debug, self.how = False, ""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        turn, self.debug = self.debug, False
+        return super().forward(x, turn, self.how if turn else "")
+
+
+@pytest.mark.parametrize("how", ["a break", "Python"])
+def test_the_first_layer_that_is_left_out_of_a_call_like_the_last_is_refused_once(how: str) -> None:
+    bank = filled_bank(Debugged())
+    model: Any = bank._model
+    model.how = how
+    run = torch.compile(model, backend="xpu_lora")
+
+    def call(function: Any, *, debug: bool) -> Any:
+        model.debug = debug
+        return function(X)
+
+    with torch.no_grad():
+        want = {}
+        for debug in (False, True):
+            rows = []
+            for row, name in enumerate(NAMES):
+                with bank.use([name] * len(NAMES)):
+                    rows.append(call(model, debug=debug)[row])
+            want[debug] = torch.stack(rows)
+            with bank.use(NAMES):
+                call(model, debug=debug)
+        with bank.use(NAMES):
+            for _ in range(3):
+                torch.testing.assert_close(call(run, debug=False), want[False], atol=1e-4, rtol=1e-4)
+            with pytest.raises(UnprovedRowsError, match="Call the model again"):
+                call(run, debug=True)
+            for debug in (True, False, True, True):
+                torch.testing.assert_close(call(run, debug=debug), want[debug], atol=1e-4, rtol=1e-4)
 
 
 def test_a_layer_called_by_itself_after_it_is_refused(bank: xlc.AdapterBank) -> None:

@@ -42,6 +42,8 @@ from xpu_lora_compile.torch_internals import (
     run_by_python,
 )
 
+# `BatchRouting.running` of a call that was looked at, and no closer.
+GLANCED_AT = -2
 # So many kinds of calls are remembered.
 MOST_PROOFS = 1024
 # Inputs that may hold tensors.
@@ -88,6 +90,9 @@ class BatchRouting:
         self._inputs: list[tuple[str, Any]] = []
         # Whether what earlier calls have shown is still to be looked up for the current one, if a layer asks.
         self._late = False
+        # Whether a compiled call has ever asked for what earlier calls have shown: for a layer that is left to Python, or
+        # that lies behind a break of the graph. Until then most of what a call was given need not be looked at.
+        self._asked = False
         # What the last compiled call looked like, and what was found out of it: `running` and `_entered`.
         self._looked_at: Hashable = None
         self._seen: tuple[int, tuple[Hashable, Hashable, nn.Module] | None] = -1, None
@@ -163,11 +168,14 @@ class BatchRouting:
         if self.block is not self.mine.get():
             self.check_caller()
         self._note_call(layer)
+        if self._compiled:
+            self._asked = True
         if not self.named and slots.device.type == "cpu":
             # Elsewhere a graph that is captured now may be replayed for others.
             self._check_device(inputs, slots)
             return None
         if self._late:
+            self.note_question(layer, inputs)
             self._look_up()
         shape = inputs.shape[: inputs.dim() - features]
         rows = self._rows_of_call.get((layer.lora_name, shape))
@@ -190,6 +198,7 @@ class BatchRouting:
     def owners_of(self, layer: Any, inputs: Tensor, features: int) -> Tensor | None:
         """The number of each row's sequence; None where all have the same adapter, so that nobody asked."""
         if self._late:
+            self.note_question(layer, inputs)
             self._look_up()
         layout = None if self.sequence_slots is None else self._layout(layer, inputs, features)
         if layout is None or layout is UNIFORM:
@@ -226,6 +235,8 @@ class BatchRouting:
             self.running, self._entered = self._seen
             if self._entered is not None:
                 self._late, self._inputs = True, [*zip(parameters(type(module)), args, strict=False), *kwargs.items()]
+                if not self._asked:
+                    self.running = GLANCED_AT
             return
         self._looked_at = None
         self._begin(module, prefix, args, kwargs, compiled)
@@ -266,10 +277,22 @@ class BatchRouting:
         self._proof, self._late, self._compiled = known or {}, False, True
         return known is not None
 
+    def note_question(self, layer: Any, inputs: Any) -> int:
+        """A layer asks for what earlier calls have shown, in compiled code; returns the number of the running call."""
+        self._asked = True
+        if self.running == GLANCED_AT:
+            why = "no layer has asked in a compiled call before, so that how this one began was not looked at closely"
+            raise self.unproved(layer.lora_name, inputs, why, "Call the model again: from now on it is.")
+        return self.running
+
     def _looks_of(self, module: nn.Module, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
-        """All that `_begin` goes by, as it is when the call begins; None where that takes more than a look."""
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        looks: list[Hashable] = [prefix, id(module), self._pointed_at, modes, self._flags()]
+        """All that `_begin` goes by, as it is when the call begins; None where that takes more than a look.
+
+        While nobody has `asked`, only what the batch and the sizes are checked by.
+        """
+        looks: list[Hashable] = [prefix, id(module), self._pointed_at]
+        if self._asked:
+            looks += torch.is_grad_enabled(), torch.is_inference_mode_enabled(), self._flags()
         for values in (enumerate(args), kwargs.items()):
             for name, value in values:
                 if isinstance(value, Tensor):
@@ -279,7 +302,7 @@ class BatchRouting:
                 elif isinstance(value, _HOLDERS) or is_dataclass(value) or callable(value):
                     return None
                 else:
-                    looks.append((name, described_as(value)))
+                    looks.append((name, described_as(value) if self._asked else value.__class__))
         return tuple(looks) if len(args) <= len(parameters(type(module))) else None
 
     def leave(self, result: Any, _: bool) -> None:

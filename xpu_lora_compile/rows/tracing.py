@@ -98,10 +98,13 @@ def layout_of(at: Any, routing: Any, layer: Any, inputs: Any, features: int) -> 
     if at is not None:
         # Layers and blocks of one class share code, and not what is known of them.
         guard_on_module_of_frame(at)
-    number = routing.running if trace is None or trace.number is None else trace.number
-    if at is not None and (trace is None or trace.number is None):
-        of_call = weakref.proxy(routing)
-        guard_on(at, f"xpu_lora: calls of number {number} of {id(routing)}", lambda: of_call.running == number)
+    number = None if trace is None else trace.number
+    if number is None:
+        # The call began before this graph.
+        number = running = routing.note_question(layer, example)
+        if at is not None:
+            of_call = weakref.proxy(routing)
+            guard_on(at, f"xpu_lora: calls of number {number} of {id(routing)}", lambda: of_call.running == running)
     shape = example.shape[: example.dim() - features]
     if unsaid and (known := routing.known_anywhere(layer.lora_name, shape, number)):
         return tuple(known)
