@@ -36,7 +36,7 @@ def lora_call(
     has_ranks: bool = True,
     output: torch.dtype | None = None,
 ) -> LoraCall:
-    """A whole call, with B as the bank stores it; what is in its tensors is arbitrary."""
+    """A whole call, with B stored by rank; what is in its tensors is arbitrary."""
     empty: Callable[..., Tensor] = torch.empty
     ranks = torch.full((slots,), rank, dtype=torch.int32) if has_ranks else None
     return LoraCall(

@@ -12,6 +12,8 @@ from intel.calls import every_launch, lora_call
 from intel.native import Native, Tools, found_tools, native
 from intel.toolchain import Launch, compiling_for, launches_of
 
+from benchmarks import intel_sizes
+from xpu_lora_compile.inspect.predicted import MESSAGES
 from xpu_lora_compile.kernels.sizes import Sizes
 from xpu_lora_compile.kernels.triton_launch import Triton
 
@@ -54,15 +56,23 @@ def test_no_size_spills_on_lunar_lake(group: str, tools: Tools) -> None:
         assert (made.spilled, made.registers) == (0, REGISTERS), launch.constants()
 
 
-@pytest.mark.parametrize(("rank", "most"), [(16, 0), (64, 512)])
+@pytest.mark.parametrize(
+    ("device", "rank", "most"), [("bmg", 16, 0), ("bmg", 64, 384), ("pvc", 16, 0), ("pvc", 64, 1088)]
+)
 @pytest.mark.parametrize("rows", [8, 2048])
-def test_b_as_the_vendor_reads_it_spills_next_to_nothing(rows: int, rank: int, most: int, tools: Tools) -> None:
+def test_b_as_the_vendor_reads_it_spills_little(device: str, rows: int, rank: int, most: int, tools: Tools) -> None:
     """`[K, W, R]`: so the bank stores it on an Intel GPU."""
     call = lora_call(rows, rank, torch.bfloat16)
     call = replace(call, lora_b=[b.contiguous() for b in call.lora_b])
-    made = native_of(launches_of(lambda: Triton().add_lora(call))[-1], "bmg", tools)
+    made = native_of(launches_of(lambda: Triton().add_lora(call))[-1], device, tools)
     assert made.spilled <= most
     assert made.registers == REGISTERS
+
+
+def test_the_messages_that_doctor_knows_are_those_of_the_compiler(tools: Tools) -> None:
+    assert intel_sizes.messages("bmg", tools) == MESSAGES
+    other = intel_sizes.messages("pvc", tools)
+    assert all(1 <= other[point] / messages < 1.04 for point, messages in MESSAGES.items())
 
 
 def test_the_report_sees_a_size_that_spills(tools: Tools) -> None:

@@ -189,7 +189,7 @@ def add_lora(
     order = sorted(range(len(lora_a)), key=lambda s: (slice_outputs[s], slice_offsets[s]))
     a, b = [lora_a[s] for s in order], [lora_b[s] for s in order]
     places = [(slice_outputs[s], slice_offsets[s]) for s in order]
-    hidden = _shrunk(kind, inputs, a, slots, scaling)
+    hidden = shrunk(kind, inputs, a, slots, scaling)
     start = 0
     while start < len(b):
         at, offset = places[start]
@@ -209,15 +209,15 @@ def add_lora(
             slot_count, width, rank = stack.shape
             whole = stack.as_strided((slot_count, stored, rank), (stored * rank, rank, 1))
             scratch = inputs.new_zeros((inputs.shape[0], stored), dtype=torch.float32)
-            _expand(kind, scratch, vectors, [whole], slots, 0)
+            expand(kind, scratch, vectors, [whole], slots, 0)
             outputs[at].narrow(1, offset, width).add_(scratch.narrow(1, 0, width))
         else:
-            _expand(kind, outputs[at], vectors, b[start:end], slots, offset)
+            expand(kind, outputs[at], vectors, b[start:end], slots, offset)
         start = end
 
 
-def _shrunk(kind: str, inputs: Tensor, a: Sequence[Tensor], slots: Tensor, scaling: float) -> Tensor | list[Tensor]:
-    """The rank vectors of each slice, `[T, R]`, fp32; arbitrary in rows without an adapter.
+def shrunk(kind: str, inputs: Tensor, a: Sequence[Tensor], slots: Tensor, scaling: float) -> Tensor | list[Tensor]:
+    """Return the rank vectors of each slice, `[T, R]`, fp32; arbitrary in rows without an adapter.
 
     No op is given a view to write to: in compiled code that has lost the device (vLLM #47944).
     """
@@ -233,9 +233,10 @@ def _shrunk(kind: str, inputs: Tensor, a: Sequence[Tensor], slots: Tensor, scali
     return vectors
 
 
-def _expand(
+def expand(
     kind: str, output: Tensor, hidden: Tensor | list[Tensor], b: Sequence[Tensor], slots: Tensor, offset: int
 ) -> None:
+    """Add the LoRA of slices that lie side by side from a column on; of "bgmv" one slice."""
     if kind == "lora":
         op("lora_expand")(hidden, b, output, slots, offset, True)
         return
