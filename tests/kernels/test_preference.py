@@ -180,10 +180,15 @@ def test_the_environment_forces_a_kernel_for_the_whole_process() -> None:
 
 
 def test_the_kernel_of_a_device_says_how_weights_are_stored() -> None:
-    by_rank = {device: preferred_on(device).stores_b_by_rank for device in ("cpu", "cuda", "xpu", "mtia")}
-    assert by_rank == {"cpu": True, "cuda": True, "xpu": False, "mtia": True}
+    def by_rank(device: str) -> bool:
+        return device not in preferred_on(device).ranks_of_b_together_on
+
+    assert [device for device in ("cpu", "cuda", "xpu", "mtia") if by_rank(device)] == ["cpu", "cuda", "mtia"]
     with force_kernel("ipex"):
-        assert not preferred_on("cpu").stores_b_by_rank
+        assert not by_rank("cpu")
+    with force_kernel("triton"):
+        assert not by_rank("xpu")
+        assert by_rank("cuda")
     assert [device for device in ("cpu", "cuda", "xpu") if reads_ranks(device)] == ["cuda", "xpu"]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile.errors import counted
-from xpu_lora_compile.kernels import triton_launch, vendor
+from xpu_lora_compile.kernels import forced_kernel, triton_launch, vendor
 from xpu_lora_compile.kernels.call import LoraCall
 from xpu_lora_compile.kernels.routing import RowRouting
 
@@ -43,7 +43,7 @@ CLOCKS = 2.0
 CLOCK, CLOCK_OF_MAX = 2.67, 1.6
 # Up to so many times its bound a kernel is as expected. A line to report by, no measurement.
 EXPECTED = 3.0
-OURS, THEIRS = "Triton", "vllm-xpu-kernels"
+OURS, THEIRS = "Triton", vendor.PACKAGE
 # What sets of operands take together, at least.
 BEYOND_CACHES = 1 << 28
 
@@ -158,8 +158,7 @@ class DeviceClock:
 
     def __init__(self, device: str) -> None:
         self.module: Any = torch.get_device_module(device)
-        self.source = torch.empty(1 << 28, dtype=torch.uint8, device=device)
-        self.target = torch.empty_like(self.source)
+        self.source, self.target = torch.empty(2, BEYOND_CACHES, dtype=torch.uint8, device=device)
         self.late = 0
         self._fill(2)
         self.module.synchronize()
@@ -189,7 +188,7 @@ class DeviceClock:
             last.record()
             late |= first.query()
             last.synchronize()
-            times.append(1e3 * first.elapsed_time(last) / calls)
+            times.append(1e3 * float(first.elapsed_time(last)) / calls)
         self.late += late
         return statistics.median(times)
 
@@ -245,10 +244,16 @@ def verdicts(points: Sequence[Point]) -> Iterator[tuple[str, str]]:
         here = [point for point in both if (point.rows, point.rank) == (rows, rank)]
         best = min(faster, key=lambda name: sum(point.measured[name] for point in here))
         faster[best].append(f"T = {rows}, R = {rank}")
-    text = "; ".join(f"{name} at {' and at '.join(where)}" for name, where in faster.items() if where)
-    remedy = f"{THEIRS} comes first, so there is nothing to set"
-    if faster[OURS]:
-        remedy = f"{THEIRS} comes first. If most of your calls are like Triton's here, set XPU_LORA_KERNEL=triton"
+    wins = {name: where for name, where in faster.items() if where}
+    text = "; ".join(f"{name} at {' and at '.join(where)}" for name, where in wins.items())
+    if len(wins) == 1:
+        (text,) = (f"{name} at all points" for name in wins)
+    if forced_kernel() is not None:
+        remedy = f"XPU_LORA_KERNEL={forced_kernel()} is set, whatever is faster"
+    elif faster[OURS]:
+        remedy = f"{THEIRS} comes first. If most of your calls are like those of Triton, set XPU_LORA_KERNEL=triton"
+    else:
+        remedy = f"{THEIRS} comes first, so there is nothing to set"
     yield "shrink and expand together are faster with", f"{text}. {remedy}."
 
 
@@ -286,11 +291,12 @@ class Operands:
         """Return what runs here, by name: functions of a call's number, which take the sets in turn."""
         calls, device = self.calls, self.calls[0].device
         found: dict[str, Callable[[int], object]] = {}
-        if not triton_launch.problem(device.type):
+        if not triton_launch.problem(device):
             if kernel == "shrink":
                 found[OURS] = lambda n: _shrunk(calls[n % len(calls)])
             else:
-                hidden = _shrunk(calls[0])
+                hidden = triton_launch.empty_hidden(calls[0].inputs, calls[0].lora_a, calls[0].routing)
+                hidden.sums.normal_()
                 found[OURS] = lambda n: _expand(calls[n % len(calls)], hidden)
         kind, _ = vendor.family()
         if kind:
@@ -298,7 +304,8 @@ class Operands:
             if kernel == "shrink":
                 found[THEIRS] = lambda n: _shrunk_by_vendor(kind, calls[n % len(calls)], slots)
             else:
-                vectors = _shrunk_by_vendor(kind, calls[0], slots)
+                rows, rank = len(slots), calls[0].lora_a[0].shape[1]
+                vectors = torch.empty(len(WIDTHS), rows, rank, device=slots.device).normal_()
                 found[THEIRS] = lambda n: _expand_by_vendor(kind, calls[n % len(calls)], vectors, slots)
         return found
 
@@ -315,7 +322,7 @@ def _shrunk_by_vendor(kind: str, call: LoraCall, slots: Tensor) -> Tensor | list
     return vendor.shrunk(kind, call.inputs, call.lora_a, slots, call.scaling)
 
 
-def _expand_by_vendor(kind: str, call: LoraCall, hidden: Tensor | list[Tensor], slots: Tensor) -> None:
+def _expand_by_vendor(kind: str, call: LoraCall, hidden: Tensor, slots: Tensor) -> None:
     if kind == "lora":
         vendor.expand(kind, call.outputs[0], hidden, call.lora_b, slots, 0)
         return

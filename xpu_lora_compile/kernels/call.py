@@ -104,7 +104,8 @@ class Kernel:
         takes_wholes: whether `op` takes tensors that reach further than the call: indices whose first T count, and
             `packed`, whose columns are all A and then all B.
         reads_ranks: whether it makes use of the rank of each slot's adapter.
-        stores_b_by_rank: whether it reads B fastest with the columns of one rank side by side.
+        ranks_of_b_together_on: the types of devices on which it reads B fastest as `[K, W, R]`, contiguous; elsewhere
+            it does so with the columns of one rank side by side.
         ops_without_python: those of `op`, `visible_ops` and the like that a program may hold which leaves this process
             for one without Python: the compiler makes launches of them, or they are in the library that `library`
             names.
@@ -126,7 +127,7 @@ class Kernel:
     needs_whole_stacks: bool = False
     takes_wholes: bool = False
     reads_ranks: bool = False
-    stores_b_by_rank: bool = True
+    ranks_of_b_together_on: tuple[str, ...] = ()
     ops_without_python: frozenset[str] = frozenset()
     shrink_op: str = "shrink"
     expand_op: str = "expand_slice"

@@ -42,7 +42,7 @@ class Ipex(Kernel):
     name = "ipex"
     devices = ("cpu",)
     by_force_alone = "it rounds more often than the contract allows: it has to be forced"
-    stores_b_by_rank = False
+    ranks_of_b_together_on = ("cpu",)
 
     def problem(self, device: str) -> str:
         """As `Kernel.problem`."""

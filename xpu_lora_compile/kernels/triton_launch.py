@@ -135,6 +135,8 @@ class Triton(Kernel):
     visible_prepares = "triton_route_tiles"
     ops_without_python = frozenset({visible_prepares, *visible_ops.values()})
     reads_ranks = True
+    # Intel's compilers make fewer messages of it: docs/intel-gpu.md.
+    ranks_of_b_together_on = ("xpu",)
     # A CPU interprets it.
     computes_base_on = ("cuda", "cpu")
 

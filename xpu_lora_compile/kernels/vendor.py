@@ -20,6 +20,7 @@ from xpu_lora_compile.errors import KernelError
 from xpu_lora_compile.kernels.call import Kernel, LoraCall
 from xpu_lora_compile.torch_internals import has_fake, hint_of, is_guarded, is_known, schema_of
 
+PACKAGE = "vllm-xpu-kernels"
 # What each op takes; `!` is what it writes to.
 _KNOWN = {
     "bgmv_shrink": ("Tensor!", "Tensor", "Tensor", "Tensor", "float"),
@@ -43,12 +44,12 @@ class Vendor(Kernel):
     prepares = "valid_slots"
     needs_plain_slices = True
     needs_whole_stacks = True
-    stores_b_by_rank = False
+    ranks_of_b_together_on = ("xpu",)
     rounds_before_adding = True
 
     def problem(self, device: str) -> str:
         """As `Kernel.problem`."""
-        return super().problem(device) or family()[1].replace("it ", "vllm-xpu-kernels ", 1)
+        return super().problem(device) or family()[1].replace("it ", f"{PACKAGE} ", 1)
 
     def refusal(self, call: LoraCall) -> str:
         """As `Kernel.refusal`."""
@@ -202,7 +203,7 @@ def add_lora(
             column += b[end].shape[-2]
             end += 1
         if not (_lies_in_a_stack(stack) if stored else all(stack.is_contiguous() for stack in b[start:end])):
-            raise KernelError("vllm-xpu-kernels", "B stored as the graph said", "another view", "Compile anew.")
+            raise KernelError(PACKAGE, "B stored as the graph said", "another view", "Compile anew.")
         vectors = hidden.narrow(0, start, end - start) if isinstance(hidden, Tensor) else hidden[start:end]
         if stored:
             # All rows that are in memory into a scratch, and those that are wanted from there: once a call, T rows.

@@ -134,7 +134,7 @@ def _empty_stacks(
     """Zeros for A and B of every slot, beside the module's weight."""
     dtype, device = dtype or host.dtype(module), host.device(module)
     # The columns of one rank side by side, or the ranks of one column: as the kernel reads B.
-    by_rank = preferred_on(device.type).stores_b_by_rank
+    by_rank = device.type not in preferred_on(device.type).ranks_of_b_together_on
     b = (rank, site.out_features) if by_rank else (site.out_features, rank)
     shapes = {"lora_a": (slots, *host.layer(module).shape_of_a(site, rank)), "lora_b": (slots, *b)}
     # A buffer made in inference mode could not be written outside of it.
