@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
+from support import xpu_c, xpu_card
 from support.cases import DEVICE
+from support.documents import ROOT, blocks_of
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile import kernels, ops
 from xpu_lora_compile.errors import DeviceError, KernelError, OptionError
-from xpu_lora_compile.inspect import doctor
+from xpu_lora_compile.inspect import doctor, predicted
 from xpu_lora_compile.inspect.doctor import Diagnosis, Finding
 from xpu_lora_compile.kernels import force_kernel, ipex
+
+INTEL_PAGE = ROOT / "docs" / "intel-gpu.md"
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +174,77 @@ def test_an_ipex_that_cannot_be_imported_does_not_end_the_examination(
     monkeypatch.setattr(doctor.importlib, "import_module", broken)
     found = {finding.what for finding in doctor.installed("cpu")}
     assert "_xpu_C.lora_expand (lora)" in found
+
+
+# On an Intel GPU, as far as there is one: see `support.xpu_card`.
+
+NEEDS_TRITON = pytest.mark.skipif(
+    DEVICE.type != "cpu" or find_spec("triton") is None,
+    reason="Triton's interpreter runs kernels of the double's machine",
+)
+
+
+@pytest.fixture
+def few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_SIZES", ((5,), (4,), (3,), (7,), (8,)))
+
+
+def masked(text: str) -> str:
+    """A report without what differs between machines: versions, errors, and times of a device."""
+    by_machine = "torch|Python|[\\w-]*triton[\\w-]*|intel-extension-for-pytorch|transformers|C\\+\\+ compiler"
+    text = re.sub(rf"^(    ({by_machine})): .*$", r"\1: ...", text, flags=re.MULTILINE)
+    text = re.sub(r"[\d.]+(\s+(?:calls|us|GB/s|times its)\b)", r"...\1", text)
+    text = re.sub(r"((?:error is|differ by|launch|memory)\s+)[\d.e+-]+\d", r"\1...", text)
+    # What follows from times.
+    return re.sub(r"((?:the cost model|together are faster with):) .*(\n      .*)*", r"\1 ...", text)
+
+
+@NEEDS_TRITON
+def test_a_healthy_report_of_an_intel_gpu_is_the_one_in_the_docs(
+    few_sizes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "118")
+    with xpu_card.machine(xpu_c.LORA, xpu_c.BGMV) as device:
+        monkeypatch.setattr(predicted, "DeviceClock", lambda _: xpu_card.ClockOf(400, 5, 1.5, 1.2))
+        found = doctor.examine(device)
+    (shown,) = (block.code for block in blocks_of(INTEL_PAGE.read_text()) if block.code.startswith("installed\n"))
+    assert masked(f"{found}\n") == shown
+    assert found.is_right
+
+
+@NEEDS_TRITON
+def test_a_wrong_op_of_the_vendor_is_found_and_what_still_works(
+    few_sizes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = xpu_c.lora_expand
+
+    def adds_twice(*operands: Any) -> None:
+        right(*operands)
+        right(*operands)
+
+    monkeypatch.setattr(xpu_c, "lora_expand", adds_twice)
+    with xpu_card.machine(xpu_c.LORA) as device:
+        found = Diagnosis("xpu", {"ops": list(doctor.sweep(device))})
+        assert [finding.is_right for finding in found.findings["ops"]] == [True, False, False, True, True]
+        assert found.verdict == "2 of 5 checks failed on xpu: bfloat16, float16."
+        report, remedy = doctor._next_steps(found, device)
+    assert report.text == (
+        "attach this report to an issue of the project. What is marked !! is wrong here: do not serve with it"
+    )
+    remedies = "XPU_LORA_KERNEL=triton, then with XPU_LORA_KERNEL=gather"
+    assert remedy.text == f"run `doctor` with {remedies}; serve with the first that passes"
+
+
+@NEEDS_TRITON
+def test_an_owner_without_the_wheel_is_told_of_it() -> None:
+    with xpu_card.machine() as device:
+        wheel, *others = doctor._next_steps(Diagnosis("xpu", {"ops": [Finding("float32", "480 calls", True)]}), device)
+    problem = "vllm-xpu-kernels is not installed"
+    assert wheel.text == f"{problem}. Where it is, its ops come first; docs/intel-gpu.md has the command"
+    assert [finding.what for finding in others] == ["use it", "report"]
+
+
+def test_a_wrong_kernel_on_another_device_has_a_remedy_too() -> None:
+    found = Diagnosis("cpu", {"ops": [Finding("float32", "480 calls", is_right=False)]})
+    assert "with XPU_LORA_KERNEL=gather;" in [*doctor._next_steps(found, "cpu")][1].text
+    assert not [*doctor._next_steps(Diagnosis("cpu"), "cpu")]

@@ -43,8 +43,8 @@ def test_every_point_has_its_bounds_and_the_times_of_both_kernels(card: Xpu) -> 
         "\n".join(f"{what}: {text[what]}" for what in [*text][:3]),
         """\
 this device: a copy moves 400 GB/s, a kernel that does next to nothing takes 5.0 us, 20 Xe cores, 2.67 GHz
-shrink, T = 8, R = 16: Triton 12.0 us, 1.5 times its bound; vllm-xpu-kernels 9.6 us. Bounds, us: launch 5.0, memory 8.0, messages 2.7
-expand, T = 8, R = 16: Triton 31.2 us, 1.5 times its bound; vllm-xpu-kernels 25.0 us. Bounds, us: launch 5.0, memory 4.4, messages 20.8""",  # noqa: E501
+shrink, T = 8, R = 16: Triton 12.0 us, 1.5 times its bound; vllm-xpu-kernels 9.6 us. Bounds: launch 5.0, memory 8.0, messages 2.7
+expand, T = 8, R = 16: Triton 31.2 us, 1.5 times its bound; vllm-xpu-kernels 25.0 us. Bounds: launch 5.0, memory 4.4, messages 20.8""",  # noqa: E501
     )
     assert len(text) == 1 + 2 * len(predicted.POINTS) + 2
 

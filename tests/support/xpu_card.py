@@ -105,7 +105,8 @@ def machine(*groups: dict[str, str], properties: Any = B580) -> Iterator[Xpu]:
             patch.setattr(module, "takes_native", lambda _: False)
         patch.setattr(host, "add_lora_eagerly", _add_lora_eagerly)
         patch.setattr(backend, "generate_code", lambda graph_module, *_: graph_module.forward)
-        patch.setattr(doctor, "_version", lambda name: VERSIONS.get(name) or version_of(name))
+        installed = VERSIONS if groups else {}
+        patch.setattr(doctor, "_version", lambda name: installed.get(name) or version_of(name))
         # It needs no memory, and so no CPU.
         patch.setattr(doctor, "choices", lambda _, choices=doctor.choices: choices("xpu"))
         patch.setattr(doctor, "verify", partial(doctor.verify, generate_code=False))

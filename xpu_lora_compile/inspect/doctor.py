@@ -179,7 +179,8 @@ def installed(device: str) -> Iterator[Finding]:
         yield Finding("device", f"{problem}. {remedy}", is_right=False)
     else:
         properties = torch.get_device_module(device).get_device_properties(0)
-        driver = getattr(properties, "driver_version", None) or f"runtime {torch.version.cuda or torch.version.xpu}"
+        known = getattr(properties, "driver_version", None)
+        driver = f"driver {known}" if known else f"runtime {torch.version.cuda or torch.version.xpu}"
         yield Finding("device", f"{properties.name}, {properties.total_memory >> 20} MiB, {driver}")
     yield Finding("C++ compiler", _compiler())
     if device == "cuda" and _is_there(device):
@@ -427,10 +428,12 @@ def _next_steps(diagnosis: Diagnosis, device: str) -> Iterator[Finding]:
     report = "attach this report to an issue of the project"
     if not diagnosis.is_right:
         others = ["triton", "gather"] if device == "xpu" else ["gather"]
-        again = " and ".join(f"XPU_LORA_KERNEL={name}" for name in others)
+        again = ", then with ".join(f"XPU_LORA_KERNEL={name}" for name in others)
         yield Finding("report", f"{report}. What is marked !! is wrong here: do not serve with it")
-        yield Finding("until it is mended", f"run `doctor` again with {again}; what passes all checks can be used so")
+        yield Finding("until it is mended", f"run `doctor` with {again}; serve with the first that passes")
     elif device == "xpu":
+        if why := vendor.Vendor().problem(device):
+            yield Finding(vendor.PACKAGE, f"{why}. Where it is, its ops come first; docs/intel-gpu.md has the command")
         yield Finding("use it", 'move the model to "xpu", attach, and compile with backend="xpu_lora"')
         yield Finding("report", f"{report}, please: no run on an Intel GPU is known to the project yet")
 

@@ -129,7 +129,7 @@ class Point:
         if OURS in self.measured:
             times[0] += f", {self.ratio:.1f} times its bound"
         bounds = ", ".join(f"{name} {us:.1f}" for name, us in self.bounds.items())
-        return f"{'; '.join(times) or 'no kernel'}. Bounds, us: {bounds}"
+        return f"{'; '.join(times) or 'not measured, as no kernel for it is installed'}. Bounds: {bounds}"
 
     def __str__(self) -> str:
         return f"{self.kernel}, T = {self.rows}, R = {self.rank}"
