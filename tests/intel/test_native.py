@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,20 +67,17 @@ def test_the_table_of_the_docs_says_what_the_compiler_does(tools: Tools) -> None
     """With B as a bank stores it, of which some sizes spill; none takes more registers."""
     lines = [re.split(r" ?\| ?", line)[1:-1] for line in INTEL_PAGE.splitlines() if re.match(r"\| (bmg|pvc) \|", line)]
     assert len(lines) == 2 * len(MESSAGES)
-    for device, rows, rank, kernel, registers, spilled, dpas, sends, memory, messages in lines:
+    for device, rows, rank, kernel, *said in lines:
         (each,) = (each for each in intel_sizes.compiled(device, int(rows), int(rank), tools) if each.kernel == kernel)
-        assert each.made.registers == REGISTERS
-        made, now = each.made, intel_sizes.line_of(device, int(rows), int(rank), each)
-        counted = [registers, spilled, dpas, sends.split(",")[0], sends.split("; ")[0].split(", ")[1]]
-        assert [int(number.split(",")[0]) for number in counted] == [
-            REGISTERS,
-            made.spilled,
-            made.dpas,
-            made.sends,
-            made.repeated,
-        ]
-        for said, bound in ((memory, now[-3]), (messages, now[-2])):
-            assert float(said.split(",")[0]) == pytest.approx(float(bound), abs=0.5)
+        made, (*_, memory, messages, _) = each.made, intel_sizes.line_of(device, int(rows), int(rank), each)
+        counts = made.registers, made.spilled, made.dpas, made.sends
+        # What was before comes after a comma or a semicolon.
+        assert [int(cell.split(",")[0]) for cell in said[:4]] == [*counts]
+        assert int(said[3].split(";")[0].split(",")[1]) == made.repeated
+        assert made.registers == REGISTERS
+        assert [float(cell.split(",")[0]) for cell in said[4:]] == pytest.approx(
+            [float(memory), float(messages)], abs=0.5
+        )
 
 
 def test_the_report_sees_a_size_that_spills(tools: Tools) -> None:
