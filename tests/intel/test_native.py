@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from intel.calls import every_launch, lora_call
+from intel.calls import DTYPES, every_launch, lora_call
 from intel.native import Native, Tools, found_tools, native
 from intel.toolchain import Launch, compiling_for, launches_of
 
@@ -55,6 +58,28 @@ def test_no_size_spills_on_lunar_lake(group: str, tools: Tools) -> None:
     for launch in GROUPS[group][::10]:
         made = native_of(launch, "lnl", tools)
         assert (made.spilled, made.registers) == (0, REGISTERS), launch.constants()
+
+
+# Bytes a thread that an expand spills with B `[K, W, R]`, by T and R; docs/intel-gpu.md says why it is left so.
+SPILLED = {
+    ("bmg", "bf16"): {(8, 32): 384, (300, 32): 192},
+    ("pvc", "bf16"): {(8, 32): 384, (300, 32): 1088},
+    ("bmg", "fp32"): {(300, 16): 768, (300, 32): 768},
+    ("pvc", "fp32"): {(300, 16): 1024, (300, 32): 1024},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", ["bmg", "pvc"])
+def test_what_spills_with_b_as_a_bank_stores_it(device: str, dtype: str, tools: Tools) -> None:
+    found = {}
+    for rows, rank in itertools.product((8, 300), (16, 32)):
+        call = lora_call(rows, rank, DTYPES[dtype])
+        call = replace(call, lora_b=[b.contiguous() for b in call.lora_b])
+        made = native_of(launches_of(partial(Triton().add_lora, call))[-1], device, tools)
+        assert made.registers == REGISTERS
+        found[rows, rank] = made.spilled
+    assert {point: spilled for point, spilled in found.items() if spilled} == SPILLED.get((device, dtype), {})
 
 
 def test_the_messages_that_doctor_knows_are_those_of_the_compiler(tools: Tools) -> None:
