@@ -90,8 +90,8 @@ class BatchRouting:
         self._inputs: list[tuple[str, Any]] = []
         # Whether what earlier calls have shown is still to be looked up for the current one, if a layer asks.
         self._late = False
-        # Whether a compiled call has ever asked for what earlier calls have shown: for a layer that is left to Python, or
-        # that lies behind a break of the graph. Until then most of what a call was given need not be looked at.
+        # Whether a compiled call has ever asked for what earlier calls have shown: for a layer that is left to Python,
+        # or that lies behind a break of the graph. Until then most of what a call was given need not be looked at.
         self._asked = False
         # What the last compiled call looked like, and what was found out of it: `running` and `_entered`.
         self._looked_at: Hashable = None
