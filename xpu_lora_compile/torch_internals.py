@@ -10,6 +10,8 @@ import re
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import repeat
+from operator import getitem, is_
 from types import CodeType
 from typing import Any
 
@@ -346,6 +348,82 @@ def answers_while_tracing(answer: Any) -> Any:
     return ask
 
 
+# Functions that read attributes of modules, each with what Dynamo calls in the place of it.
+_READERS: list[tuple[Any, Any]] = []
+
+
+def reads_object(name: str, is_pinned: Any) -> Any:
+    """Return a function that reads an attribute of a module: an object that many modules hold.
+
+    Where code reads it by itself, Dynamo compares the objects of two modules in Python, for each module at each call.
+    In torch 2.11 it then also checks each module around such a one at each call, and not only the tags of their dicts.
+
+    Args:
+        name: of the attribute.
+        is_pinned: whether a graph that reads this object is for these modules alone. Then their identity is guarded,
+            and one guard asks all modules of the graph for the object; else a guard of each module does.
+    """
+
+    def read(module: Any) -> Any:
+        return getattr(module, name)
+
+    def trace(at: Any, module: Any) -> Any:
+        from torch._dynamo.guards import GuardBuilder, install_guard
+        from torch._dynamo.source import AttrSource
+
+        module = module.realize()
+        known, attributes = at.output.side_effects, vars(getattr(module, "value", module))
+        value = attributes.get(name)
+        if value not in known:
+            # Dynamo knows the object from here on.
+            return _attribute(at, module, name)
+        found = known[value]
+        if found.source is None or module.source is None:
+            return _attribute(at, module, name)
+        install_guard(found.source.make_guard(GuardBuilder.ID_MATCH))
+        if is_pinned(value):
+            install_guard(module.source.make_guard(GuardBuilder.ID_MATCH))
+            _guard_on_holder(at, attributes, name)
+        else:
+            install_guard(AttrSource(module.source, name).make_guard(GuardBuilder.ID_MATCH))
+        return found
+
+    _READERS.append((read, trace))
+    return read
+
+
+def _attribute(at: Any, variable: Any, name: str) -> Any:
+    """What `getattr` finds in traced code."""
+    from torch._dynamo.variables import ConstantVariable
+    from torch._dynamo.variables.builder import SourcelessBuilder
+
+    found: Any = SourcelessBuilder.create(at, getattr)
+    return found.call_function(at, [variable, ConstantVariable.create(name)], {}).realize()
+
+
+def _guard_on_holder(at: Any, attributes: dict[str, Any], name: str) -> None:
+    """Have the graph that is made there be used only while an object, and others that had the same, have it still.
+
+    Args:
+        at: where Dynamo is.
+        attributes: of the object. The graph goes when an object goes whose identity it guards.
+        name: of the attribute.
+    """
+    value = attributes[name]
+    own, key = weakref.ref(value), (id(value), name)
+    holders = vars(at.output).setdefault("_xpu_lora_holders", {}).setdefault(key, [])
+    holders.append(attributes)
+
+    def all_have_it() -> bool:
+        try:
+            # All in C, since it runs at each call.
+            return all(map(is_, map(getitem, holders, repeat(name)), repeat(own())))
+        except KeyError:
+            return False
+
+    guard_on(at, f"xpu_lora: {name} {id(value)} of all modules", all_have_it)
+
+
 def prepare_for_tracing() -> None:
     """Tell Dynamo of the questions; loads it. A second call changes nothing."""
     import torch._dynamo as dynamo
@@ -385,6 +463,10 @@ def prepare_for_tracing() -> None:
         ask, answer = _QUESTIONS.pop()
         dynamo.allow_in_graph(ask)
         handlers[ask] = handler_of(answer)
+    while _READERS:
+        read, trace = _READERS.pop()
+        dynamo.allow_in_graph(read)
+        handlers[read] = lambda _, at, module, trace=trace: trace(at, module)
 
 
 def real_input(node: torch.fx.Node) -> tuple[torch.Tensor | None, bool]:

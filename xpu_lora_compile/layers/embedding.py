@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from xpu_lora_compile.adapters.checkpoint import ModuleSizes
-from xpu_lora_compile.layers.host import Host, LoraLayer
+from xpu_lora_compile.layers.host import Host, LoraLayer, routing_of
 from xpu_lora_compile.ops import bgmv_expand
 
 
@@ -19,7 +19,7 @@ class LoraEmbedding(LoraLayer, nn.Embedding):  # type: ignore[override]
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, for calls by keyword
         """The base layer's output, with each row's adapter added while a `bank.use` block runs."""
-        indices = self.lora_routing.rows_of(self, input, 0)
+        indices = routing_of(self).rows_of(self, input, 0)
         if indices is None:
             return nn.Embedding.forward(self, input)
         tokens = input.reshape(-1)

@@ -19,6 +19,10 @@ from xpu_lora_compile.ops import bgmv_expand, bgmv_shrink, lora_linear
 from xpu_lora_compile.ops.lora_linear import add_lora_eagerly
 from xpu_lora_compile.rows.routing import BatchRouting
 from xpu_lora_compile.rows.tracing import note_read
+from xpu_lora_compile.torch_internals import reads_object
+
+# In a `use` block a graph belongs to the modules that it was traced with, outside of all it serves all of their kind.
+routing_of = reads_object("lora_routing", lambda routing: routing.sequence_slots is not None)
 
 
 class LoraLayer(nn.Module):
@@ -43,32 +47,38 @@ class LoraLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, for calls by keyword
         """The base layer's output, with each row's adapter added while a `bank.use` block runs."""
-        indices = self.lora_routing.rows_of(self, input, 1)
+        routing = routing_of(self)
+        indices = routing.rows_of(self, input, 1)
         if indices is None:
-            return cast("Tensor", super().forward(input))
+            return self.without_lora(input)
         # Rows first, so that the op changes the product itself and not a view of it: see `backend._SAFE`.
         rows = input.reshape(-1, input.shape[-1])
-        output: Tensor = super().forward(rows)
+        output = self.without_lora(rows)
         shape = (*input.shape[:-1], output.shape[1])
-        columns = min(self.lora_b.shape[1], output.shape[1])
+        lora_a, lora_b = self.lora_a, self.lora_b
+        columns = min(lora_b.shape[1], output.shape[1])
         # What a CPU's kernel does not ask for need not be an input of its graphs.
-        ranks = None if rows.device.type == "cpu" else self.lora_routing.ranks
-        if add_lora_eagerly(output, rows, self.lora_a, self.lora_b, indices, columns, ranks):
+        ranks = None if rows.device.type == "cpu" else routing.ranks
+        if add_lora_eagerly(output, rows, lora_a, lora_b, indices, columns, ranks):
             return output.view(shape)
         if torch.is_grad_enabled() or ranks is not None:
-            b = self.lora_b.narrow(1, 0, columns)
-            return lora_linear(output, rows, [self.lora_a], [b], indices, [0], ranks=ranks).view(shape)
+            b = lora_b.narrow(1, 0, columns)
+            return lora_linear(output, rows, [lora_a], [b], indices, [0], ranks=ranks).view(shape)
         # Not `promote_types`, which an exported program would record as an op.
-        hidden = rows.new_empty(rows.shape[0], self.lora_a.shape[1], dtype=accumulator(rows))
-        bgmv_shrink(hidden, rows, self.lora_a, indices)
-        bgmv_expand(output, hidden, self.lora_b, indices)
+        hidden = rows.new_empty(rows.shape[0], lora_a.shape[1], dtype=accumulator(rows))
+        bgmv_shrink(hidden, rows, lora_a, indices)
+        bgmv_expand(output, hidden, lora_b, indices)
         return output.view(shape)
+
+    def without_lora(self, input: Tensor) -> Tensor:  # noqa: A002
+        """The base layer's output."""
+        return cast("Tensor", super().forward(input))
 
     @property
     def weight(self) -> Tensor:
         """The base weight; a parent that reads it without a call of the layer leaves LoRA out."""
         weight = cast("Tensor", self._parameters["weight"])
-        routing = self.lora_routing
+        routing = routing_of(self)
         if routing.sequence_slots is not None:
             if is_compiling():
                 note_read(routing, self, weight)

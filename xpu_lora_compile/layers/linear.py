@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from xpu_lora_compile.adapters.checkpoint import ModuleSizes
 from xpu_lora_compile.layers.host import Host, LoraLayer
@@ -10,6 +10,10 @@ from xpu_lora_compile.layers.host import Host, LoraLayer
 
 class LoraLinear(LoraLayer, nn.Linear):  # type: ignore[override]
     """A Linear that adds LoRA."""
+
+    def without_lora(self, input: Tensor) -> Tensor:  # noqa: A002
+        """As `LoraLayer.without_lora`; Dynamo would guard `super()` and the property `weight` for each layer."""
+        return nn.functional.linear(input, self._parameters["weight"], self.bias)
 
 
 class Linear(Host):
