@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter  # noqa: TID251
+from torch._dynamo.testing import CompileCounter
 
 import xpu_lora_compile as xlc
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from xpu_lora_compile.adapters.checkpoint import ModuleSizes
@@ -13,7 +15,7 @@ class LoraLinear(LoraLayer, nn.Linear):  # type: ignore[override]
 
     def without_lora(self, input: Tensor) -> Tensor:  # noqa: A002
         """As `LoraLayer.without_lora`; Dynamo would guard `super()` and the property `weight` for each layer."""
-        return nn.functional.linear(input, self._parameters["weight"], self.bias)
+        return nn.functional.linear(input, cast("Tensor", self._parameters["weight"]), self.bias)
 
 
 class Linear(Host):
