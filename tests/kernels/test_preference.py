@@ -25,6 +25,7 @@ from xpu_lora_compile.kernels import (
     portable,
     preferred_on,
     reads_ranks,
+    refusal_of,
     triton_launch,
 )
 from xpu_lora_compile.kernels.call import LoraCall
@@ -55,18 +56,21 @@ def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "problem", lambda _device: NO_TRITON)
 
 
+def test_the_order_of_preference() -> None:
+    """A kernel that is not named here may stand anywhere."""
+    order = ["vendor", "native", "triton", "grouped", "gather", "ipex"]
+    assert [kernel.name for kernel in KERNELS if kernel.name in order] == order
+
+
 @pytest.mark.parametrize("rows", [1, 4, 400])
 def test_on_a_cpu_the_native_kernel_comes_first(rows: int, no_triton: None) -> None:
     choice = choice_for(call_on("cpu", rows))
     assert choice.kernel.name == "native"
     assert choice.because == "it is the first that takes this call"
-    assert choice.others == {
-        "vendor": "it is for xpu, not for cpu",
-        "triton": NO_TRITON,
-        "grouped": "native comes first",
-        "gather": "native comes first",
-        "ipex": choice.others["ipex"],
-    }
+    assert choice.others.keys() == {kernel.name for kernel in KERNELS} - {"native"}
+    assert choice.others["vendor"] == "it is for xpu, not for cpu"
+    assert choice.others["triton"] == NO_TRITON
+    assert choice.others["grouped"] == choice.others["gather"] == "native comes first"
 
 
 def test_without_a_compiler_groups_are_multiplied(no_compiler: None, no_triton: None) -> None:
@@ -83,7 +87,8 @@ def test_on_a_gpu_triton_runs_where_it_can(device: str, monkeypatch: pytest.Monk
         assert kernel_for(call).name == "triton"
         monkeypatch.setattr(triton_launch, "problem", lambda _device: NO_TRITON)
         choice = choice_for(call)
-    assert choice.kernel.name == "gather"
+    # The first that is for any device.
+    assert choice.kernel is next(kernel for kernel in KERNELS if not kernel.devices)
     assert choice.others["grouped"] == f"it is for cpu, not for {device}"
     assert choice.others["triton"] == NO_TRITON
 
@@ -114,6 +119,7 @@ def test_float64_is_not_for_the_kernels_that_compute_in_float32(kernel: str) -> 
         choice = choice_for(call)
     assert choice.kernel.name != kernel
     assert kernel_named(kernel).refusal(call) == "it computes in float32"
+    assert not any(kernel_named(name).refusal(call) for name in ("grouped", "gather"))
 
 
 @pytest.mark.parametrize(
@@ -146,17 +152,23 @@ def test_a_forced_kernel_is_taken() -> None:
 @pytest.mark.parametrize(
     ("device", "forced", "message"),
     [
-        ("cpu", "native", "'native', which cannot: there is no C++ compiler. Force none, or one of grouped, gather"),
-        ("cpu", "triton", "'triton', which cannot: Triton is not installed. Force none, or one of grouped, gather"),
-        ("cuda", "grouped", "'grouped', which cannot: it is for cpu, not for cuda. Force none, or one of gather"),
+        ("cpu", "native", "'native', which cannot: there is no C++ compiler"),
+        ("cpu", "triton", "'triton', which cannot: Triton is not installed"),
+        ("cuda", "grouped", "'grouped', which cannot: it is for cpu, not for cuda"),
         ("cpu", "vendor", "'vendor', which cannot: it is for xpu, not for cpu"),
     ],
 )
 def test_a_forced_kernel_that_cannot_run_is_an_error(
     device: str, forced: str, message: str, no_compiler: None, no_triton: None
 ) -> None:
-    with without_memory(), force_kernel(forced), pytest.raises(KernelError, match=re.escape(message)):
-        kernel_for(call_on(device))
+    with without_memory():
+        call = call_on(device)
+        able = [kernel.name for kernel in KERNELS if not refusal_of(kernel, call)]
+        assert "gather" in able
+        assert forced not in able
+        message += f". Force none, or one of {', '.join(able)}."
+        with force_kernel(forced), pytest.raises(KernelError, match=re.escape(message)):
+            kernel_for(call)
 
 
 def test_force_kernel_ends_with_its_block_and_refuses_unknown_names() -> None:
@@ -164,7 +176,8 @@ def test_force_kernel_ends_with_its_block_and_refuses_unknown_names() -> None:
         with force_kernel("gather"):
             assert forced_kernel() == "gather"
         assert forced_kernel() == "grouped"
-    message = "wanted one of vendor, native, triton, grouped, gather, ipex; got 'fast'. Pass one of these names"
+    names = ", ".join(kernel.name for kernel in KERNELS)
+    message = f"wanted one of {names}; got 'fast'. Pass one of these names"
     with pytest.raises(KernelError, match=message), force_kernel("fast"):
         pass
     assert forced_kernel() is None

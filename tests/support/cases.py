@@ -17,7 +17,9 @@ from torch import Tensor
 
 from xpu_lora_compile import ops
 from xpu_lora_compile.inspect.operands import RandomOperands, every_kind_of_index, poison_unused_slots
-from xpu_lora_compile.kernels import KERNELS
+from xpu_lora_compile.kernels import KERNELS, kernel_named
+from xpu_lora_compile.kernels.call import LoraCall
+from xpu_lora_compile.kernels.routing import RowRouting
 
 DEVICE = torch.device(os.environ.get("XPU_LORA_TEST_DEVICE", "cpu"))
 
@@ -193,8 +195,17 @@ CASES = (
 ADD_HERE, ROUTINGS_HERE = ("native_add_lora", 0) if DEVICE.type == "cpu" else ("add_lora", 1)
 # The kernels that can run there and round once; on a CPU Triton's interpreter runs those that are its, if it is there.
 KERNELS_HERE = [kernel.name for kernel in KERNELS if not (kernel.by_force_alone or kernel.problem(DEVICE.type))]
-# Both compute in float32, and refuse float64.
-FLOAT32_KERNELS = ("native", "triton")
+
+
+def float64_call() -> LoraCall:
+    """A whole call of one row whose operands are all float64."""
+    matrix = torch.ones(1, 1, dtype=F64, device=DEVICE)
+    routing = RowRouting(torch.zeros(1, dtype=I64, device=DEVICE), 1)
+    return LoraCall([matrix.clone()], matrix, [matrix[None]], [matrix[None]], routing)
+
+
+# Those that compute in float32, and refuse float64.
+FLOAT32_KERNELS = [name for name in KERNELS_HERE if kernel_named(name).refusal(float64_call())]
 
 
 def cases_of(op: str, cases: Sequence[Case] = CASES) -> tuple[Case, ...]:

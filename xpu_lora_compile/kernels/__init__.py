@@ -152,7 +152,7 @@ def force_kernel(kernel: str) -> Iterator[None]:
     nothing guards this: compile in the block, or set the variable.
 
     Args:
-        kernel: "native", "triton", "vendor" (vllm-xpu-kernels), "grouped", "gather" or "ipex".
+        kernel: the name of one of `KERNELS`, such as "native" or "gather"; docs/kernels.md has a table of them.
 
     Raises:
         KernelError: there is no such kernel. A call that it cannot run raises it, too.
