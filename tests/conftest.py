@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -22,6 +23,26 @@ if os.environ.get("XPU_LORA_TEST_DEVICE", "cpu") == "cpu":
 # Where IPEX is, everything is tested beside it: importing it exchanges some of PyTorch's own kernels.
 if find_spec("intel_extension_for_pytorch") is not None:
     import intel_extension_for_pytorch  # noqa: F401
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-case-in", type=int, default=1, help="of each sweep run the first case, and every nth after it")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of each test that is marked as a sweep, leave out the cases that the option --one-case-in leaves out."""
+    every, cases = config.getoption("--one-case-in"), Counter[str]()
+    left_out: list[pytest.Item] = []
+    for item in items:
+        if item.get_closest_marker("sweep"):
+            test = item.nodeid.split("[", 1)[0]
+            if cases[test] % every:
+                left_out.append(item)
+            cases[test] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        out = set(left_out)
+        items[:] = [item for item in items if item not in out]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -34,6 +34,7 @@ def can_run(kernel: str, case: Case) -> bool:
     return kernel not in FLOAT32_KERNELS or F64 not in (case.inputs, case.weights, case.output)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("kernel", "op", "case"),
     [

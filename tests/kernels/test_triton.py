@@ -105,6 +105,7 @@ def check_tiles(indices: Tensor, slots: int) -> None:
         assert [t for tile in members for t in tile] == mine + [-1] * (-len(mine) % height)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("slots", [1, 3, 10, 64])
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 64, 65, 300])
 def test_every_row_is_in_one_tile_of_its_slot(rows: int, slots: int) -> None:
@@ -116,6 +117,7 @@ def test_every_height_of_tiles_is_seen() -> None:
     assert {triton_launch.tile_rows(rows, slots) for rows, slots in sizes} == {16, 32}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("index", [-1, 0, 6, 7, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("rows", [5, 70, 300])
 def test_rows_that_are_all_alike_share_tiles(rows: int, index: int) -> None:
@@ -297,6 +299,7 @@ APART = (
 )
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("layer", [*TOGETHER, *APART], ids=str)
 def test_linear_lora_is_a_linear_with_lora(layer: Layer, fused: list[bool]) -> None:
     operands = Operands.of(layer)
@@ -377,6 +380,7 @@ def test_nothing_beyond_the_rank_of_a_slot_is_read_by_the_public_op(layer: Layer
     check(results, operands, bases)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("layer", [RANKED[3], RANKED[4]], ids=str)
 @pytest.mark.parametrize(
     "ranks",
@@ -420,6 +424,7 @@ def test_rows_without_an_adapter_have_the_bits_of_a_run_without_any(layer: Layer
         assert not same_bits(got, plain)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("layer", [TOGETHER[6], TOGETHER[8], APART[2], APART[3], RANKED[1]], ids=str)
 def test_nan_in_one_slot_stays_in_its_rows_and_columns(layer: Layer, fused: list[bool]) -> None:
     operands = Operands.of(layer)
@@ -455,6 +460,7 @@ def _other_strides_of_a_weight(operands: Operands) -> None:
     operands.weights[1] = operands.weights[1].t().contiguous().t()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("rows", [5, 40])
 @pytest.mark.parametrize(
     "edit",
@@ -501,6 +507,7 @@ def _settings() -> Iterator[Sizes]:
             yield SIZES._replace(shrink_programs=programs, shrink_slices=slices)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("rank", [16, 40])
 @pytest.mark.parametrize("rows", [6, 20])
 def test_no_size_of_a_tile_changes_a_bit(
@@ -523,6 +530,7 @@ def test_no_size_of_a_tile_changes_a_bit(
     assert all(fused) if rows <= SIZES.linear_rows else not any(fused)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("features", [600, 608], ids=["lane by lane", "block loads"])
 @pytest.mark.parametrize(("rows", "rank"), [(6, 16), (70, 40)])
@@ -659,6 +667,7 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     return {name: [code for code, _ in codes] for name, codes in made.items()}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "call",
     [(300, "float32", 64, (1024,)), (2048, "float32", 64, (16384,)), (2048, "float32", 16, (1024, 256, 256))],

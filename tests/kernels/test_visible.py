@@ -116,6 +116,7 @@ class Call:
         return outputs
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("tuned", ["T", "few", "many"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
 def test_flat_forms_have_the_bits_of_the_opaque_op(shape: Shape, tuned: str) -> None:

@@ -36,6 +36,7 @@ both_kernels = pytest.mark.parametrize("rows", [3, 5], ids=["T<=K", "T>K"])
 adding_or_not = pytest.mark.parametrize("add", [True, False], ids=["add", "replace"])
 
 
+@pytest.mark.sweep
 @every_call
 def test_values_are_within_the_budget(op: str, case: Case) -> None:
     call = build(op, case)
@@ -43,6 +44,7 @@ def test_values_are_within_the_budget(op: str, case: Case) -> None:
     budget.check(call.run(), call.written)
 
 
+@pytest.mark.sweep
 @every_call
 def test_nothing_but_the_output_is_written(op: str, case: Case) -> None:
     call = build(op, case)
@@ -60,6 +62,7 @@ def test_autocast_changes_nothing(op: str, rows: int) -> None:
         assert same_bits(build(op, case).run(), plain)
 
 
+@pytest.mark.sweep
 @every_call
 def test_operands_are_not_changed(op: str, case: Case) -> None:
     call = build(op, case)
@@ -68,6 +71,7 @@ def test_operands_are_not_changed(op: str, case: Case) -> None:
     assert all(map(same_bits, _operands(call.args), before))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", cases_of(LORA_LINEAR), ids=str)
 def test_a_functional_result_equals_its_base_where_there_is_nothing_to_add(case: Case) -> None:
     call = build(LORA_LINEAR, case)
@@ -75,6 +79,7 @@ def test_a_functional_result_equals_its_base_where_there_is_nothing_to_add(case:
     assert same_bits(call.run()[keep], call.output[keep])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", cases_of(LORA_LINEAR), ids=str)
 def test_a_functional_result_is_new_contiguous_and_of_the_dtype_of_its_base(case: Case) -> None:
     call = build(LORA_LINEAR, case)

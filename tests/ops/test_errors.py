@@ -164,6 +164,7 @@ MISTAKES = tuple(_mistakes())
 every_mistake = pytest.mark.parametrize("mistake", MISTAKES, ids=str)
 
 
+@pytest.mark.sweep
 @every_mistake
 def test_the_error_names_the_argument_and_says_what_was_wanted_and_what_came(mistake: Mistake) -> None:
     error = _error_of(mistake.call().run)
@@ -173,6 +174,7 @@ def test_the_error_names_the_argument_and_says_what_was_wanted_and_what_came(mis
     assert re.search(r"; got .+\. [A-Z].+\.$", str(error)), "a remedy ends the message"
 
 
+@pytest.mark.sweep
 @every_mistake
 def test_nothing_is_written_when_an_error_is_raised(mistake: Mistake) -> None:
     call = mistake.call()
@@ -181,6 +183,7 @@ def test_nothing_is_written_when_an_error_is_raised(mistake: Mistake) -> None:
     assert same_bits(call.buffer, before)
 
 
+@pytest.mark.sweep
 @every_mistake
 def test_the_fake_raises_the_same_error_with_the_same_words(mistake: Mistake) -> None:
     call = mistake.call()

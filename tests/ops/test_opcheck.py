@@ -46,12 +46,14 @@ def _calls(cases: tuple[Case, ...] | None = None) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("op", "case"), [pytest.param(*call, id=f"{call[0]}-{call[1]}") for call in listed])
 
 
+@pytest.mark.sweep
 @_calls()
 def test_schemas_tell_the_truth_and_fakes_agree_with_kernels(op: str, case: Case) -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(getattr(torch.ops.xpu_lora, op).default, (), build(op, case).args, test_utils=checks)
 
 
+@pytest.mark.sweep
 @_calls(TRACED)
 def test_public_ops_pass_opcheck(op: str, case: Case) -> None:
     opcheck(getattr(torch.ops.xpu_lora, op).default, (), build(op, case).args)
@@ -125,6 +127,7 @@ def _ranked(case: Case) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 with_triton = pytest.mark.skipif("triton" not in KERNELS_HERE, reason="Triton is not installed")
 
 
+@pytest.mark.sweep
 @with_triton
 @pytest.mark.parametrize("case", TRACED_INTERNAL, ids=str)
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def test_the_reference_changes_nothing(op: str) -> None:
     torch.testing.assert_close(call.buffer, before, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("op", "case"), [pytest.param(op, case, id=f"{op}-{case}") for op in OPS for case in cases_of(op)]
 )

@@ -87,6 +87,7 @@ def test_each_output_is_that_of_its_own_call(case: str) -> None:
     assert all(map(same_bits, arguments[0], before))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kernel", KERNELS_HERE)
 def test_adding_in_place_is_the_same_with_every_kernel_and_with_or_without_a_routing(kernel: str, case: str) -> None:

@@ -415,6 +415,7 @@ def check(
     assert not torch.equal(got[~without], base[~without])
 
 
+@pytest.mark.sweep
 @SETS
 @DTYPES
 @pytest.mark.parametrize("width", [H, H - 1, H + 2], ids=["equal", "narrower", "wider"])
@@ -431,6 +432,7 @@ def test_one_slice_computes_what_the_contract_says(
     check(linear(x, w), x, [a], [b[:, :H]], i, [0], 1.0, got)
 
 
+@pytest.mark.sweep
 @SETS
 @DTYPES
 @pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "unpacked"])

@@ -247,6 +247,7 @@ NAMES: list[str | None] = ["a", None, "c", "a"]
 OTHERS: list[str | None] = ["b", "d", None, "c"]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", REGULAR)
 def test_each_row_has_its_own_adapter_alone(kind: type[nn.Module]) -> None:
     model, bank = attached([BatchFirst, kind])
@@ -266,6 +267,7 @@ def test_a_base_row_keeps_its_bits_when_the_only_adapter_goes() -> None:
             assert torch.equal(model(x)[1:], beside_an_adapter[1:])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", REGULAR)
 def test_each_row_of_a_first_batch_has_its_own_adapter_alone(kind: type[nn.Module]) -> None:
     model, bank = attached([BatchFirst, kind])
@@ -278,6 +280,7 @@ def test_a_layer_without_rows_is_no_error() -> None:
         model(torch.randn(3, 1, D))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", REGULAR)
 def test_each_row_has_its_own_adapter_alone_in_compiled_code(kind: type[nn.Module]) -> None:
     torch._dynamo.reset()

@@ -150,6 +150,7 @@ def assert_rows_are(got: Tensor, wanted: dict[str | None, Tensor], names: list[s
         assert_is(got[row], {key: value[row] for key, value in wanted.items()}, name)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "grad-mode"])
 @pytest.mark.parametrize("execution", ["eager", "compiled"])
 @pytest.mark.parametrize("name", MODELS)
