@@ -193,12 +193,17 @@ def test_an_adapter_can_be_trained_and_loaded(tmp_path: Path, monkeypatch: pytes
     assert bank.names == ("pirate",)
 
 
-def test_a_thousand_assignments_of_adapters_compile_once(capsys: pytest.CaptureFixture[str]) -> None:
-    assert recompiles.main() == 0
+def test_a_thousand_assignments_of_adapters_compile_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # PEFT comes to Dynamo's limit, which is 8 and here 3, in the first batches, and runs the rest eagerly.
+    pefts = recompiles.pefts
+    monkeypatch.setattr(recompiles, "pefts", lambda folder, batches, tokens: pefts(folder, batches[:100], tokens))
+    with torch._dynamo.config.patch(recompile_limit=3):
+        assert recompiles.main() == 0
     rows = [line.split("│")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     counts = {name.split(",")[0].strip(): (int(graphs), int(without)) for name, graphs, without in rows}
     assert counts["xpu-lora-compile"] == (1, 0)
-    # Dynamo's limit of compilations, and then the rest of 249 different batches eagerly.
     graphs, without = counts["PEFT"]
-    assert graphs == 8
-    assert without > 900
+    assert graphs == 3
+    assert without > 80
