@@ -26,7 +26,9 @@ if find_spec("intel_extension_for_pytorch") is not None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--one-case-in", type=int, default=1, help="of each sweep run the first case, and every nth after it")
+    parser.addoption(
+        "--one-case-in", type=int, default=1, help="of each sweep run the first case, and every nth after it"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -18,9 +17,8 @@ import smollm2
 import torch
 import train_adapters
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from support.first_layers import first_layers, save_first_layers
 from torch._inductor.utils import run_and_get_code
-from transformers import LlamaForCausalLM
 
 import xpu_lora_compile as xlc
 
@@ -88,32 +86,13 @@ def test_explain_says_what_an_intel_gpu_would_run_and_why() -> None:
 LAYERS = 2
 
 
-def first_layers() -> LlamaForCausalLM:
-    """The real model without its other layers."""
-    model = smollm2.load_model()
-    model.model.layers = model.model.layers[:LAYERS]
-    model.config.num_hidden_layers = LAYERS
-    return model
-
-
-def save_first_layers(adapter: Path, folder: Path) -> None:
-    """The real adapter without its tensors for other layers, and so strong that its tokens are its own all the same."""
-    folder.mkdir()
-    shutil.copy(adapter / "adapter_config.json", folder)
-    layers = re.compile(r"\.layers\.(\d+)\.")
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    kept = [name for name in tensors if all(int(layer) < LAYERS for layer in layers.findall(name))]
-    strong = {name: tensors[name] * (20 if ".lora_B." in name else 1) for name in kept}
-    save_file(strong, folder / "adapter_model.safetensors")
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, list[str]]:
     """The main example, of a few layers: its exit status, what it printed, and the code that Inductor generated."""
     torch._dynamo.reset()
     adapters = tmp_path_factory.mktemp("adapters")
     for adapter in ADAPTERS.iterdir():
-        save_first_layers(adapter, adapters / adapter.name)
+        save_first_layers(adapter, adapters / adapter.name, LAYERS, strength=20)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setenv("COLUMNS", "120")
@@ -121,7 +100,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, list[str
 
         recorder = Console(record=True, width=120)
         patch.setattr(serve_many_adapters, "Console", lambda: recorder)
-        patch.setattr(serve_many_adapters, "load_model", first_layers)
+        patch.setattr(serve_many_adapters, "load_model", lambda: first_layers(LAYERS))
         patch.setattr(serve_many_adapters, "ADAPTERS", adapters)
         patch.setattr(serve_many_adapters, "NEW_TOKENS", 16)
         patch.setattr(serve_many_adapters, "RUNS", 2)
@@ -152,7 +131,7 @@ def test_the_real_models_graph_copies_nothing_for_lora(served: tuple[int, str, l
         assert mixed.count(copying) == base.count(copying)
     allocated = set(re.findall(r"empty_strided_cpu\(\((.*?)\)", mixed))
     assert allocated
-    model = first_layers()
+    model = first_layers(LAYERS)
     bank = xlc.attach(model, slots=4, max_rank=8, target_modules=serve_many_adapters.TARGETS, vocab_size=49152)
     for path in bank.sites:
         layer = model.get_submodule(path)

@@ -26,7 +26,7 @@ TOKENS = torch.arange(10).reshape(2, 5)
 
 
 def attached(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, xlc.AdapterBank]:
-    model = tiny_llama().to(dtype)
+    model = tiny_llama(num_hidden_layers=1).to(dtype)
     return model, xlc.attach(model, slots=3, max_rank=4, target_modules=TARGETS, vocab_size=64)
 
 
@@ -36,7 +36,7 @@ def test_a_right_model_is_within_the_budget_at_every_site(dtype: torch.dtype, gr
     model, _ = attached(dtype)
     with torch.set_grad_enabled(grad):
         result = xlc.verify(model, generate_code=False)(TOKENS, use_cache=False)
-    assert len(result.sites) == 16
+    assert len(result.sites) == 9
     assert all(site.is_right for site in result.sites)
     # All zeros would mean that no row had an adapter.
     assert max(site.rewritten for site in result.sites) > 0

