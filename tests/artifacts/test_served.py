@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import xpu_lora_compile as xlc
-from xpu_lora_compile.artifacts.manifest import Manifest
+from xpu_lora_compile.artifacts import manifest
 from xpu_lora_compile.kernels import native, preferred_on
 
 pytestmark = [
@@ -584,8 +584,9 @@ def test_inputs_in_any_memory_are_taken(tagger: Path) -> None:
         ({"machine": "riscv64"}, "one made with machine riscv64"),
         ({"format": 99}, "one of format 99"),
         ({"instructions": ["avx9000"]}, "one that needs avx9000"),
+        ({"capability": "1.3"}, "one made for the compute capability 1.3"),
     ],
-    ids=["torch", "package", "machine", "format", "processor"],
+    ids=["torch", "package", "machine", "format", "processor", "capability"],
 )
 def test_an_artifact_for_something_else_is_refused(
     tagger: Path, program: Path, tmp_path: Path, change: dict[str, Any], words: str
@@ -593,10 +594,34 @@ def test_an_artifact_for_something_else_is_refused(
     other = edited(tagger, tmp_path / "other.pt2", **change)
     with pytest.raises(xlc.LoraError, match=words):
         xlc.load_artifact(other)
-    # C++ has no version of this package, and a machine's code for another one cannot be loaded at all.
-    if change.keys() & {"torch", "format", "instructions"}:
+    # C++ has no version of this package.
+    if "package" not in change:
         status, said = serve_pt2.run_program(program, other, [], {"0.x": torch.ones(1)})
         assert (status, words in said) == (2, True), said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is wanted")
+def test_an_artifact_for_a_gpu_is_refused_where_there_is_none(tagger: Path, program: Path, tmp_path: Path) -> None:
+    other = edited(tagger, tmp_path / "other.pt2", device="cuda", capability="9.0")
+    with pytest.raises(xlc.LoraError, match=r"a device of this process; got one for cuda"):
+        xlc.load_artifact(other)
+    status, said = serve_pt2.run_program(program, other, [], {"0.x": torch.ones(1)})
+    assert status == 2
+    assert "cuda; got one that is linked without it" in said or "for cuda; got none" in said
+
+
+@pytest.mark.parametrize(("made", "here"), [("9.0", "8.6"), (None, "9.0"), ("9.0", "9.0")])
+def test_a_gpu_of_another_compute_capability_is_refused(
+    monkeypatch: pytest.MonkeyPatch, made: str | None, here: str
+) -> None:
+    major, minor = map(int, here.split("."))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, minor))
+    if made == here:
+        manifest._check_device(Path("a.pt2"), "cuda", made)
+        return
+    with pytest.raises(xlc.LoraError, match=f"an artifact for the compute capability {here}; got one made for "):
+        manifest._check_device(Path("a.pt2"), "cuda", made)
 
 
 def test_a_file_that_is_no_artifact_is_refused(tmp_path: Path, tagger: Path) -> None:
@@ -608,11 +633,9 @@ def test_a_file_that_is_no_artifact_is_refused(tmp_path: Path, tagger: Path) -> 
 
 
 def test_slots_without_an_adapter_take_no_room_in_the_file(tagger: Path) -> None:
-    manifest = Manifest.read(tagger)
-    stacks = {stack.constant for module in manifest.modules.values() for stack in (module.a, module.b)}
-    from xpu_lora_compile.artifacts.manifest import read_weights
-
-    stored = read_weights(tagger, manifest)
+    said = manifest.Manifest.read(tagger)
+    stacks = {stack.constant for module in said.modules.values() for stack in (module.a, module.b)}
+    stored = manifest.read_weights(tagger, said)
     assert not stacks & stored.keys()
     assert {"model.words.weight", "model.mix.weight", "model.hidden.bias"} <= stored.keys()
 

@@ -32,6 +32,7 @@ from xpu_lora_compile.artifacts.manifest import (
     Manifest,
     Module,
     Stack,
+    capability_of,
     folder_of,
     name_of_dtype,
 )
@@ -140,6 +141,7 @@ def _export(
             outputs=outputs,
             result=result,
             device=first.lora_a.device.type,
+            capability=capability_of(first.lora_a.device),
             library=None if library is None else f"native{library.suffix}",
         )
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as aside:

@@ -21,7 +21,7 @@ from xpu_lora_compile.adapters.config import rules_for_readers
 from xpu_lora_compile.errors import ArtifactError
 
 # Whatever changes what a loader must do raises it, here and in xpu_lora_served.h.
-FORMAT = 1
+FORMAT = 2
 # Beside torch's own folders in the archive, none of which is named so.
 FOLDER, MANIFEST, WEIGHTS = "xpu_lora", "manifest.json", "weights.safetensors"
 SLOTS, RANKS = "lora_slots", "lora_ranks"
@@ -119,6 +119,7 @@ class Manifest:
         outputs: names of the tensors that the code returns, in order.
         result: what the model returned: a number for the output at that place, a list, a tuple or a dict of such.
         device: the type of the device.
+        capability: of the GPU, as "9.0"; null for a CPU. The kernels are compiled for it alone.
         library: the file beside this one with the kernels' ops; null where they need none.
         fields: of `adapter_config.json`; see `adapters.config.rules_for_readers`.
         torch: the version of torch that compiled it.
@@ -140,6 +141,7 @@ class Manifest:
     outputs: Sequence[str]
     result: Any
     device: str
+    capability: str | None
     library: str | None
     fields: Mapping[str, Sequence[str]] = field(default_factory=rules_for_readers)
     torch: str = torch.__version__
@@ -169,7 +171,7 @@ class Manifest:
 
         Raises:
             ArtifactError: the file cannot be read or was not made by `export`, or was made for something else than this
-                process has: another torch, package, processor.
+                process has: another torch, package, processor or GPU.
         """
         values = _checked(path, json.loads(read_record(path, MANIFEST)))
         modules = {
@@ -249,7 +251,25 @@ def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     if missing := sorted(set(values["instructions"]) - set(instructions())):
         got = f"one that needs {', '.join(missing)}"
         raise ArtifactError(str(path), "an artifact for this processor", got, _EXPORT_AGAIN)
+    _check_device(path, values["device"], values["capability"])
     return values
+
+
+def _check_device(path: Path, device: str, capability: str | None) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        got = f"one for {device}, of which this process has none"
+        remedy = "Load it where torch.cuda.is_available(), or export the model on a CPU."
+        raise ArtifactError(str(path), "an artifact for a device of this process", got, remedy)
+    if capability != (here := capability_of(torch.device(device))):
+        wanted = f"an artifact for {device}" if here is None else f"an artifact for the compute capability {here}"
+        got = f"one made for {'none' if capability is None else f'the compute capability {capability}'}"
+        remedy = "Export the model again on such a GPU, or make a GPU of that capability the current one."
+        raise ArtifactError(str(path), wanted, got, remedy)
+
+
+def capability_of(device: torch.device) -> str | None:
+    """Return the compute capability of a GPU, of the current one where there is no index; None for a CPU."""
+    return ".".join(map(str, torch.cuda.get_device_capability(device))) if device.type == "cuda" else None
 
 
 def instructions() -> list[str]:

@@ -30,7 +30,7 @@ def load_artifact(path: str | os.PathLike[str]) -> Served:
 
     Raises:
         ArtifactError: the file cannot be read, or was made for another version of torch or of this package, or for
-            another kind of processor.
+            another kind of processor or GPU.
     """
     return Served(Path(path))
 

@@ -23,6 +23,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <caffe2/serialize/inline_container.h>
 #include <dlfcn.h>
+#include <sys/utsname.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/version.h>
 #include <unistd.h>
@@ -51,7 +52,7 @@
 namespace xpu_lora {
 
 // As `FORMAT` in artifacts/manifest.py.
-constexpr int FORMAT = 1;
+constexpr int FORMAT = 2;
 
 [[noreturn]] inline void refuse(const std::string& where, const std::string& wanted, const std::string& got,
                                 const std::string& remedy = "") {
@@ -61,6 +62,8 @@ constexpr int FORMAT = 1;
 
 constexpr const char* COPY_AGAIN = "Copy or download the file again; it is damaged, or not what PEFT wrote.";
 constexpr const char* COPY_ARTIFACT = "Copy the file again, or export the model again.";
+constexpr const char* EXPORT_AGAIN =
+    "Export the model again, with the versions and on a machine of the kind that it is to be served with.";
 constexpr const char* WRITE_FIELD =
     "Write such a value into the field, or save the adapter again where it was trained.";
 
@@ -755,6 +758,7 @@ class Served {
         manifest = Json::parse(record("manifest.json"), where);
         check_versions();
         device = found_device();
+        check_capability();
         // Before the code, which looks its ops up as it is loaded.
         if (manifest.at("library").kind == Json::TEXT) load_library(record(manifest.at("library").text));
         loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, "model", false, runners, device.index());
@@ -785,17 +789,23 @@ class Served {
 
     void check_versions() const {
         if (manifest.at("format").integer() != FORMAT)
-            refuse(where, "an artifact of format " + std::to_string(FORMAT), "one of format " + manifest.at("format").text);
+            refuse(where, "an artifact of format " + std::to_string(FORMAT), "one of format " + manifest.at("format").text,
+                   EXPORT_AGAIN);
         std::string made = manifest.at("torch").text;
         if (made.substr(0, made.find('+')) != std::string(TORCH_VERSION).substr(0, std::string(TORCH_VERSION).find('+')))
-            refuse(where, std::string("an artifact for torch ") + TORCH_VERSION, "one made with torch " + made);
+            refuse(where, std::string("an artifact for torch ") + TORCH_VERSION, "one made with torch " + made, EXPORT_AGAIN);
+        utsname here{};
+        if (uname(&here) == 0 && manifest.at("machine").text != here.machine)
+            refuse(where, std::string("an artifact for machine ") + here.machine,
+                   "one made with machine " + manifest.at("machine").text, EXPORT_AGAIN);
         std::ifstream file("/proc/cpuinfo");
         for (std::string line; std::getline(file, line);) {
             if (line.rfind("flags", 0) && line.rfind("Features", 0)) continue;
             std::istringstream words(line);
             std::set<std::string> has{std::istream_iterator<std::string>(words), {}};
             for (const std::string& needed : manifest.at("instructions").texts())
-                if (!has.count(needed)) refuse(where, "an artifact for this processor", "one that needs " + needed);
+                if (!has.count(needed))
+                    refuse(where, "an artifact for this processor", "one that needs " + needed, EXPORT_AGAIN);
             break;
         }
     }
@@ -808,8 +818,32 @@ class Served {
             refuse(where, "a program with torch's library for " + type.str(), "one that is linked without it",
                    "Link torch_" + type.str() + " and c10_" + type.str() + ", with -Wl,--no-as-needed.");
         c10::impl::VirtualGuardImpl guard(type.type());
-        if (guard.deviceCount() == 0) refuse(where, "a machine with a device for " + type.str(), "none");
+        if (guard.deviceCount() == 0)
+            refuse(where, "a machine with a device for " + type.str(), "none",
+                   "Load the file where there is one, or export the model on a CPU.");
         return guard.getDevice();
+    }
+
+    void check_capability() const {
+        std::string made = manifest.at("capability").text, here = device.is_cuda() ? capability() : "";
+        if (made != here)
+            refuse(where, "an artifact for " + (here.empty() ? device.str() : "the compute capability " + here),
+                   "one made for " + (made.empty() ? "none" : "the compute capability " + made),
+                   "Export the model again on such a GPU, or make a GPU of that capability the current one.");
+    }
+
+    // Of CUDA's driver, whose headers need not be here.
+    std::string capability() const {
+        void* driver = dlopen("libcuda.so.1", RTLD_LAZY);
+        auto find = [&](const char* name) { return driver ? dlsym(driver, name) : nullptr; };
+        auto number = reinterpret_cast<int (*)(int*, int)>(find("cuDeviceGet"));
+        auto attribute = reinterpret_cast<int (*)(int*, int, int)>(find("cuDeviceGetAttribute"));
+        // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
+        int gpu = 0, major = 0, minor = 0;
+        if (!number || !attribute || number(&gpu, device.index()) || attribute(&major, 75, gpu) || attribute(&minor, 76, gpu))
+            refuse(where, "a driver that tells the compute capability of " + device.str(), "none",
+                   "Install the driver of the GPU, so that libcuda.so.1 is found.");
+        return std::to_string(major) + "." + std::to_string(minor);
     }
 
     void wait_for_this_stream() const {
