@@ -6,7 +6,9 @@
 //     {"load": ["pirate", "adapters/pirate"]}        a PEFT folder, under a name
 //     {"drop": "pirate"}
 //     {"refused": ["x", "adapters/x"]}               a folder that must not load; prints why it does not
-//     {"rows": ["pirate", null, "terse"]}            a batch, with the adapter of each row
+//     {"rows": ["pirate", null, "terse"]}            a batch, with the adapter of each row; where sequences are packed,
+//                                                    "lengths": [5, 2, 7], too; where a part of the model has rows of
+//                                                    its own, "parts": {"vision_tower": ["pirate", null]}
 // The inputs of batch n are the tensors "n.<input>", by the names in the artifact. Where there are tensors "n.<output>",
 // the answers must equal them bit for bit: whoever wrote them computed them in Python. Prints how many rows do not, and
 // how long a batch took; exits with 1 if any row is wrong, and with 2 if a step was refused.
@@ -19,15 +21,13 @@
 
 #include "xpu_lora_served.h"
 
-using Rows = std::vector<std::optional<std::string>>;
-
 namespace {
 
-Rows rows_of(const xpu_lora::Json& step) {
-    Rows rows;
-    for (const xpu_lora::Json& row : step.at("rows").items)
-        rows.push_back(row.kind == xpu_lora::Json::NOTHING ? std::nullopt : std::make_optional(row.text));
-    return rows;
+xpu_lora::Names names_in(const xpu_lora::Json& list) {
+    xpu_lora::Names names;
+    for (const xpu_lora::Json& name : list.items)
+        names.push_back(name.kind == xpu_lora::Json::NOTHING ? std::nullopt : std::make_optional(name.text));
+    return names;
 }
 
 // How many rows of the batch are not the same numbers, to the bit.
@@ -56,7 +56,7 @@ class Server {
         } else if (step.at("drop").kind == xpu_lora::Json::TEXT) {
             served.drop(step.at("drop").text);
         } else {
-            answer(rows_of(step));
+            answer(step);
         }
     }
 
@@ -77,14 +77,17 @@ class Server {
         throw std::runtime_error(folder + ": wanted an adapter that is refused; got one that loads.");
     }
 
-    void answer(const Rows& adapters) {
+    void answer(const xpu_lora::Json& step) {
+        xpu_lora::Names adapters = names_in(step.at("rows"));
+        std::map<std::string, xpu_lora::Part> parts;
+        for (size_t i = 0; i < step.at("parts").names.size(); i++)
+            parts[step.at("parts").names[i]].adapters = names_in(step.at("parts").items[i]);
         std::string number = std::to_string(batches.size()) + ".";
         std::vector<at::Tensor> inputs;
-        const auto& listed = served.manifest.at("inputs").items;
-        for (size_t i = served.manifest.at("ranks").is_true() ? 2 : 1; i < listed.size(); i++)
-            inputs.push_back(tensors.named.at(number + listed[i].at("name").text).to(served.device));
+        for (const xpu_lora::Json& input : served.asked())
+            inputs.push_back(tensors.named.at(number + input.at("name").text).to(served.device));
         auto start = std::chrono::steady_clock::now();
-        std::vector<at::Tensor> outputs = served.run(inputs, adapters);
+        std::vector<at::Tensor> outputs = served.run(inputs, adapters, step.at("lengths").integers(), parts);
         served.wait();
         batches.push_back(microseconds_since(start));
         rows += int64_t(adapters.size());

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import serve_pt2
 import torch
+from support.artifacts import admitted
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -42,24 +43,6 @@ def refused(tmp_path: Path, match: str, model: Any, *args: Any, **options: Any) 
     assert not list(tmp_path.iterdir())
 
 
-def admitted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any, args: tuple[Tensor, ...] = (X,), **options: Any
-) -> None:
-    """The model gets as far as the compiler, which this test does not ask."""
-    from xpu_lora_compile.artifacts import package
-
-    class ReachedError(Exception):
-        pass
-
-    def compile_into(*_: Any) -> Path:
-        raise ReachedError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(package, "compile_into", compile_into)
-        with pytest.raises(ReachedError):
-            xlc.export(model, tmp_path / "a.pt2", args, **options)
-
-
 def test_a_model_without_a_bank(tmp_path: Path) -> None:
     refused(tmp_path, "a model that LoRA is attached to; got a plain model", Model().eval())
     refused(tmp_path, r"a torch.nn.Module that LoRA is attached to; got function", lambda x: x)
@@ -83,12 +66,6 @@ def test_adapters_that_are_being_trained(tmp_path: Path) -> None:
 
 def test_inputs_that_are_being_trained(tmp_path: Path) -> None:
     refused(tmp_path, "got one that requires grad", attached()[0], X.clone().requires_grad_())
-
-
-def test_a_bank_that_is_in_use(tmp_path: Path) -> None:
-    model, bank = attached()
-    with bank.use([None] * 3):
-        refused(tmp_path, "a bank that is not in use", model)
 
 
 def test_a_batch_of_one_or_none(tmp_path: Path) -> None:
@@ -138,13 +115,6 @@ def test_lora_in_float64(tmp_path: Path) -> None:
     model = Model().eval().requires_grad_(False).double()
     xlc.attach(model, slots=2, max_rank=4)
     refused(tmp_path, r"LoRA that the kernel native computes; got xpu_lora", model, X.double())
-
-
-def test_parts_with_names_of_their_own(tmp_path: Path) -> None:
-    model, bank = attached()
-    with bank.use([None] * 3, parts={"second": [None] * 3}):
-        pass
-    refused(tmp_path, "one whose parts have had names of their own", model)
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
@@ -197,9 +167,9 @@ def test_a_model_that_does_something_else_with_a_batch_of_one(tmp_path: Path, mo
         tmp_path, r"other results with the example inputs cut to \w+ = 1, size 0 of x", model, dynamic_shapes=shapes
     )
     # Neither a least size of two nor an ordinary model is refused before the compiler is asked.
-    admitted(tmp_path, monkeypatch, model, dynamic_shapes={"x": {0: Dim("batch", min=2, max=64)}})
-    admitted(tmp_path, monkeypatch, attached()[0], dynamic_shapes=shapes)
-    admitted(tmp_path, monkeypatch, attached()[0], dynamic_shapes={"x": {0: Dim.AUTO}})
+    admitted(tmp_path, monkeypatch, model, (X,), dynamic_shapes={"x": {0: Dim("batch", min=2, max=64)}})
+    admitted(tmp_path, monkeypatch, attached()[0], (X,), dynamic_shapes=shapes)
+    admitted(tmp_path, monkeypatch, attached()[0], (X,), dynamic_shapes={"x": {0: Dim.AUTO}})
 
 
 def test_a_model_that_cannot_run_a_batch_of_one(tmp_path: Path) -> None:
@@ -268,7 +238,7 @@ def test_a_model_that_sets_a_buffer_to_what_it_was(tmp_path: Path, monkeypatch: 
         self.count = self.count.clone()
         return self.second(self.first(x)) * self.count[1]
 
-    admitted(tmp_path, monkeypatch, with_buffer(forward))
+    admitted(tmp_path, monkeypatch, with_buffer(forward), (X,))
 
 
 def test_a_model_that_is_itself_the_layer(tmp_path: Path) -> None:

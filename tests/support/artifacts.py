@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import xpu_lora_compile as xlc
+
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """The file of this name, made by the first process that asks."""
@@ -37,6 +39,24 @@ def edited(artifact: Path, copy: Path, **changes: Any) -> Path:
                 content = json.dumps(json.loads(content) | changes).encode()
             target.writestr(entry, content)
     return copy
+
+
+def admitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any, args: tuple[Tensor, ...], **options: Any
+) -> None:
+    """The model gets as far as the compiler, which this test does not ask."""
+    from xpu_lora_compile.artifacts import package
+
+    class ReachedError(Exception):
+        pass
+
+    def compile_into(*_: Any) -> Path:
+        raise ReachedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(package, "compile_into", compile_into)
+        with pytest.raises(ReachedError):
+            xlc.export(model, tmp_path / "a.pt2", args, **options)
 
 
 def save_plain_adapter(

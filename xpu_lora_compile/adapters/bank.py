@@ -418,7 +418,7 @@ class AdapterBank:
         for part in parts - self._routings.keys():
             routing = BatchRouting(part=part)
             routing.entries = {part: self._model.get_submodule(part)}
-            routing.mine = self._routing.mine
+            routing.mine, routing.main = self._routing.mine, self._routing
             self._routings[part] = routing
             handles = Entry(part, routing).hook(self._model.get_submodule(part))
             self._undo += [handle.remove for handle in handles]

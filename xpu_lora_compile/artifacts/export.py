@@ -35,6 +35,7 @@ from xpu_lora_compile.artifacts.manifest import (
     capability_of,
     folder_of,
     name_of_dtype,
+    slots_of,
 )
 from xpu_lora_compile.errors import ArtifactError, BankInUseError
 from xpu_lora_compile.kernels import preferred_on
@@ -73,6 +74,9 @@ def export(
     row uses which slot. Runs the model twice with the example inputs, on a machine like the one that will serve. Runs
     it again with inputs cut to the size 1 where `dynamic_shapes` allows that size, and compares the trace with it.
 
+    Where a call of the model needs `lengths` or `parts`, call this inside of a `use` block that gives them for the
+    example inputs: the loader asks for such, too. The names of that block do not matter.
+
     Args:
         model: what `attach` was given, or a module that holds it: then the example inputs are of that module.
         path: the file to write; its name ends with `.pt2`. One that is there is replaced when all has succeeded.
@@ -80,7 +84,8 @@ def export(
             values become constants of the code. The first dimension of the first tensor is the batch, of at least two
             sequences.
         kwargs: the same, by name.
-        dynamic_shapes: as `torch.export.export` takes it. Where it makes the batch dynamic, `lora_slots` is, too.
+        dynamic_shapes: as `torch.export.export` takes it. Where it makes the batch dynamic, or the rows of a part,
+            so are their slots.
         options: further options of Inductor.
 
     Returns:
@@ -91,7 +96,7 @@ def export(
             returns something else than tensors of different names; it writes into its buffers, weights or inputs; its
             trace does not hold for all sizes that `dynamic_shapes` allows; the inputs are no tensors; nothing can be
             written at `path`; or there is no kernel that runs without Python.
-        BankInUseError: a `use` block is open.
+        BankInUseError: another thread or task has a `use` block open.
         UnprovedRowsError: a layer's rows come from the sequences in a way that cannot be told.
         BatchError: the inputs hold another number of sequences than the first of them.
     """
@@ -112,13 +117,15 @@ def _export(
     first = next(iter(layers.values()))
     kernel = _kernel_on(first.lora_a.device)
     inputs = _checked_inputs(model, args, kwargs)
-    own = _own_inputs(first.lora_a, inputs, kernel)
+    # The block is set aside below.
+    block = _example_block(first.lora_routing.main.block, layers, inputs)
+    own = _own_inputs(first.lora_a, block, kernel)
     specs = _specs(model, args, kwargs, dynamic_shapes)
     # Loads Inductor, and therefore waits until it is called.
     from xpu_lora_compile.artifacts.package import compile_into, load_package
 
-    with torch.no_grad():
-        layouts = _follow(model, layers, args, kwargs, inputs)
+    with torch.no_grad(), _set_aside(layers):
+        layouts = _follow(model, layers, block, args, kwargs, inputs)
         program, result, outputs = _traced(model, layers, layouts, (args, kwargs), own, inputs, specs)
         _check_size_one(program, model, args, kwargs, own, inputs)
         decisions = rewrite(program, without_python=True)
@@ -135,6 +142,7 @@ def _export(
             base=_base(model, layers),
             inputs=_inputs(program, own, inputs),
             ranks=RANKS in own,
+            rows={plain_name(part): rows.lengths is not None for part, rows in block.rows.items()},
             sizes=_sizes(program),
             aliases={},
             strides={},
@@ -168,12 +176,15 @@ def _layers_of(model: nn.Module) -> dict[str, LoraLayer]:
         raise ArtifactError(where, "layers with LoRA that have names", "a model that is itself the one layer", remedy)
     routings = {id(layer.lora_routing): layer.lora_routing for layer in layers.values()}
     (routing, *others) = routings.values()
-    if others or not isinstance(routing, BatchRouting):
-        got = "one whose parts have had names of their own" if others else "a copy of one, which no bank knows"
-        remedy = "Attach LoRA anew: bank.detach(), or xlc.detach(copy), and xlc.attach(model)."
-        raise ArtifactError(where, "a model with one bank, and one row of slots", got, remedy)
-    if routing.sequence_slots is not None:
-        raise BankInUseError("export", "a bank that is not in use", "a `use` block", "Leave the block first.")
+    if not isinstance(routing, BatchRouting):
+        remedy = "Attach LoRA to the copy: xlc.detach(copy), and xlc.attach(copy)."
+        raise ArtifactError(where, "a model that belongs to a bank", "a copy of one, which no bank knows", remedy)
+    if not routing.main.is_mine():
+        got = "a `use` block of another thread or task"
+        raise BankInUseError("export", "a bank that nobody else uses", got, "Wait for its end.")
+    if routing.main.block is None and (others or routing is not routing.main):
+        remedy = "Export inside of bank.use(names, parts=...), or of bank.use(names) where no part is to have its own."
+        raise ArtifactError(where, "one row of slots", "parts that have had names of their own", remedy)
     if model.training:
         raise ArtifactError(where, "a model in evaluation mode", "one in training mode", "Call model.eval() first.")
     trained = [name for name, layer in layers.items() if layer.lora_a.requires_grad or layer.lora_b.requires_grad]
@@ -252,21 +263,68 @@ def _checked_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             remedy = "Pass tensor.detach().to(device).contiguous(), and each tensor once."
             raise ArtifactError(f"export: input {name}", f"a contiguous tensor on {device}", problem, remedy)
         found[name] = tensor
-    first = next(iter(found.values()), None)
-    if first is None or not first.dim() or len(first) < 2:
-        got = "no tensor" if first is None else f"a first tensor of shape {list(first.shape)}"
-        remedy = "Pass inputs of two sequences or more: with one, nobody could tell whose rows are whose."
-        raise ArtifactError("export: inputs", "a batch of at least two sequences", got, remedy)
     return found
 
 
-def _own_inputs(stack: Tensor, inputs: Mapping[str, Tensor], kernel: Kernel) -> dict[str, Tensor]:
+def _example_block(given: Block | None, layers: Mapping[str, LoraLayer], inputs: Mapping[str, Tensor]) -> Block:
+    """A block for the example inputs in which every other sequence has an adapter, whatever has names of its own.
+
+    Args:
+        given: the block that is open here, if any.
+        layers: of them those parts count that have any.
+        inputs: of the model; the first holds the batch where no block says how large it is.
+    """
+    first = next(iter(inputs.values()), None)
+    remedy = "Pass inputs of two sequences or more: with one, nobody could tell whose rows are whose."
+    if first is None or not first.dim() or (given is None and len(first) < 2):
+        got = "no tensor" if first is None else f"a first tensor of shape {list(first.shape)}"
+        raise ArtifactError("export: inputs", "a batch of at least two sequences", got, remedy)
+    rows = {"": Rows((None,) * len(first))} if given is None else given.rows
+    parts = {"", *(layer.lora_routing.part for layer in layers.values())}
+    # The model first, as its slots are.
+    rows = {part: rows[part] for part in sorted(parts)}
+    if alone := [part for part, row in rows.items() if len(row.names) < 2]:
+        got = f"one for {alone[0]}" if alone[0] else "a `use` block of one"
+        raise ArtifactError("export: inputs", "names for at least two sequences", got, remedy)
+    block = Block(
+        {
+            part: Rows(tuple(None if at % 2 else "first" for at in range(len(row.names))), row.lengths)
+            for part, row in rows.items()
+        }
+    )
+    block.resolve(lambda _: 0)
+    return block
+
+
+@contextmanager
+def _set_aside(layers: Mapping[str, LoraLayer]) -> Iterator[None]:
+    """Have the model be outside of the `use` block that is open here, if any."""
+    before = [(routing, routing.sequence_slots, routing.block, routing.lengths) for routing in _routings(layers)]
+    for routing, *_ in before:
+        routing.point(None)
+    try:
+        yield
+    finally:
+        for routing, slots, block, lengths in before:
+            routing.point(slots, block, lengths)
+
+
+def _routings(layers: Mapping[str, LoraLayer]) -> list[BatchRouting]:
+    """The routings of the layers, and the model's first."""
+    found = [layer.lora_routing for layer in layers.values()]
+    return list({id(routing): routing for routing in (found[0].main, *found)}.values())
+
+
+def _own_inputs(stack: Tensor, block: Block, kernel: Kernel) -> dict[str, Tensor]:
     """What the program is given besides the model's inputs, for rows without an adapter."""
-    batch = len(next(iter(inputs.values())))
-    own = {SLOTS: torch.full((batch,), NO_ADAPTER, dtype=torch.int32, device=stack.device)}
+
+    def slots(part: str) -> Tensor:
+        return torch.full((len(block.slots_of_tokens(part)),), NO_ADAPTER, dtype=torch.int32, device=stack.device)
+
+    own = {SLOTS: slots("")}
     if kernel.reads_ranks:
         own[RANKS] = torch.zeros(len(stack), dtype=torch.int32, device=stack.device)
-    return own
+    return own | {slots_of(plain_name(part)): slots(part) for part in block.rows if part}
 
 
 def _specs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> list[Any]:
@@ -293,10 +351,19 @@ def _specs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], give
     return [*of(args, by_position), *of(kwargs, given)]
 
 
-def _of_batch(spec: Any) -> Any:
-    """What the spec of a tensor says of its first dimension, as the spec of `lora_slots`."""
-    first = spec.get(0) if isinstance(spec, Mapping) else spec[0] if isinstance(spec, list | tuple) and spec else None
-    return None if first is None else {0: first}
+def _own_specs(own: Mapping[str, Tensor], inputs: Mapping[str, Tensor], specs: list[Any]) -> list[Any]:
+    """The specs of what the program is given besides the model's inputs; torch finds out those of parts."""
+    spec, dimension = specs[0], _batch_dimension(own, inputs)
+    of = dict(enumerate(spec)) if isinstance(spec, list | tuple) else spec if isinstance(spec, Mapping) else {}
+    batch = None if of.get(dimension) is None else {0: of[dimension]}
+    rest = {0: torch.export.Dim.AUTO}
+    return [batch if name == SLOTS else None if name == RANKS else rest for name in own]
+
+
+def _batch_dimension(own: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> int:
+    """The dimension of the model's first input that holds the batch: 1 for a row of packed sequences."""
+    first = next(iter(inputs.values()))
+    return int(first.dim() > 1 and first.shape[0] != len(own[SLOTS]))
 
 
 # Following and tracing.
@@ -305,26 +372,26 @@ def _of_batch(spec: Any) -> Any:
 def _follow(
     model: nn.Module,
     layers: Mapping[str, LoraLayer],
+    block: Block,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     inputs: Mapping[str, Tensor],
 ) -> dict[tuple[str, int], Layout]:
-    """Call the model once, and return the layout of each layer's rows."""
-    routing = next(iter(layers.values())).lora_routing
-    first = next(iter(inputs.values()))
-    # Every other sequence has an adapter: the call is followed, and its result is of no interest.
-    block = Block({"": Rows(tuple(None if row % 2 else "first" for row in range(len(first))))})
-    block.resolve(lambda _: 0)
-    token = routing.mine.set(block)
+    """Call the model once in a block, and return the layout of each layer's rows. The result is of no interest."""
+    routings = _routings(layers)
+    token = routings[0].mine.set(block)
     try:
-        slots = torch.tensor(block.slots_of(""), device=first.device)
-        routing.point(slots, block)
+        for routing in routings:
+            slots = torch.tensor(block.slots_of_tokens(routing.part), device=next(iter(inputs.values())).device)
+            routing.point(slots, block, block.rows[routing.part].lengths)
         with _unchanged(model, inputs):
             model(*args, **kwargs)
-        shown, unreached = dict(routing._shown), routing.unreached(block)
+        shown = {key: layout for routing in routings for key, layout in routing._shown.items()}
+        unreached = {name for routing in routings for name in routing.unreached(block)}
     finally:
-        routing.point(None)
-        routing.mine.reset(token)
+        for routing in routings:
+            routing.point(None)
+        routings[0].mine.reset(token)
     if missed := [name for name, layer in layers.items() if layer.lora_name not in block.called or name in unreached]:
         raise ArtifactError(
             "export: model",
@@ -332,6 +399,10 @@ def _follow(
             f"a call that leaves out {few(missed)}",
             "Leave them out with exclude_modules of xlc.attach, or pass inputs for which they are called.",
         )
+    if merged := [name for (name, _), layout in shown.items() if layout is not None and layout.inner < 0]:
+        got = f"several tokens of a packed row in one row of {few(merged)}"
+        remedy = "Pass the sequences as a batch, without lengths, or leave the module out with exclude_modules."
+        raise ArtifactError("export: model", "a row for each token of a packed batch", got, remedy)
     return {key: layout for key, layout in shown.items() if layout is not None}
 
 
@@ -436,20 +507,25 @@ class _WithSlots(nn.Module):
     """The model as a function of tensors alone, what `_own_inputs` names first, that returns a list of tensors."""
 
     def __init__(
-        self, model: nn.Module, given: GivenRows, result: _Result, arguments: tuple[Any, ...], reads_ranks: bool
+        self,
+        model: nn.Module,
+        given: Mapping[str, GivenRows],
+        result: _Result,
+        arguments: tuple[Any, ...],
+        own: Sequence[str],
     ) -> None:
         super().__init__()
         self.model = model
-        self._given, self._result, self._reads_ranks = given, result, reads_ranks
+        self._given, self._result, self._own = given, result, own
         # Hidden from the tracer, which looks for tensors in attributes.
         self._arguments: Callable[[], tuple[Any, ...]] = lambda: arguments
 
-    def forward(self, lora_slots: Tensor, *tensors: Tensor) -> list[Tensor]:
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
         """Run the model."""
-        self._given.sequence_slots = lora_slots
-        if self._reads_ranks:
-            self._given.ranks, *tensors = tensors  # type: ignore[assignment]
-        args, kwargs = _with_tensors(self._arguments(), iter(tensors))
+        own = dict(zip(self._own, tensors, strict=False))
+        for part, given in self._given.items():
+            given.sequence_slots, given.ranks = own[slots_of(plain_name(part))], own.get(RANKS)
+        args, kwargs = _with_tensors(self._arguments(), iter(tensors[len(own) :]))
         return self._result.take_apart(self.model(*args, **kwargs))
 
 
@@ -463,16 +539,16 @@ def _traced(
     specs: list[Any],
 ) -> tuple[ExportedProgram, Any, list[str]]:
     """The program, what the model returned in terms of its outputs, and the names of these."""
-    given, result = GivenRows(layouts), _Result()
     routings = {name: layer.lora_routing for name, layer in layers.items()}
+    given, result = {routing.part: GivenRows(layouts) for routing in routings.values()}, _Result()
     tensors = *own.values(), *inputs.values()
-    fixed = [None] * (len(own) - 1)
-    shapes = (_of_batch(specs[0]), (*fixed, *specs)) if any(spec is not None for spec in specs) else None
-    wrapper: nn.Module = _WithSlots(model, given, result, arguments, RANKS in own)
+    is_dynamic = any(spec is not None for spec in specs)
+    shapes = ((*_own_specs(own, inputs, specs), *specs),) if is_dynamic else None
+    wrapper: nn.Module = _WithSlots(model, given, result, arguments, list(own))
     wrapper.eval()
     try:
-        for layer in layers.values():
-            layer.lora_routing = cast("BatchRouting", given)
+        for name, layer in layers.items():
+            layer.lora_routing = cast("BatchRouting", given[routings[name].part])
         program = torch.export.export(wrapper, tensors, dynamic_shapes=shapes, strict=False)
     finally:
         for name, layer in layers.items():
@@ -499,7 +575,7 @@ def _check_size_one(
     run = program.module() if small else None
     for sizes in [*([size] for size in small), *([small] if len(small) > 1 else [])]:
         tensors = [_cut(tensor, given[name], sizes) for name, tensor in inputs.items()]
-        slots, *more = (_cut(tensor, given[name], sizes) for name, tensor in own.items())
+        mine = [_cut(tensor, given[name], sizes) for name, tensor in own.items()]
         where = ", ".join(f"{size} = 1, size {_place(size, given)}" for size in sizes)
         remedy = "Say in dynamic_shapes that the size is at least 2: torch.export.Dim(name, min=2)."
         wanted = "a trace that computes what the model does at every size that dynamic_shapes allows"
@@ -510,7 +586,7 @@ def _check_size_one(
                 expected = _Result().take_apart(model(*cut_args, **cut_kwargs))
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(0)
-                got = cast("Callable[..., list[Tensor]]", run)(slots, *more, *tensors)
+                got = cast("Callable[..., list[Tensor]]", run)(*mine, *tensors)
         except Exception as error:
             said = f"{type(error).__name__} with the example inputs cut to {where}: {str(error).strip()[:200]}"
             raise ArtifactError("export: dynamic_shapes", wanted, said, remedy) from error
@@ -530,7 +606,11 @@ def _cut(tensor: Tensor, shape: Sequence[int | str], sizes: Collection[str]) -> 
 def _place(size: str, shapes: Mapping[str, Sequence[int | str]]) -> str:
     """Where a size is found first: the dimension and the input."""
     return next(
-        (f"{shape.index(size)} of {name}" for name, shape in shapes.items() if name != SLOTS and size in shape),
+        (
+            f"{shape.index(size)} of {name}"
+            for name, shape in shapes.items()
+            if not name.startswith(SLOTS) and size in shape
+        ),
         "of none",
     )
 
@@ -621,10 +701,11 @@ def _inputs(program: ExportedProgram, own: Mapping[str, Tensor], inputs: Mapping
             remedy = "Give the dimension a name of its own in dynamic_shapes, and check the relation yourself."
             raise ArtifactError(f"export: input {name}", "sizes that are free or fixed", f"{derived[0]}", remedy)
         found.append(Input(name, name_of_dtype(value.dtype), shape))
-    slots, sequences = (entry.shape[0] for entry in (found[0], found[len(own)]))
+    dimension = _batch_dimension(own, inputs)
+    slots, sequences = found[0].shape[0], found[len(own)].shape[dimension]
     if slots != sequences:
         got = f"{slots} slots for {sequences} sequences"
-        remedy = "Make the first dimension of the first tensor dynamic, or none."
+        remedy = f"Make dimension {dimension} of the first tensor dynamic, or none; it has to hold the batch."
         raise ArtifactError("export: dynamic_shapes", "a slot for each sequence of the batch", got, remedy)
     return found
 

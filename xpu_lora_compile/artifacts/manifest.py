@@ -111,8 +111,10 @@ class Manifest:
         max_rank: R.
         modules: those that carry LoRA, by name without wrappers.
         base: the rest of the model.
-        inputs: in order; the first is `lora_slots`, int32, the slot of each sequence.
+        inputs: in order; the first is `lora_slots`, int32, the slot of each sequence, or token of a packed batch.
         ranks: whether the second is `lora_ranks`, int32 `[K]`, the highest rank of each slot's adapter.
+        rows: whether sequences are packed: under "" in the model's inputs; then under the name of each part that has
+            rows of its own, whose slots are further inputs, `lora_slots.<part>`.
         sizes: least and greatest value of each size that is no number; null for no limit.
         aliases: constants that are the same memory as another one, whose name follows.
         strides: of those constants in `weights.safetensors` that do not lie in memory as they do in the file.
@@ -135,6 +137,7 @@ class Manifest:
     base: Base
     inputs: Sequence[Input]
     ranks: bool
+    rows: Mapping[str, bool]
     sizes: Mapping[str, tuple[int, int | None]]
     aliases: Mapping[str, str]
     strides: Mapping[str, Sequence[int]]
@@ -151,9 +154,14 @@ class Manifest:
     format: int = FORMAT
 
     @property
+    def own(self) -> Sequence[Input]:
+        """The inputs that a loader adds."""
+        return self.inputs[: len(self.rows) + self.ranks]
+
+    @property
     def asked(self) -> Sequence[Input]:
         """The inputs that a caller passes."""
-        return self.inputs[2 if self.ranks else 1 :]
+        return self.inputs[len(self.own) :]
 
     def add_to(self, path: Path, weights: Mapping[str, Tensor], library: Path | None) -> None:
         """Add the record, the base weights, and the library that the record names to an archive of torch's."""
@@ -285,6 +293,11 @@ def instructions() -> list[str]:
 def _is_instruction(flag: str) -> bool:
     starts = ("avx", "sse", "ssse", "amx", "fma", "f16c", "bmi", "asimd", "sve", "fp", "neon")
     return flag.startswith(starts) and flag != "fpu"
+
+
+def slots_of(part: str) -> str:
+    """Return the name of the input with the slots of a part's rows; of the model's own for ""."""
+    return f"{SLOTS}.{part}" if part else SLOTS
 
 
 def name_of_dtype(dtype: torch.dtype) -> str:

@@ -13,7 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xpu_lora_compile.artifacts.manifest import DTYPES, Base, Input, Manifest, Stack, read_record, read_weights
+from xpu_lora_compile.adapters.names import plain_name
+from xpu_lora_compile.artifacts.manifest import (
+    DTYPES,
+    RANKS,
+    Base,
+    Input,
+    Manifest,
+    Stack,
+    read_record,
+    read_weights,
+    slots_of,
+)
 from xpu_lora_compile.errors import ArtifactError, BatchError, DtypeError, ShapeError, counted
 from xpu_lora_compile.kernels import native
 from xpu_lora_compile.layers.attach import attach
@@ -101,12 +112,21 @@ class Served:
         """
         self._bank.drop(name)
 
-    def __call__(self, *tensors: Tensor, adapters: Sequence[str | None], **named: Tensor) -> Any:
+    def __call__(
+        self,
+        *tensors: Tensor,
+        adapters: Sequence[str | None],
+        lengths: Sequence[int] | None = None,
+        parts: Mapping[str, Any] | None = None,
+        **named: Tensor,
+    ) -> Any:
         """Run the code.
 
         Args:
             tensors: the inputs that `export` was given, in the same order, without what was no tensor.
             adapters: for each sequence of the batch the name of its adapter, or None for the base model.
+            lengths: as of `AdapterBank.use`, where the model was exported in a block with some.
+            parts: likewise.
             named: inputs by the names that `manifest.inputs` has.
 
         Returns:
@@ -114,21 +134,24 @@ class Served:
 
         Raises:
             UnknownAdapterError: there is no adapter of a name.
-            BatchError: `adapters` are more or fewer than the sequences.
+            BatchError: `adapters` are more or fewer than the sequences; or lengths or parts are not those that the file
+                asks for.
             ShapeError: an input has another shape than the code is for; DtypeError: another dtype.
         """
         inputs = self._checked(tensors, named)
         sizes = _check_shapes(self.manifest, inputs)
-        with self._lock, self._bank.use(adapters):
-            routing = next(iter(self._layers.values())).lora_routing
-            slots, ranks = routing.sequence_slots, [routing.ranks] if self.manifest.ranks else []
-            assert slots is not None  # noqa: S101 - for the type checker
-            batch = self.manifest.inputs[0].shape[0]
-            if len(slots) != (size := batch if isinstance(batch, int) else sizes[batch]):
-                got = f"{counted(len(slots), 'name')} for a batch of {size}"
-                remedy = "Name an adapter, or None, for every sequence of the batch."
-                raise BatchError("served: adapters", "one name for each sequence", got, remedy)
-            outputs = self._code(slots.to(torch.int32), *ranks, *(tensor.contiguous() for tensor in inputs))
+        with self._lock, self._bank.use(adapters, lengths=lengths, parts=parts):
+            found = [layer.lora_routing for layer in self._layers.values()]
+            routings = {plain_name(routing.part): routing for routing in (found[0].main, *found)}
+            _check_rows(self.manifest, {part: routing.lengths is not None for part, routing in routings.items()})
+            own = {RANKS: found[0].ranks}
+            for part, routing in routings.items():
+                own[slots_of(part)] = slots = routing.sequence_slots
+                assert slots is not None  # noqa: S101 - for the type checker
+                _check_count(self.manifest, part, len(slots), sizes)
+                own[slots_of(part)] = slots.to(torch.int32)
+            mine = [own[given.name] for given in self.manifest.own]
+            outputs = self._code(*mine, *(tensor.contiguous() for tensor in inputs))
         return _shaped(self.manifest.result, outputs)
 
     def _checked(self, tensors: tuple[Tensor, ...], named: dict[str, Tensor]) -> list[Tensor]:
@@ -139,6 +162,33 @@ class Served:
             remedy = "Pass each of them once; other arguments of the model are constants of the code."
             raise ShapeError("served", f"the inputs {', '.join(wanted)}", got, remedy)
         return [inputs[name] for name in wanted]
+
+
+def _check_rows(manifest: Manifest, given: Mapping[str, bool]) -> None:
+    """Stop where other parts have names than in the block of the export, or sequences are packed elsewhere."""
+    if given != manifest.rows:
+        remedy = "Pass those, as to bank.use; or export in a `use` block with others."
+        raise BatchError("served", _said_of(manifest.rows), _said_of(given), remedy)
+
+
+def _said_of(rows: Mapping[str, bool]) -> str:
+    names = {part: f"parts[{part!r}]" if part else "adapters" for part in sorted(rows)}
+    return ", ".join(f"{name} with lengths" if rows[part] else name for part, name in names.items())
+
+
+def _check_count(manifest: Manifest, part: str, count: int, sizes: dict[str, int]) -> None:
+    """Stop where a part has more or fewer slots than rows."""
+    (size,) = next(given.shape for given in manifest.own if given.name == slots_of(part))
+    if isinstance(size, str):
+        low, high = manifest.sizes[size]
+        # No input of the model need be as long as the rows of a part.
+        size = sizes.get(size, min(max(count, low), count if high is None else high))
+    if count != size:
+        what = "token" if manifest.rows[part] else "name"
+        got = f"{counted(count, what)} for a batch of {size}"
+        where = f"parts[{part!r}]" if part else "adapters"
+        remedy = "Name an adapter, or None, for every sequence of the batch. Lengths have to add up to its size."
+        raise BatchError(f"served: {where}", "one name for each sequence", got, remedy)
 
 
 def _check_shapes(manifest: Manifest, inputs: list[Tensor]) -> dict[str, int]:

@@ -666,6 +666,15 @@ class Config {
 
 // ---- The artifact.
 
+// An adapter, or none, for each sequence.
+using Names = std::vector<std::optional<std::string>>;
+
+// Of a part of the model; and how many rows each sequence has there, where they are packed in one row.
+struct Part {
+    Names adapters;
+    std::vector<int64_t> lengths;
+};
+
 class Served {
    public:
     // Calls run at the same time as far as there are runners; each has memory of its own for what it computes.
@@ -708,21 +717,28 @@ class Served {
         slots[slot].reset();
     }
 
-    // The outputs, for inputs in the order of `manifest`, with the adapter of each sequence.
-    std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs, const std::vector<std::optional<std::string>>& adapters) {
-        check_inputs(inputs, adapters.size());
-        at::Tensor rows = at::empty({int64_t(adapters.size())}, at::kInt);
+    // The outputs, for inputs in the order of `asked`, with the adapter of each sequence. Lengths and parts are those that
+    // `use` has in Python, for a model that was exported in a block with some; parts by their whole names.
+    std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs, const Names& adapters,
+                                const std::vector<int64_t>& lengths = {}, std::map<std::string, Part> parts = {}) {
+        auto sizes = checked_sizes(inputs);
+        parts[""] = {adapters, lengths};
+        std::vector<Names> rows = checked_rows(std::move(parts), sizes);
         std::shared_lock<std::shared_mutex> lock;
         {
             // Calls that come while a load or a drop waits let it go first.
             std::lock_guard entering(entrance);
             lock = std::shared_lock(mutex);
         }
-        for (size_t row = 0; row < adapters.size(); row++)
-            rows.data_ptr<int32_t>()[row] = adapters[row] ? int32_t(slot_of(*adapters[row])) : -1;
-        // A GPU has read them by the time that this returns, and does not wait for what it was given before.
-        std::vector<at::Tensor> given{device.is_cpu() ? rows : rows.to(device, at::kInt, /*non_blocking=*/true)};
-        if (ranks.defined()) given.push_back(ranks);
+        std::vector<at::Tensor> given;
+        for (const Names& names : rows) {
+            at::Tensor found = at::empty({int64_t(names.size())}, at::kInt);
+            for (size_t row = 0; row < names.size(); row++)
+                found.data_ptr<int32_t>()[row] = names[row] ? int32_t(slot_of(*names[row])) : -1;
+            // A GPU has read them by the time that this returns, and does not wait for what it was given before.
+            given.push_back(device.is_cpu() ? found : found.to(device, at::kInt, /*non_blocking=*/true));
+            if (given.size() == 1 && ranks.defined()) given.push_back(ranks);
+        }
         for (const at::Tensor& input : inputs) given.push_back(input.contiguous());
         return loader->run(given);
     }
@@ -730,6 +746,12 @@ class Served {
     // Wait until the GPU has done all that it was given, on any stream; on a CPU nothing is left to wait for.
     void wait() const {
         if (!device.is_cpu()) c10::impl::VirtualGuardImpl(device.type()).synchronizeDevice(device.index());
+    }
+
+    // What the manifest says of the inputs that `run` takes: its first ones are those that `run` adds.
+    std::vector<Json> asked() const {
+        const auto& listed = manifest.at("inputs").items;
+        return {listed.begin() + std::ptrdiff_t(manifest.at("rows").items.size() + ranks.defined()), listed.end()};
     }
 
     Json manifest;
@@ -886,15 +908,13 @@ class Served {
         refuse("adapter " + name, "one that is loaded", "another");
     }
 
-    // The code itself checks nothing. The first of the manifest's inputs are those that the caller does not pass.
-    void check_inputs(const std::vector<at::Tensor>& given, size_t names) const {
-        const auto& wanted = manifest.at("inputs").items;
-        size_t own = ranks.defined() ? 2 : 1;
-        if (given.size() != wanted.size() - own)
-            refuse("inputs", std::to_string(wanted.size() - own), std::to_string(given.size()));
+    // The values of the sizes that are no numbers; the code itself checks nothing.
+    std::map<std::string, int64_t> checked_sizes(const std::vector<at::Tensor>& given) const {
+        const std::vector<Json> wanted = asked();
+        if (given.size() != wanted.size()) refuse("inputs", std::to_string(wanted.size()), std::to_string(given.size()));
         std::map<std::string, int64_t> sizes;
         for (size_t i = 0; i < given.size(); i++) {
-            const Json& input = wanted[own + i];
+            const Json& input = wanted[i];
             const auto& shape = input.at("shape").items;
             if (given[i].device() != device)
                 refuse(input.at("name").text, "a tensor on " + device.str(), "one on " + given[i].device().str(),
@@ -906,19 +926,49 @@ class Served {
                     fits = size == shape[d].integer();
                     continue;
                 }
-                const auto& limits = manifest.at("sizes").at(shape[d].text).items;
-                fits = size >= limits[0].integer() && (limits[1].kind == Json::NOTHING || size <= limits[1].integer()) &&
-                       sizes.emplace(shape[d].text, size).first->second == size;
+                fits = is_allowed(shape[d].text, size) && sizes.emplace(shape[d].text, size).first->second == size;
             }
             std::ostringstream got;
             if (!fits) got << given[i].dtype() << " of shape " << given[i].sizes();
             if (!fits) refuse(input.at("name").text, "the dtype and shape that the manifest says", got.str());
         }
-        const Json& batch = wanted[0].at("shape").items[0];
-        int64_t sequences = batch.kind == Json::INTEGER ? batch.integer() : sizes.at(batch.text);
-        if (int64_t(names) != sequences)
-            refuse("adapters", "one name for each sequence", std::to_string(names) + " for a batch of " + std::to_string(sequences),
-                   "Name an adapter, or none, for every sequence of the batch.");
+        return sizes;
+    }
+
+    bool is_allowed(const std::string& name, int64_t size) const {
+        const auto& limits = manifest.at("sizes").at(name).items;
+        return size >= limits[0].integer() && (limits[1].kind == Json::NOTHING || size <= limits[1].integer());
+    }
+
+    // The adapter of each row: of the model, and of each part whose slots are an input, in that order.
+    std::vector<Names> checked_rows(std::map<std::string, Part> given, const std::map<std::string, int64_t>& sizes) const {
+        const Json& wanted = manifest.at("rows");
+        std::vector<Names> found;
+        for (size_t i = 0; i < wanted.names.size(); i++) {
+            const std::string &part = wanted.names[i], name = part.empty() ? "adapters" : "parts[\"" + part + "\"]";
+            auto named = given.find(part);
+            if (named == given.end()) refuse(name, "names for its rows", "none", "Pass them in `parts`.");
+            const auto& [names, lengths] = named->second;
+            bool is_packed = wanted.items[i].is_true();
+            bool are_positive = std::all_of(lengths.begin(), lengths.end(), [](int64_t length) { return length > 0; });
+            if (lengths.size() != (is_packed ? names.size() : 0) || !are_positive)
+                refuse(name, is_packed ? "a length of at least 1 for each name" : "names without lengths",
+                       std::to_string(lengths.size()) + " lengths for " + std::to_string(names.size()) + " names",
+                       "Pass lengths where the model was exported with some, and only there.");
+            found.push_back(is_packed ? Names() : names);
+            for (size_t at = 0; at < lengths.size(); at++) found.back().insert(found.back().end(), size_t(lengths[at]), names[at]);
+            // The second input is the ranks, if any is.
+            const Json& batch = manifest.at("inputs").items[i + (i && ranks.defined())].at("shape").items[0];
+            int64_t count = int64_t(found.back().size()), size = batch.kind == Json::INTEGER ? batch.integer() : count;
+            if (auto known = sizes.find(batch.text); known != sizes.end()) size = known->second;
+            if (count != size || (batch.kind == Json::TEXT && !is_allowed(batch.text, count)))
+                refuse(name, "one name for each sequence", std::to_string(count) + " for a batch of " + std::to_string(size),
+                       "Name an adapter, or none, for every sequence of the batch. Lengths have to add up to its size.");
+            given.erase(named);
+        }
+        if (!given.empty())
+            refuse("parts", "parts that the model was exported with", given.begin()->first, "Leave it out, or export with it.");
+        return found;
     }
 
     // What a key means: A or B of a module, or, without a part, another weight of the model.

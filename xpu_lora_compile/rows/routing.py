@@ -68,6 +68,7 @@ class BatchRouting:
         lengths: of the sequences of a packed batch, in tokens; else None.
         main_input: the model's main input, where the model says so.
         mine: the innermost block of this thread or asyncio task; others start without one.
+        main: the model's, where this is that of a part.
     """
 
     def __init__(self, main_input: str | None = None, part: str = "") -> None:
@@ -80,6 +81,7 @@ class BatchRouting:
         self.lengths: tuple[int, ...] | None = None
         self.main_input = main_input
         self.part = part
+        self.main = self
         # Modules that can be named as parts: none of them reads the text.
         self.parts: list[str] = []
         self.mine: ContextVar[Any] = ContextVar("mine", default=None)
