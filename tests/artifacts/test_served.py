@@ -632,6 +632,26 @@ def test_a_file_that_is_no_artifact_is_refused(tmp_path: Path, tagger: Path) -> 
             xlc.load_artifact(path)
 
 
+def test_a_file_may_be_loaded_by_several_at_once_and_go_away(tagger: Path, program: Path, tmp_path: Path) -> None:
+    artifact, plan, tensors = (tmp_path / name for name in ("a.pt2", "plan.json", "tensors.safetensors"))
+    artifact.write_bytes(tagger.read_bytes())
+    folder = save_plain_adapter(tmp_path / "a", {"summary": ((4, 20), (5, 4))})
+    inputs, rows = tagger_inputs(3), ["a", None, "a"]
+    plan.write_text(json.dumps([{"load": ["a", str(folder)]}, {"rows": rows}]))
+    save_file({f"0.inputs.{name}": tensor.cpu() for name, tensor in inputs.items()}, tensors)
+    command = [str(part) for part in (program, artifact, plan, tensors)]
+    programs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]  # noqa: S603
+    served = xlc.load_artifact(artifact)
+    for process in programs:
+        said, _ = process.communicate()
+        assert (process.returncode, "1 batches, 0 of 3 rows wrong" in said) == (0, True), said
+    before = served(*inputs.values(), adapters=[None] * 3)[1]["summary"]
+    artifact.unlink()
+    served.load("a", folder)
+    after = served(*inputs.values(), adapters=rows)[1]["summary"]
+    assert [torch.equal(*pair) for pair in zip(before, after, strict=True)] == [False, True, False]
+
+
 def test_slots_without_an_adapter_take_no_room_in_the_file(tagger: Path) -> None:
     said = manifest.Manifest.read(tagger)
     stacks = {stack.constant for module in said.modules.values() for stack in (module.a, module.b)}

@@ -45,7 +45,7 @@ from xpu_lora_compile.layers.host import LoraLayer
 from xpu_lora_compile.layers.targets import carriers_in
 from xpu_lora_compile.passes import Decision, rewrite
 from xpu_lora_compile.rows.given import GivenRows
-from xpu_lora_compile.rows.inputs import named_inputs
+from xpu_lora_compile.rows.inputs import leaves, named_inputs
 from xpu_lora_compile.rows.layout import Layout
 from xpu_lora_compile.rows.routing import BatchRouting
 from xpu_lora_compile.torch_internals import (
@@ -210,21 +210,16 @@ def _kernel_on(device: torch.device) -> Kernel:
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     """The tensors in lists, tuples and dicts, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif not (value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device)):
-        raise ArtifactError(
-            "export: inputs",
-            "tensors, numbers, and lists, tuples and dicts of such",
-            f"a {type(value).__name__}",
-            "Export a module of your own that takes its tensors one by one, and calls the model.",
-        )
+    for leaf in leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif not (leaf is None or isinstance(leaf, bool | int | float | str | torch.dtype | torch.device)):
+            raise ArtifactError(
+                "export: inputs",
+                "tensors, numbers, and lists, tuples and dicts of such",
+                f"a {type(leaf).__name__}",
+                "Export a module of your own that takes its tensors one by one, and calls the model.",
+            )
 
 
 def _with_tensors(value: Any, tensors: Iterator[Any]) -> Any:

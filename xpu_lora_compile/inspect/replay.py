@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +20,7 @@ from xpu_lora_compile.ops import (
 )
 from xpu_lora_compile.ops.budget import Budget, budget_of
 from xpu_lora_compile.passes.calls import EXPANDS, LoraNode
+from xpu_lora_compile.rows.inputs import leaves
 
 # How far, relative to its norm, an operand may be from that of the eager run when everything before it has been given
 # the eager run's values: only differences between two runs of the same ops remain.
@@ -305,11 +306,4 @@ def is_close(one: Tensor, other: Tensor) -> bool:
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors in nested lists, tuples and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
+    return (leaf for leaf in leaves(value) if isinstance(leaf, Tensor))

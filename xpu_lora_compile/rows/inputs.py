@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from enum import Enum
 from typing import Any
 
@@ -37,6 +37,17 @@ def named_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     for name, value in kwargs.items():
         found += _flat(name, value, 0)
     return found
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What lists, tuples and mappings hold, in order; they may hold each other."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from leaves(item)
+    else:
+        yield value
 
 
 def batch_error(got: str, *, part: str, packed: bool) -> BatchError:
