@@ -82,6 +82,7 @@ BATCHES: list[tuple[list[str | None], list[int], list[str | None]]] = [
     (["a", None, "c"], [5, 2, 7], ["b", "c"]),
     (["c", "a"], [1, 40], [None, "b", "b", "c", None]),
     (["b", "c", None, "a"], [9, 1, 1, 3], ["c"] * 9),
+    (["c"], [1], ["b"]),
 ]
 
 
@@ -106,7 +107,7 @@ def test_packed_sequences_and_images_have_the_adapters_that_are_named(
         plan.append({"rows": names, "lengths": lengths, "parts": {"vision": images}})
         tensors |= {f"{number}.{key}": value.contiguous() for key, value in (inputs | answer).items()}
     status, said = serve_pt2.run_program(program, album, plan, tensors)
-    assert (status, "3 batches, 0 of 9 rows wrong" in said) == (0, True), said
+    assert (status, "4 batches, 0 of 10 rows wrong" in said) == (0, True), said
 
 
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {

@@ -348,11 +348,27 @@ def _specs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], give
 
 def _own_specs(own: Mapping[str, Tensor], inputs: Mapping[str, Tensor], specs: list[Any]) -> list[Any]:
     """The specs of what the program is given besides the model's inputs; torch finds out those of parts."""
-    spec, dimension = specs[0], _batch_dimension(own, inputs)
-    of = dict(enumerate(spec)) if isinstance(spec, list | tuple) else spec if isinstance(spec, Mapping) else {}
-    batch = None if of.get(dimension) is None else {0: of[dimension]}
-    rest = {0: torch.export.Dim.AUTO}
-    return [batch if name == SLOTS else None if name == RANKS else rest for name in own]
+    of_batch = _of_dimension(specs[0], _batch_dimension(own, inputs))
+
+    def of(name: str, size: int) -> Any:
+        if name in (SLOTS, RANKS):
+            return of_batch if name == SLOTS else None
+        # Where one size alone can be that of the part's rows, they are as many; torch would not let it be 1.
+        same = [
+            _of_dimension(spec, dimension)
+            for tensor, spec in zip(inputs.values(), specs, strict=True)
+            for dimension, length in enumerate(tensor.shape)
+            if length == size and _of_dimension(spec, dimension) is not None
+        ]
+        return same[0] if same and all(spec == same[0] for spec in same) else {0: torch.export.Dim.AUTO}
+
+    return [of(name, len(tensor)) for name, tensor in own.items()]
+
+
+def _of_dimension(spec: Any, dimension: int) -> dict[int, Any] | None:
+    """What the spec of a tensor says of one of its dimensions, as the spec of a tensor that has no other."""
+    said = dict(enumerate(spec)) if isinstance(spec, list | tuple) else spec if isinstance(spec, Mapping) else {}
+    return None if said.get(dimension) is None else {0: said[dimension]}
 
 
 def _batch_dimension(own: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> int:
