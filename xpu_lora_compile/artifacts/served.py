@@ -127,7 +127,7 @@ class Served:
             adapters: for each sequence of the batch the name of its adapter, or None for the base model.
             lengths: as of `AdapterBank.use`, where the model was exported in a block with some.
             parts: likewise.
-            named: inputs by the names that `manifest.inputs` has.
+            named: inputs by the names that `manifest.inputs` has. One that is named like an argument goes by position.
 
         Returns:
             What the model returned: a tensor, or lists and dicts of tensors.
