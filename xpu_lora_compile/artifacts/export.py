@@ -724,7 +724,10 @@ def _inputs(program: ExportedProgram, own: Mapping[str, Tensor], inputs: Mapping
 def _sizes(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
     limits = {str(symbol): limit for symbol, limit in program.range_constraints.items()}
     # Beyond any size there is: torch's own infinity.
-    return {name: (max(1, int(of.lower)), int(of.upper) if of.upper < 2**62 else None) for name, of in limits.items()}
+    return {
+        name: (int(of.lower) if of.lower > 1 else 1, int(of.upper) if of.upper < 2**62 else None)
+        for name, of in limits.items()
+    }
 
 
 def _check_constants(read: Collection[str], stacks: list[str], weights: Collection[str]) -> None:
