@@ -85,9 +85,18 @@ def test_it_costs_a_few_frames(bank: xlc.AdapterBank) -> None:
     x, run = torch.randn(len(NAMES), 2, D), torch.compile(bank._model, backend="xpu_lora", fullgraph=True)
     with torch.no_grad(), bank.use(NAMES):
         run(x)
-        # Twice it is asked who calls: by the hook, and by a guard.
-        looks = ["before", "out_of_sight", "enter", "is_mine", "_looks_of", "parameters", "parameters"]
-        looks += ["is_mine", "after", "out_of_sight", "leave"]
+        # Guards ask who calls, and for the routing of all layers.
+        looks = [
+            "before",
+            "out_of_sight",
+            "enter",
+            "_looks_of",
+            "is_mine",
+            "all_have_it",
+            "after",
+            "out_of_sight",
+            "leave",
+        ]
         assert frames_of(lambda: run(x)) == looks
     with torch.no_grad(), bank.use(NAMES[::-1]):
         assert frames_of(lambda: run(x)) == looks

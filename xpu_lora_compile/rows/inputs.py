@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Hashable, Iterator, Mapping
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
@@ -146,11 +147,14 @@ def shape_of_mask(mask: Tensor) -> Hashable:
     return tuple(order.tolist()), tuple(lengths[order].diff().bool().tolist()), tuple(map(tuple, ends.tolist()))
 
 
-_known: dict[type, tuple[str, ...]] = {}
+@cache
+def may_hold_more(kind: type) -> bool:
+    """Whether an input of this class may hold tensors that are inputs, too, or compute something."""
+    is_called = any("__call__" in vars(base) for base in kind.__mro__)
+    return is_called or issubclass(kind, list | tuple | dict) or dataclasses.is_dataclass(kind)
 
 
+@cache
 def parameters(kind: type) -> tuple[str, ...]:
     """The names of what a module's forward takes."""
-    if kind not in _known:
-        _known[kind] = tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
-    return _known[kind]
+    return tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]

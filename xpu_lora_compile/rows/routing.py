@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Hashable, Sequence
 from contextvars import ContextVar
-from dataclasses import is_dataclass
 from threading import get_ident
 from typing import Any
 
@@ -25,6 +24,7 @@ from xpu_lora_compile.rows.bytecode import only_looks
 from xpu_lora_compile.rows.inputs import (
     batch_error,
     is_media,
+    may_hold_more,
     may_hold_the_batch,
     named_inputs,
     parameters,
@@ -46,8 +46,6 @@ from xpu_lora_compile.torch_internals import (
 GLANCED_AT = -2
 # So many kinds of calls are remembered.
 MOST_PROOFS = 1024
-# Inputs that may hold tensors.
-_HOLDERS = list, tuple, dict
 # Of such a class are the flags of a module.
 _FLAGS = {bool, int, str}
 # What a layer's rows are while every sequence has the same adapter: any layout gives the same.
@@ -89,7 +87,8 @@ class BatchRouting:
         self._depth = 0
         self._watch: Watch | None = None
         self._entered: tuple[Hashable, Hashable, nn.Module] | None = None
-        self._inputs: list[tuple[str, Any]] = []
+        # Its arguments.
+        self._given: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
         # Whether what earlier calls have shown is still to be looked up for the current one, if a layer asks.
         self._late = False
         # Whether a compiled call has ever asked for what earlier calls have shown: for a layer that is left to Python,
@@ -223,7 +222,7 @@ class BatchRouting:
         if prefix and self.is_inside_another(module):
             # Of a call whose beginning was compiled.
             return
-        if not self.is_mine():
+        if self.block is not self.mine.get():
             self.check_caller()
         if not self.named and self.sequence_slots.device.type == "cpu":
             return
@@ -236,7 +235,7 @@ class BatchRouting:
         if looks is not None and looks == self._looked_at:
             self.running, self._entered = self._seen
             if self._entered is not None:
-                self._late, self._inputs = True, [*zip(parameters(type(module)), args, strict=False), *kwargs.items()]
+                self._late, self._given = True, (args, kwargs)
                 if not self._asked:
                     self.running = GLANCED_AT
             return
@@ -258,7 +257,7 @@ class BatchRouting:
             return
         kind = self._kind(module, prefix, inputs, batched)
         sizes = tuple(tuple(value.shape) for _, value in inputs if isinstance(value, Tensor))
-        self._entered, self._inputs = (kind, sizes, module), inputs
+        self._entered, self._given = (kind, sizes, module), (args, kwargs)
         is_known = self._look_up()
         self._compiled = compiled
         if is_known or compiled:
@@ -301,11 +300,11 @@ class BatchRouting:
                     looks.append((name, value.shape, value.dtype))
                 elif value is None or value.__class__ in _FLAGS:
                     looks.append((name, value))
-                elif isinstance(value, _HOLDERS) or is_dataclass(value) or callable(value):
+                elif may_hold_more(value.__class__):
                     return None
                 else:
                     looks.append((name, described_as(value) if self._asked else value.__class__))
-        return tuple(looks) if len(args) <= len(parameters(type(module))) else None
+        return tuple(looks) if not args or len(args) <= len(parameters(type(module))) else None
 
     def leave(self, result: Any, _: bool) -> None:
         """The call has ended; with None where it failed."""
@@ -313,8 +312,8 @@ class BatchRouting:
             self._depth -= 1
         if self._depth or self._entered is None:
             return
-        watch, (kind, sizes, module), inputs = self._watch, self._entered, self._inputs
-        self._entered, self._inputs = None, []
+        watch, (kind, sizes, module), (args, kwargs) = self._watch, self._entered, self._given
+        self._entered, self._given = None, ((), {})
         if self._late:
             self._late = False
             return
@@ -332,7 +331,7 @@ class BatchRouting:
                         # Else it says already what its masks look like.
                         self._kinds_that_look.add(kind)
                         self._looked_at = None
-                        kind = kind, _masks_of(inputs)
+                        kind = kind, _masks_of(named_inputs(module, args, kwargs))
                     if kind is not None and not watch.looked_at_values:
                         is_open = any(layout[1:] != (1, 1) for layout in self._proof.values())
                         if len(self._proofs) >= MOST_PROOFS:
@@ -369,7 +368,7 @@ class BatchRouting:
         self._stop_watching()
         if watch is not None:
             watch.forget()
-        self._depth, self._entered, self._late, self._proof, self._inputs = 0, None, False, {}, []
+        self._depth, self._entered, self._late, self._proof, self._given = 0, None, False, {}, ((), {})
 
     def _stop_watching(self) -> None:
         watch, self._watch = self._watch, None
@@ -500,10 +499,11 @@ class BatchRouting:
 
     def entered_inputs(self, module: nn.Module | None) -> dict[int, tuple[int | None, str]]:
         """The inputs of a module that was entered eagerly, by identity: along which dimension they hold the batch."""
-        if self._entered is None or self._entered[2] is not module:
+        if module is None or self._entered is None or self._entered[2] is not module:
             return {}
-        batched = self._batched(module, self._inputs) if self._inputs and module is not None else {}
-        return {id(value): (batched.get(name), name) for name, value in self._inputs if isinstance(value, Tensor)}
+        inputs = named_inputs(module, *self._given)
+        batched = self._batched(module, inputs)
+        return {id(value): (batched.get(name), name) for name, value in inputs if isinstance(value, Tensor)}
 
     def is_inside_another(self, module: nn.Module) -> bool:
         """Whether the inputs of another module say whose rows these are: one that holds this one and is running.
