@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import native_driver
 from support.native_driver import Driver
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from xpu_lora_compile.errors import ContractError, DtypeError, LoraError, SliceE
 from xpu_lora_compile.inspect.operands import RandomOperands
 from xpu_lora_compile.kernels import compiled, native
 from xpu_lora_compile.ops import ADD_LORA, NATIVE_ADD_LORA, reference
+from xpu_lora_compile.ops.budget import budget_of
 
 ONE_CALL = """
 import torch
@@ -125,6 +127,52 @@ def test_other_processors_get_right_results_too_and_the_same_bits_in_every_batch
                 alone = base[rows].clone()
                 driver.add_lora(alone, inputs[rows].contiguous(), a, weights, indices[rows].contiguous())
                 assert torch.equal(alone, together[rows]), (dtype, rows)
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> Driver:
+    """The kernel with tiles of bfloat16, which are emulated: those of AMX, but on any processor."""
+    support = Path(native_driver.__file__).parent
+    return Driver(tmp_path_factory.mktemp("tiles"), "-O1", "-DXPU_LORA_EMULATED_TILES", f"-I{support}")
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "rank", "width"),
+    [(41, 129, 17, 131), (5, 31, 1, 15), (70, 64, 64, 32), (140, 96, 33, 544), (3, 1, 2, 1), (9, 576, 16, 1100)],
+    ids=lambda size: str(size),
+)
+def test_tiles_keep_the_budget_and_the_same_bits_in_every_batch(
+    tiles: Driver, rows: int, features: int, rank: int, width: int
+) -> None:
+    normal = partial(RandomOperands(0).normal, dtype=torch.bfloat16)
+    a, b = normal(3, rank, features), normal(3, rank, width).transpose(1, 2)
+    inputs, base, indices = normal(rows, features), normal(rows, width), torch.arange(rows) % 4
+    operands = {"base": base, "inputs": inputs, "lora_a": [a], "lora_b": [b]}
+    budget = budget_of("lora_linear", operands | {"lora_indices_tensor": indices, "slice_offsets": [0]})
+    # Weights of a slot that no row has, and those of rows without one, are not read.
+    indices, unused = indices.where(indices != 1, 3), indices == 1
+    a[1], b[1] = torch.nan, torch.nan
+    together = base.clone()
+    tiles.add_lora(together, inputs, a, b, indices)
+    budget.check(together, ~unused[:, None].expand_as(base))
+    assert torch.equal(together[indices == 3], base[indices == 3])
+    for some in (slice(0, 1), slice(2, 5), slice(0, rows, 3), slice(1, rows)):
+        alone = base[some].clone()
+        tiles.add_lora(alone, inputs[some].contiguous(), a, b, indices[some].contiguous())
+        assert torch.equal(alone, together[some]), some
+
+
+def test_tiles_take_numbers_that_are_not_finite_and_sums_of_every_size(tiles: Driver) -> None:
+    """The rank vector is cut in three bfloat16, which no infinity can be, and whose parts must add up at any scale."""
+    inputs = torch.tensor([[torch.inf], [torch.nan], [3e38], [1.2345e-30], [-7.0]]).bfloat16()
+    a = torch.tensor([1.0, 1.0078125, 0.3]).bfloat16().reshape(1, 3, 1)
+    b = torch.ones(1, 3, 20).bfloat16().transpose(1, 2)
+    b[:, :, 0] = 0.5
+    base, indices = torch.zeros(5, 20).bfloat16(), torch.zeros(5, dtype=torch.int64)
+    exact = reference.lora_linear(base.double(), inputs.double(), [a.double()], [b.double()], indices, [0])
+    tiles.add_lora(base, inputs, a, b, indices)
+    assert torch.equal(base.isnan(), exact.isnan())
+    torch.testing.assert_close(base, exact.bfloat16(), rtol=2**-8, atol=0, equal_nan=True)
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path: Path, quick: dict[str, str]) -> None:

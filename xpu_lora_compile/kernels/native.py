@@ -23,7 +23,7 @@ from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator
 from xpu_lora_compile.torch_internals import has_kernel_for, schema_of
 
 _HERE = Path(__file__).parent
-_SOURCES = (_HERE / "native.cpp", _HERE / "native_kernels.h")
+_SOURCES = (_HERE / "native.cpp", _HERE / "native_kernels.h", _HERE / "native_tiles.h")
 # -O3 unrolls the loops over registers: with -O2 the sums are spilled, and it takes twice the time (GCC 12, AVX2).
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp")
 

@@ -19,6 +19,8 @@
 #include <arm_neon.h>
 #endif
 
+#include "native_tiles.h"
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -341,6 +343,93 @@ void shrink_ranks(int64_t ranks, const Batch& batch, const int64_t* order, int64
     if (ranks == 1) shrink_rows<1, X>(batch, order, rows, a, a_stride, rank, hidden);
 }
 
+#if defined(XPU_LORA_TILES)
+using Words = VectorOf<uint32_t, 16>::type;
+
+// to[k][m] = from[m][k] for four rows of sixteen pairs of neighbours.
+void interleave_pairs(const Bfloat16* const* from, int64_t d, uint32_t* to) {
+    for (int64_t k = 0; k < 16; k += 4) {
+        Words four;
+#if defined(__AVX512F__)
+        __m512i quarters = _mm512_castsi128_si512(load_raw<__m128i>(from[0] + d + 2 * k));
+        quarters = _mm512_inserti32x4(quarters, load_raw<__m128i>(from[1] + d + 2 * k), 1);
+        quarters = _mm512_inserti32x4(quarters, load_raw<__m128i>(from[2] + d + 2 * k), 2);
+        four = (Words)_mm512_inserti32x4(quarters, load_raw<__m128i>(from[3] + d + 2 * k), 3);
+#else
+        for (int m = 0; m < 4; m++) std::memcpy(reinterpret_cast<char*>(&four) + 16 * m, from[m] + d + 2 * k, 16);
+#endif
+        four = __builtin_shufflevector(four, four, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        std::memcpy(to + 4 * k, &four, sizeof four);
+    }
+}
+
+// As `dots`, by tiles: FOURS times four rows share each tile of A. Tiles 0 to 3 are sums [ranks][4], 4 is of A, 5 of rows.
+template <int FOURS>
+void dots_of_tiles(const Bfloat16* const* x, const Bfloat16* a, int64_t a_stride, int64_t features, int64_t ranks,
+                   float* sums) {
+    const Bfloat16* from[4 * FOURS];
+    for (int m = 0; m < 4 * FOURS; m++) from[m] = x[m];
+    alignas(64) uint32_t pairs[2][4][64];
+    auto each_four = [](auto work) {
+        work(std::integral_constant<int, 0>{});
+        if constexpr (FOURS > 1) work(std::integral_constant<int, 1>{});
+        if constexpr (FOURS > 2) work(std::integral_constant<int, 2>{});
+        if constexpr (FOURS > 3) work(std::integral_constant<int, 3>{});
+    };
+    auto multiply = [&](const void* weights, int64_t stride, int64_t d) {
+        auto& mine = pairs[d / 32 % 2];
+        for (int four = 0; four < FOURS; four++) interleave_pairs(from + 4 * four, d, mine[four]);
+        tile_load<4>(weights, stride);
+        each_four([&](auto four) {
+            tile_load<5>(mine[four], 16);
+            tile_multiply<four, 4, 5>();
+        });
+    };
+    each_four([](auto four) { tile_zero<four>(); });
+    int64_t d = 0;
+    for (; d + 32 <= features; d += 32) multiply(a + d, 2 * a_stride, d);
+    if (d < features) {
+        // What is left over, with zeros behind it.
+        alignas(64) Bfloat16 rest[4 * FOURS + TILE][32] = {};
+        for (int m = 0; m < 4 * FOURS; m++) {
+            std::memcpy(rest[m], from[m] + d, 2 * (features - d));
+            from[m] = rest[m] - d;
+        }
+        for (int64_t n = 0; n < ranks; n++) std::memcpy(rest[4 * FOURS + n], a + n * a_stride + d, 2 * (features - d));
+        multiply(rest[4 * FOURS], TILE_BYTES, d);
+    }
+    each_four([&](auto four) { tile_store<four>(sums + 64 * four, 16); });
+}
+
+// As `shrink_part`, where inputs and A are bfloat16 and A's columns lie side by side.
+void shrink_by_tiles(const Batch& batch, const int64_t* order, int64_t rows, const Bfloat16* a, int64_t a_stride,
+                     int64_t from, int64_t to, int64_t rank, float* hidden) {
+    for (int64_t r = from; r < to; r += TILE) {
+        int64_t ranks = smaller(TILE, to - r);
+        TileSizes sizes;
+        for (int sum = 0; sum < 4; sum++) sizes.set(sum, ranks, 16);
+        sizes.set(4, ranks, TILE_BYTES);
+        sizes.set(5, TILE, 16);
+        set_tiles(sizes);
+        for (int64_t row = 0; row < rows; row += TILE) {
+            int64_t taken = smaller(TILE, rows - row);
+            const Bfloat16* x[TILE];
+            // The last row fills up what four rows lack.
+            for (int64_t m = 0; m < TILE; m++)
+                x[m] = static_cast<const Bfloat16*>(batch.inputs) + order[row + smaller(m, taken - 1)] * batch.inputs_stride;
+            alignas(64) float sums[4][TILE][4];
+            with_count<4>((taken + 3) / 4, [&](auto fours) {
+                dots_of_tiles<decltype(fours)::value>(x, a + r * a_stride, a_stride, batch.features, ranks, sums[0][0]);
+            });
+            float scaling = float(batch.scaling);
+            for (int64_t m = 0; m < taken; m++)
+                for (int64_t n = 0; n < ranks; n++) hidden[(row + m) * rank + r + n] = scaling * sums[m / 4][n][m % 4];
+        }
+    }
+    release_tiles();
+}
+#endif
+
 // The rank vectors of some rows of one slot, of ranks `from` to `to`.
 void shrink_part(const Batch& batch, const Slice& slice, const Groups& groups, const Rows& rows, int64_t from, int64_t to,
                  float* hidden, float* scratch) {
@@ -353,6 +442,13 @@ void shrink_part(const Batch& batch, const Slice& slice, const Groups& groups, c
             using A = decltype(weight);
             const A* first = static_cast<const A*>(a.data) + rows.slot * a.slot_stride;
             float* results = hidden + rows.first * slice.rank;
+#if defined(XPU_LORA_TILES)
+            if constexpr (std::is_same_v<X, Bfloat16> && std::is_same_v<A, Bfloat16>)
+                if (a.column_stride == 1 && has_tiles()) {
+                    shrink_by_tiles(batch, order, count, first, a.row_stride, from, to, slice.rank, results);
+                    return;
+                }
+#endif
             for (int64_t r = from; r < to;) {
                 int64_t ranks = to - r >= 8 && count == 1 ? 8 : to - r >= 4 ? 4 : 1;
                 const A* here = first + r * a.row_stride;
@@ -422,6 +518,124 @@ void expand_rows(const float* const* hidden, const B* b, int64_t b_stride, int64
         }
 }
 
+// Ranks that a tile of B holds, as pairs of neighbours.
+constexpr int64_t DEPTH = 32;
+
+#if defined(XPU_LORA_TILES)
+
+// Three bfloat16 that add up to a float32: its bits, cut in three. So what is left of a normal number is exact.
+void cut(const float* from, int64_t count, Bfloat16* high, Bfloat16* middle, Bfloat16* low) {
+    auto top = [](float value) {
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        return Bfloat16{uint16_t(bits >> 16)};
+    };
+    for (int64_t r = 0; r < DEPTH; r++) {
+        float value = r < count ? from[r] : 0;
+        high[r] = top(value);
+        // No difference of infinities.
+        float rest = value - value == 0 ? value - to_float(high[r]) : 0;
+        middle[r] = top(rest);
+        low[r] = top(rest - to_float(middle[r]));
+    }
+}
+
+// A block of B by tiles of 16 columns, [columns / 16][depths][16][16], each number a pair of ranks; zeros behind the last.
+void pair_ranks(const Bfloat16* b, int64_t b_stride, int64_t rank, int64_t width, uint32_t* to) {
+    for (int64_t w = 0; w < width; w += TILE)
+        for (int64_t depth = 0; depth < rank; depth += DEPTH)
+            for (int64_t r = depth; r < depth + DEPTH; r += 2, to += TILE) {
+                if (r >= rank && rank <= DEPTH) continue;
+                Words pair{};
+                auto wide = [&](int64_t which) {
+                    const Bfloat16* from = b + which * b_stride + w;
+                    VectorOf<uint16_t, 16>::type halves{};
+                    if (w + TILE <= width)
+                        halves = load_raw<decltype(halves)>(from);
+                    else
+                        std::memcpy(&halves, from, 2 * (width - w));
+                    return __builtin_convertvector(halves, Words);
+                };
+                if (r < rank) pair = wide(r);
+                if (r + 1 < rank) pair |= wide(r + 1) << 16;
+                std::memcpy(to, &pair, sizeof pair);
+            }
+}
+
+// As `expand_part`, where B is bfloat16 and the columns of its ranks lie side by side. Tiles 0 and 1 are sums [rows][16],
+// 2 and 3 of B, 4 to 6 of the rank vectors, each cut in three.
+template <typename Out>
+void expand_by_tiles(const Slice& slice, const int64_t* order, int64_t rows, const Bfloat16* b, int64_t from,
+                     int64_t width, const float* hidden, bool add, float* scratch) {
+    int64_t rank = slice.rank, depths = (rank + DEPTH - 1) / DEPTH, ranks = smaller(DEPTH, (rank + 1) / 2 * 2);
+    auto* weights = reinterpret_cast<uint32_t*>(scratch);
+    auto* parts = reinterpret_cast<Bfloat16*>(scratch + depths * TILE * WIDTH);
+    pair_ranks(b, slice.b.column_stride, rank, width, weights);
+    int64_t configured = 0;
+    for (int64_t row = 0; row < rows; row += TILE) {
+        int64_t taken = smaller(TILE, rows - row);
+        if (taken != configured) {
+            TileSizes sizes;
+            for (int tile : {0, 1}) sizes.set(tile, taken, TILE_BYTES);
+            for (int tile : {2, 3}) sizes.set(tile, ranks / 2, TILE_BYTES);
+            for (int tile : {4, 5, 6}) sizes.set(tile, taken, 2 * ranks);
+            set_tiles(sizes);
+            configured = taken;
+        }
+        Out* outputs[TILE];
+        for (int64_t m = 0; m < taken; m++) {
+            outputs[m] = static_cast<Out*>(slice.output) + order[row + m] * slice.output_stride + from;
+            for (int64_t depth = 0; depth < depths; depth++) {
+                Bfloat16* to = parts + (depth * 3 * TILE + m) * DEPTH;
+                cut(hidden + (row + m) * rank + depth * DEPTH, rank - depth * DEPTH, to, to + TILE * DEPTH,
+                    to + 2 * TILE * DEPTH);
+            }
+        }
+        for (int64_t w = 0; w < width; w += 2 * TILE) {
+            alignas(64) float sums[2][TILE][TILE];
+            const uint32_t* here = weights + w * depths * TILE;
+            tile_zero<0>();
+            tile_zero<1>();
+            for (int64_t depth = 0; depth < depths; depth++) {
+                const Bfloat16* part = parts + depth * 3 * TILE * DEPTH;
+                tile_load<4>(part, TILE_BYTES);
+                tile_load<5>(part + TILE * DEPTH, TILE_BYTES);
+                tile_load<6>(part + 2 * TILE * DEPTH, TILE_BYTES);
+                tile_load<2>(here + depth * 256, TILE_BYTES);
+                tile_multiply<0, 6, 2>();
+                tile_multiply<0, 5, 2>();
+                tile_multiply<0, 4, 2>();
+                if (w + TILE < width) {
+                    tile_load<3>(here + (depths + depth) * 256, TILE_BYTES);
+                    tile_multiply<1, 6, 3>();
+                    tile_multiply<1, 5, 3>();
+                    tile_multiply<1, 4, 3>();
+                }
+            }
+            tile_store<0>(sums[0], TILE_BYTES);
+            tile_store<1>(sums[1], TILE_BYTES);
+            for (int64_t m = 0; m < taken; m++) {
+                Out* to = outputs[m] + w;
+                __builtin_prefetch(to + 4 * TILE);
+                int64_t n = 0, last = smaller(2 * TILE, width - w);
+                for (; n + LANES <= last; n += LANES) {
+                    Floats sum = load<LANES>(&sums[n / TILE][m][n % TILE]);
+                    store(add ? load<LANES>(to + n) + sum : sum, to + n);
+                }
+                for (; n < last; n++) {
+                    float sum = sums[n / TILE][m][n % TILE];
+                    round_to(add ? to_float(to[n]) + sum : sum, to[n]);
+                }
+            }
+        }
+    }
+    release_tiles();
+}
+#endif
+
+// Whether tiles multiply with B.
+bool takes_tiles(const Weights& b) { return b.dtype == 1 && b.row_stride == 1 && has_tiles(); }
+
 using Eight = VectorOf<float, 8>::type;
 
 // to[r][w] = from[w][r] for eight rows of eight neighbours
@@ -483,6 +697,14 @@ void expand_part(const Batch& batch, const Slice& slice, const Groups& groups, c
             using B = decltype(weight);
             using Out = decltype(out);
             const B* first = static_cast<const B*>(b.data) + rows.slot * b.slot_stride + from * b.row_stride;
+#if defined(XPU_LORA_TILES)
+            if constexpr (std::is_same_v<B, Bfloat16>)
+                if (takes_tiles(b)) {
+                    expand_by_tiles<Out>(slice, groups.order.data() + rows.first, rows.last - rows.first, first, from,
+                                         to - from, hidden + rows.first * slice.rank, batch.add, scratch);
+                    return;
+                }
+#endif
             auto run = [&](auto weights, int64_t stride) {
                 for (int64_t row = rows.first; row < rows.last;) {
                     const float* h[SHARING];
@@ -529,11 +751,15 @@ struct Work {
             const Weights &a = slices[s].a, &b = slices[s].b;
             if (b.data && (b.row_stride != 1 || converts(b, groups.most_rows)))
                 scratch_size = larger(scratch_size, slices[s].rank * WIDTH);
+            if (b.data && takes_tiles(b))
+                scratch_size = larger(scratch_size, (slices[s].rank + DEPTH - 1) / DEPTH * (TILE * WIDTH + 3 * TILE * DEPTH / 2));
             if (a.data && a.column_stride != 1) scratch_size = larger(scratch_size, 8 * batch.features);
         }
         hidden.reset(new float[size]);
         threads = worthwhile_threads();
-        scratch.reset(new float[scratch_size * threads]);
+        // In whole lines of memory.
+        scratch_size = (scratch_size + 15) / 16 * 16;
+        scratch.reset(new float[scratch_size * threads + 15]);
     }
 
     // One for each 12 us of work, four times what it takes to wake a thread and wait for it; estimated as 40
@@ -592,7 +818,10 @@ struct Work {
         }
     }
 
-    float* my_scratch() { return scratch.get() + omp_get_thread_num() * scratch_size; }
+    float* my_scratch() {
+        auto start = (reinterpret_cast<uintptr_t>(scratch.get()) + 63) / 64 * 64;
+        return reinterpret_cast<float*>(start) + omp_get_thread_num() * scratch_size;
+    }
 };
 
 // Every slice's shrink and expand: output[t] += B (scaling A inputs[t]).
