@@ -163,7 +163,7 @@ def test_tiles_keep_the_budget_and_the_same_bits_in_every_batch(
 
 
 def test_tiles_take_numbers_that_are_not_finite_and_sums_of_every_size(tiles: Driver) -> None:
-    """The rank vector is cut in three bfloat16, which no infinity can be, and whose parts must add up at any scale."""
+    assert tiles.has_tiles
     inputs = torch.tensor([[torch.inf], [torch.nan], [3e38], [1.2345e-30], [-7.0]]).bfloat16()
     a = torch.tensor([1.0, 1.0078125, 0.3]).bfloat16().reshape(1, 3, 1)
     b = torch.ones(1, 3, 20).bfloat16().transpose(1, 2)
@@ -173,6 +173,47 @@ def test_tiles_take_numbers_that_are_not_finite_and_sums_of_every_size(tiles: Dr
     tiles.add_lora(base, inputs, a, b, indices)
     assert torch.equal(base.isnan(), exact.isnan())
     torch.testing.assert_close(base, exact.bfloat16(), rtol=2**-8, atol=0, equal_nan=True)
+
+
+def test_calls_get_all_threads_or_one(tiles: Driver) -> None:
+    """The arguments: how many there are, and how many nanoseconds a call should take, and takes."""
+    assert tiles.threads(2, 11_000, 0) == 1
+    assert tiles.threads(16, 90_000, 0) == 1
+    assert tiles.threads(16, 100_000, 0) == 16
+    assert tiles.threads(1, 10**9, 0) == 1
+
+
+def test_short_calls_after_one_that_waited_for_a_thread_are_done_by_one(tiles: Driver) -> None:
+    short, long = 50_000, 10**6
+    assert [tiles.threads(2, short, took) for took in (900_000, 2_000_000)] == [2, 2]
+    assert tiles.threads(2, long, 10**8) == 2
+    assert [tiles.threads(2, short, 10**7) for _ in range(251)] == [1] * 250 + [2]
+    assert [tiles.threads(2, long, 10**8) for _ in range(2)] == [2, 2]
+
+
+SAME_THREADS = """
+import os
+import torch
+from xpu_lora_compile.kernels import native
+assert not native.problem()
+torch.set_num_threads(4)
+product, draw = torch.ones(512, 512), torch.ones
+def running():
+    product @ product
+    return set(os.listdir("/proc/self/task"))
+before = running()
+operands = draw(16, 700), [draw(4, 8, 700)], [draw(4, 700, 8)], torch.arange(16) % 4, [0], [0], 1.0
+assert native.TRY_ADD_LORA([draw(16, 700)], *operands)
+after = running()
+assert before == after and len(before) >= 4, (before, after)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in /proc")
+def test_no_thread_is_ended_by_a_call_that_could_do_with_fewer() -> None:
+    """OpenMP ends those that a region does without, and starts others for the next product: some 800 us."""
+    done = subprocess.run([sys.executable, "-c", SAME_THREADS], capture_output=True, text=True)  # noqa: S603
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path: Path, quick: dict[str, str]) -> None:

@@ -1,5 +1,5 @@
-// AMX's tiles of bfloat16 in plain C++, for tests on any processor: the same sizes, and zeros for subnormal numbers. What
-// a processor would raise an error for, ends the process.
+// AMX's tiles of bfloat16 in plain C++, for tests on any processor: the same sizes, and zeros for subnormal numbers.
+// What a processor would raise an error for ends the process.
 
 #include <cmath>
 #include <cstdint>
@@ -50,7 +50,9 @@ void tile_store(void* to, int64_t stride) {
     for (int row = 0; row < tiles.rows[FROM]; row++)
         std::memcpy(static_cast<char*>(to) + row * stride, tiles.data[FROM][row], tiles.bytes[FROM]);
 }
-inline float without_subnormal(float value) { return std::fabs(value) < 1.17549435e-38f ? std::copysign(0.0f, value) : value; }
+float without_subnormal(float value) {
+    return std::fabs(value) < 1.17549435e-38f ? std::copysign(0.0f, value) : value;
+}
 template <int SUMS, int A, int B>
 void tile_multiply() {
     for (int tile : {SUMS, A, B}) check_tile(tile);
@@ -69,7 +71,7 @@ void tile_multiply() {
             float sum;
             std::memcpy(&sum, tiles.data[SUMS][m] + 4 * n, 4);
             for (int k = 0; k < tiles.bytes[A] / 2; k++)
-                sum = without_subnormal(std::fma(number(A, m, k), number(B, k / 2, 2 * n + k % 2), without_subnormal(sum)));
+                sum = without_subnormal(std::fma(number(A, m, k), number(B, k / 2, 2 * n + k % 2), sum));
             std::memcpy(tiles.data[SUMS][m] + 4 * n, &sum, 4);
         }
 }

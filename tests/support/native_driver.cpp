@@ -15,3 +15,14 @@ extern "C" void add_lora(int64_t rows, int64_t features, int64_t slots, int64_t 
     Slice slice{a_weights, b_weights, rank, width, output, dtype, width};
     add_slices(batch, &slice);
 }
+
+// How many threads a call gets that should take `expected` nanoseconds, and then takes `took`.
+extern "C" int threads(int64_t most, int64_t expected, int64_t took) {
+    static Threads chosen;
+    int count = chosen.choose(most, expected);
+    if (count > 1) chosen.took(took);
+    return count;
+}
+
+// Whether it multiplies bfloat16 by tiles.
+extern "C" bool tiles() { return has_tiles(); }

@@ -24,6 +24,9 @@ class Driver:
         subprocess.run(command, check=True)  # noqa: S603
         library = ctypes.CDLL(str(made))
         self.lanes: int = library.lanes()
+        self.has_tiles = bool(library.tiles() & 1)
+        self.threads = library.threads
+        self.threads.argtypes = [ctypes.c_int64] * 3
         self._add_lora = library.add_lora
         self._add_lora.argtypes = [*[ctypes.c_int64] * 6, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2]
         self._add_lora.argtypes += [ctypes.c_void_p] * 2

@@ -7,10 +7,13 @@
 
 #include <omp.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__SSE2__)
@@ -156,12 +159,28 @@ void store(Floats values, Float16* to) {
     for (int i = 0; i < LANES; i++) round_to(lanes[i], to[i]);
 }
 
-float sum_of(Floats values) {
-    alignas(64) float lanes[LANES];
-    std::memcpy(lanes, &values, sizeof values);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
+// Adds the upper half of each group of 2 * HALF lanes to its lower half, of two vectors at once.
+template <int HALF, int... LANE>
+Floats halved(Floats a, Floats b, std::integer_sequence<int, LANE...>) {
+    Floats lower = __builtin_shufflevector(a, b, (LANE / HALF * 2 * HALF + LANE % HALF)...);
+    return lower + __builtin_shufflevector(a, b, (LANE / HALF * 2 * HALF + LANE % HALF + HALF)...);
+}
+template <int HALF, int COUNT>
+Floats folded(Floats* vectors) {
+    constexpr int LEFT = (COUNT + 1) / 2;
+    for (int i = 0; i < LEFT; i++)
+        vectors[i] = halved<HALF>(vectors[2 * i], vectors[2 * i + 1 < COUNT ? 2 * i + 1 : 2 * i],
+                                  std::make_integer_sequence<int, LANES>());
+    if constexpr (HALF > 1) return folded<HALF / 2, LEFT>(vectors);
+    return vectors[0];
+}
+
+// to[i] = the sum of the lanes of vectors[i], halved until one is left: the same as if it were alone.
+template <int COUNT>
+void sum_lanes(Floats* vectors, float* to) {
+    Floats sums = folded<LANES / 2, COUNT < LANES ? COUNT : LANES>(vectors);
+    std::memcpy(to, &sums, sizeof(float) * (COUNT < LANES ? COUNT : LANES));
+    if constexpr (COUNT > LANES) sum_lanes<COUNT - LANES>(vectors + LANES, to + LANES);
 }
 
 // The dtypes by number, as native.cpp counts them.
@@ -210,7 +229,11 @@ struct Batch {
 
 // Columns of the output that one task works on at most, and rows of a slot that it takes through A together.
 constexpr int64_t WIDTH = 512;
+#if defined(XPU_LORA_TILES)
+constexpr int64_t ROWS = 2 * TILE;
+#else
 constexpr int64_t ROWS = 24;
+#endif
 // Rows that share what is read of A or B: as many as there are registers for.
 constexpr int64_t SHARING = LANES == 16 ? 6 : 3;
 
@@ -306,9 +329,11 @@ void dots(const X* const* x, const A* a, int64_t a_stride, int64_t features, flo
             for (int m = 0; m < M; m++) P::add(sums[m][n], inputs[m], weights);
         }
     }
+    float totals[M][N];
+    sum_lanes<M * N>(sums[0], totals[0]);
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) {
-            float sum = sum_of(sums[m][n]);
+            float sum = totals[m][n];
             for (int64_t rest = d; rest < features; rest++)
                 sum = multiply_add(to_float(x[m][rest]), to_float(a[n * a_stride + rest]), sum);
             hidden[m][n] = scaling * sum;
@@ -346,87 +371,99 @@ void shrink_ranks(int64_t ranks, const Batch& batch, const int64_t* order, int64
 #if defined(XPU_LORA_TILES)
 using Words = VectorOf<uint32_t, 16>::type;
 
-// to[k][m] = from[m][k] for four rows of sixteen pairs of neighbours.
-void interleave_pairs(const Bfloat16* const* from, int64_t d, uint32_t* to) {
-    for (int64_t k = 0; k < 16; k += 4) {
-        Words four;
+// Four pairs of neighbours of each of four rows.
+Words four_pairs(const Bfloat16* a, const Bfloat16* b, const Bfloat16* c, const Bfloat16* d) {
 #if defined(__AVX512F__)
-        __m512i quarters = _mm512_castsi128_si512(load_raw<__m128i>(from[0] + d + 2 * k));
-        quarters = _mm512_inserti32x4(quarters, load_raw<__m128i>(from[1] + d + 2 * k), 1);
-        quarters = _mm512_inserti32x4(quarters, load_raw<__m128i>(from[2] + d + 2 * k), 2);
-        four = (Words)_mm512_inserti32x4(quarters, load_raw<__m128i>(from[3] + d + 2 * k), 3);
+    __m512i first = _mm512_inserti32x4(_mm512_castsi128_si512(load_raw<__m128i>(a)), load_raw<__m128i>(b), 1);
+    return (Words)_mm512_inserti32x4(_mm512_inserti32x4(first, load_raw<__m128i>(c), 2), load_raw<__m128i>(d), 3);
 #else
-        for (int m = 0; m < 4; m++) std::memcpy(reinterpret_cast<char*>(&four) + 16 * m, from[m] + d + 2 * k, 16);
+    const Bfloat16* rows[] = {a, b, c, d};
+    Words result;
+    for (int i = 0; i < 4; i++) std::memcpy(reinterpret_cast<char*>(&result) + 16 * i, rows[i], 16);
+    return result;
 #endif
-        four = __builtin_shufflevector(four, four, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        std::memcpy(to + 4 * k, &four, sizeof four);
+}
+
+// to[k][n] = rows[n][k], where each element is a pair of neighbours, for sixteen pairs of N rows.
+template <int N>
+void interleave(const Bfloat16* const* rows, int64_t d, Words* to) {
+    for (int k = 0; k < 16; k += 4) {
+        auto pairs = [&](int i) { return rows[i] + d + 2 * k; };
+        if constexpr (N == 4) {
+            Words four = four_pairs(pairs(0), pairs(1), pairs(2), pairs(3));
+            to[k / 4] = __builtin_shufflevector(four, four, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        } else {
+            Words v[4], u[4];
+            for (int i = 0; i < 4; i++) v[i] = four_pairs(pairs(i), pairs(4 + i), pairs(8 + i), pairs(12 + i));
+            for (int i = 0; i < 4; i++) {
+                Words a = v[i / 2 * 2], b = v[i / 2 * 2 + 1];
+                u[i] = i % 2 ? __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+                             : __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+            }
+            for (int i = 0; i < 4; i++) {
+                Words a = u[i / 2], b = u[i / 2 + 2];
+                to[k + i] = i % 2 ? __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+                                  : __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+            }
+        }
     }
 }
 
-// As `dots`, by tiles: FOURS times four rows share each tile of A. Tiles 0 to 3 are sums [ranks][4], 4 is of A, 5 of rows.
-template <int FOURS>
-void dots_of_tiles(const Bfloat16* const* x, const Bfloat16* a, int64_t a_stride, int64_t features, int64_t ranks,
+// sums[n][m] = sum over d of a[n][d] * x[m][d], for N rows: a tile of sums, 0, one of A, 1, and one of rows, 2.
+template <int N>
+void dots_by_tiles(const Bfloat16* const* rows, const Bfloat16* a, int64_t a_stride, int64_t features, int64_t ranks,
                    float* sums) {
-    const Bfloat16* from[4 * FOURS];
-    for (int m = 0; m < 4 * FOURS; m++) from[m] = x[m];
-    alignas(64) uint32_t pairs[2][4][64];
-    auto each_four = [](auto work) {
-        work(std::integral_constant<int, 0>{});
-        if constexpr (FOURS > 1) work(std::integral_constant<int, 1>{});
-        if constexpr (FOURS > 2) work(std::integral_constant<int, 2>{});
-        if constexpr (FOURS > 3) work(std::integral_constant<int, 3>{});
+    TileSizes sizes;
+    sizes.set(0, ranks, 4 * N);
+    sizes.set(1, ranks, TILE_BYTES);
+    sizes.set(2, TILE, 4 * N);
+    set_tiles(sizes);
+    const Bfloat16* x[N];
+    std::memcpy(x, rows, sizeof x);
+    // By turns, so that nothing waits for a tile to be read.
+    Words pairs[4][N];
+    auto add = [&](const Bfloat16* weights, int64_t stride, int64_t d) {
+        Words* mine = pairs[d / 32 % 4];
+        interleave<N>(x, d, mine);
+        tile_load<1>(weights, 2 * stride);
+        tile_load<2>(mine, 4 * N);
+        tile_multiply<0, 1, 2>();
     };
-    auto multiply = [&](const void* weights, int64_t stride, int64_t d) {
-        auto& mine = pairs[d / 32 % 2];
-        for (int four = 0; four < FOURS; four++) interleave_pairs(from + 4 * four, d, mine[four]);
-        tile_load<4>(weights, stride);
-        each_four([&](auto four) {
-            tile_load<5>(mine[four], 16);
-            tile_multiply<four, 4, 5>();
-        });
-    };
-    each_four([](auto four) { tile_zero<four>(); });
+    tile_zero<0>();
     int64_t d = 0;
-    for (; d + 32 <= features; d += 32) multiply(a + d, 2 * a_stride, d);
+    for (; d + 32 <= features; d += 32) add(a + d, a_stride, d);
     if (d < features) {
         // What is left over, with zeros behind it.
-        alignas(64) Bfloat16 rest[4 * FOURS + TILE][32] = {};
-        for (int m = 0; m < 4 * FOURS; m++) {
-            std::memcpy(rest[m], from[m] + d, 2 * (features - d));
-            from[m] = rest[m] - d;
+        Bfloat16 rest[N + TILE][32] = {};
+        for (int m = 0; m < N; m++) {
+            std::memcpy(rest[m], x[m] + d, 2 * (features - d));
+            x[m] = rest[m] - d;
         }
-        for (int64_t n = 0; n < ranks; n++) std::memcpy(rest[4 * FOURS + n], a + n * a_stride + d, 2 * (features - d));
-        multiply(rest[4 * FOURS], TILE_BYTES, d);
+        for (int64_t n = 0; n < ranks; n++) std::memcpy(rest[N + n], a + n * a_stride + d, 2 * (features - d));
+        add(rest[N], 32, d);
     }
-    each_four([&](auto four) { tile_store<four>(sums + 64 * four, 16); });
+    tile_store<0>(sums, 4 * N);
+    release_tiles();
 }
 
 // As `shrink_part`, where inputs and A are bfloat16 and A's columns lie side by side.
 void shrink_by_tiles(const Batch& batch, const int64_t* order, int64_t rows, const Bfloat16* a, int64_t a_stride,
                      int64_t from, int64_t to, int64_t rank, float* hidden) {
-    for (int64_t r = from; r < to; r += TILE) {
-        int64_t ranks = smaller(TILE, to - r);
-        TileSizes sizes;
-        for (int sum = 0; sum < 4; sum++) sizes.set(sum, ranks, 16);
-        sizes.set(4, ranks, TILE_BYTES);
-        sizes.set(5, TILE, 16);
-        set_tiles(sizes);
+    float scaling = float(batch.scaling);
+    for (int64_t r = from; r < to; r += TILE)
         for (int64_t row = 0; row < rows; row += TILE) {
-            int64_t taken = smaller(TILE, rows - row);
+            int64_t ranks = smaller(TILE, to - r), taken = smaller(TILE, rows - row), columns = taken > 4 ? TILE : 4;
             const Bfloat16* x[TILE];
-            // The last row fills up what four rows lack.
-            for (int64_t m = 0; m < TILE; m++)
-                x[m] = static_cast<const Bfloat16*>(batch.inputs) + order[row + smaller(m, taken - 1)] * batch.inputs_stride;
-            alignas(64) float sums[4][TILE][4];
-            with_count<4>((taken + 3) / 4, [&](auto fours) {
-                dots_of_tiles<decltype(fours)::value>(x, a + r * a_stride, a_stride, batch.features, ranks, sums[0][0]);
-            });
-            float scaling = float(batch.scaling);
+            // The last row fills up what is left of the tile.
+            for (int64_t m = 0; m < columns; m++)
+                x[m] = static_cast<const Bfloat16*>(batch.inputs) +
+                       order[row + smaller(m, taken - 1)] * batch.inputs_stride;
+            alignas(64) float sums[TILE * TILE];
+            auto* dots = columns == 4 ? dots_by_tiles<4> : dots_by_tiles<TILE>;
+            dots(x, a + r * a_stride, a_stride, batch.features, ranks, sums);
             for (int64_t m = 0; m < taken; m++)
-                for (int64_t n = 0; n < ranks; n++) hidden[(row + m) * rank + r + n] = scaling * sums[m / 4][n][m % 4];
+                for (int64_t n = 0; n < ranks; n++) hidden[(row + m) * rank + r + n] = scaling * sums[n * columns + m];
         }
-    }
-    release_tiles();
 }
 #endif
 
@@ -518,124 +555,6 @@ void expand_rows(const float* const* hidden, const B* b, int64_t b_stride, int64
         }
 }
 
-// Ranks that a tile of B holds, as pairs of neighbours.
-constexpr int64_t DEPTH = 32;
-
-#if defined(XPU_LORA_TILES)
-
-// Three bfloat16 that add up to a float32: its bits, cut in three. So what is left of a normal number is exact.
-void cut(const float* from, int64_t count, Bfloat16* high, Bfloat16* middle, Bfloat16* low) {
-    auto top = [](float value) {
-        uint32_t bits;
-        std::memcpy(&bits, &value, 4);
-        return Bfloat16{uint16_t(bits >> 16)};
-    };
-    for (int64_t r = 0; r < DEPTH; r++) {
-        float value = r < count ? from[r] : 0;
-        high[r] = top(value);
-        // No difference of infinities.
-        float rest = value - value == 0 ? value - to_float(high[r]) : 0;
-        middle[r] = top(rest);
-        low[r] = top(rest - to_float(middle[r]));
-    }
-}
-
-// A block of B by tiles of 16 columns, [columns / 16][depths][16][16], each number a pair of ranks; zeros behind the last.
-void pair_ranks(const Bfloat16* b, int64_t b_stride, int64_t rank, int64_t width, uint32_t* to) {
-    for (int64_t w = 0; w < width; w += TILE)
-        for (int64_t depth = 0; depth < rank; depth += DEPTH)
-            for (int64_t r = depth; r < depth + DEPTH; r += 2, to += TILE) {
-                if (r >= rank && rank <= DEPTH) continue;
-                Words pair{};
-                auto wide = [&](int64_t which) {
-                    const Bfloat16* from = b + which * b_stride + w;
-                    VectorOf<uint16_t, 16>::type halves{};
-                    if (w + TILE <= width)
-                        halves = load_raw<decltype(halves)>(from);
-                    else
-                        std::memcpy(&halves, from, 2 * (width - w));
-                    return __builtin_convertvector(halves, Words);
-                };
-                if (r < rank) pair = wide(r);
-                if (r + 1 < rank) pair |= wide(r + 1) << 16;
-                std::memcpy(to, &pair, sizeof pair);
-            }
-}
-
-// As `expand_part`, where B is bfloat16 and the columns of its ranks lie side by side. Tiles 0 and 1 are sums [rows][16],
-// 2 and 3 of B, 4 to 6 of the rank vectors, each cut in three.
-template <typename Out>
-void expand_by_tiles(const Slice& slice, const int64_t* order, int64_t rows, const Bfloat16* b, int64_t from,
-                     int64_t width, const float* hidden, bool add, float* scratch) {
-    int64_t rank = slice.rank, depths = (rank + DEPTH - 1) / DEPTH, ranks = smaller(DEPTH, (rank + 1) / 2 * 2);
-    auto* weights = reinterpret_cast<uint32_t*>(scratch);
-    auto* parts = reinterpret_cast<Bfloat16*>(scratch + depths * TILE * WIDTH);
-    pair_ranks(b, slice.b.column_stride, rank, width, weights);
-    int64_t configured = 0;
-    for (int64_t row = 0; row < rows; row += TILE) {
-        int64_t taken = smaller(TILE, rows - row);
-        if (taken != configured) {
-            TileSizes sizes;
-            for (int tile : {0, 1}) sizes.set(tile, taken, TILE_BYTES);
-            for (int tile : {2, 3}) sizes.set(tile, ranks / 2, TILE_BYTES);
-            for (int tile : {4, 5, 6}) sizes.set(tile, taken, 2 * ranks);
-            set_tiles(sizes);
-            configured = taken;
-        }
-        Out* outputs[TILE];
-        for (int64_t m = 0; m < taken; m++) {
-            outputs[m] = static_cast<Out*>(slice.output) + order[row + m] * slice.output_stride + from;
-            for (int64_t depth = 0; depth < depths; depth++) {
-                Bfloat16* to = parts + (depth * 3 * TILE + m) * DEPTH;
-                cut(hidden + (row + m) * rank + depth * DEPTH, rank - depth * DEPTH, to, to + TILE * DEPTH,
-                    to + 2 * TILE * DEPTH);
-            }
-        }
-        for (int64_t w = 0; w < width; w += 2 * TILE) {
-            alignas(64) float sums[2][TILE][TILE];
-            const uint32_t* here = weights + w * depths * TILE;
-            tile_zero<0>();
-            tile_zero<1>();
-            for (int64_t depth = 0; depth < depths; depth++) {
-                const Bfloat16* part = parts + depth * 3 * TILE * DEPTH;
-                tile_load<4>(part, TILE_BYTES);
-                tile_load<5>(part + TILE * DEPTH, TILE_BYTES);
-                tile_load<6>(part + 2 * TILE * DEPTH, TILE_BYTES);
-                tile_load<2>(here + depth * 256, TILE_BYTES);
-                tile_multiply<0, 6, 2>();
-                tile_multiply<0, 5, 2>();
-                tile_multiply<0, 4, 2>();
-                if (w + TILE < width) {
-                    tile_load<3>(here + (depths + depth) * 256, TILE_BYTES);
-                    tile_multiply<1, 6, 3>();
-                    tile_multiply<1, 5, 3>();
-                    tile_multiply<1, 4, 3>();
-                }
-            }
-            tile_store<0>(sums[0], TILE_BYTES);
-            tile_store<1>(sums[1], TILE_BYTES);
-            for (int64_t m = 0; m < taken; m++) {
-                Out* to = outputs[m] + w;
-                __builtin_prefetch(to + 4 * TILE);
-                int64_t n = 0, last = smaller(2 * TILE, width - w);
-                for (; n + LANES <= last; n += LANES) {
-                    Floats sum = load<LANES>(&sums[n / TILE][m][n % TILE]);
-                    store(add ? load<LANES>(to + n) + sum : sum, to + n);
-                }
-                for (; n < last; n++) {
-                    float sum = sums[n / TILE][m][n % TILE];
-                    round_to(add ? to_float(to[n]) + sum : sum, to[n]);
-                }
-            }
-        }
-    }
-    release_tiles();
-}
-#endif
-
-// Whether tiles multiply with B.
-bool takes_tiles(const Weights& b) { return b.dtype == 1 && b.row_stride == 1 && has_tiles(); }
-
 using Eight = VectorOf<float, 8>::type;
 
 // to[r][w] = from[w][r] for eight rows of eight neighbours
@@ -685,8 +604,11 @@ void pack(const B* from, const Weights& b, int64_t width, int64_t rank, float* t
             to[r * WIDTH + w] = to_float(from[w * b.row_stride + r * b.column_stride]);
 }
 
-// Where vectors are short, many rows are better served by weights that were converted once.
-bool converts(const Weights& b, int64_t rows) { return LANES < 16 && b.dtype != 0 && rows > 8; }
+// Many rows are better served by weights that were converted once, where vectors are short, and where there are tiles:
+// the nearest cache of those processors holds them.
+bool converts(const Weights& b, int64_t rows) {
+    return b.dtype != 0 && (LANES < 16 ? rows > 8 : has_tiles() && rows > 24);
+}
 
 // All rows of one slot into columns `from` to `to` of a slice's output.
 void expand_part(const Batch& batch, const Slice& slice, const Groups& groups, const Rows& rows, int64_t from, int64_t to,
@@ -697,14 +619,6 @@ void expand_part(const Batch& batch, const Slice& slice, const Groups& groups, c
             using B = decltype(weight);
             using Out = decltype(out);
             const B* first = static_cast<const B*>(b.data) + rows.slot * b.slot_stride + from * b.row_stride;
-#if defined(XPU_LORA_TILES)
-            if constexpr (std::is_same_v<B, Bfloat16>)
-                if (takes_tiles(b)) {
-                    expand_by_tiles<Out>(slice, groups.order.data() + rows.first, rows.last - rows.first, first, from,
-                                         to - from, hidden + rows.first * slice.rank, batch.add, scratch);
-                    return;
-                }
-#endif
             auto run = [&](auto weights, int64_t stride) {
                 for (int64_t row = rows.first; row < rows.last;) {
                     const float* h[SHARING];
@@ -732,6 +646,31 @@ void expand_part(const Batch& batch, const Slice& slice, const Groups& groups, c
     });
 }
 
+// How many threads a call gets: all or one. With some of them OpenMP would end the others, and start them again for the
+// next product.
+//
+// A region waits for all of its threads. Where another process keeps one of them from running, that takes milliseconds.
+// After a short call that did so, one thread does the next ones alone.
+class Threads {
+   public:
+    // Of a call that should take so many nanoseconds on one thread.
+    int choose(int64_t most, int64_t expected) {
+        is_short_ = expected < 200'000;
+        // Each is to get twice what it takes to wake it and wait for it.
+        if (most < 2 || expected < 6000 * most) return 1;
+        if (!is_short_ || alone_ == 0) return int(most);
+        alone_--;
+        return 1;
+    }
+    void took(int64_t nanoseconds) {
+        if (is_short_ && nanoseconds > 1'000'000) alone_ = 250;
+    }
+
+   private:
+    bool is_short_ = false;
+    int alone_ = 0;
+};
+
 struct Work {
     const Batch& batch;
     const Slice* slices;
@@ -741,9 +680,14 @@ struct Work {
     std::unique_ptr<float[]> hidden, scratch;
     std::vector<int64_t> hidden_at;
     int64_t scratch_size = 0;
+    // Whether the rows and columns of some B change places before it is multiplied.
+    bool transposes = false;
     int threads;
+    // How many tasks of each kind have been taken.
+    std::unique_ptr<std::atomic<int64_t>[]> taken;
 
-    Work(const Batch& batch, const Slice* slices) : batch(batch), slices(slices), groups(batch) {
+    Work(const Batch& batch, const Slice* slices)
+        : batch(batch), slices(slices), groups(batch), taken(new std::atomic<int64_t>[2 * batch.slices]()) {
         int64_t size = 0;
         for (int64_t s = 0; s < batch.slices; s++) {
             hidden_at.push_back(size);
@@ -751,20 +695,16 @@ struct Work {
             const Weights &a = slices[s].a, &b = slices[s].b;
             if (b.data && (b.row_stride != 1 || converts(b, groups.most_rows)))
                 scratch_size = larger(scratch_size, slices[s].rank * WIDTH);
-            if (b.data && takes_tiles(b))
-                scratch_size = larger(scratch_size, (slices[s].rank + DEPTH - 1) / DEPTH * (TILE * WIDTH + 3 * TILE * DEPTH / 2));
+            transposes |= b.data && b.row_stride != 1;
             if (a.data && a.column_stride != 1) scratch_size = larger(scratch_size, 8 * batch.features);
         }
         hidden.reset(new float[size]);
-        threads = worthwhile_threads();
-        // In whole lines of memory.
-        scratch_size = (scratch_size + 15) / 16 * 16;
-        scratch.reset(new float[scratch_size * threads + 15]);
+        threads = chosen().choose(batch.most_threads, expected());
+        scratch.reset(new float[scratch_size * threads]);
     }
 
-    // One for each 12 us of work, four times what it takes to wake a thread and wait for it; estimated as 40
-    // multiplications and 20 bytes of weights a nanosecond (one core of an AMD EPYC with AVX-512).
-    int worthwhile_threads() const {
+    // Nanoseconds of one thread: 40 multiplications and 20 bytes of weights each (one core of an AMD EPYC with AVX-512).
+    int64_t expected() const {
         int64_t multiplied = 0, read = 0;
         for (int64_t s = 0; s < batch.slices; s++) {
             const Slice& slice = slices[s];
@@ -773,26 +713,62 @@ struct Work {
             multiplied += in_a + in_b;
             read += in_a * (slice.a.dtype ? 2 : 4) + in_b * (slice.b.dtype ? 2 : 4);
         }
-        int64_t nanoseconds =
-            int64_t(groups.order.size()) * multiplied / 40 + int64_t(groups.whole.size()) * read / 20;
-        return int(smaller(batch.most_threads, 1 + nanoseconds / 12000));
+        return int64_t(groups.order.size()) * multiplied / 40 + int64_t(groups.whole.size()) * read / 20;
     }
 
-    // To be called by all threads of a parallel region.
+    // Has all threads of the call run the same.
+    template <typename Region>
+    void on_threads(Region region) {
+        auto start = std::chrono::steady_clock::now();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        region();
+        if (threads > 1) chosen().took((std::chrono::steady_clock::now() - start) / std::chrono::nanoseconds(1));
+    }
+
+    // Those of the calls of one thread.
+    static Threads& chosen() {
+        static thread_local Threads threads;
+        return threads;
+    }
+
+    // Runs tasks 0 to count - 1, shared with the other threads of the region, which call this in the same order.
+    template <typename Task>
+    void share(int64_t which, int64_t count, Task task) {
+        for (int64_t next; (next = taken[which].fetch_add(1, std::memory_order_relaxed)) < count;) task(next);
+    }
+
+    // Whether shrink and expand of each part of each slice are one thread's: it waits for no other's rank vectors.
+    bool is_in_parts() const {
+        int64_t parts = groups.parts.size();
+        // That is to be done once for all rows of a slot.
+        return parts * batch.slices >= 2 * threads && (!transposes || groups.parts.size() == groups.whole.size());
+    }
+
+    // To be called by all threads of a parallel region, as are the next two.
+    void add_parts() {
+        share(0, int64_t(groups.parts.size()) * batch.slices, [&](int64_t task) {
+            int64_t s = task % batch.slices;
+            const Rows& rows = groups.parts[task / batch.slices];
+            shrink_part(batch, slices[s], groups, rows, 0, slices[s].rank, hidden.get() + hidden_at[s], my_scratch());
+            int64_t step = columns_at_once(slices[s]);
+            for (int64_t from = 0; from < slices[s].width; from += step)
+                expand_part(batch, slices[s], groups, rows, from, smaller(from + step, slices[s].width),
+                            hidden.get() + hidden_at[s], my_scratch());
+        });
+    }
+
     void shrink() {
         int64_t parts = groups.parts.size();
         // Where there are fewer parts than could keep all threads busy, the ranks are divided, too.
         int64_t ranks = parts * batch.slices >= 4 * threads ? 1 << 30 : 8;
         for (int64_t s = 0; s < batch.slices; s++) {
             int64_t step = larger(1, smaller(ranks, slices[s].rank)), steps = (slices[s].rank + step - 1) / step;
-#pragma omp for schedule(dynamic) nowait
-            for (int64_t task = 0; task < parts * steps; task++) {
+            share(s, parts * steps, [&](int64_t task) {
                 int64_t from = task % steps * step;
                 shrink_part(batch, slices[s], groups, groups.parts[task / steps], from,
                             smaller(from + step, slices[s].rank), hidden.get() + hidden_at[s], my_scratch());
-            }
+            });
         }
-#pragma omp barrier
     }
 
     void expand() {
@@ -802,43 +778,43 @@ struct Work {
             // Where there are few slots, narrower blocks, so that all threads get some: of whole lines of memory.
             int64_t least = slots ? (4 * threads + slots - 1) / slots : 1;
             int64_t step = (width / larger(least, 1 + width / WIDTH) + 63) / 64 * 64;
-            // What is read of 16 bits a number is to stay in the nearest cache until its neighbours are read, too; but not
-            // where each rank is in a page of memory of its own, and every block has to find them all again.
-            bool in_few_pages = slices[s].b.column_stride < 2048 && slices[s].b.row_stride == 1;
-            if (slices[s].b.dtype != 0 && in_few_pages)
-                step = smaller(step, 8192 / larger(1, slices[s].rank) / 64 * 64);
-            step = smaller(WIDTH, larger(64, step));
+            step = larger(64, smaller(step, columns_at_once(slices[s])));
             int64_t blocks = (width + step - 1) / step;
-#pragma omp for schedule(dynamic) nowait
-            for (int64_t task = 0; task < slots * blocks; task++) {
+            share(batch.slices + s, slots * blocks, [&](int64_t task) {
                 int64_t from = task % blocks * step;
                 expand_part(batch, slices[s], groups, groups.whole[task / blocks], from,
                             smaller(from + step, width), hidden.get() + hidden_at[s], my_scratch());
-            }
+            });
         }
     }
 
-    float* my_scratch() {
-        auto start = (reinterpret_cast<uintptr_t>(scratch.get()) + 63) / 64 * 64;
-        return reinterpret_cast<float*>(start) + omp_get_thread_num() * scratch_size;
+    // What is read of 16 bits a number is to stay in the nearest cache until its neighbours are read, too; but not where
+    // each rank is in a page of memory of its own, and every block has to find them all again.
+    static int64_t columns_at_once(const Slice& slice) {
+        bool in_few_pages = slice.b.column_stride < 2048 && slice.b.row_stride == 1;
+        if (slice.b.dtype == 0 || !in_few_pages) return WIDTH;
+        return smaller(WIDTH, larger(64, 8192 / larger(1, slice.rank) / 64 * 64));
     }
+
+    float* my_scratch() { return scratch.get() + omp_get_thread_num() * scratch_size; }
 };
 
 // Every slice's shrink and expand: output[t] += B (scaling A inputs[t]).
 void add_slices(const Batch& batch, const Slice* slices) {
     Work work(batch, slices);
-#pragma omp parallel num_threads(work.threads) if (work.threads > 1)
-    {
+    bool in_parts = work.is_in_parts();
+    work.on_threads([&] {
+        if (in_parts) return work.add_parts();
         work.shrink();
+#pragma omp barrier
         work.expand();
-    }
+    });
 }
 
 // output[t, :R] = scaling A inputs[t], and 0 for rows without an adapter.
 void shrink_slice(const Batch& batch, const Slice* slice) {
     Work work(batch, slice);
-#pragma omp parallel num_threads(work.threads) if (work.threads > 1)
-    work.shrink();
+    work.on_threads([&] { work.shrink(); });
     with_dtype(slice->output_dtype, [&](auto out) {
         using Out = decltype(out);
         Out* output = static_cast<Out*>(slice->output);
@@ -861,8 +837,7 @@ void expand_slice(const Batch& batch, const Slice* slice) {
             for (int64_t r = 0; r < slice->rank; r++) work.hidden[row * slice->rank + r] = to_float(from[r]);
         }
     });
-#pragma omp parallel num_threads(work.threads) if (work.threads > 1)
-    work.expand();
+    work.on_threads([&] { work.expand(); });
 }
 
 }  // namespace

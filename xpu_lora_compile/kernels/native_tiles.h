@@ -1,7 +1,7 @@
 // Products of bfloat16 by the tiles of Intel's AMX, for native_kernels.h.
 //
-// An element of a product depends on its own row and column alone, to the bit: a tile may hold one row or sixteen. So where
-// there are tiles, one row takes them, too.
+// An element of a product depends on its own row and column alone, to the bit: a tile may hold one row or sixteen. So
+// where there are tiles, one row takes them, too.
 
 #if defined(XPU_LORA_EMULATED_TILES)
 #include "emulated_tiles.h"
