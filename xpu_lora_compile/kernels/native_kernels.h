@@ -1,5 +1,5 @@
-// Shrink and expand of batched LoRA on a CPU: rows grouped by slot, so that a slot's weights are read once for all of
-// its rows, and one parallel region for all slices of a call. Nothing but the C++ standard library and OpenMP.
+// Shrink and expand of batched LoRA on a CPU: rows grouped by slot, so that some rows share what is read of its weights,
+// and one parallel region for all slices of a call. Nothing but the C++ standard library and OpenMP.
 //
 // Rank vectors and all sums are float32. A result depends on its own row alone: the order of additions is the same
 // whatever else is in the batch, and what is left over by vectors is summed by fused operations as they do. A row whose
@@ -402,8 +402,9 @@ void interleave(const Bfloat16* const* rows, int64_t d, Words* to) {
             }
             for (int i = 0; i < 4; i++) {
                 Words a = u[i / 2], b = u[i / 2 + 2];
-                to[k + i] = i % 2 ? __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
-                                  : __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+                to[k + i] =
+                    i % 2 ? __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+                          : __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
             }
         }
     }
@@ -703,7 +704,7 @@ struct Work {
         scratch.reset(new float[scratch_size * threads]);
     }
 
-    // Nanoseconds of one thread: 40 multiplications and 20 bytes of weights each (one core of an AMD EPYC with AVX-512).
+    // Nanoseconds of one thread: 40 multiplications and 20 bytes of weights in each (a core of an EPYC with AVX-512).
     int64_t expected() const {
         int64_t multiplied = 0, read = 0;
         for (int64_t s = 0; s < batch.slices; s++) {
