@@ -595,6 +595,13 @@ def is_state_change(target: Any) -> bool:
     )
 
 
+def is_autograd_function(target: Any) -> bool:
+    """Whether a call in a graph of Dynamo is one of a `torch.autograd.Function`: its forward graph comes first."""
+    from torch._functorch.autograd_function import autograd_function_apply
+
+    return target is autograd_function_apply
+
+
 def memory_of(tensor: torch.Tensor) -> int | None:
     """The address of the memory that a tensor is a view of; None of one that holds none of its own."""
     return None if is_wrapper(tensor) or tensor.is_meta else tensor.untyped_storage().data_ptr() or None

@@ -88,7 +88,7 @@ FAMILIES = [
     decoder("Phi-3", "Phi3"),
     decoder("OPT", "OPT", ffn_dim=48, word_embed_proj_dim=32),
     decoder("OPT (projected embeddings)", "OPT", ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False),
-    decoder("GPT-2", "GPT2", model="GPT2LMHeadModel", **OLD, note="its layers are Conv1D"),
+    decoder("GPT-2", "GPT2", model="GPT2LMHeadModel", **OLD),
     decoder("GPT-J", "GPTJ", **OLD, rotary_dim=4),
     decoder("GPT-NeoX", "GPTNeoX"),
     decoder("GPT-Neo", "GPTNeo", num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=4, window_size=4),

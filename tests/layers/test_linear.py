@@ -63,6 +63,20 @@ def of_whole_numbers() -> nn.Module:
     return layer
 
 
+class Doubled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        return 2 * super().forward(input)
+
+
+class Named(nn.Linear):
+    pass
+
+
+def test_a_subclass_with_the_same_forward_is_taken_and_others_are_not() -> None:
+    assert host_of(Named(6, 5)) is host_of(nn.Linear(6, 5))
+    assert host_of(Doubled(6, 5)) is None
+
+
 @pytest.mark.parametrize(
     "layer",
     [
@@ -70,7 +84,7 @@ def of_whole_numbers() -> nn.Module:
         of_whole_numbers(),
         nn.utils.spectral_norm(nn.Linear(6, 5)),
     ],
-    ids=["subclass", "int8", "computed-weight"],
+    ids=["parent-reads-it", "int8", "computed-weight"],
 )
 def test_a_linear_layer_that_may_compute_something_else_has_no_host(layer: nn.Module) -> None:
     assert host_of(nn.Linear(6, 5)) is not None

@@ -60,7 +60,7 @@ class Odd(nn.Module):
         (Odd(), "all-linear", r"attention.out_proj \(NonDynamicallyQuantizableLinear\)"),
         (Odd(), ["norm"], r"norm \(LayerNorm\)"),
         (hooked(tiny_llama()), "all-linear", r"layers.0.self_attn.q_proj \(Linear\)"),
-        (quantized(tiny_llama()), "all-linear", "no quantized weight"),
+        (quantized(tiny_llama()), "all-linear", r"q_proj \(Linear\) with a weight of torch.int8"),
     ],
     ids=["nothing", "container", "attention", "norm", "hooked", "quantized"],
 )

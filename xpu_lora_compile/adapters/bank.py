@@ -128,6 +128,8 @@ class AdapterBank:
         self._hosts = hosts
         self._undo = [] if undo is None else undo
         self._edges = _edges(model, self._layers)
+        # Of modules that something had given one when LoRA was attached, and that calls the forward of the class.
+        self._forwards = {name: vars(layer).get("forward") for name, layer in self._layers.items()}
         self._slots: list[str | None] = [None] * slots
         self._ranks = [0] * slots
         # How many modules the adapter of each slot has LoRA on; of no meaning where the slot is empty.
@@ -557,7 +559,8 @@ class AdapterBank:
                     "Put the module back; or call bank.detach(), and attach and load again.",
                 )
             # A hook of accelerate's calls the layer's own forward.
-            if "forward" in vars(layer) and (for_detach or "_hf_hook" not in vars(layer)):
+            is_other = vars(layer).get("forward") is not self._forwards[name]
+            if is_other and (for_detach or "_hf_hook" not in vars(layer)):
                 raise AdapterError(
                     f"bank: {name}",
                     "the module that LoRA was attached to",

@@ -40,10 +40,6 @@ _EXPERT = re.compile(r"(.*\.)?experts\.\d+\..*")
 _BASE_VALUES_AT_ONCE = 2**22
 
 _SAVE_AGAIN = "Save the adapter again with PEFT's save_pretrained()."
-REPLACE_CONV1D = (
-    "Replace each Conv1D of transformers by an nn.Linear of the same name, with `weight` set to "
-    "nn.Parameter(conv.weight.t().contiguous()) and with the same bias, and attach then; adapters stay as they are."
-)
 _DIVERGED = "The training diverged, or the file is damaged: use an earlier checkpoint."
 _GATHER = "Use the base model it was trained on; if it was trained in shards (ZeRO-3, FSDP), gather before saving."
 _NOT_USED = "adapter_config.json does not account for them, so PEFT would not use them."
@@ -348,9 +344,8 @@ def _unmatched(
             if not any(host.takes_class(kind) for host in base.hosts)
         ]
         if other:
-            remedy = REPLACE_CONV1D if any(kind.__name__ == "Conv1D" for kind in uncovered.values()) else MERGE
             kinds = " and ".join(host.name for host in base.hosts)
-            return UnsupportedAdapterError(str(path), f"LoRA on {kinds} modules", f"LoRA on {few(other)}", remedy)
+            return UnsupportedAdapterError(str(path), f"LoRA on {kinds} modules", f"LoRA on {few(other)}", MERGE)
         return UnmatchedTensorError(
             str(path),
             wanted,

@@ -52,7 +52,7 @@ _READ |= {"layers_to_transform", "layers_pattern", "rank_pattern", "alpha_patter
 _WITHOUT_EFFECT = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 _WITHOUT_EFFECT |= {"runtime_config", "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
 _WITHOUT_EFFECT |= {"megatron_core", "qalora_group_size"}
-# PEFT ignores it for nn.Linear and nn.Embedding, and no other module carries LoRA here.
+# PEFT ignores it for all modules but Conv1D, where it sets it itself; A and B have the same shapes either way.
 _WITHOUT_EFFECT |= {"fan_in_fan_out"}
 # Of ms-swift, and of PEFT before 0.3: dtypes and learning rates of the training, merging while evaluating.
 _WITHOUT_EFFECT |= {"lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "merge_weights"}

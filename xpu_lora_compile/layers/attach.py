@@ -25,7 +25,8 @@ from xpu_lora_compile.errors import AttachError
 from xpu_lora_compile.generation import follow_generation, generating_methods
 from xpu_lora_compile.kernels import preferred_on
 from xpu_lora_compile.layers import HOSTS
-from xpu_lora_compile.layers.host import Host, LoraLayer
+from xpu_lora_compile.layers.declared import Declared
+from xpu_lora_compile.layers.host import Host, LoraLayer, have_hook_call
 from xpu_lora_compile.layers.targets import carriers_in, find_targets
 from xpu_lora_compile.rows.routing import BatchRouting, Entry, LostRouting
 from xpu_lora_compile.torch_internals import prepare_for_tracing
@@ -47,6 +48,7 @@ def attach(
     exclude_modules: str | Collection[str] = (),
     vocab_size: int | None = None,
     dtype: torch.dtype | None = None,
+    linear_classes: Collection[type[nn.Module]] = (),
 ) -> AdapterBank:
     """Make a model ready for adapters, and return the bank that holds them.
 
@@ -66,7 +68,10 @@ def attach(
         vocab_size: rows of the vocabulary that the adapters were trained with, where the model's has been padded
             since: LoRA on the output embedding then covers the first `vocab_size` logits. By default the most rows
             that one of `adapters` has, or all of the model's without any.
-        dtype: of the stored adapters; by default that of each module's weight.
+        dtype: of the stored adapters; by default that in which each module computes: of its weight, or where that is
+            quantized, what the module or its bias says, or most of the model's numbers have.
+        linear_classes: further classes of modules that map `[..., in_features]` to `[..., out_features]`, have both
+            numbers as attributes, and are called by their parents.
 
     Raises:
         AttachError: nothing matches, a module that matches is of a kind that carries no LoRA, LoRA is attached
@@ -74,16 +79,18 @@ def attach(
         AdapterError: one of `adapters` cannot be loaded; the error names it.
     """
     model = _unwrapped(model)
+    _check_classes(linear_classes)
     adapters = _check_arguments(
         model, adapters, target_modules, exclude_modules, dtype, slots=slots, max_rank=max_rank, vocab_size=vocab_size
     )
     if any(map(_is_lost, model.modules())):
         detach(model)
+    hosts = (*HOSTS, Declared(tuple(linear_classes))) if linear_classes else HOSTS
     head = output_embedding(model)
     if adapters:
-        plain = {plain_name(name): carrier for name, carrier in carriers_in(model).items()}
+        plain = {plain_name(name): carrier for name, carrier in carriers_in(model, hosts).items()}
         able = {name: _site(host, module, head) for name, (host, module) in plain.items()}
-        needs = needs_of(adapters, able, BaseModel.of(model, HOSTS))
+        needs = needs_of(adapters, able, BaseModel.of(model, hosts))
         max_rank = max_rank or needs.max_rank
         if isinstance(target_modules, _Unsaid):
             target_modules = "|".join(map(re.escape, needs.modules))
@@ -91,7 +98,7 @@ def attach(
             _, module = plain[name]
             if module is head and 0 < needs.rows[name] < able[name].out_features:
                 vocab_size = vocab_size or needs.rows[name]
-    targets = find_targets(model, head, target_modules, exclude_modules)
+    targets = find_targets(model, head, target_modules, exclude_modules, hosts)
     sites = {name: _site(host, module, head, vocab_size) for name, (host, module) in targets.items()}
     if vocab_size is not None and not any(site.kind == "linear" and site.padded for site in sites.values()):
         raise AttachError(
@@ -102,21 +109,23 @@ def attach(
         )
     slots, max_rank = slots or max(8, len(adapters)), max_rank or 16
     prepare_for_tracing()
+    _check_devices({name: host.device(module) for name, (host, module) in targets.items()})
     # All memory is taken before the first module changes.
     stacks = {
-        name: _empty_stacks(host, module, sites[name], slots, max_rank, dtype)
+        name: _empty_stacks(host, module, sites[name], slots, max_rank, dtype or host.dtype(module) or _dtype_of(model))
         for name, (host, module) in targets.items()
     }
     routing = BatchRouting(getattr(model, "main_input_name", None))
     layers: dict[str, LoraLayer] = {}
     for name, (host, module) in targets.items():
         module.__class__ = host.layer(module)
+        have_hook_call(module)
         layers[name] = layer = cast("LoraLayer", module)
         layer.lora_site, layer.lora_name, layer.lora_routing = sites[name], name, routing
         for buffer, stack in stacks[name].items():
             layer.register_buffer(buffer, stack, persistent=False)
     undo = _hook_entries(model, layers, routing) + _have_parents_call(model, layers)
-    bank = AdapterBank(model, layers, routing, slots, max_rank, HOSTS, undo)
+    bank = AdapterBank(model, layers, routing, slots, max_rank, hosts, undo)
     undo += follow_generation(model, bank)
     try:
         for name, folder in adapters.items():
@@ -129,10 +138,10 @@ def attach(
 
 
 def _empty_stacks(
-    host: Host, module: nn.Module, site: ModuleSizes, slots: int, rank: int, dtype: torch.dtype | None
+    host: Host, module: nn.Module, site: ModuleSizes, slots: int, rank: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Zeros for A and B of every slot, beside the module's weight."""
-    dtype, device = dtype or host.dtype(module), host.device(module)
+    """Zeros for A and B of every slot, where the module computes."""
+    device = host.device(module)
     # The columns of one rank side by side, or the ranks of one column: as the kernel reads B.
     by_rank = device.type not in preferred_on(device.type).ranks_of_b_together_on
     b = (rank, site.out_features) if by_rank else (site.out_features, rank)
@@ -141,6 +150,28 @@ def _empty_stacks(
     with torch.inference_mode(False):
         stacks = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
         return stacks | {"lora_b": stacks["lora_b"].transpose(1, 2)} if by_rank else stacks
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the dtype that most numbers of a model have, of those that models compute in."""
+    counts = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), 0)
+    for value in (*model.parameters(), *model.buffers()):
+        if value.dtype in counts:
+            counts[value.dtype] += value.numel()
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def _check_devices(devices: Mapping[str, torch.device]) -> None:
+    """Refuse modules on several devices: a batch has one row of slots, on one of them."""
+    by_device = {device: name for name, device in devices.items()}
+    if len(by_device) > 1:
+        raise AttachError(
+            "attach: model",
+            "modules that compute on one device",
+            ", ".join(f"{name} on {device}" for device, name in by_device.items()),
+            "Name the modules of one device in target_modules, or load the model onto one: "
+            'device_map={"": device}, with offloading to the CPU where it has to be.',
+        )
 
 
 def _hook_entries(model: nn.Module, layers: Mapping[str, nn.Module], routing: BatchRouting) -> list[Callable[[], None]]:
@@ -227,6 +258,16 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             break
         model = inner
     return model
+
+
+def _check_classes(classes: object) -> None:
+    if not (
+        isinstance(classes, list | tuple | set | frozenset)
+        and all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in classes)
+    ):
+        raise AttachError(
+            "attach: linear_classes", "a list of classes of modules", repr(classes), "Write linear_classes=[MyLinear]."
+        )
 
 
 def _check_arguments(

@@ -7,13 +7,16 @@ A host answers for plain modules, before LoRA is attached to them; a layer is su
 
 from __future__ import annotations
 
-from typing import cast
+import inspect
+from types import MethodType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from xpu_lora_compile.adapters.checkpoint import ModuleSizes
+from xpu_lora_compile.errors import AttachError
 from xpu_lora_compile.kernels.call import accumulator
 from xpu_lora_compile.ops import bgmv_expand, bgmv_shrink, lora_linear
 from xpu_lora_compile.ops.lora_linear import add_lora_eagerly
@@ -35,6 +38,7 @@ class LoraLayer(nn.Module):
 
     Attributes:
         lora_features: how many of the last dimensions of its input are no rows; `forward` says the same to the routing.
+        lora_in_place: whether the base class makes a new tensor for each call, to which LoRA may be added in place.
     """
 
     lora_site: ModuleSizes
@@ -44,6 +48,7 @@ class LoraLayer(nn.Module):
     lora_b: Tensor
 
     lora_features = 1
+    lora_in_place = True
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, for calls by keyword
         """The base layer's output, with each row's adapter added while a `bank.use` block runs."""
@@ -53,15 +58,15 @@ class LoraLayer(nn.Module):
             return self.without_lora(input)
         # Rows first, so that the op changes the product itself and not a view of it: see `backend._SAFE`.
         rows = input.reshape(-1, input.shape[-1])
-        output = self.without_lora(rows)
+        output = self.without_lora(rows) if self.lora_in_place else self._rows_of_base(self.without_lora(input))
         shape = (*input.shape[:-1], output.shape[1])
         lora_a, lora_b = self.lora_a, self.lora_b
         columns = min(lora_b.shape[1], output.shape[1])
         # What a CPU's kernel does not ask for need not be an input of its graphs.
         ranks = None if rows.device.type == "cpu" else routing.ranks
-        if add_lora_eagerly(output, rows, lora_a, lora_b, indices, columns, ranks):
+        if self.lora_in_place and add_lora_eagerly(output, rows, lora_a, lora_b, indices, columns, ranks):
             return output.view(shape)
-        if torch.is_grad_enabled() or ranks is not None:
+        if torch.is_grad_enabled() or ranks is not None or not self.lora_in_place:
             b = lora_b.narrow(1, 0, columns)
             return lora_linear(output, rows, [lora_a], [b], indices, [0], ranks=ranks).view(shape)
         # Not `promote_types`, which an exported program would record as an op.
@@ -74,10 +79,30 @@ class LoraLayer(nn.Module):
         """The base layer's output."""
         return cast("Tensor", super().forward(input))
 
+    def _rows_of_base(self, output: Any) -> Tensor:
+        """The result of a base class that is known by its word alone, as rows.
+
+        Raises:
+            AttachError: it is no tensor of as many columns as it says.
+        """
+        wanted = cast("int", self.out_features)
+        if not isinstance(output, Tensor) or output.shape[-1] != wanted:
+            got = f"{type(output).__name__} {list(output.shape)}" if isinstance(output, Tensor) else repr(type(output))
+            raise AttachError(
+                f"attach: {self.lora_name}",
+                f"a result [..., {wanted}] of {type(self).__bases__[-1].__name__}, which is said to be a linear layer",
+                got,
+                "Leave it out with exclude_modules.",
+            )
+        return output.reshape(-1, wanted)
+
     @property
     def weight(self) -> Tensor:
         """The base weight; a parent that reads it without a call of the layer leaves LoRA out."""
-        weight = cast("Tensor", self._parameters["weight"])
+        weight = self._parameters.get("weight")
+        if weight is None:
+            # Then Python asks `__getattr__`, which finds a buffer, or says that there is none.
+            raise AttributeError("weight")
         routing = routing_of(self)
         if routing.sequence_slots is not None:
             if is_compiling():
@@ -114,9 +139,66 @@ class LoraLayer(nn.Module):
         """Become again the module it was before LoRA."""
         for name in ("lora_a", "lora_b", "lora_routing", "lora_name", "lora_site"):
             delattr(self, name)
-        # Of a class that others have derived since, as FSDP does, the base that `Host.layer` has given.
-        given = next(kind for kind in type(self).__mro__ if LoraLayer in kind.__bases__)
-        self.__class__ = given.__bases__[-1]
+        self.__class__ = _base_of(type(self))
+        have_hook_call(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As the module without LoRA, but for its class: one that `layer_class` has made has no name to be found by."""
+        found: Any = super().__reduce_ex__(protocol)
+        kind = type(self)
+        if kind in _MADE and found[1][:1] == (kind,):
+            return _new, (*_MADE[kind], *found[1][1:]), *found[2:]
+        return found
+
+
+def _base_of(kind: type[nn.Module]) -> type[Any]:
+    """Return the class without LoRA: of a class that others have derived since, as FSDP does, the one it had before."""
+    given = next(base for base in kind.__mro__ if len(base.__bases__) > 1 and issubclass(base.__bases__[0], LoraLayer))
+    return given.__bases__[-1]
+
+
+# The classes that `layer_class` has made, by what they are made of, and the other way around.
+_CLASSES: dict[tuple[type[LoraLayer], type[nn.Module]], type[LoraLayer]] = {}
+_MADE: dict[type[nn.Module], tuple[type[LoraLayer], type[nn.Module]]] = {}
+
+
+def layer_class(mixin: type[LoraLayer], base: type[nn.Module]) -> type[LoraLayer]:
+    """Make the class of modules of another class that carry LoRA; their own forward stays what it was.
+
+    Args:
+        mixin: adds LoRA to what the base class returns.
+        base: the class of the modules.
+    """
+    if (mixin, base) in _CLASSES:
+        return _CLASSES[mixin, base]
+    members: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__}
+    name = next(iter([*inspect.signature(base.forward).parameters][1:]), "input")
+    if name != "input":
+        members["forward"] = _forward_with(mixin, name)
+    made = cast("type[LoraLayer]", type(f"Lora{base.__name__}", (mixin, base), members))
+    _CLASSES[mixin, base], _MADE[made] = made, (mixin, base)
+    return made
+
+
+def _forward_with(mixin: type[LoraLayer], name: str) -> Any:
+    """Return the forward of a mixin, whose argument has another name for those who call it by keyword."""
+
+    def forward(self: LoraLayer, *args: Any, **kwargs: Any) -> Any:
+        return mixin.forward(self, *args, **{("input" if key == name else key): kwargs[key] for key in kwargs})
+
+    return forward
+
+
+def _new(mixin: type[LoraLayer], base: type[nn.Module], *arguments: Any) -> LoraLayer:
+    """Make an object of such a class, as `copyreg.__newobj__` does; pickled files name this function."""
+    kind = layer_class(mixin, base)
+    return kind.__new__(kind, *arguments)
+
+
+def have_hook_call(module: nn.Module) -> None:
+    """Have a hook of accelerate's call the forward of the class that the module has now."""
+    if "_old_forward" in vars(module):
+        module._old_forward = MethodType(type(module).forward, module)  # type: ignore[assignment]
 
 
 class Host:
@@ -124,13 +206,18 @@ class Host:
 
     Attributes:
         name: what errors call this kind of module.
+        classes: the full names of its classes, so that no library is imported for them.
+        mixin: what adds LoRA to what a class of theirs returns.
     """
 
     name: str
+    classes: tuple[str, ...] = ()
+    mixin: type[LoraLayer] = LoraLayer
 
     def takes_class(self, kind: type[nn.Module]) -> bool:
-        """Return whether modules of exactly this class are of this kind."""
-        raise NotImplementedError(self.name)
+        """Return whether modules of exactly this class are of this kind: a subclass is that keeps the forward."""
+        known: Any = next((base for base in kind.__mro__ if full_name(base) in self.classes), None)
+        return known is not None and kind.forward is known.forward
 
     def takes(self, module: nn.Module) -> bool:
         """Return whether a module is of this kind, and computes with the weight that it holds."""
@@ -142,16 +229,68 @@ class Host:
 
     def site(self, module: nn.Module) -> ModuleSizes:
         """Return the sizes of a module that this host takes."""
-        raise NotImplementedError(self.name)
+        sizes = cast("int", module.in_features), cast("int", module.out_features)
+        return ModuleSizes("linear", *sizes, padded=False)
 
-    def dtype(self, module: nn.Module) -> torch.dtype:
-        """Return the dtype in which a module computes, which its adapters are stored in."""
+    def dtype(self, module: nn.Module) -> torch.dtype | None:
+        """Return the dtype in which a module computes, which its adapters are stored in; None if it does not say."""
         return cast("Tensor", module._parameters["weight"]).dtype
 
     def device(self, module: nn.Module) -> torch.device:
         """Return the device on which a module computes."""
-        return cast("Tensor", module._parameters["weight"]).device
+        hook = execution_device(module)
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        return hook or tensors[0].device
 
     def layer(self, module: nn.Module) -> type[LoraLayer]:
         """Return the class that a module gets, each time the same, and with it the forward pass that adds LoRA."""
-        raise NotImplementedError(self.name)
+        return layer_class(self.mixin, type(module))
+
+
+class Quantized(Host):
+    """A linear layer whose weight is stored in another way than it computes with."""
+
+    def takes(self, module: nn.Module) -> bool:
+        """Return whether a module is of this kind."""
+        return self.takes_class(type(module))
+
+    def dtype(self, module: nn.Module) -> torch.dtype | None:
+        """Return what the module, or its bias, says: never the dtype of the storage."""
+        said = getattr(module, "compute_dtype", None)
+        bias = getattr(module, "bias", None)
+        if isinstance(said, torch.dtype):
+            return said
+        return bias.dtype if isinstance(bias, Tensor) and bias.is_floating_point() else None
+
+
+def full_name(kind: type) -> str:
+    """Return the name of a class behind that of its module."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether something has given the module a forward of its own, and not one that calls that of its class.
+
+    Two are known to call it: hooks of accelerate's, as `_old_forward` of the module; and compressed-tensors, which
+    replaces the weight meanwhile. Where that changes inputs or results, too, LoRA would see the changed ones.
+    """
+    forward = vars(module).get("forward")
+    if forward is None:
+        return False
+    if getattr(getattr(forward, "func", None), "__module__", "") == "accelerate.hooks":
+        before = vars(module).get("_old_forward")
+        return "_hf_hook" not in vars(module) or getattr(before, "__func__", None) is not type(module).forward
+    # Its name is that of the forward that it wraps.
+    places = getattr(getattr(forward, "__func__", None), "__globals__", {})
+    if places.get("__name__") == "compressed_tensors.quantization.lifecycle.forward":
+        scheme = getattr(module, "quantization_scheme", None)
+        return any(getattr(scheme, part, None) is not None for part in ("input_activations", "output_activations"))
+    return True
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Return the device on which a hook of accelerate's has a module run; None without such a hook."""
+    hooks = [vars(module).get("_hf_hook")]
+    hooks += getattr(hooks[0], "hooks", ())
+    said = next((device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None), None)
+    return None if said is None else torch.empty(0, device=said).device

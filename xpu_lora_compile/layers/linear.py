@@ -1,13 +1,13 @@
-"""`nn.Linear`."""
+"""`nn.Linear`, with a weight of numbers or a tensor that stands for one, as torchao makes them; and its subclasses."""
 
 from __future__ import annotations
 
 from typing import cast
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from xpu_lora_compile.adapters.checkpoint import ModuleSizes
-from xpu_lora_compile.layers.host import Host, LoraLayer
+from xpu_lora_compile.layers.host import Host, LoraLayer, full_name
 
 
 class LoraLinear(LoraLayer, nn.Linear):  # type: ignore[override]
@@ -19,19 +19,21 @@ class LoraLinear(LoraLayer, nn.Linear):  # type: ignore[override]
 
 
 class Linear(Host):
-    """A linear layer with a floating weight; no subclass, which may compute something else."""
+    """A linear layer with a floating weight.
+
+    A subclass that has another forward may compute something else, and is taken by name. The one whose parent reads the
+    weight instead of calling it, `nn.MultiheadAttention`, is not.
+    """
 
     name = "nn.Linear"
+    classes = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 
     def takes_class(self, kind: type[nn.Module]) -> bool:
-        """Return whether it is nn.Linear itself."""
-        return kind is nn.Linear
-
-    def site(self, module: nn.Module) -> ModuleSizes:
-        """Return D and the columns of the output."""
-        assert isinstance(module, nn.Linear)  # noqa: S101 - for the type checker
-        return ModuleSizes("linear", module.in_features, module.out_features, padded=False)
+        """Return whether it is nn.Linear, a subclass with the same forward, or one that is known."""
+        if not issubclass(kind, nn.Linear) or issubclass(kind, NonDynamicallyQuantizableLinear):
+            return False
+        return kind.forward is nn.Linear.forward or full_name(kind) in self.classes
 
     def layer(self, module: nn.Module) -> type[LoraLayer]:
-        """Return `LoraLinear`."""
-        return LoraLinear
+        """Return `LoraLinear`, or for a subclass one of its own."""
+        return LoraLinear if type(module) is nn.Linear else super().layer(module)

@@ -86,6 +86,8 @@ class Step:
 Rule = Callable[[Step], "Tensor | list[Tensor]"]
 _Function = TypeVar("_Function", bound=Rule)
 RULES: dict[str, Rule] = {}
+# Of other libraries, by the name of the op with its namespace.
+LIBRARY_RULES: dict[str, Rule] = {}
 
 
 def rule(names: str) -> Callable[[_Function], _Function]:
@@ -98,12 +100,29 @@ def rule(names: str) -> Callable[[_Function], _Function]:
     return register
 
 
+def library_rule(names: str) -> Callable[[_Function], _Function]:
+    """Register a rule for these ops of other libraries, none of which is imported."""
+
+    def register(function: _Function) -> _Function:
+        LIBRARY_RULES.update(dict.fromkeys(names.split(), function))
+        return function
+
+    return register
+
+
+def library_op(target: Any) -> torch._ops.OpOverload | None:
+    """Return which of these ops a call in a graph is of, by its name or by that of its overload; None of another."""
+    func = getattr(target, "default", None) if isinstance(target, torch._ops.OpOverloadPacket) else target
+    is_known = isinstance(func, torch._ops.OpOverload) and f"{func.namespace}::{name_of(func)}" in LIBRARY_RULES
+    return func if is_known else None
+
+
 def rule_for(func: Any) -> Rule | None:
     """The rule of an op; None where there is none."""
     if func.namespace == "xpu_lora":
         return lora
     if func.namespace not in ("aten", "prims"):
-        return None
+        return LIBRARY_RULES.get(f"{func.namespace}::{name_of(func)}")
     name = name_of(func)
     found = RULES.get(name) or RULES.get(name.removesuffix("_"))
     if found is None and torch.Tag.pointwise in func.tags:
@@ -357,7 +376,12 @@ def attend(step: Step, asking: Tensor, *asked: Tensor) -> Tensor:
     return compress(torch.where(full >= 0, full, other))
 
 
-@rule("mm bmm matmul dot mv _grouped_mm _scaled_mm _int_mm _weight_int4pack_mm _weight_int8pack_mm")
+@rule(
+    """
+    mm bmm matmul dot mv _grouped_mm _scaled_mm _int_mm _weight_int4pack_mm _weight_int8pack_mm
+    _weight_int4pack_mm_for_cpu _weight_int4pack_mm_with_scales_and_zeros
+    """
+)
 def product(step: Step) -> Tensor:
     """Rows of the left operand meet columns of the right one."""
     left, right = step.tensors[:2]
@@ -385,6 +409,39 @@ def product_and_sum(step: Step) -> Tensor:
 def linear(step: Step) -> Tensor:
     """The features of each row meet."""
     return fold(step.owners(step.tensors[0]), [-1])
+
+
+@library_rule("bitsandbytes::gemm_4bit bitsandbytes::gemv_4bit mslk::bf16i4bf16_rowwise mslk::bf16i4bf16_shuffled")
+def quantized_linear(step: Step) -> Tensor:
+    """As `linear`; weight, scales and bias, if they belong to anyone, meet each row."""
+    return _with_weights(step, fold(step.owners(step.tensors[0]), [-1]))
+
+
+@library_rule(
+    """
+    bitsandbytes::int8_linear_matmul bitsandbytes::int8_scaled_mm bitsandbytes::int8_mixed_scaled_mm
+    mslk::f8i4bf16_rowwise mslk::f8i4bf16_shuffled mslk::f8f8bf16_rowwise fbgemm::f8f8bf16_rowwise
+    """
+)
+def scaled_linear(step: Step) -> list[Tensor]:
+    """As `linear`: what else depends on the rows are their scales, and which columns have outliers in any of them."""
+    owners = fold(step.owners(step.tensors[0]), [-1])
+    same = step.results[0].shape[:-1] == step.tensors[0].shape[:-1]
+    return [owners if same else constant(UNKNOWN, 2), *(constant(MIXED, sub.dim()) for sub in step.results[1:])]
+
+
+@library_rule("bitsandbytes::int8_vectorwise_quant")
+def quantized_by_row(step: Step) -> list[Tensor]:
+    """The numbers of each row meet in its scale; all rows say which columns have outliers."""
+    owners = fold(step.owners(step.tensors[0]), [-1])
+    scales = owners.reshape(-1) if step.results[1].dim() == 1 else owners
+    return [owners, scales, *(constant(MIXED, columns.dim()) for columns in step.results[2:])]
+
+
+@library_rule("bitsandbytes::int8_mm_dequant bitsandbytes::int8_vectorwise_dequant")
+def dequantized_by_row(step: Step) -> Tensor:
+    """The numbers stay in their places."""
+    return step.owners(step.tensors[0])
 
 
 @rule("convolution _convolution mkldnn_convolution cudnn_convolution conv1d conv2d conv3d")

@@ -7,6 +7,7 @@ The graph is run once more, on fake tensors of the example inputs' sizes under a
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from xpu_lora_compile.errors import counted
 from xpu_lora_compile.rows.inputs import named_inputs, parameters
 from xpu_lora_compile.rows.layout import UNSAID, Layout
 from xpu_lora_compile.rows.owners import UNKNOWN, constant
+from xpu_lora_compile.rows.rules import library_op
 from xpu_lora_compile.rows.watch import Watch
 from xpu_lora_compile.torch_internals import (
     answers_while_tracing,
@@ -27,6 +29,7 @@ from xpu_lora_compile.torch_internals import (
     guard_on,
     guard_on_module_of_frame,
     hint_of,
+    is_autograd_function,
     is_state_change,
     module_of_frame,
     real_input,
@@ -176,9 +179,16 @@ class Trace:
     """One graph in the making, and whose the values of its nodes are."""
 
     def __init__(
-        self, graph: Graph, routing: Any, outer: Trace | None, roots: dict[int, tuple[int | None, str]]
+        self,
+        graph: Graph,
+        routing: Any,
+        outer: Trace | None,
+        roots: dict[int, tuple[int | None, str]],
+        modules: Mapping[str, Any],
     ) -> None:
         self.graph = graph
+        # What nodes get from Dynamo by name: graphs of functions, too.
+        self.modules = modules
         self.routing = routing
         self.outer = outer
         self.depth = 0
@@ -255,6 +265,8 @@ class Trace:
         if node.op not in ("call_function", "call_method") or is_state_change(node.target):
             return self._unknown(node, example)
         args, kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), self._look_up)
+        if is_autograd_function(node.target):
+            return self._forward_of(node, args)
         try:
             with self.mode, self.watch:
                 if node.op == "call_method":
@@ -262,13 +274,39 @@ class Trace:
                 else:
                     value = node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception:
-            # - what cannot be run on fake tensors is not followed
-            return self._unknown(node, example)
+            # - what cannot be run on fake tensors is not followed, but for ops of which the rule is known by name
+            func = library_op(node.target)
+            if func is None:
+                return self._unknown(node, example)
+            value = tree_map(self._fake, example)
+            self.watch.follow_unrun(func, args, kwargs, value)
         if isinstance(value, Tensor) != isinstance(example, Tensor) or (
             isinstance(example, Tensor) and list(value.shape) != [hint_of(size) for size in example.shape]
         ):
             return self._unknown(node, example)
         return value
+
+    def _forward_of(self, node: Node, args: tuple[Any, ...]) -> Any:
+        """The value of a `torch.autograd.Function`: that of the graph of its forward pass, for these arguments."""
+        forward = self.modules.get(str(getattr(node.args[0], "target", None)))
+        if forward is None:
+            return self._unknown(node, node.meta.get("example_value"))
+        outside, self.values = self.values, {}
+        try:
+            given = iter(args[2:])
+            for inner in forward.graph.nodes:
+                if inner.op == "placeholder":
+                    self.values[inner] = next(given)
+                elif inner.op == "output":
+                    # Before what is kept for the backward pass.
+                    return torch.fx.node.map_aggregate(inner.args[0][0], self._look_up)
+                elif inner.op == "get_attr":
+                    self.values[inner] = tree_map(self._fake, getattr(forward, inner.target, None))
+                else:
+                    self.values[inner] = self._value_of(inner)
+        finally:
+            self.values = outside
+        return None
 
     def _input(self, node: Node, example: Any) -> Any:
         """The value of an input: a weight, an input of the model that was entered eagerly, or of unknown owners."""
@@ -329,7 +367,7 @@ def _trace_of(at: Any, routing: Any, wanted: Graph | None = None) -> Trace:
         if id(routing) not in known:
             # Of code inside of the module that was entered nobody knows that its inputs are those of the module.
             roots = routing.entered_inputs(module_of_frame(at)) if trace is None else trace.roots
-            known[id(routing)] = Trace(graph, routing, trace, roots)
+            known[id(routing)] = Trace(graph, routing, trace, roots, at.output.nn_modules)
         trace = known[id(routing)]
         if graph is wanted:
             break

@@ -159,6 +159,12 @@ class Watch(TorchDispatchMode):
                 self._follow_without_results(func, args, kwargs)
         return result
 
+    def follow_unrun(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Note the owners of the results of an op that could not be run, for want of values."""
+        results = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+        with without_modes(), torch.no_grad():
+            self._follow(func, args, kwargs, results)
+
     def _note_telling(self, func: Any, args: Any, kwargs: Any) -> None:
         """Values of these operands decide what Python sees of a result: all, or those of an index that are masks."""
         operands = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
