@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -180,6 +181,33 @@ def test_logits_are_left_alone_while_no_adapter_has_any_for_them(monkeypatch: py
         b = [b[0].clone()]
         logits()
     assert len(calls) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("replaced", ["stack", "memory"])
+def test_a_stack_in_the_memory_of_one_that_was_zero_keeps_its_lora(replaced: str) -> None:
+    wrapper, ((a,), (b,)) = wrapper_for([3, 1], 3), stacks([64])
+    memory = np.zeros(b.shape, dtype=np.float32)
+
+    def stack_in_it() -> Tensor:
+        return torch.frombuffer(memory, dtype=torch.float32).view(b.shape)
+
+    x, y = torch.randn(2, 24), torch.randn(2, 64)
+    stack = stack_in_it()
+    before = stack.data_ptr(), stack._version
+    assert torch.equal(wrapper.add_lora_logits(y.clone(), x, a, stack, 1.0), y)
+    # Not by torch, so that no tensor counts it as a write.
+    memory[:] = b.numpy()
+    if replaced == "stack":
+        del stack
+        stack = stack_in_it()
+    else:
+        stack.data = stack_in_it()
+    assert (stack.data_ptr(), stack._version) == before
+    wanted = y.double() + products(products(x, a, [3, 1]), b, [3, 1])
+    made = wrapper.add_lora_logits(y.clone(), x, a, stack, 1.0)
+    torch.testing.assert_close(made.double(), wanted, rtol=1e-4, atol=1e-3)
+    assert len(wrapper._looked_through) == 1
 
 
 def layer_of(wrapper: Any, a: Any, b: Any) -> Any:

@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from xpu_lora_compile.errors import BatchError
 from xpu_lora_compile.integrations.vllm_platform import own_punica_wrapper
@@ -47,8 +49,8 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM's own, and have each layer that is given this wrapper store its weights as our kernel reads them."""
         super().__init__(*args, **kwargs)
-        # Of each stack, by address: how often it had been written to when it was looked through, and whether it was 0.
-        self._looked_through: dict[int, tuple[int, bool]] = {}
+        # For each stack, when it was looked through: its memory, how often it had been written to, whether it was 0.
+        self._looked_through = WeakTensorKeyDictionary()
         # The module of each stack, by the stack's `id`: for errors.
         self.names: dict[int, str] = {}
         # vLLM does not initialise its buffers. Of each: what a row past the mapped ones reads, and how many are mapped.
@@ -268,17 +270,20 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
         # An inference tensor does not count writes.
         if stack.is_inference():
             return False
-        writes, address = writes_to(stack), stack.data_ptr()
-        if self._looked_through.get(address, (None, False))[0] != writes:
-            self._looked_through[address] = writes, not stack.any()
-        return self._looked_through[address][1]
+        # An address repeats where memory is given out again. The name of a storage does not while it is referred to.
+        state = StorageWeakRef(stack.untyped_storage()), writes_to(stack)
+        known = self._looked_through.get(stack)
+        if known is None or known[:2] != state:
+            self._looked_through[stack] = known = (*state, not stack.any())
+        return bool(known[2])
 
     def _indices_of_logits(self, x: Tensor, stack: Tensor) -> Tensor:
         """The adapter of each row of the hidden states that become logits.
 
-        vLLM 0.32 takes the rows to be those that are sampled, which it has gathered (`gpu_model_runner.py`, line 4241).
-        Where a prompt's probabilities are asked for they are some of the batch's tokens instead (line 5374), rows of a
-        larger tensor, and of the indices of sampled rows those past their number are stale.
+        vLLM takes the rows to be those that are sampled, which it has gathered (`execute_model` of its
+        `GPUModelRunner`). Where a prompt's probabilities are asked for they are some of the batch's tokens instead
+        (`_get_prompt_logprobs_dict`), rows of a larger tensor, and of the indices of sampled rows those past their
+        number are stale.
         """
         tokens: Tensor = self._token_lora_indices
         sampled: Tensor = self.sampler_indices
