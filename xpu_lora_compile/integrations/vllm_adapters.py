@@ -1,4 +1,4 @@
-"""Adapters that vLLM 0.32 would load although they give wrong answers are refused as they are loaded.
+"""Adapters that vLLM would load although they give wrong answers are refused as they are loaded.
 
 vLLM compares the last part of each name with the layers that it knows, and the rank with `max_lora_rank`. It takes
 weights that are not finite, which spread to other requests' rows. It takes tensors of modules that the model does not
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
@@ -55,7 +56,7 @@ def check_adapter(manager: Any, adapter: Any, name: str) -> None:
     for module, weights in adapter.modules_to_save.items():
         for tensor in filter(_is_tensor, (weights.weight, weights.bias)):
             _check_finite(name, module, tensor)
-    layers, experts = _layers(manager)
+    layers, experts = _layers(manager, adapter.loras)
     matched, unmatched = bool(adapter.modules_to_save), []
     for module, weights in adapter.loras.items():
         pair = (weights.lora_a, weights.lora_b)
@@ -97,8 +98,12 @@ def _check_finite(name: str, module: str, tensor: Tensor) -> None:
         )
 
 
-def _layers(manager: Any) -> tuple[dict[str, tuple[Any, int | None]], list[str]]:
-    """By an adapter's name of a module: vLLM's layer and which of its slices, None for all; and mixtures of experts."""
+def _layers(manager: Any, names: Collection[str]) -> tuple[dict[str, tuple[Any, int | None]], list[str]]:
+    """By an adapter's name of a module: vLLM's layer and which of its slices, None for all; and mixtures of experts.
+
+    From 0.33 on an adapter may have the names of a language model alone for a model that sees images, too: vLLM looks
+    for these names where the adapter, whose names are `names`, lacks those of the whole model.
+    """
     moe: Any = importlib.import_module("vllm.lora.layers").FusedMoEWithLoRA
     layers: dict[str, tuple[Any, int | None]] = {}
     for module, layer in manager.modules.items():
@@ -106,7 +111,11 @@ def _layers(manager: Any) -> tuple[dict[str, tuple[Any, int | None]], list[str]]
             layers |= {part: (layer, number) for number, part in enumerate(manager.packed_modules[module])}
         else:
             layers[module] = (layer, None)
-    return layers, [module for module, layer in manager.modules.items() if isinstance(layer, moe)]
+    experts = [module for module, layer in manager.modules.items() if isinstance(layer, moe)]
+    shorter = getattr(manager, "_get_text_lora_names", lambda _: [])
+    for module in [module for module in layers if module not in names]:
+        layers |= {name: layers[module] for name in shorter(module) if name in names and name not in layers}
+    return layers, experts + [name for module in experts for name in shorter(module)]
 
 
 def _check_shapes(name: str, module: str, pair: tuple[Any, Any], layer: tuple[Any, int | None], max_rank: int) -> None:

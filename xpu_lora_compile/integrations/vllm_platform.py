@@ -44,8 +44,8 @@ class LoraPlatform:
     def check_and_update_config(cls, vllm_config: Any) -> None:
         """Let the platform settle its configuration, then compile a CPU's model with LoRA as it does one without.
 
-        vLLM 0.32 sets the mode NONE (`vllm/platforms/cpu.py`, line 380) after it has settled all the rest for
-        DYNAMO_TRACE_ONCE: its own LoRA cannot be traced. Ours can.
+        vLLM sets the mode NONE (`vllm/platforms/cpu.py`, line 380 in 0.32, 397 in 0.33) after it has settled all the
+        rest for DYNAMO_TRACE_ONCE: its own LoRA cannot be traced. Ours can.
         """
         compilation = vllm_config.compilation_config
         modes = type(compilation.mode)
