@@ -89,7 +89,7 @@ def test_the_installed_release_was_tested_and_is_as_the_plugin_expects() -> None
 
 @pytest.fixture
 def newer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The files of the vLLM that is installed which the plugin compares, as those of a release after all that are known."""
+    """The files of the installed vLLM that the plugin compares, as those of a release after all that are known."""
     import vllm
 
     for file in {file for file, _ in INTERFACES}:
@@ -135,13 +135,13 @@ CHANGES = {
         "lora/punica_wrapper/punica_cpu.py",
         "offset_start: int = 0",
         "offset_start: int = 1",
-        "PunicaWrapperCPU.add_expand takes (self, y, x, lora_b_stacked, output_slices, offset_start=1, add_inputs=True,",
+        "PunicaWrapperCPU.add_expand takes (self, y, x, lora_b_stacked, output_slices, offset_start=1, add_inputs=",
     ),
     "a name": (
         PUNICA,
         "_embeddings_indices",
         "_embedded",
-        "vllm/%s has no PunicaWrapperBase._embeddings_indices" % PUNICA,
+        f"vllm/{PUNICA} has no PunicaWrapperBase._embeddings_indices",
     ),
     "a class": (
         "forward_context.py",
