@@ -7,6 +7,8 @@ says what stands in for the compiled part of a release that is not installed. Wh
 - the plugin is registered before the first test, as vLLM itself does it in a server;
 - the sweep of punica ops calls Triton kernels: here it calls the wrapper's `add_shrink` and `add_expand`, for every
   fourth of its cases (`--every 1` for all);
+- the question whether a layer has vLLM's wrapper is whether it has ours;
+- where layers have not prepared their weights for vLLM's product on a CPU, it is torch's;
 - adapters of the hub are a local one that has the rank, alpha and modules that the tests expect; the worker is a CPU's,
   and its model a small random Qwen3. What needs another file of the hub is skipped;
 - a package that the tests import, but do not use here, is an empty module where it is missing.
@@ -103,11 +105,17 @@ _outcomes: Outcomes = {}
 def pytest_load_initial_conftests() -> None:
     """Prepare what the tests import, and register the plugin."""
     import huggingface_hub
+    from torch.nn.functional import linear
 
     importlib.import_module("xpu_lora_compile.integrations.vllm").register()
     for name in ("anthropic", "cloudpickle", "openai", "ray", "tblib"):
         if find_spec(name) is None:
             sys.modules[name] = _Empty(name)
+    layers: Any = importlib.import_module("vllm.model_executor.layers.utils")
+    own = layers.cpu_unquantized_gemm
+    layers.cpu_unquantized_gemm = lambda layer, x, weight, bias=None: (
+        own(layer, x, weight, bias) if hasattr(layer, "cpu_linear") else linear(x, weight, bias)
+    )
     hub: Any = huggingface_hub.HfApi
     hub.snapshot_download = _adapter_of_the_hub
 
@@ -130,6 +138,9 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
         if module.__name__.endswith("test_punica_ops"):
             module.triton_ops = _OnTheWrapper(module.triton_ops)
             module.torch.accelerator.set_device_index = lambda _: None
+        if module.__name__.endswith("test_layers") and os.environ.get("XPU_LORA_VLLM") != "0":
+            wrapper = importlib.import_module("xpu_lora_compile.integrations.vllm_punica").XpuLoraPunicaWrapper
+            module.check_punica_wrapper = lambda made: type(made) is wrapper
         if module.__name__.endswith("test_worker"):
             module.Worker = importlib.import_module("vllm.v1.worker.cpu_worker").CPUWorker
             module.MODEL_PATH = _small_model()

@@ -1,6 +1,6 @@
 """Another release of vLLM's Python files, made importable where vLLM is installed for a CPU.
 
-`PYTHONPATH=$(python -m benchmarks.vllm_release 0.33.0 FOLDER) python ...` runs the Python files of a released wheel:
+`python -m benchmarks.vllm_release 0.33.0 FOLDER python ...` runs a command with the Python files of a released wheel:
 there was no build of vLLM 0.33 for CPUs to install. What is compiled is a stand-in: the libraries of the release that
 is installed, and its torch, take the place of those that the files were released with. What calls an op that is new or
 changed in that release fails, or could compute something else.
@@ -15,6 +15,9 @@ import sys
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
+
+# Of what vLLM 0.33 imports on a CPU, what 0.32 does not install.
+IMPORTED = ("orjson",)
 
 
 def importable(version: str, folder: Path) -> Path:
@@ -34,6 +37,7 @@ def importable(version: str, folder: Path) -> Path:
                 if not name.endswith(".so"):
                     files.extract(name, part)
         wheel.unlink()
+        pip("install", "--target", str(part), *IMPORTED)
         for library in installed().glob("*.so"):
             (part / "vllm" / library.name).symlink_to(library)
         # vLLM asks its own metadata whether it was built for a CPU.
@@ -85,6 +89,14 @@ def pip(command: str, *arguments: str, dependencies: bool = False, environment: 
     )
 
 
+def main() -> None:
+    """Run a command with a release, which comes from the registry if the folder has not got it."""
+    version, folder, *command = sys.argv[1:]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = [str(importable(version, Path(folder).absolute())), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    raise SystemExit(subprocess.run(command, env=environment).returncode)  # noqa: S603
+
+
 if __name__ == "__main__":
-    Path(sys.argv[2]).mkdir(parents=True, exist_ok=True)
-    print(importable(sys.argv[1], Path(sys.argv[2]).absolute()))
+    main()

