@@ -140,7 +140,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
             module.torch.accelerator.set_device_index = lambda _: None
         if module.__name__.endswith("test_layers") and os.environ.get("XPU_LORA_VLLM") != "0":
             wrapper = importlib.import_module("xpu_lora_compile.integrations.vllm_punica").XpuLoraPunicaWrapper
-            module.check_punica_wrapper = lambda made: type(made) is wrapper
+            module.check_punica_wrapper = lambda made, wrapper=wrapper: type(made) is wrapper
         if module.__name__.endswith("test_worker"):
             module.Worker = importlib.import_module("vllm.v1.worker.cpu_worker").CPUWorker
             module.MODEL_PATH = _small_model()

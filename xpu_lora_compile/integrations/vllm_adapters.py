@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor
@@ -112,7 +112,7 @@ def _layers(manager: Any, names: Collection[str]) -> tuple[dict[str, tuple[Any, 
         else:
             layers[module] = (layer, None)
     experts = [module for module, layer in manager.modules.items() if isinstance(layer, moe)]
-    shorter = getattr(manager, "_get_text_lora_names", lambda _: [])
+    shorter: Callable[[str], list[str]] = getattr(manager, "_get_text_lora_names", lambda _: [])
     for module in [module for module in layers if module not in names]:
         layers |= {name: layers[module] for name in shorter(module) if name in names and name not in layers}
     return layers, experts + [name for module in experts for name in shorter(module)]

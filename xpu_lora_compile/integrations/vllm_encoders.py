@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import xpu_lora_compile
 from xpu_lora_compile.errors import AttachError
 from xpu_lora_compile.integrations.vllm_punica import XpuLoraPunicaWrapper
 
@@ -118,6 +120,7 @@ def _finding_encoders(own: Callable[[Any], None]) -> Callable[[Any], None]:
         wrappers = list(manager.punica_wrapper_mapping.values())
         if not all(isinstance(wrapper, XpuLoraPunicaWrapper) for wrapper in wrappers):
             return
+        _say_what_was_taken_over(manager)
         cross_attention = _cross_attention(manager)
         for wrapper in [*wrappers, *([cross_attention] if cross_attention else [])]:
             for name, layer in manager.modules.items():
@@ -130,6 +133,38 @@ def _finding_encoders(own: Callable[[Any], None]) -> Callable[[Any], None]:
             manager.model.embed_multimodal = encoders.embedding(manager.model.embed_multimodal)
 
     return _create_lora_modules
+
+
+def _say_what_was_taken_over(manager: Any) -> None:
+    """Log it in one line, which comes after all that vLLM says of the model's weights."""
+    vllm: Any = importlib.import_module("vllm")
+    layers: Any = importlib.import_module("vllm.lora.layers")
+    config: Any = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
+    compiled = config is not None and config.compilation_config.mode != type(config.compilation_config.mode).NONE
+    kinds = {
+        layers.FusedMoEWithLoRA: "",
+        layers.VocabParallelEmbeddingWithLoRA: "embedding",
+        layers.LogitsProcessorWithLoRA: "logits",
+        # Since 0.33 there are two of them.
+        getattr(layers, "BaseClassificationHeadWithLoRA", layers.ClassificationHeadWithLoRA): "classifier",
+        layers.BaseLayerWithLoRA: "linear",
+    }
+    # A layer may have several names.
+    found = {id(layer): layer for layer in manager.modules.values()}.values()
+    count = Counter(next(name for kind, name in kinds.items() if isinstance(layer, kind)) for layer in found)
+    experts = count.pop("", 0)
+    logger = importlib.import_module("vllm.logger").init_logger("vllm.plugins.xpu_lora_compile")
+    logger.info(
+        "xpu_lora_compile %s runs the LoRA of %d layers (%s) of vLLM %s on %s, one call a layer, %s; that of %d "
+        "mixtures of experts is vLLM's own.",
+        xpu_lora_compile.__version__,
+        sum(count.values()),
+        ", ".join(f"{number} {name}" for name, number in count.most_common()),
+        vllm.__version__,
+        torch.device(manager.device).type,
+        "compiled with its passes" if compiled else "eagerly",
+        experts,
+    )
 
 
 def _cross_attention(manager: Any) -> CrossAttentionWrapper | None:

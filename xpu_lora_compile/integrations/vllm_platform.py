@@ -56,16 +56,9 @@ class LoraPlatform:
         _cache_encoders_by_adapter()
         if compilation.mode == modes.NONE and before != modes.NONE:
             compilation.mode = modes.DYNAMO_TRACE_ONCE if before == modes.VLLM_COMPILE else before
-        compiled = compilation.mode != modes.NONE
-        if compiled:
+        if compilation.mode != modes.NONE:
             ours = inductor_options(compilation.inductor_compile_config)
             compilation.inductor_compile_config.update(ours)
-        logger = importlib.import_module("vllm.logger").init_logger("vllm.plugins.xpu_lora_compile")
-        logger.info(
-            "LoRA of linear layers, embeddings, logits and classifiers runs on the ops of xpu_lora_compile, one call a "
-            "layer, %s; that of mixtures of experts is vLLM's own.",
-            "compiled with its passes" if compiled else "eagerly",
-        )
 
 
 def take_over(platform: Any) -> None:
