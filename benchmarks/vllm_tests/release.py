@@ -1,9 +1,9 @@
 """Another release of vLLM's Python files, made importable where vLLM is installed for a CPU.
 
-`python -m benchmarks.vllm_release 0.33.0 FOLDER python ...` runs a command with the Python files of a released wheel:
-there was no build of vLLM 0.33 for CPUs to install. What is compiled is a stand-in: the libraries of the release that
-is installed, and its torch, take the place of those that the files were released with. What calls an op that is new or
-changed in that release fails, or could compute something else.
+`python -m benchmarks.vllm_tests.release 0.33.0 FOLDER python ...` runs a command with the Python files of a released
+wheel: there was no build of vLLM 0.33 for CPUs to install. What is compiled is a stand-in: the libraries of the release
+that is installed, and its torch, take the place of those that the files were released with. What calls an op that is
+new or changed in that release fails, or could compute something else.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def installed() -> Path:
     """The package `vllm` that is installed, not imported."""
     spec = find_spec("vllm")
     if spec is None or spec.origin is None:
-        raise SystemExit("benchmarks.vllm_release: wanted vLLM; got none. pip install -e '.[vllm]'.")
+        raise SystemExit("benchmarks.vllm_tests: wanted vLLM; got none. pip install -e '.[vllm]'.")
     return Path(spec.origin).parent
 
 

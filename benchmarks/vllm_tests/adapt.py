@@ -1,31 +1,12 @@
-"""vLLM's own LoRA tests, run on the plugin's wrapper: `python -m benchmarks.vllm_own_tests FOLDER 0.32.0 0.33.0`.
-
-The tests are taken from the source distributions of vLLM into the folder; nothing of them is in this repository. They
-run in an environment that has vLLM for a CPU and pytest, on the Python files of their own release: `vllm_release.py`
-says what stands in for the compiled part of a release that is not installed. What is adapted:
-
-- the plugin is registered before the first test, as vLLM itself does it in a server;
-- the sweep of punica ops calls Triton kernels: here it calls the wrapper's `add_shrink` and `add_expand`, for every
-  fourth of its cases (`--every 1` for all);
-- the question whether a layer has vLLM's wrapper is whether it has ours;
-- where layers have not prepared their weights for vLLM's product on a CPU, it is torch's;
-- adapters of the hub are a local one that has the rank, alpha and modules that the tests expect; the worker is a CPU's,
-  and its model a small random Qwen3. What needs another file of the hub is skipped;
-- a package that the tests import, but do not use here, is an empty module where it is missing.
-
-A test that fails is run again with vLLM's own wrapper: what fails there, too, is no failure of the plugin.
-"""
+"""The plugin of pytest that adapts vLLM's tests, in the process that runs them, and notes what becomes of them."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
-from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -33,72 +14,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.vllm_release import importable, installed, sources
+# What the environment tells the process: where to write what became of the tests, and which part of the sweep runs.
+RESULTS, EVERY = "VLLM_TESTS_RESULTS", "VLLM_TESTS_EVERY"
 
-# Of `tests/lora`: those that need no GPU and no model of the hub.
-FILES = ["layers", "layers_utils", "lora_manager", "lora_utils", "lora_weights", "peft_helper", "punica_ops"]
-FILES += ["resolver", "utils", "worker"]
-RESULTS, EVERY = "VLLM_OWN_TESTS_RESULTS", "VLLM_OWN_TESTS_EVERY"
-
-Outcomes = dict[str, str]
-
-
-def main() -> None:
-    """Run the tests of each release, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="for what is got from the registry; it is kept")
-    parser.add_argument("versions", nargs="+", help="releases of vLLM")
-    parser.add_argument("--every", type=int, default=4, help="run each nth case of the sweep of punica ops")
-    parser.add_argument("--files", nargs="*", default=FILES, help=f"of {', '.join(FILES)}")
-    options = parser.parse_args()
-    folder = options.folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    print("| vLLM | test file | passed | failed | of these without the plugin, too | skipped |")
-    print("|---|---|---|---|---|---|")
-    for version in options.versions:
-        files = [f"tests/lora/test_{name}.py" for name in options.files]
-        outcomes = _run(version, files, folder, options.every)
-        failed = [test for test, outcome in outcomes.items() if outcome == "failed"]
-        stock = _run(version, failed, folder, options.every, XPU_LORA_VLLM="0") if failed else {}
-        for file in files:
-            count = Counter(outcome for test, outcome in outcomes.items() if test.startswith(file))
-            too = sum(test.startswith(file) and outcome == "failed" for test, outcome in stock.items())
-            cells = (version, Path(file).name, count["passed"], count["failed"], too, count["skipped"])
-            print(f"| {' | '.join(map(str, cells))} |", flush=True)
-
-
-def _run(version: str, tests: list[str], folder: Path, every: int, **environment: str) -> Outcomes:
-    """What became of each test, in a process of its own."""
-    # The tests import `tests.utils`: a folder that has them and not the sources of vLLM beside them.
-    root = folder / f"tests-{version}"
-    root.mkdir(exist_ok=True)
-    if not (root / "tests").exists():
-        (root / "tests").symlink_to(sources(version, folder) / "tests")
-    paths = [str(root), str(Path(__file__).parents[1])]
-    if version != _installed_version():
-        paths.insert(0, str(importable(version, folder)))
-    log = folder / f"log-{version}{'-stock' if environment else ''}.txt"
-    with tempfile.TemporaryDirectory() as scratch, log.open("a") as file:
-        results = Path(scratch, "results.json")
-        environment |= {"PYTHONPATH": os.pathsep.join(paths), RESULTS: str(results), EVERY: str(every)}
-        environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": scratch}
-        options = ["-q", "-c", os.devnull, "--rootdir", str(root), "-p", "no:cacheprovider", "-p", __spec__.name]
-        command = [sys.executable, "-m", "pytest", *options, *tests]
-        done = subprocess.run(command, cwd=root, env=os.environ | environment, stdout=file, stderr=file)  # noqa: S603
-        if not results.exists():
-            raise SystemExit(f"benchmarks.vllm_own_tests: pytest ended with {done.returncode}: read {log}.")
-        outcomes: Outcomes = json.loads(results.read_text())
-        return outcomes
-
-
-def _installed_version() -> str:
-    text = (installed() / "_version.py").read_text()
-    return text.split("__version__ = version = '")[1].split("'")[0]
-
-
-# What follows is pytest's plugin in the process that runs the tests.
-
-_outcomes: Outcomes = {}
+_outcomes: dict[str, str] = {}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -230,7 +149,3 @@ def _small_model() -> str:
     folder = tempfile.mkdtemp(prefix="qwen3-")
     Qwen3Config(**sizes, **heads, architectures=["Qwen3ForCausalLM"]).save_pretrained(folder)
     return folder
-
-
-if __name__ == "__main__":
-    main()
