@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Run vLLM's own LoRA tests on the plugin's wrapper.")
     parser.add_argument("folder", type=Path, help="for what is got from the registry; it is kept")
     parser.add_argument("versions", nargs="+", help="releases of vLLM")
-    parser.add_argument("--every", type=int, default=4, help="run each nth case of the sweep of punica ops")
+    parser.add_argument("--every", type=int, default=1, help="run each nth case of test_layers and test_punica_ops")
     parser.add_argument("--files", nargs="*", default=FILES, help=f"of {', '.join(FILES)}")
     options = parser.parse_args(arguments)
     folder = options.folder.absolute()

@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
 if __name__ == "__main__":
     from conftest import Engine
+    os.environ["VLLM_CACHE_ROOT"] = sys.argv[5]
     options = json.loads(sys.argv[4])
     engine = Engine(Path(sys.argv[3]), max_loras=3, max_lora_rank=8, **options)
     prompts = [[5, 6, 7, 8], [300, 514, 9], [40, 41, 42, 43, 44, 45]]
@@ -31,18 +32,23 @@ if __name__ == "__main__":
 """
 
 
-def tokens_of(model: Path, folder: Path, **options: Any) -> list[list[int]]:
-    """What an engine in a process of its own decodes."""
+def tokens_of(model: Path, folder: Path, said: str = "", **options: Any) -> list[list[int]]:
+    """What an engine in a process of its own decodes, whose log has a text; its cache is in the folder."""
     # A file, since processes that an engine spawns read it again.
     script = folder / "run.py"
     script.write_text(SCRIPT)
     here = Path(__file__).parent
-    arguments = [str(here), str(here.parents[1] / "examples"), str(model), json.dumps(options)]
+    arguments = [str(here), str(here.parents[1] / "examples"), str(model), json.dumps(options), str(folder / "cache")]
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=400)  # noqa: S603
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Using XpuLoraPunicaWrapper" in done.stdout + done.stderr
+    import vllm
+
+    version = vllm.__version__
     compiled = "eagerly" if options.get("enforce_eager") else "compiled with its passes"
-    assert f"one call a layer, {compiled};" in done.stdout + done.stderr
+    took_over = f"layers (8 linear, 1 embedding, 1 logits) of vLLM {version} on cpu, one call a layer, {compiled};"
+    assert took_over in done.stdout + done.stderr
+    assert said in done.stdout + done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("TOKENS")]
     tokens: list[list[int]] = json.loads(line.removeprefix("TOKENS"))
     return tokens
@@ -56,8 +62,11 @@ def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[li
     return tokens
 
 
-def test_a_compiled_model_decodes_the_same(tiny_model: Path, alone: Any, tmp_path: Path) -> None:
-    assert tokens_of(tiny_model, tmp_path) == alone
+def test_a_compiled_model_decodes_the_same_and_the_next_start_takes_it(
+    tiny_model: Path, alone: Any, tmp_path: Path
+) -> None:
+    assert tokens_of(tiny_model, tmp_path, "saved AOT compiled function") == alone
+    assert tokens_of(tiny_model, tmp_path, "Directly load AOT compilation") == alone
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["", "fully_sharded_loras"])
