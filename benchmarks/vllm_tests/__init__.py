@@ -10,7 +10,7 @@ what stands in for the compiled part of a release that is not installed. What is
 - the configuration of the dummy models, a mock in which every field is true, is not that of an encoder-decoder;
 - where layers have not prepared their weights for vLLM's product on a CPU, it is torch's;
 - adapters of the hub are a local one that has the rank, alpha and modules that the tests expect; the worker is a CPU's,
-  and its model a small random Qwen3. What needs another file of the hub is skipped;
+  and a model of the hub a small random Qwen3. What needs another file of the hub is skipped;
 - a package that the tests import, but do not use here, is an empty module where it is missing.
 
 There are 4200 cases of the sweep; `--every 16` runs each sixteenth case of it and of the layers. A test that fails

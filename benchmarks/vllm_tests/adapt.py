@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -61,6 +63,8 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
         if module.__name__.endswith("test_layers") and os.environ.get("XPU_LORA_VLLM") != "0":
             wrapper = importlib.import_module("xpu_lora_compile.integrations.vllm_punica").XpuLoraPunicaWrapper
             module.check_punica_wrapper = lambda made, wrapper=wrapper: type(made) is wrapper
+        if module.__name__.endswith("test_lora_manager"):
+            module.ModelConfig = functools.partial(module.ModelConfig, _small_model())
         if module.__name__.endswith("test_worker"):
             module.Worker = importlib.import_module("vllm.v1.worker.cpu_worker").CPUWorker
             module.MODEL_PATH = _small_model()
@@ -70,6 +74,16 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     sweep = [item for item in items if item.module.__name__.endswith(large) and hasattr(item, "callspec")]
     left_out = {id(item) for number, item in enumerate(sweep) if number % int(os.environ[EVERY])}
     items[:] = [item for item in items if id(item) not in left_out]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: Any) -> bool | None:
+    """Run a coroutine, for which the tests have a plugin of their own."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+    asyncio.run(pyfuncitem.obj(**arguments))
+    return True
 
 
 def pytest_runtest_logreport(report: Any) -> None:
