@@ -39,7 +39,7 @@ def tokens_of(model: Path, folder: Path, said: str = "", **options: Any) -> list
     script.write_text(SCRIPT)
     here = Path(__file__).parent
     arguments = [str(here), str(here.parents[1] / "examples"), str(model), json.dumps(options), str(folder / "cache")]
-    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=400)  # noqa: S603
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=900)  # noqa: S603
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Using XpuLoraPunicaWrapper" in done.stdout + done.stderr
     import vllm
