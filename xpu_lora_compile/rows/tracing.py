@@ -289,11 +289,16 @@ class Trace:
     def _forward_of(self, node: Node, args: tuple[Any, ...]) -> Any:
         """The value of a `torch.autograd.Function`: that of the graph of its forward pass, for these arguments."""
         forward = self.modules.get(str(getattr(node.args[0], "target", None)))
-        if forward is None:
+        inputs = [] if forward is None else forward.graph.find_nodes(op="placeholder")
+        values = list(args[2:])
+        if len(inputs) == len(values) + 1:
+            # Older versions of torch, such as 2.8, have a place for the context.
+            values.insert(0, None)
+        if forward is None or len(inputs) != len(values):
             return self._unknown(node, node.meta.get("example_value"))
         outside, self.values = self.values, {}
         try:
-            given = iter(args[2:])
+            given = iter(values)
             for inner in forward.graph.nodes:
                 if inner.op == "placeholder":
                     self.values[inner] = next(given)
