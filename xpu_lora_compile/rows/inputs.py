@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from enum import Enum
 from functools import cache
 from typing import Any
@@ -147,14 +147,17 @@ def shape_of_mask(mask: Tensor) -> Hashable:
     return tuple(order.tolist()), tuple(lengths[order].diff().bool().tolist()), tuple(map(tuple, ends.tolist()))
 
 
-@cache
-def may_hold_more(kind: type) -> bool:
+def _may_hold_more(kind: type[Any]) -> bool:
     """Whether an input of this class may hold tensors that are inputs, too, or compute something."""
     is_called = any("__call__" in vars(base) for base in kind.__mro__)
     return is_called or issubclass(kind, list | tuple | dict) or dataclasses.is_dataclass(kind)
 
 
-@cache
-def parameters(kind: type) -> tuple[str, ...]:
+def _parameters(kind: type[Any]) -> tuple[str, ...]:
     """The names of what a module's forward takes."""
-    return tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+# Asked at each call of a model. (The type of a cache takes no class of modules.)
+may_hold_more: Callable[[type[Any]], bool] = cache(_may_hold_more)
+parameters: Callable[[type[Any]], tuple[str, ...]] = cache(_parameters)
