@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from enum import Enum
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -159,5 +159,5 @@ def _parameters(kind: type[Any]) -> tuple[str, ...]:
 
 
 # Asked at each call of a model. (The type of a cache takes no class of modules.)
-may_hold_more: Callable[[type[Any]], bool] = cache(_may_hold_more)
-parameters: Callable[[type[Any]], tuple[str, ...]] = cache(_parameters)
+may_hold_more: Callable[[type[Any]], bool] = cast("Any", cache)(_may_hold_more)
+parameters: Callable[[type[Any]], tuple[str, ...]] = cast("Any", cache)(_parameters)
