@@ -63,11 +63,6 @@ def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "album.pt2", export_album)
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_once(tmp_path_factory, "serve_pt2", serve_pt2.make_program)
-
-
 def folders_for(tmp_path: Path) -> dict[str, Path]:
     text, vision = {"text": ((2, 8), (12, 2))}, {"vision.0": ((4, 6), (10, 4)), "vision.2": ((4, 10), (7, 4))}
     return {
