@@ -50,7 +50,7 @@ def test_it_says_what_is_installed_and_what_is_not(diagnosis: Diagnosis) -> None
     assert found["vllm-xpu-kernels"] == "not installed"
     # A distribution may spell its name with underscores.
     assert (found["intel-extension-for-pytorch"] == "not installed") is (find_spec(ipex.PACKAGE) is None)
-    assert found["_xpu_C.lora_shrink (lora)"] == "it has no lora_shrink"
+    assert found["_xpu_C.lora_shrink (lora)"] == "it is not installed"
 
 
 def test_it_says_which_kernel_and_why_not_the_others(diagnosis: Diagnosis) -> None:
@@ -240,7 +240,7 @@ def test_an_owner_without_the_wheel_is_told_of_it() -> None:
     with xpu_card.machine() as device:
         wheel, *others = doctor._next_steps(Diagnosis("xpu", {"ops": [Finding("float32", "480 calls", True)]}), device)
     problem = "vllm-xpu-kernels is not installed"
-    assert wheel.text == f"{problem}. Where it is, its ops come first; docs/intel-gpu.md has the command"
+    assert wheel.text == f"{problem}. Install its release for this PyTorch: its ops come first then"
     assert [finding.what for finding in others] == ["use it", "report"]
 
 

@@ -69,3 +69,26 @@ def test_what_cannot_carry_lora_is_refused(model: nn.Module, target: str | list[
     with pytest.raises(AttachError, match=message):
         xlc.attach(model, target_modules=target)
     assert [type(module) for module in model.modules()] == kinds
+
+
+class Unsized(nn.Module):
+    """A linear layer that does not say its sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.ones(3, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.kernel.T
+
+
+def test_a_model_without_any_layer_for_lora_is_refused() -> None:
+    with pytest.raises(AttachError, match=r"Sequential, which has none\. .*linear_classes="):
+        xlc.attach(nn.Sequential(Unsized()))
+
+
+def test_a_declared_class_without_sizes_is_refused() -> None:
+    model = nn.Sequential(Unsized(), nn.Linear(3, 2))
+    with pytest.raises(AttachError, match=r"got 0 \(Unsized\) without them\. .*exclude_modules=\['0'\]"):
+        xlc.attach(model, linear_classes=[Unsized])
+    assert set(xlc.attach(model, linear_classes=[Unsized], exclude_modules=["0"]).sites) == {"1"}

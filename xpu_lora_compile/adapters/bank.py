@@ -535,12 +535,9 @@ class AdapterBank:
 
     def _slot_of(self, name: str) -> int:
         if name not in self._slots or name is None:
-            raise UnknownAdapterError(
-                f"adapter {name!r}",
-                f"one of {', '.join(self.names) or 'none: the bank is empty'}",
-                repr(name),
-                "Load it first: bank.load(name, folder).",
-            )
+            wanted = f"one of {', '.join(self.names)}" if self.names else "a loaded adapter; the bank is empty"
+            remedy = "Name one that is loaded, or load it first: bank.load(name, folder)."
+            raise UnknownAdapterError(f"adapter {name!r}", wanted, repr(name), remedy)
         return self._slots.index(name)
 
     def _check_attached(self) -> None:

@@ -32,7 +32,8 @@ def regular_file(path: Path, remedy: str) -> os.stat_result:
         status = path.stat()
     except (OSError, ValueError) as error:
         # A symbolic link to itself, and a NUL in the name, are told apart by the text of the error.
-        raise AdapterFileError(str(path), "a file that can be read", str(error), remedy) from error
+        got = error.strerror if isinstance(error, OSError) else None
+        raise AdapterFileError(str(path), "a file that can be read", got or str(error), remedy) from error
     if not stat.S_ISREG(status.st_mode):
         raise AdapterFileError(str(path), "a regular file", stat.filemode(status.st_mode), remedy)
     return status

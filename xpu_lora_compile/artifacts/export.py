@@ -270,7 +270,7 @@ def _example_block(given: Block | None, layers: Mapping[str, LoraLayer], inputs:
         inputs: of the model; the first holds the batch where no block says how large it is.
     """
     first = next(iter(inputs.values()), None)
-    remedy = "Pass inputs of two sequences or more: with one, nobody could tell whose rows are whose."
+    remedy = "Pass inputs of two sequences or more: with one, all rows are its own."
     if first is None or not first.dim() or (given is None and len(first) < 2):
         got = "no tensor" if first is None else f"a first tensor of shape {list(first.shape)}"
         raise ArtifactError("export: inputs", "a batch of at least two sequences", got, remedy)

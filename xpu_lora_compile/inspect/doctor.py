@@ -433,7 +433,7 @@ def _next_steps(diagnosis: Diagnosis, device: str) -> Iterator[Finding]:
         yield Finding("until it is mended", f"run `doctor` with {again}; serve with the first that passes")
     elif device == "xpu":
         if why := vendor.Vendor().problem(device):
-            yield Finding(vendor.PACKAGE, f"{why}. Where it is, its ops come first; docs/intel-gpu.md has the command")
+            yield Finding(vendor.PACKAGE, f"{why}. Install its release for this PyTorch: its ops come first then")
         yield Finding("use it", 'move the model to "xpu", attach, and compile with backend="xpu_lora"')
         yield Finding("report", f"{report}, please: no run on an Intel GPU is known to the project yet")
 

@@ -65,7 +65,7 @@ class Verification:
         returns_the_same: whether the rewritten graphs return what the original ones do, and change their inputs alike,
             once every call has been given right values: nothing beside the calls was changed.
         isolation: of each module that LoRA is attached to, how many rows of other sequences changed a bit when one
-            sequence was given another adapter: 0 is right. Empty for a batch of one.
+            sequence was given another adapter: 0 is right. Empty for a batch of one, and for a model without a bank.
     """
 
     sites: list[SiteError]
@@ -88,6 +88,8 @@ class Verification:
             kept = f"{len(self.isolation) - len(changed)} of {len(self.isolation)} modules"
             lines.append(f"Isolation: with another adapter for one sequence, other rows keep their bits in {kept}.")
             lines += [f"  LEAK: {name}, {counted(rows, 'row')}" for name, rows in list(changed.items())[:5]]
+        else:
+            lines.append("Isolation: not checked. It takes an attached model, and inputs of two sequences or more.")
         lines.append("Worst errors, as fractions of what rounding allows (rewritten graph, generated code):")
         lines = [wrapped(line, indent=2) for line in lines]
         for site in worst:

@@ -94,14 +94,13 @@ def op(name: str) -> torch._ops.OpOverload:
 
 def family() -> tuple[str, str]:
     """Which of FAMILIES is there; and if none is, why."""
-    _load()
     reasons = []
     for name, members in FAMILIES.items():
         problems = [problem for member in members if (problem := problem_of(member))]
         if not problems:
             return name, ""
         reasons += problems
-    return "", "; ".join(reasons) if find_spec("vllm_xpu_kernels") or _any_there() else "it is not installed"
+    return "", "; ".join(dict.fromkeys(reasons))
 
 
 def refusal(
@@ -279,21 +278,23 @@ def _lies_in_a_stack(b: Tensor) -> bool:
 
 
 @cache
-def _load() -> None:
-    """Have the package register its ops, if it is installed; what fails there is found by the ops that are missing."""
-    if find_spec("vllm_xpu_kernels") is not None:
-        try:
-            importlib.import_module("vllm_xpu_kernels._xpu_C")
-        except Exception:  # Whatever a driver that is missing or broken makes it raise.
-            return
+def _load() -> str:
+    """Have the package register its ops. Return why it cannot, in words that follow its name; empty if it did."""
+    if find_spec("vllm_xpu_kernels") is None:
+        return "it is not installed"
+    try:
+        importlib.import_module("vllm_xpu_kernels._xpu_C")
+    except Exception as error:  # Whatever a library or driver that is missing or broken makes it raise.
+        return f"it cannot be loaded: {type(error).__name__}: {error}"
+    return ""
 
 
 def problem_of(name: str) -> str:
-    """Why an op cannot be called: it is missing, or its schema is another; empty if it can."""
-    _load()
+    """Why an op cannot be called: the package or the op is missing, or broken, or another; empty if it can."""
+    failure = _load()
     schema = schema_of(f"_xpu_C::{name}")
     if schema is None:
-        return f"it has no {name}"
+        return f"it has no {name}" if not failure or _any_there() else failure
     given = tuple(
         str(argument.type) + ("!" if argument.alias_info is not None and argument.alias_info.is_write else "")
         for argument in schema.arguments

@@ -11,6 +11,7 @@ from xpu_lora_compile.adapters.files import few
 from xpu_lora_compile.adapters.names import plain_name
 from xpu_lora_compile.errors import AttachError
 from xpu_lora_compile.layers import HOSTS, host_of
+from xpu_lora_compile.layers.declared import Declared
 from xpu_lora_compile.layers.host import Host, has_other_forward
 
 
@@ -36,7 +37,9 @@ def find_targets(
     def is_linear(name: str, module: nn.Module) -> bool:
         # A linear layer that no host takes is named all the same, and then refused.
         host, _ = carriers.get(name, (None, module))
-        return isinstance(module, nn.Linear) if host is None else host.site(module).kind == "linear"
+        if host is None:
+            return isinstance(module, nn.Linear) or _is_declared(module, hosts)
+        return host.site(module).kind == "linear"
 
     matched = {
         name: module
@@ -51,15 +54,31 @@ def find_targets(
     strangers = {name: module for name, module in matched.items() if name not in carriers}
     if strangers:
         raise _cannot_carry(strangers, hosts, plain_ones=len(matched) - len(strangers))
+    if not carriers and not matched:
+        raise AttachError(
+            "attach: model",
+            f"a model with {_names(hosts)} modules",
+            f"{type(model).__name__}, which has none",
+            "If modules of it are linear layers of another class, say so: linear_classes=[MyLinear].",
+        )
     if not matched:
         names = sorted({name.rsplit(".", 1)[-1] for name in carriers})
         raise AttachError(
             "attach: target_modules",
-            f"names of modules such as {', '.join(names[:12]) or 'there are none in this model'}",
+            f"names of modules such as {', '.join(names[:12])}",
             f"{target_modules!r}, which matches nothing",
             "Pass some of these names; adapter_config.json has those of an adapter in its target_modules.",
         )
     return {name: carriers[name] for name in matched}
+
+
+def _names(hosts: Sequence[Host]) -> str:
+    return " or ".join(host.name for host in hosts)
+
+
+def _is_declared(module: nn.Module, hosts: Sequence[Host]) -> bool:
+    """Whether the caller of `attach` says that a module is a linear layer."""
+    return any(isinstance(host, Declared) and host.takes_class(type(module)) for host in hosts)
 
 
 def _of_whole_numbers(module: nn.Module) -> str:
@@ -69,6 +88,14 @@ def _of_whole_numbers(module: nn.Module) -> str:
 
 def _cannot_carry(strangers: Mapping[str, nn.Module], hosts: Sequence[Host], plain_ones: int) -> AttachError:
     """Say of what kind the modules are that a rule names and that carry no LoRA, and what to do."""
+    if unsized := [name for name, module in strangers.items() if _is_declared(module, hosts)]:
+        kind = type(strangers[unsized[0]])
+        return AttachError(
+            "attach: linear_classes",
+            "modules with the whole numbers in_features and out_features as attributes",
+            few([f"{name} ({type(strangers[name]).__name__})" for name in unsized]) + " without them",
+            f"Give {kind.__name__} these attributes, or leave the modules out: exclude_modules={unsized!r}.",
+        )
     hooked = [name for name, module in strangers.items() if has_other_forward(module)]
     computed = [
         name
@@ -102,6 +129,5 @@ def _cannot_carry(strangers: Mapping[str, nn.Module], hosts: Sequence[Host], pla
                 f" If a {type(kind).__name__} is a linear layer that its parent calls, say so: "
                 f"linear_classes=[{type(kind).__name__}]."
             )
-    names = " or ".join(host.name for host in hosts)
-    wanted = f"plain {names} modules: no subclass with another forward, and no forward of a module's own"
+    wanted = f"plain {_names(hosts)} modules: no subclass with another forward, and no forward of a module's own"
     return AttachError("attach: target_modules", wanted, few(kinds), remedy)

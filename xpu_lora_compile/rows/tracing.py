@@ -118,12 +118,11 @@ def layout_of(at: Any, routing: Any, layer: Any, inputs: Any, features: int) -> 
         return -1, 0, 0
     if was_entered and OUTSIDE not in found:
         raise routing.unproved(layer.lora_name, example, found)
-    raise routing.unproved(
-        layer.lora_name,
-        example,
-        "the compiler broke the graph between the inputs of the model and this layer",
-        CALL_ONCE,
-    )
+    reason, remedy = "the compiler broke the graph between the inputs of the model and this layer", CALL_ONCE
+    if at is None:
+        reason = "torch.export has not followed the inputs of the model to this layer"
+        remedy = "Call the model once in this `use` block before torch.export, or use xlc.export, which does it."
+    raise routing.unproved(layer.lora_name, example, reason, remedy)
 
 
 def _check_caller(at: Any, routing: Any) -> None:
