@@ -619,3 +619,39 @@ def test_leaving_the_module_out_works_as_advised(tmp_path: Path) -> None:
     bank = loaded(model, tmp_path / "again", exclude_modules=["0.layer"])
     with bank.use(["a", "b"]):
         model(x)
+
+
+# An exported program has no guards: it serves blocks of all names, whichever block it was exported in.
+
+
+@pytest.mark.parametrize("names", [["a", "a"], ["a", None]], ids=["one-adapter", "two"])
+def test_a_program_that_torch_exports_serves_other_names(
+    model: nn.Module, bank: xlc.AdapterBank, names: list[str | None]
+) -> None:
+    with (
+        bank.use(names),
+        pytest.raises(UnprovedRowsError, match=r"torch\.export does not follow .* before torch\.export"),
+    ):
+        torch.export.export(model, (X,), strict=False)
+    with bank.use(["a", None]):
+        model(X)
+    with bank.use(names):
+        program = torch.export.export(model, (X,), strict=False)
+    xlc.rewrite(program)
+    with bank.use([None, "b"]), torch.no_grad():
+        torch.testing.assert_close(program.module()(X), model(X))
+
+
+class Sorted(nn.Sequential):
+    """The order of the sequences depends on their values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[x.sum(1).argsort()])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_rows_in_an_unknown_order_are_not_exported_with_one_adapter_for_all(strict: bool, tmp_path: Path) -> None:
+    model = seeded(lambda: Sorted(nn.Linear(4, 4)))
+    with loaded(model, tmp_path).use(["a", "a"]), pytest.raises(Exception, match="rows that are known") as failure:
+        torch.export.export(model, (X,), strict=strict)
+    assert isinstance(own_error(failure.value), UnprovedRowsError)

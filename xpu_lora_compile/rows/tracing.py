@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
@@ -111,17 +112,18 @@ def layout_of(at: Any, routing: Any, layer: Any, inputs: Any, features: int) -> 
     shape = example.shape[: example.dim() - features]
     if unsaid and (known := routing.known_anywhere(layer.lora_name, shape, number)):
         return tuple(known)
-    if routing.uniform:
-        if at is not None:
-            own = weakref.proxy(routing)
-            guard_on(at, f"xpu_lora: one adapter for all rows of {routing.part or 'the model'}", lambda: own.uniform)
+    is_exported = at is None or is_exporting()
+    if routing.uniform and not is_exported:
+        own = weakref.proxy(routing)
+        guard_on(at, f"xpu_lora: one adapter for all rows of {routing.part or 'the model'}", lambda: own.uniform)
         return -1, 0, 0
     if was_entered and OUTSIDE not in found:
         raise routing.unproved(layer.lora_name, example, found)
     reason, remedy = "the compiler broke the graph between the inputs of the model and this layer", CALL_ONCE
-    if at is None:
-        reason = "torch.export has not followed the inputs of the model to this layer"
-        remedy = "Call the model once in this `use` block before torch.export, or use xlc.export, which does it."
+    if is_exported:
+        # An exported program has no guards: it serves blocks of all names.
+        reason = "torch.export does not follow the inputs of the model to this layer"
+        remedy = "Use xlc.export. Or call the model once in a `use` block with two different names before torch.export."
     raise routing.unproved(layer.lora_name, example, reason, remedy)
 
 
