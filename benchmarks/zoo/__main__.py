@@ -54,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(reports: Sequence[Report], table: Path | None, results: Path | None) -> None:
-    """Write what is known so far."""
+    """Write what is known so far; what a page says before its table stays."""
     if table:
-        table.write_text(markdown(reports))
+        head = table.read_text().partition("| family |")[0] if table.exists() else ""
+        table.write_text(head + markdown(reports))
     if results:
         data = {"versions": versions(), "families": [report.as_json() for report in reports]}
         results.write_text(json.dumps(data, indent=1))
