@@ -50,7 +50,7 @@ def test_it_says_what_is_installed_and_what_is_not(diagnosis: Diagnosis) -> None
     assert found["vllm-xpu-kernels"] == "not installed"
     # A distribution may spell its name with underscores.
     assert (found["intel-extension-for-pytorch"] == "not installed") is (find_spec(ipex.PACKAGE) is None)
-    assert found["_xpu_C.lora_shrink (lora)"] == "it is not installed"
+    assert found["_xpu_C.lora_shrink (lora)"] == "vllm-xpu-kernels is not installed"
 
 
 def test_it_says_which_kernel_and_why_not_the_others(diagnosis: Diagnosis) -> None:

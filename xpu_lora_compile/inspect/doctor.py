@@ -193,7 +193,8 @@ def installed(device: str) -> Iterator[Finding]:
             yield Finding(f"torch_ipex.{name}", ipex.problem_of(name) or "there, with the known schema")
     for family, members in vendor.FAMILIES.items():
         for name in members:
-            yield Finding(f"_xpu_C.{name} ({family})", vendor.problem_of(name) or "there, with the known schema")
+            problem = vendor.problem_of(name).replace("it ", f"{vendor.PACKAGE} ", 1)
+            yield Finding(f"_xpu_C.{name} ({family})", problem or "there, with the known schema")
 
 
 def _compiler() -> str:
