@@ -238,6 +238,49 @@ def test_behind_a_break_of_the_graph_only_calls_that_an_eager_call_has_shown_run
     assert assert_right_or_refused(lambda: compiled(longer), bank, NAMES)
 
 
+class TurnedByValues(Broken):
+    """Its layer behind the break gets the tokens of all sequences in turn, or sequence by sequence."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        turned, x = bool(x.sum() > 0), self.first(x)
+        torch._dynamo.graph_break()
+        lines = x.transpose(0, 1) if turned else x
+        result = self.lin(lines.reshape(-1, D)).view(lines.shape)
+        return result.transpose(0, 1) if turned else result
+
+
+def test_compiled_code_is_not_used_once_a_followed_call_shows_other_rows_behind_a_break() -> None:
+    torch._dynamo.reset()
+    model = TurnedByValues()
+    x = torch.rand(3, 5, D)
+    bank = attached(model)
+    compiled = torch.compile(model, backend="eager")
+    assert assert_right_or_refused(lambda: model(x), bank, NAMES)
+    assert assert_right_or_refused(lambda: compiled(x), bank, NAMES)
+    assert assert_right_or_refused(lambda: model(-x), bank, NAMES)
+    for values in (x, -x):
+        with bank.use(NAMES), pytest.raises(UnprovedRowsError, match=r"in several ways\. Call the model without"):
+            compiled(values)
+        # Its advice.
+        assert assert_right_or_refused(lambda values=values: model(values), bank, NAMES)  # type: ignore[misc]
+
+
+def test_behind_a_break_of_the_graph_a_length_that_is_the_batchs_is_refused_and_the_advice_works() -> None:
+    torch._dynamo.reset()
+    model = Broken()
+    bank = attached(model)
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(3, 3, D)
+    assert assert_right_or_refused(lambda: model(x), bank, NAMES)
+    with (
+        bank.use(NAMES),
+        pytest.raises(UnprovedRowsError, match=r"another size is the batch's.*or with another length"),
+    ):
+        compiled(x)
+    longer = torch.randn(3, 4, D)
+    assert assert_right_or_refused(lambda: compiled(longer), bank, NAMES)
+
+
 class Unwrapped(nn.Module):
     """Its author does not call the module `self`."""
 

@@ -108,6 +108,8 @@ class BatchRouting:
         # The same of all calls that have succeeded, by what they had in common, as a number, or whatever they had (-1);
         # None where two disagree.
         self._anywhere: dict[tuple[int, str, int], Layout | None] = {}
+        # By number: of how many layers such calls have disagreed. Code that relies on what they have shown asks for it.
+        self.doubts: dict[int, int] = {}
         self._numbers: dict[Hashable, int] = {}
         # The number of the call that is running, which compiled code writes, too.
         self.running = -1
@@ -339,8 +341,9 @@ class BatchRouting:
                         self._proofs[(kind, sizes) if is_open else kind] = self._proof
                     for (name, rows), layout in self._found.items():
                         for number in {self.running, -1}:
-                            if self._anywhere.setdefault((number, name, rows), layout) != layout:
+                            if self._anywhere.setdefault((number, name, rows), layout) not in (layout, None):
                                 self._anywhere[number, name, rows] = None
+                                self.doubts[number] = self.doubts.get(number, 0) + 1
             finally:
                 watch.forget()
         # What follows is no part of this call.
@@ -402,8 +405,8 @@ class BatchRouting:
             return UNIFORM
         if compiled:
             why = "torch.compile left it to Python, and no call that was followed has reached it"
-            remedy = tracing.CALL_ONCE
-            raise self.unproved(layer.lora_name, inputs, why, remedy)
+            rows = inputs.shape[: inputs.dim() - features]
+            raise self.unproved(layer.lora_name, inputs, *self.why_unknown(layer.lora_name, rows, self.running, why))
         if self._entered is not None:
             self._follow_again()
             why = "earlier calls with such inputs did not reach it, so that their rows were not followed to it"
@@ -535,10 +538,34 @@ class BatchRouting:
             shape: of its input without the features.
             number: of the calls, see `number_of`.
         """
-        assert self.sequence_slots is not None  # noqa: S101 - for the type checker
         layout = self._anywhere.get((number, name, len(shape)))
+        return None if self._is_ambiguous(layout, shape) else layout
+
+    def _is_ambiguous(self, layout: Layout | None, shape: Sequence[int]) -> bool:
+        """Whether another dimension is as long as the batch."""
+        assert self.sequence_slots is not None  # noqa: S101 - for the type checker
         others = [size for at, size in enumerate(shape) if layout is not None and at != layout.dimension]
-        return None if any(bool(size == self.sequence_slots.shape[0]) for size in others) else layout
+        return any(bool(size == self.sequence_slots.shape[0]) for size in others)
+
+    def why_unknown(self, name: str, shape: Sequence[int], number: int, otherwise: str) -> tuple[str, str]:
+        """Say why `known_anywhere` knows nothing, and what to do.
+
+        Args:
+            name: of the layer.
+            shape: of its input without the features.
+            number: of the calls.
+            otherwise: why the rows are asked for, where no call has shown anything.
+        """
+        key = number, name, len(shape)
+        if key not in self._anywhere:
+            return otherwise, tracing.CALL_ONCE
+        several = self._anywhere[key] is None
+        why = "calls without torch.compile gave it rows in several ways" if several else "another size is the batch's"
+        remedy = (
+            f"Call the model without torch.compile for such inputs{'' if several else ', or with another length'}; or "
+            "leave the module out with exclude_modules, or give all sequences the same adapter."
+        )
+        return why, remedy
 
     def number_of(self, module: nn.Module, inputs: list[tuple[str, Any]]) -> int:
         """A number for all calls that differ in nothing but sizes, dtypes and modes; -1 where that is not known.

@@ -111,6 +111,8 @@ def layout_of(at: Any, routing: Any, layer: Any, inputs: Any, features: int) -> 
             guard_on(at, f"xpu_lora: calls of number {number} of {id(routing)}", lambda: of_call.running == running)
     shape = example.shape[: example.dim() - features]
     if unsaid and (known := routing.known_anywhere(layer.lora_name, shape, number)):
+        if at is not None:
+            _guard_on_agreement(at, routing, number)
         return tuple(known)
     is_exported = at is None or is_exporting()
     if routing.uniform and not is_exported:
@@ -119,12 +121,23 @@ def layout_of(at: Any, routing: Any, layer: Any, inputs: Any, features: int) -> 
         return -1, 0, 0
     if was_entered and OUTSIDE not in found:
         raise routing.unproved(layer.lora_name, example, found)
-    reason, remedy = "the compiler broke the graph between the inputs of the model and this layer", CALL_ONCE
+    reason = "the compiler broke the graph between the inputs of the model and this layer"
+    reason, remedy = routing.why_unknown(layer.lora_name, shape, number, reason)
     if is_exported:
         # An exported program has no guards: it serves blocks of all names.
         reason = "torch.export does not follow the inputs of the model to this layer"
         remedy = "Use xlc.export. Or call the model once in a `use` block with two different names before torch.export."
     raise routing.unproved(layer.lora_name, example, reason, remedy)
+
+
+def _guard_on_agreement(at: Any, routing: Any, number: int) -> None:
+    """Have the graph be used only until a call of that number is followed that shows something else."""
+    own, doubts = weakref.proxy(routing), routing.doubts.get(number, 0)
+    guard_on(
+        at,
+        f"xpu_lora: what calls of number {number} of {id(routing)} have shown",
+        lambda: own.doubts.get(number, 0) == doubts,
+    )
 
 
 def _check_caller(at: Any, routing: Any) -> None:
