@@ -52,9 +52,18 @@ class Odd(nn.Module):
         self.norm = nn.LayerNorm(4)
 
 
+class TwoNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = self.first
+
+
 @pytest.mark.parametrize(
     ("model", "target", "message"),
     [
+        (TwoNames(), "all-linear", r"first is second.*exclude_modules=\['first'\]"),
+        (nn.Sequential(nn.Embedding(4, 4, max_norm=1.0)), ["0"], r"0 \(Embedding\) with max_norm"),
         (tiny_llama(), ["c_attn"], r"names of modules such as .*q_proj.* which matches nothing"),
         (tiny_llama(), ["self_attn"], r"self_attn \(LlamaAttention\)"),
         (Odd(), "all-linear", r"attention.out_proj \(NonDynamicallyQuantizableLinear\)"),
@@ -62,7 +71,7 @@ class Odd(nn.Module):
         (hooked(tiny_llama()), "all-linear", r"layers.0.self_attn.q_proj \(Linear\)"),
         (quantized(tiny_llama()), "all-linear", r"q_proj \(Linear\) with a weight of torch.int8"),
     ],
-    ids=["nothing", "container", "attention", "norm", "hooked", "quantized"],
+    ids=["two-names", "max-norm", "nothing", "container", "attention", "norm", "hooked", "quantized"],
 )
 def test_what_cannot_carry_lora_is_refused(model: nn.Module, target: str | list[str], message: str) -> None:
     kinds = [type(module) for module in model.modules()]

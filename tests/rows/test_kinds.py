@@ -419,12 +419,12 @@ def test_a_part_that_shares_a_layer_is_refused() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.text, self.vision = nn.Sequential(nn.Linear(D, D)), nn.Sequential()
+            self.text, self.vision = nn.Sequential(nn.Sequential(nn.Linear(D, D))), nn.Sequential()
             self.vision.append(self.text[0])
 
     model = Tied()
     bank = attached(model)
-    message = r"text\.0 is vision\.0.*exclude_modules=\['text\.0'\]"
+    message = r"text\.0\.0 is vision\.0\.0.*exclude_modules=\['text\.0\.0'\]"
     with pytest.raises(BatchError, match=message), bank.use(["a"], parts={"vision": ["b"]}):
         pass
 

@@ -69,6 +69,10 @@ class Embedding(Host):
         """Return whether it is nn.Embedding, a subclass with the same forward, or one that scales."""
         return issubclass(kind, nn.Embedding) and (kind.forward is nn.Embedding.forward or _is_scaled(kind))
 
+    def takes(self, module: nn.Module) -> bool:
+        """Return whether it is one that changes no weights when it is called: with `max_norm` PEFT changes A, too."""
+        return super().takes(module) and getattr(module, "max_norm", None) is None
+
     def site(self, module: nn.Module) -> ModuleSizes:
         """Return the rows and columns of the table."""
         assert isinstance(module, nn.Embedding)  # noqa: S101 - for the type checker

@@ -69,6 +69,7 @@ def find_targets(
             f"{target_modules!r}, which matches nothing",
             "Pass some of these names; adapter_config.json has those of an adapter in its target_modules.",
         )
+    _refuse_several_names(model, matched)
     return {name: carriers[name] for name in matched}
 
 
@@ -79,6 +80,22 @@ def _names(hosts: Sequence[Host]) -> str:
 def _is_declared(module: nn.Module, hosts: Sequence[Host]) -> bool:
     """Whether the caller of `attach` says that a module is a linear layer."""
     return any(isinstance(host, Declared) and host.takes_class(type(module)) for host in hosts)
+
+
+def _refuse_several_names(model: nn.Module, matched: Mapping[str, nn.Module]) -> None:
+    """Refuse a module that two parents hold, or one by two names: PEFT gives LoRA to calls by the first name alone."""
+    places: dict[int, list[str]] = {}
+    for path, parent in model.named_modules():
+        for key, child in parent._modules.items():
+            places.setdefault(id(child), []).append(f"{path}.{key}" if path else key)
+    several = [name for name, module in matched.items() if len(places.get(id(module), ())) > 1]
+    if several:
+        raise AttachError(
+            "attach: target_modules",
+            "modules with one name each, since PEFT adds LoRA to calls by the first name alone",
+            few([" is ".join(places[id(matched[name])]) for name in several]),
+            f"Give each name a module of its own, which may share the weight; or exclude_modules={several!r}.",
+        )
 
 
 def _of_whole_numbers(module: nn.Module) -> str:
@@ -107,6 +124,7 @@ def _cannot_carry(strangers: Mapping[str, nn.Module], hosts: Sequence[Host], pla
         + (" with a forward of its own" if name in hooked else "")
         + (" whose weight is computed from others" if name in computed else "")
         + _of_whole_numbers(module)
+        + ("" if getattr(module, "max_norm", None) is None else " with max_norm")
         for name, module in strangers.items()
     ]
     if hooked:
