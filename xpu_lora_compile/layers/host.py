@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from xpu_lora_compile.adapters.checkpoint import ModuleSizes
-from xpu_lora_compile.errors import AttachError
+from xpu_lora_compile.errors import AttachError, counted
 from xpu_lora_compile.kernels.call import accumulator
 from xpu_lora_compile.ops import bgmv_expand, bgmv_shrink, lora_linear
 from xpu_lora_compile.ops.lora_linear import add_lora_eagerly
@@ -99,7 +99,9 @@ class LoraLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base weight; a parent that reads it without a call of the layer leaves LoRA out."""
-        weight = self._parameters.get("weight")
+        weight: Tensor | None = self._parameters.get("weight")
+        if weight is None:
+            weight = vars(self).get("weight")
         if weight is None:
             # Then Python asks `__getattr__`, which finds a buffer, or says that there is none.
             raise AttributeError("weight")
@@ -172,9 +174,12 @@ def layer_class(mixin: type[LoraLayer], base: type[nn.Module]) -> type[LoraLayer
     if (mixin, base) in _CLASSES:
         return _CLASSES[mixin, base]
     members: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__}
-    name = next(iter([*inspect.signature(base.forward).parameters][1:]), "input")
-    if name != "input":
-        members["forward"] = _forward_with(mixin, name)
+    names = [*inspect.signature(base.forward).parameters][1:] or ["input"]
+    if names != ["input"]:
+        members["forward"] = _forward_with(mixin, names[0])
+    if hasattr(base, "weight"):
+        # A property of that class, which computes it.
+        members["weight"] = inspect.getattr_static(base, "weight")
     made = cast("type[LoraLayer]", type(f"Lora{base.__name__}", (mixin, base), members))
     _CLASSES[mixin, base], _MADE[made] = made, (mixin, base)
     return made
@@ -184,6 +189,13 @@ def _forward_with(mixin: type[LoraLayer], name: str) -> Any:
     """Return the forward of a mixin, whose argument has another name for those who call it by keyword."""
 
     def forward(self: LoraLayer, *args: Any, **kwargs: Any) -> Any:
+        if len(args) + len(kwargs) != 1:
+            raise AttachError(
+                f"attach: {self.lora_name}",
+                f"calls of a linear layer with its input alone, {name}",
+                f"one with {counted(len(args) + len(kwargs), 'argument')}",
+                "Have its parent pass the input alone, or leave it out with exclude_modules.",
+            )
         return mixin.forward(self, *args, **{("input" if key == name else key): kwargs[key] for key in kwargs})
 
     return forward
@@ -239,7 +251,15 @@ class Host:
     def device(self, module: nn.Module) -> torch.device:
         """Return the device on which a module computes."""
         hook = execution_device(module)
-        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        own = [value for value in vars(module).values() if isinstance(value, Tensor)]
+        tensors = [*module.parameters(), *module.buffers(), *own]
+        if hook is None and not tensors:
+            raise AttachError(
+                "attach: model",
+                f"a weight or buffer of each {type(module).__name__}, which says on what device it computes",
+                "one without any",
+                "Register its weight as a parameter or buffer, or leave it out with exclude_modules.",
+            )
         return hook or tensors[0].device
 
     def layer(self, module: nn.Module) -> type[LoraLayer]:
