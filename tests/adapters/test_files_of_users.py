@@ -459,6 +459,31 @@ def test_hooks_of_accelerate_stay_and_call_layers(first: str, tmp_path: Path) ->
     assert layer.forward.__func__ is nn.Linear.forward
 
 
+@pytest.mark.parametrize("first", ["hooks", "lora"])
+def test_hooks_of_accelerate_may_go_while_lora_is_there(first: str, tmp_path: Path) -> None:
+    expected = logits_of_peft(tiny_llama(), save_adapter(tmp_path, target_modules=["q_proj"]))
+    model = tiny_llama()
+    if first == "hooks":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    bank = xlc.attach(model, adapters={"a": tmp_path})
+    if first == "lora":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    with bank.use(["a", "a"]):
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_attach_with_adapters_says_what_is_wrong_with_their_modules(tmp_path: Path) -> None:
+    save_adapter(tmp_path, target_modules=["q_proj"])
+    model = tiny_llama()
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.forward = layer.forward
+    with pytest.raises(LoraError, match=r"q_proj \(Linear\) with a forward.*del module.forward"):
+        xlc.attach(model, adapters={"a": tmp_path})
+    del layer.forward
+    xlc.attach(model, adapters={"a": tmp_path})
+
+
 def test_a_forward_that_someone_else_has_put_there_is_refused_and_stays_so(tmp_path: Path) -> None:
     model = tiny_llama()
     layer = model.model.layers[0].self_attn.q_proj

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import MethodType
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -555,9 +556,10 @@ class AdapterBank:
                     "another one, which took its place since",
                     "Put the module back; or call bank.detach(), and attach and load again.",
                 )
-            # A hook of accelerate's calls the layer's own forward.
-            is_other = vars(layer).get("forward") is not self._forwards[name]
-            if is_other and (for_detach or "_hf_hook" not in vars(layer)):
+            forward = vars(layer).get("forward")
+            # A hook of accelerate's calls the layer's own forward, and puts that in its place when it is removed.
+            calls_own = "_hf_hook" in vars(layer) or forward == MethodType(cast("Any", type(layer)).forward, layer)
+            if forward is not self._forwards[name] and (for_detach or not calls_own):
                 raise AdapterError(
                     f"bank: {name}",
                     "the module that LoRA was attached to",

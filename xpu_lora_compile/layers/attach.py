@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -21,7 +21,7 @@ from xpu_lora_compile.adapters.checkpoint import ModuleSizes
 from xpu_lora_compile.adapters.config import ALL_LINEAR, pattern_problem
 from xpu_lora_compile.adapters.names import BaseModel, output_embedding, plain_name
 from xpu_lora_compile.adapters.needs import naming, needs_of
-from xpu_lora_compile.errors import AttachError
+from xpu_lora_compile.errors import AttachError, UnmatchedTensorError
 from xpu_lora_compile.generation import follow_generation, generating_methods
 from xpu_lora_compile.kernels import preferred_on
 from xpu_lora_compile.layers import HOSTS
@@ -90,7 +90,11 @@ def attach(
     if adapters:
         plain = {plain_name(name): carrier for name, carrier in carriers_in(model, hosts).items()}
         able = {name: _site(host, module, head) for name, (host, module) in plain.items()}
-        needs = needs_of(adapters, able, BaseModel.of(model, hosts))
+        try:
+            needs = needs_of(adapters, able, BaseModel.of(model, hosts))
+        except UnmatchedTensorError as error:
+            _say_why_not(model, head, hosts, str(error))
+            raise
         max_rank = max_rank or needs.max_rank
         if isinstance(target_modules, _Unsaid):
             target_modules = "|".join(map(re.escape, needs.modules))
@@ -135,6 +139,19 @@ def attach(
         bank.detach()
         raise
     return bank
+
+
+def _say_why_not(model: nn.Module, head: nn.Module | None, hosts: Sequence[Host], text: str) -> None:
+    """Raise AttachError where a text names modules that carry no LoRA for what they are, and not for their class."""
+    able = carriers_in(model, hosts)
+    strangers = [
+        plain_name(name)
+        for name, module in model.named_modules()
+        if name not in able and any(host.takes_class(type(module)) for host in hosts)
+    ]
+    named = [name for name in strangers if name in text]
+    if named:
+        find_targets(model, head, "|".join(map(re.escape, named)), (), hosts)
 
 
 def _empty_stacks(
