@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import struct
 import subprocess
 import zipfile
@@ -26,6 +27,7 @@ from torch.export import Dim
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.artifacts import manifest
+from xpu_lora_compile.errors import ArtifactError
 from xpu_lora_compile.kernels import native, preferred_on
 
 pytestmark = [
@@ -457,19 +459,34 @@ def test_cpp_takes_patterns_as_people_write_them(llama: Path, program: Path, tmp
         assert "a regular expression" not in said, said
 
 
-def test_cpp_says_which_part_of_an_artifact_is_damaged(tagger: Path, program: Path, tmp_path: Path) -> None:
-    content, damaged = tagger.read_bytes(), tmp_path / "damaged.pt2"
-    with zipfile.ZipFile(tagger) as archive:
+def damaged_copies(artifact: Path, copy: Path) -> Iterator[str]:
+    """Write one copy after the other, each with a bit of one record changed; yields the record's name."""
+    content = artifact.read_bytes()
+    with zipfile.ZipFile(artifact) as archive:
         entries = archive.infolist()
     for entry in entries:
         names = sum(struct.unpack_from("<HH", content, entry.header_offset + 26))
         place = entry.header_offset + 30 + names + entry.file_size // 2
-        damaged.write_bytes(content[:place] + bytes([content[place] ^ 0x40]) + content[place + 1 :])
+        copy.write_bytes(content[:place] + bytes([content[place] ^ 0x40]) + content[place + 1 :])
+        yield entry.filename
+
+
+def test_cpp_says_which_part_of_an_artifact_is_damaged(tagger: Path, program: Path, tmp_path: Path) -> None:
+    damaged, names = tmp_path / "damaged.pt2", set()
+    for entry in damaged_copies(tagger, damaged):
         status, said = serve_pt2.run_program(program, damaged, [], {"0.x": torch.ones(1)})
-        record = entry.filename.split("/", 1)[1]
+        record = entry.split("/", 1)[1]
         assert (status, f"{record}: wanted the bytes that were written" in said) == (2, True), said
+        names.add(Path(entry).name)
     wanted = {"weights.safetensors", "manifest.json", *(["native.so"] if DEVICE.type == "cpu" else [])}
-    assert wanted <= {Path(entry.filename).name for entry in entries}
+    assert wanted <= names
+
+
+def test_python_says_which_part_of_an_artifact_is_damaged(tagger: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.pt2"
+    for entry in damaged_copies(tagger, damaged):
+        with pytest.raises(ArtifactError, match=f"CRC.*{re.escape(entry)}.*copy the file again"):
+            xlc.load_artifact(damaged)
 
 
 def test_cpp_refuses_a_file_that_is_no_artifact(tagger: Path, program: Path, tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ DTYPES = {
 _SAFETENSORS = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32}
 _SAFETENSORS |= {"I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _SAFETENSORS |= {"F64": torch.float64}
+_WANTED = "a file that xlc.export wrote"
+_COPY_AGAIN = "Give the path that was given to xlc.export; copy the file again."
 _EXPORT_AGAIN = "Export the model again, with the versions and on a machine of the kind that it is to be served with."
 
 
@@ -191,22 +193,42 @@ class Manifest:
 
 
 @contextmanager
-def opened_record(path: Path, name: str) -> Iterator[IO[bytes]]:
-    """Open a file that `export` has put into an archive.
-
-    Raises:
-        ArtifactError: the archive cannot be read, or does not hold it.
-    """
-    wanted, remedy = "a file that xlc.export wrote", "Give the path that was given to xlc.export; copy the file again."
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open an archive; what is wrong with it is an ArtifactError."""
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = [entry for entry in archive.namelist() if entry.endswith(f"/{FOLDER}/{name}")]
-            if not entries:
-                raise ArtifactError(str(path), wanted, f"an archive without {FOLDER}/{name}", remedy)
-            with archive.open(entries[0]) as file:
-                yield file
+            yield archive
     except (OSError, zipfile.BadZipFile, EOFError) as error:
-        raise ArtifactError(str(path), wanted, str(error), remedy) from error
+        raise ArtifactError(str(path), _WANTED, str(error), _COPY_AGAIN) from error
+
+
+@contextmanager
+def opened_record(path: Path, name: str) -> Iterator[IO[bytes]]:
+    """Open a file that `export` has put into an archive; at its end it is compared with its checksum.
+
+    Raises:
+        ArtifactError: the archive cannot be read, or does not hold it; or it is damaged.
+    """
+    with _opened(path) as archive:
+        entries = [entry for entry in archive.namelist() if entry.endswith(f"/{FOLDER}/{name}")]
+        if not entries:
+            raise ArtifactError(str(path), _WANTED, f"an archive without {FOLDER}/{name}", _COPY_AGAIN)
+        with archive.open(entries[0]) as file:
+            yield file
+
+
+def check_records(path: Path) -> None:
+    """Compare the records of an archive with their checksums, but for the weights, which are when they are read.
+
+    Raises:
+        ArtifactError: one of them is damaged.
+    """
+    with _opened(path) as archive:
+        for entry in archive.infolist():
+            if not entry.filename.endswith(f"/{FOLDER}/{WEIGHTS}"):
+                with archive.open(entry) as file:
+                    while file.read(1 << 20):
+                        pass
 
 
 def read_record(path: Path, name: str) -> bytes:

@@ -21,6 +21,7 @@ from xpu_lora_compile.artifacts.manifest import (
     Input,
     Manifest,
     Stack,
+    check_records,
     read_record,
     read_weights,
     slots_of,
@@ -55,6 +56,7 @@ class Served:
 
     def __init__(self, path: Path) -> None:
         self.manifest = Manifest.read(path)
+        check_records(path)
         if self.manifest.library is not None:
             _load_library(read_record(path, self.manifest.library), Path(self.manifest.library).suffix)
         # Loads Inductor.
