@@ -138,14 +138,14 @@ def _cannot_carry(strangers: Mapping[str, nn.Module], hosts: Sequence[Host], pla
             "remove_spectral_norm(module) or prune.remove(module, 'weight')."
         )
     else:
-        kind = next(iter(strangers.values()))
-        sizes = [size for size in ("in_features", "out_features") if not isinstance(getattr(kind, size, None), int)]
+        stranger = next(iter(strangers.values()))
+        sizes = [size for size in ("in_features", "out_features") if not isinstance(getattr(stranger, size, None), int)]
         # A subclass may compute something else, or the parent may read the weight without a call.
         remedy = f"Leave them out: exclude_modules={list(strangers)!r}." if plain_ones else "Name other modules."
         if not sizes:
             remedy += (
-                f" If a {type(kind).__name__} is a linear layer that its parent calls, say so: "
-                f"linear_classes=[{type(kind).__name__}]."
+                f" If a {type(stranger).__name__} is a linear layer that its parent calls, say so: "
+                f"linear_classes=[{type(stranger).__name__}]."
             )
     wanted = f"plain {_names(hosts)} modules: no subclass with another forward, and no forward of a module's own"
     return AttachError("attach: target_modules", wanted, few(kinds), remedy)
