@@ -243,6 +243,33 @@ def test_an_interrupted_call_leaves_a_bank_that_works(
     assert_serves(model, bank)
 
 
+class Turning(Failing):
+    """Its second layer gets the rows of a sequence one after another, or those of a time."""
+
+    def forward(self, x: Tensor, by_time: bool = False) -> Tensor:
+        x = self.first(x)
+        if self.error is not None:
+            raise self.error
+        x = x.transpose(0, 1) if by_time else x
+        y = self.second(x.reshape(-1, 4)).view(x.shape)
+        return y.transpose(0, 1) if by_time else y
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt], ids=lambda error: error.__name__)
+def test_a_call_after_an_interrupted_one_has_rows_of_its_own(error: type[BaseException], tmp_path: Path) -> None:
+    model = seeded(Turning)
+    bank = loaded(model, tmp_path)
+    inputs = torch.randn(2, 3, 4)
+    with bank.use(["a", None]):
+        wanted = model(inputs, by_time=True)
+        model(inputs)
+        model.error = error()
+        with pytest.raises(error):
+            model(inputs)
+        model.error = None
+        torch.testing.assert_close(model(inputs, by_time=True), wanted)
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt], ids=lambda error: error.__name__)
 def test_a_block_that_an_error_ends_is_closed(error: type[BaseException], tmp_path: Path) -> None:
     model = seeded(Failing)

@@ -85,6 +85,7 @@ class BatchRouting:
         self.mine: ContextVar[Any] = ContextVar("mine", default=None)
         # How deep in modules that `Entry` hooks the current call is, and what is known of its rows.
         self._depth = 0
+        self._outermost: nn.Module | None = None
         self._watch: Watch | None = None
         self._entered: tuple[Hashable, Hashable, nn.Module] | None = None
         # Its arguments.
@@ -214,7 +215,12 @@ class BatchRouting:
         self, module: nn.Module, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
     ) -> None:
         """A module that holds layers is called: find out, or remember, how the rows of its layers come about."""
+        if self._depth and module is self._outermost and self._thread == get_ident() and not _is_nested(module):
+            # An interrupt (KeyboardInterrupt) ended the call without `leave`.
+            self._abandon()
         self._depth += 1
+        if self._depth == 1:
+            self._outermost = module
         if self._depth > 1 or self.sequence_slots is None:
             if self._entered is not None and self._thread != get_ident():
                 # `leave` is called all the same.
@@ -749,6 +755,15 @@ class BatchRouting:
 def _masks_of(inputs: list[tuple[str, Any]]) -> Hashable:
     """What the masks among a call's inputs look like."""
     return tuple((name, shape_of_mask(value)) for name, value in inputs if "mask" in name and isinstance(value, Tensor))
+
+
+def _is_nested(module: nn.Module) -> bool:
+    """Whether a call of a module, which begins now, lies in another call of it."""
+    calls, frame = 0, sys._getframe(1)
+    while frame is not None and calls < 2:
+        calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module
+        frame = frame.f_back  # type: ignore[assignment]
+    return calls > 1
 
 
 def _is_within(name: str, holder: str) -> bool:
