@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from xpu_lora_compile.adapters.bank import AdapterBank
+from xpu_lora_compile.adapters.convert import convert
 from xpu_lora_compile.artifacts import Served, export, load_artifact
 from xpu_lora_compile.errors import LoraError
 from xpu_lora_compile.inspect.explain import explain
@@ -49,6 +50,7 @@ __all__ = [
     "bgmv_expand",
     "bgmv_expand_slice",
     "bgmv_shrink",
+    "convert",
     "detach",
     "explain",
     "export",

@@ -147,13 +147,8 @@ def test_a_name_with_endless_digits_is_in_no_layer() -> None:
 REFUSED: dict[str, Any] = {
     "peft_type": "LOHA",
     "target_modules": None,
-    "use_dora": True,
-    "lora_bias": True,
-    "bias": "all",
-    "modules_to_save": ["lm_head"],
     "layer_replication": [[0, 4], [2, 5]],
     "target_parameters": ["mlp.experts.gate_up_proj"],
-    "trainable_token_indices": [0, 1],
     "use_qalora": True,
     "alora_invocation_tokens": [1, 2],
     "use_bdlora": {"nblocks": 2},
@@ -177,7 +172,8 @@ def test_an_unsupported_field_is_refused_with_its_value(field: str, tmp_path: Pa
 def test_every_field_that_peft_calls_a_variant_of_lora_is_refused_when_set(tmp_path: Path) -> None:
     for name, declared in LoraConfig.__dataclass_fields__.items():
         if declared.metadata.get("is_lora_variant"):
-            with pytest.raises(UnsupportedAdapterError, match=name):
+            # DoRA is a switch, and no value but true turns it on.
+            with pytest.raises(AdapterFileError if name == "use_dora" else UnsupportedAdapterError, match=name):
                 read_config(written(tmp_path, **{name: {"some": "value"}}))
 
 
@@ -194,8 +190,43 @@ def test_an_initialisation_that_leaves_the_base_weights_alone_is_fine(method: An
 
 def test_all_unsupported_fields_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedAdapterError) as caught:
-        read_config(written(tmp_path, use_dora=True, bias="lora_only", modules_to_save=["lm_head"]))
-    assert caught.value.args[2] == "use_dora=True, bias='lora_only', modules_to_save=['lm_head']"
+        read_config(written(tmp_path, use_qalora=True, target_parameters=["up"]))
+    assert caught.value.args[2] == "use_qalora=True, target_parameters=['up']"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bias", "some"),
+        ("bias", 1),
+        ("use_dora", "yes"),
+        ("lora_bias", 1),
+        ("modules_to_save", "score"),
+        ("modules_to_save", ["score", ""]),
+        ("modules_to_save", ["("]),
+        ("trainable_token_indices", 3),
+        ("trainable_token_indices", [-1]),
+        ("trainable_token_indices", [1, 1]),
+        ("trainable_token_indices", {"a": [1], "b": [2]}),
+        ("trainable_token_indices", {"a": ["1"]}),
+    ],
+)
+def test_a_value_that_peft_does_not_take_is_refused(field: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match=field):
+        read_config(written(tmp_path, **{field: value}))
+
+
+def test_dora_and_biases_of_b_exclude_each_other_as_in_peft(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match="lora_bias"):
+        read_config(written(tmp_path, use_dora=True, lora_bias=True))
+
+
+def test_a_module_that_is_saved_is_not_targeted(tmp_path: Path) -> None:
+    config = read_config(written(tmp_path, target_modules=["dense", "score"], modules_to_save=["classifier", "score"]))
+    names = ["encoder.dense", "classifier.dense", "score", "subclassifier.dense"]
+    assert [config.targets(name) for name in names] == [True, False, False, True]
+    # PEFT compares the ends of names, and not their parts.
+    assert [config.saves(name) for name in names] == [False, True, True, True]
 
 
 @pytest.mark.parametrize("value", [None, False, [], {}])

@@ -347,10 +347,6 @@ def test_a_tied_head_that_the_bank_does_not_cover_is_named(tmp_path: Path) -> No
 
 
 MERGEABLE: dict[str, dict[str, Any]] = {
-    "dora": {"use_dora": True},
-    "bias": {"bias": "all"},
-    "modules-to-save": {"modules_to_save": ["lm_head"]},
-    "trainable-tokens": {"trainable_token_indices": [7]},
     "parameters": {"target_parameters": ["up_proj.weight"]},
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
@@ -367,7 +363,6 @@ def test_merging_is_recommended_where_it_works(case: str, tmp_path: Path) -> Non
 
 NOT_MERGEABLE: dict[str, dict[str, Any]] = {
     "activated": {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
-    "bias-of-B": {"lora_bias": True},
     "replicated-layers": {"layer_replication": [[0, 2], [0, 2]]},
 }
 
@@ -387,11 +382,11 @@ def test_merging_is_not_recommended_where_peft_cannot(case: str, tmp_path: Path)
 
 def test_each_field_has_its_own_advice(tmp_path: Path) -> None:
     save_adapter(tmp_path, target_modules=["q_proj"])
-    edit_config(tmp_path, use_dora=True, alora_invocation_tokens=[1])
+    edit_config(tmp_path, target_parameters=["up"], alora_invocation_tokens=[1])
     with pytest.raises(UnsupportedAdapterError) as caught:
         read_config(tmp_path)
-    assert re.search(r"use_dora: Let PEFT.*alora_invocation_tokens: Serve it", caught.value.args[3]) or re.search(
-        r"alora_invocation_tokens: Serve it.*use_dora: Let PEFT", caught.value.args[3]
+    assert re.search(r"parameters: Let PEFT.*alora_invocation_tokens: Serve it", caught.value.args[3]) or re.search(
+        r"alora_invocation_tokens: Serve it.*parameters: Let PEFT", caught.value.args[3]
     )
 
 

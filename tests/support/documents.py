@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoHaConfig, get_peft_model
 from support.image_models import llava, llava_batch, qwen2_vl, qwen2_vl_batch
-from support.peft_folders import save_adapter, tiny_llama
+from support.peft_folders import quiet, save_adapter, tiny_llama
 from torch import Tensor, nn
 
 import xpu_lora_compile as xlc
@@ -96,6 +97,13 @@ def save_adapters(*folders: str, model: nn.Module | None = None, **lora: Any) ->
         )
 
 
+def save_loha(folder: str) -> None:
+    """Have PEFT write a LoHa adapter for q and v of `llama`."""
+    with quiet():
+        config = LoHaConfig(r=2, alpha=4, target_modules=["q_proj", "v_proj"], init_weights=False)
+        get_peft_model(tiny_llama(), config).save_pretrained(folder)
+
+
 def serve(model: nn.Module) -> xlc.AdapterBank:
     """A bank with two adapters on every linear layer of a model, "pirate" and "haiku"."""
     save_adapters("pirate", "haiku", model=model, target_modules="all-linear")
@@ -104,5 +112,5 @@ def serve(model: nn.Module) -> xlc.AdapterBank:
 
 HELPERS = {
     function.__name__: function
-    for function in (llama, token_ids, save_adapters, serve, llava, llava_batch, qwen2_vl, qwen2_vl_batch)
+    for function in (llama, token_ids, save_adapters, save_loha, serve, llava, llava_batch, qwen2_vl, qwen2_vl_batch)
 }

@@ -45,6 +45,10 @@ class Layer(Protocol):
     lora_a: Tensor
     lora_b: Tensor
 
+    @property
+    def lora_extras(self) -> Mapping[str, Tensor]:
+        """What each slot has besides A and B: see `adapters.extras`."""
+
     def places(
         self, slot_a: Tensor, slot_b: Tensor, shape_a: tuple[int, int], shape_b: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
@@ -161,7 +165,8 @@ class AdapterBank:
 
     def _memory(self) -> str:
         """Memory of the stacks, which all slots take from the start."""
-        size = sum(stack.nbytes for layer in self._layers.values() for stack in (layer.lora_a, layer.lora_b))
+        stacks = [(layer.lora_a, layer.lora_b, *layer.lora_extras.values()) for layer in self._layers.values()]
+        size = sum(stack.nbytes for of_layer in stacks for stack in of_layer)
         return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
     @property

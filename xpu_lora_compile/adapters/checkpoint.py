@@ -13,16 +13,16 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from xpu_lora_compile.adapters.config import MERGE, AdapterConfig
+from xpu_lora_compile.adapters.config import MERGE, SERVE_WITH_PEFT, AdapterConfig
 from xpu_lora_compile.adapters.files import TensorFile, few, opened_safetensors, reading, shown
-from xpu_lora_compile.adapters.names import PREFIX, BaseModel, Key, parse_key
+from xpu_lora_compile.adapters.names import LORA_BIAS, MAGNITUDE, PREFIX, ROWS_OF_TOKENS, BaseModel, Key, parse_key
 from xpu_lora_compile.errors import (
     AdapterShapeError,
     NonFiniteWeightError,
@@ -36,6 +36,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 # As safetensors calls them.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _PARTS = {"linear": ("lora_A.weight", "lora_B.weight"), "embedding": ("lora_embedding_A", "lora_embedding_B")}
+# What a module may have room for besides A and B: see `layers.extras`.
+SCALE, SHIFT, HEAD, TOKENS = "scale", "shift", "head", "tokens"
 _EXPERT = re.compile(r"(.*\.)?experts\.\d+\..*")
 _BASE_VALUES_AT_ONCE = 2**22
 
@@ -55,12 +57,15 @@ class ModuleSizes:
         in_features: D; for an embedding, the rows of the table that LoRA covers.
         out_features: W, the rows of B in the bank.
         padded: whether an adapter may have fewer rows along the vocabulary (lm_head, embedding).
+        room: what each slot has besides A and B: `SCALE`, for DoRA; `SHIFT`, for biases; `HEAD`, for its own weight;
+            `TOKENS`, for rows of some tokens.
     """
 
     kind: Literal["linear", "embedding"]
     in_features: int
     out_features: int
     padded: bool
+    room: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -101,18 +106,41 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Extras:
+    """What the file has of one module besides A and B: the names of tensors whose sizes are checked, or None.
+
+    Args:
+        magnitude: of DoRA, `[W]`.
+        lora_bias: what B adds, `[W]`, to be multiplied by the scaling.
+        bias: in the place of the module's, of its shape.
+        weight: in the place of the module's, of its shape.
+        token_rows: in the place of the rows of the tokens, `[n, D]`.
+        tokens: n of them.
+    """
+
+    magnitude: str | None = None
+    lora_bias: str | None = None
+    bias: str | None = None
+    weight: str | None = None
+    token_rows: str | None = None
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A file that is open, of which all has been checked but the values of its A and B.
+    """A file that is open, of which all has been checked but the values.
 
     Args:
         file: the file.
         pairs: the A and B of each module that the adapter has LoRA on, by the module's name.
+        extras: what it has of modules besides.
     """
 
     file: TensorFile
     pairs: Mapping[str, Pair]
+    extras: Mapping[str, Extras] = field(default_factory=dict)
 
-    def tensor(self, key: str, shape: tuple[int, int]) -> Tensor:
+    def tensor(self, key: str, shape: tuple[int, ...]) -> Tensor:
         """A or B, which may be the file itself, mapped into memory: to be read only, and copied soon."""
         dtype, (start, end) = DTYPES[self.file.dtype(key)], self.file.span(key)
         values = self.file.bytes_of(start, end)
@@ -133,7 +161,16 @@ class Checkpoint:
             self._read_finite(pair.key_b, pair.shape_b, pair.scaling, dtype),
         )
 
-    def _read_finite(self, key: str, shape: tuple[int, int], scaling: float, dtype: torch.dtype) -> Tensor:
+    def read_extra(self, key: str, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
+        """Read a tensor of `extras`, on the CPU: a copy in this dtype.
+
+        Raises:
+            AdapterFileError: the file cannot be read.
+            NonFiniteWeightError: a value is NaN, infinite, or infinite once it is scaled and stored in `dtype`.
+        """
+        return self._read_finite(key, tuple(self.file.shape(key)), scaling, dtype).to(dtype)
+
+    def _read_finite(self, key: str, shape: tuple[int, ...], scaling: float, dtype: torch.dtype) -> Tensor:
         tensor = self.tensor(key, shape).to(torch.float32, copy=True)
         where = f"{self.file.path}: {key}"
         if not are_finite(tensor):
@@ -189,33 +226,38 @@ def opened_checkpoint(
         AdapterFileError: the file is missing, unreadable, truncated or malformed.
         RankError: a module's rank is above `max_rank`.
         UnmatchedTensorError: a tensor belongs to no site that is targeted, or such a site lacks a tensor.
-        UnsupportedAdapterError: the file holds another weight of the base model than the model's own.
+        UnsupportedAdapterError: the file holds another weight of the base model than the model's own, or something else
+            for which the sites have no room.
         AdapterShapeError: a tensor has another shape or dtype than its module takes.
     """
     path = folder / WEIGHTS_FILE
     targeted = _targeted(config, sites, base)
     _check_ranks(path, config, targeted, max_rank)
+    _check_room(path, config, sites, targeted)
     with opened_safetensors(path) as file:
         parsed = {key: parse_key(key) for key in file.keys()}  # noqa: SIM118 - no dictionary
         if part := base.part_of(parsed.values()):
             config = replace(config, part=part)
             targeted = _targeted(config, sites, base)
             _check_ranks(path, config, targeted, max_rank)
+            _check_room(path, config, sites, targeted)
         found, base_copies = _sorted_by_module(path, parsed, config, sites, targeted, base)
-        keys = _complete(path, found, targeted)
+        _share_tokens(path, found, config, sites, targeted, base)
+        keys = _complete(path, found, config, sites, targeted, base)
         pairs = {
             name: Pair(*keys[name], *_checked_shapes(file, keys[name], site, config.rank(name)), config.scaling(name))
             for name, site in targeted.items()
         }
+        extras = _checked_extras(file, found, pairs, config.trainable_token_indices, base)
         for key, parameter in base_copies.items():
-            _check_base_copy(file, key, base.parameters[parameter])
-        yield Checkpoint(file, pairs)
+            _check_base_copy(file, key, base.parameters[parameter], _remedy_for(parameter, config, sites, base))
+        yield Checkpoint(file, pairs, extras)
 
 
 def modules_in_checkpoint(
     folder: Path, config: AdapterConfig, sites: Mapping[str, ModuleSizes], base: BaseModel
-) -> dict[str, int]:
-    """Read from the header which of the sites the file holds LoRA for, and the rows of each one's B.
+) -> tuple[dict[str, int], list[str]]:
+    """Read from the header which of the sites the file holds LoRA for, with the rows of B, and of which the weight.
 
     Raises:
         AdapterFileError: the file is missing, unreadable or malformed.
@@ -223,16 +265,19 @@ def modules_in_checkpoint(
     """
     path = folder / WEIGHTS_FILE
     rows: dict[str, int] = {}
+    heads: list[str] = []
     with opened_safetensors(path) as file:
         parsed = {key: parse_key(key) for key in file.keys()}  # noqa: SIM118 - no dictionary
         if part := base.part_of(parsed.values()):
             config = replace(config, part=part)
         found, _ = _sorted_by_module(path, parsed, config, sites, _targeted(config, sites, base), base)
         for (name, part), key in found.items():
-            shape = file.shape(key)
-            is_b = part == _PARTS[sites[name].kind][1]
-            rows[name] = max(rows.get(name, 0), shape[0] if is_b and shape else 0)
-    return rows
+            shape, parts = file.shape(key), _PARTS[sites[name].kind]
+            if part in parts:
+                rows[name] = max(rows.get(name, 0), shape[0] if part == parts[1] and shape else 0)
+            elif part == "weight":
+                heads.append(name)
+    return rows, heads
 
 
 def _targeted(config: AdapterConfig, sites: Mapping[str, ModuleSizes], base: BaseModel) -> dict[str, ModuleSizes]:
@@ -245,6 +290,15 @@ def _targets(config: AdapterConfig, name: str, plain_linear: bool, base: BaseMod
     # PEFT ties LoRA as the weights are tied, and takes the other module out of target_modules as it saves.
     return config.ensure_weight_tying and any(
         name in group and any(config.targets(other, plain_linear=False) for other in group) for group in base.tied
+    )
+
+
+def _saves(config: AdapterConfig, name: str, base: BaseModel) -> bool:
+    if config.saves(name):
+        return True
+    # As `_targets`: PEFT names the embedding alone as it saves.
+    return config.ensure_weight_tying and any(
+        name in group and any(config.saves(other) for other in group) for group in base.tied
     )
 
 
@@ -261,6 +315,36 @@ def _check_ranks(path: Path, config: AdapterConfig, targeted: Iterable[str], max
         raise RankError(str(path.parent), f"a rank of at most {max_rank}", few(too_high), remedy)
 
 
+def _check_room(
+    path: Path, config: AdapterConfig, sites: Mapping[str, ModuleSizes], targeted: Mapping[str, ModuleSizes]
+) -> None:
+    wanted = {
+        "use_dora=True": [name for name, site in targeted.items() if config.use_dora and SCALE not in site.room],
+        "lora_bias=True": [
+            name
+            for name, site in targeted.items()
+            if config.lora_bias and site.kind == "linear" and SHIFT not in site.room
+        ],
+    }
+    if config.trainable_token_indices and not any(TOKENS in site.room for site in sites.values()):
+        wanted[f"trainable_token_indices={len(config.trainable_token_indices)}"] = ["the embedding"]
+    missing = {option: names for option, names in wanted.items() if names}
+    if missing:
+        got = " and ".join(f"{option} on {few(names)}" for option, names in missing.items())
+        raise UnsupportedAdapterError(
+            str(path.parent), "plain LoRA, the only thing there is room for", got, room_for(*missing)
+        )
+
+
+def room_for(*options: str) -> str:
+    """Say how to make room for what an adapter has."""
+    return (
+        f"After bank.detach(), attach with {', '.join(options)}: xlc.attach(model, {', '.join(options)}, ...); or with "
+        'xlc.attach(model, adapters={"name": folder}), which reads it from the folders. A file of xlc.export has no '
+        "room for it."
+    )
+
+
 def _sorted_by_module(
     path: Path,
     keys: Mapping[str, Key],
@@ -269,7 +353,7 @@ def _sorted_by_module(
     targeted: Mapping[str, ModuleSizes],
     base: BaseModel,
 ) -> tuple[dict[tuple[str, str], str], dict[str, str]]:
-    """Return the key of each A and B by module and part, and the parameter that each other key is a copy of."""
+    """Return the key of each tensor by module and part, and the parameter that each other key is a copy of."""
     found: dict[tuple[str, str], str] = {}
     base_copies: dict[str, str] = {}
     adapters: dict[str, str] = {}
@@ -277,7 +361,7 @@ def _sorted_by_module(
     for key, parsed in keys.items():
         name = base.module_of(parsed)
         parameter = parsed.part if name == "" else f"{name}.{parsed.part}"
-        if name is not None and name in targeted and parsed.part in _PARTS[targeted[name].kind]:
+        if name is not None and name in sites and _has_place(name, parsed, config, sites[name], name in targeted, base):
             if (twin := found.get((name, parsed.part))) is not None:
                 remedy = "Leave one of them out of the file, or save the adapter again with PEFT's save_pretrained()."
                 raise UnmatchedTensorError(str(path), f"one tensor for {name}", f"{few([twin, key])}", remedy)
@@ -296,21 +380,73 @@ def _sorted_by_module(
     return found, base_copies
 
 
+def _share_tokens(
+    path: Path,
+    found: dict[tuple[str, str], str],
+    config: AdapterConfig,
+    sites: Mapping[str, ModuleSizes],
+    targeted: Mapping[str, ModuleSizes],
+    base: BaseModel,
+) -> None:
+    """Give rows of tokens to the modules that are tied to their embedding, as PEFT does, which saves them once."""
+    for (name, part), key in list(found.items()):
+        if part != ROWS_OF_TOKENS:
+            continue
+        users = next((group for group in base.tied if name in group), frozenset((name,)))
+        if both := sorted(user for user in users if user in targeted):
+            got = f"both on {few(both)}"
+            wanted = "LoRA or trainable_token_indices of a module"
+            raise UnsupportedAdapterError(str(path), wanted, got, "Train the adapter again with one of them.")
+        if strangers := sorted(user for user in users if user not in sites or TOKENS not in sites[user].room):
+            option = f"trainable_token_indices={len(config.trainable_token_indices)}"
+            wanted = "room for tokens in all modules that share the embedding"
+            raise UnsupportedAdapterError(str(path), wanted, f"none in {few(strangers)}", room_for(option))
+        found.update({(user, ROWS_OF_TOKENS): key for user in users})
+    if config.trainable_token_indices and not any(part == ROWS_OF_TOKENS for _, part in found):
+        remedy = "The file is incomplete: copy or download it again."
+        raise UnmatchedTensorError(str(path), "rows of trainable_token_indices", f"no {ROWS_OF_TOKENS}", remedy)
+
+
+def _has_place(
+    name: str, key: Key, config: AdapterConfig, site: ModuleSizes, is_targeted: bool, base: BaseModel
+) -> bool:
+    """Whether a tensor has a place in the slot of its module, which is one of the bank's."""
+    if key.is_lora:
+        parts = _PARTS[site.kind] + (MAGNITUDE,) * config.use_dora + (LORA_BIAS,) * config.lora_bias
+        return is_targeted and key.part in parts
+    if key.part == "bias":
+        # As PEFT loads it, whatever the config says of biases.
+        return SHIFT in site.room and f"{name}.bias" in base.parameters
+    if key.part == ROWS_OF_TOKENS:
+        return TOKENS in site.room and bool(config.trainable_token_indices)
+    return key.part == "weight" and HEAD in site.room and _saves(config, name, base)
+
+
 def _complete(
-    path: Path, found: Mapping[tuple[str, str], str], targeted: Mapping[str, ModuleSizes]
+    path: Path,
+    found: Mapping[tuple[str, str], str],
+    config: AdapterConfig,
+    sites: Mapping[str, ModuleSizes],
+    targeted: Mapping[str, ModuleSizes],
+    base: BaseModel,
 ) -> dict[str, tuple[str, str]]:
-    """Return the keys of A and B by module, having checked that each targeted module has both."""
+    """Return the keys of A and B by module, having checked that each module has all that the config says."""
     if not targeted:
         remedy = "Attach the bank to the modules of the adapter: xlc.attach(model, target_modules=...)."
         raise UnmatchedTensorError(str(path), "an adapter for modules of this bank", "one for none of them", remedy)
     wanted = [(name, part) for name, site in targeted.items() for part in _PARTS[site.kind]]
+    wanted += [(name, MAGNITUDE) for name in targeted if config.use_dora]
+    wanted += [(name, LORA_BIAS) for name, site in targeted.items() if config.lora_bias and site.kind == "linear"]
+    wanted += [(name, "weight") for name, site in sites.items() if HEAD in site.room and _saves(config, name, base)]
     if missing := [pair for pair in wanted if pair not in found]:
         named = few(f"{name}.{part}" for name, part in missing)
         held = {name for name, _ in found}
-        remedy = "adapter_config.json targets these modules, so the file is incomplete: copy or download it again."
-        if any(name not in held for name, _ in missing):
+        remedy = "By adapter_config.json they should be there, so the file is incomplete: copy or download it again."
+        if any(name not in held and part != "weight" for name, part in missing):
             remedy += " If the adapter was trained without them, name them in exclude_modules of adapter_config.json."
-        raise UnmatchedTensorError(str(path), "A and B for every targeted module", f"no {named}", remedy)
+        raise UnmatchedTensorError(
+            str(path), "A and B for every targeted module, and what else its config names", f"no {named}", remedy
+        )
     parts = {name: _PARTS[site.kind] for name, site in targeted.items()}
     return {name: (found[name, part_a], found[name, part_b]) for name, (part_a, part_b) in parts.items()}
 
@@ -384,11 +520,56 @@ def _checked_shapes(
     )
 
 
+def _checked_extras(
+    file: TensorFile,
+    found: Mapping[tuple[str, str], str],
+    pairs: Mapping[str, Pair],
+    tokens: tuple[int, ...],
+    base: BaseModel,
+) -> dict[str, Extras]:
+    """Return what the file has besides A and B, by module, having checked the sizes."""
+    fields = {MAGNITUDE: "magnitude", LORA_BIAS: "lora_bias", "bias": "bias", "weight": "weight"}
+    fields[ROWS_OF_TOKENS] = "token_rows"
+    extras: dict[str, Extras] = {}
+    for (name, part), key in found.items():
+        if part not in fields:
+            continue
+        if part == "weight" and name in pairs:
+            # PEFT copies the module with its LoRA, which is then another one.
+            raise UnsupportedAdapterError(
+                f"{file.path}: {key}", "LoRA or a weight of its own for a module", f"both on {name}", SERVE_WITH_PEFT
+            )
+        if part in (MAGNITUDE, LORA_BIAS):
+            wanted = list(pairs[name].shape_b[:1])
+        elif part == ROWS_OF_TOKENS:
+            rows, features = base.parameters[f"{name}.weight"].shape
+            wanted = [len(tokens), features]
+            if beyond := [token for token in tokens if token >= rows]:
+                remedy = f"Use the model it was trained on, or call model.resize_token_embeddings({max(beyond) + 1})."
+                raise AdapterShapeError(f"{file.path}: {key}", f"tokens up to {rows - 1}", f"{max(beyond)}", remedy)
+        else:
+            wanted = list(base.parameters[f"{name}.{part}"].shape)
+        if part == "weight" and base.parameters[f"{name}.{part}"].dtype not in DTYPES.values():
+            got = f"a weight for {name}, whose own is {base.parameters[f'{name}.{part}'].dtype}"
+            raise UnsupportedAdapterError(
+                f"{file.path}: {key}", "weights of modules that are not quantized", got, MERGE
+            )
+        if (shape := file.shape(key)) != wanted:
+            remedy = _GATHER
+            if part == "weight" and len(shape) == 2 and shape[0] > wanted[0] and shape[1] == wanted[1]:
+                remedy += f" If its vocabulary was resized, call model.resize_token_embeddings({shape[0]}) first."
+            raise AdapterShapeError(f"{file.path}: {key}", f"shape {shown(wanted)}", f"shape {shown(shape)}", remedy)
+        _check_dtype(file, key)
+        given: dict[str, Any] = {fields[part]: key} | ({"tokens": tokens} if part == ROWS_OF_TOKENS else {})
+        extras[name] = replace(extras.get(name, Extras()), **given)
+    return extras
+
+
 def _checked_shape(
     file: TensorFile, key: str, wanted: tuple[int, int], rank: int, token_axis: int | None
 ) -> tuple[int, int]:
     where = f"{file.path}: {key}"
-    shape, dtype = file.shape(key), file.dtype(key)
+    shape = file.shape(key)
     fits = tuple(shape) == wanted or (
         len(shape) == 2
         and all(
@@ -400,18 +581,35 @@ def _checked_shape(
         text = ", ".join(f"at most {size}" if axis == token_axis else str(size) for axis, size in enumerate(wanted))
         remedy = f"The rank, by adapter_config.json, is {rank}. {_GATHER}"
         raise AdapterShapeError(where, f"shape [{text}]", f"shape {shown(shape)}", remedy)
-    if dtype not in DTYPES:
-        remedy = "Save the adapter in one of these dtypes: model.to(torch.bfloat16), then save_pretrained()."
-        raise AdapterShapeError(where, f"dtype {' or '.join(DTYPES)}", f"dtype {dtype}", remedy)
+    _check_dtype(file, key)
     return shape[0], shape[1]
 
 
-def _check_base_copy(file: TensorFile, key: str, weight: Tensor) -> None:
+def _check_dtype(file: TensorFile, key: str) -> None:
+    if (dtype := file.dtype(key)) not in DTYPES:
+        remedy = "Save the adapter in one of these dtypes: model.to(torch.bfloat16), then save_pretrained()."
+        raise AdapterShapeError(f"{file.path}: {key}", f"dtype {' or '.join(DTYPES)}", f"dtype {dtype}", remedy)
+
+
+def _remedy_for(parameter: str, config: AdapterConfig, sites: Mapping[str, ModuleSizes], base: BaseModel) -> str:
+    """Say what to do where an adapter has another value for a parameter of the base model."""
+    name, _, part = parameter.rpartition(".")
+    if _saves(config, name, base):
+        saved = [saved for saved in config.modules_to_save if replace(config, modules_to_save=(saved,)).saves(name)]
+        return room_for(f"modules_to_save={saved or [name]!r}")
+    if part == "bias" and name in sites:
+        return room_for(f"bias={config.bias if config.bias != 'none' else 'lora_only'!r}")
+    if part == "bias" and any(host.takes_class(base.modules[name]) for host in base.hosts):
+        end = name.rpartition(".")[2]
+        return f"{room_for(f'bias={config.bias!r}')} Name {end!r} among target_modules, too."
+    return f"The adapter was trained with this weight changed, which a bank of many adapters cannot hold. {MERGE}"
+
+
+def _check_base_copy(file: TensorFile, key: str, weight: Tensor, remedy: str) -> None:
     shape, dtype, own_shape = file.shape(key), file.dtype(key), list(weight.shape)
     if _is_copy(file, key, shape, weight):
         return
     # PEFT loads any parameter that a file holds into the model, for whatever adapter runs.
-    remedy = f"The adapter was trained with this weight changed, which a bank of many adapters cannot hold. {MERGE}"
     if shape != own_shape:
         remedy = "Use the base model that the adapter was trained on."
         if len(shape) == 2 == len(own_shape) and shape[0] > own_shape[0] and shape[1] == own_shape[1]:

@@ -21,6 +21,9 @@ from xpu_lora_compile.errors import AdapterFileError, UnsupportedAdapterError
 CONFIG_FILE = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 
+# What `bias` may be: the first is the default.
+BIASES = ("none", "lora_only", "all")
+
 # A string is a regular expression for the whole name; a list holds names, or their last parts.
 Rule: TypeAlias = str | Collection[str]
 
@@ -28,10 +31,13 @@ MERGE = (
     "Let PEFT make a model of its own from it: PeftModel.from_pretrained(model, folder).merge_and_unload(); or train "
     "the adapter again without this."
 )
-_SERVE_WITH_PEFT = (
+SERVE_WITH_PEFT = (
     "Serve it with PEFT: PeftModel.from_pretrained(model, folder); or train the adapter again without this."
 )
 
+_CONVERT_KIND = (
+    "Make LoRA of it, where PEFT can: xlc.convert(model, folder, out, rank), which says how close it comes. Or do this:"
+)
 _CONVERT = (
     "Where it was trained, save_pretrained(path_initial_model_for_weight_conversion=...) writes it as plain LoRA."
 )
@@ -57,10 +63,11 @@ _WITHOUT_EFFECT |= {"fan_in_fan_out"}
 # Of ms-swift, and of PEFT before 0.3: dtypes and learning rates of the training, merging while evaluating.
 _WITHOUT_EFFECT |= {"lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "merge_weights"}
 # What PEFT can merge into the weights of any model, and what it cannot, or not into all.
-_MERGEABLE = {"use_dora", "bias", "modules_to_save", "trainable_token_indices", "target_parameters"}
-_MERGEABLE |= {"use_bdlora", "kasa_config", "velora_config", "monteclora_config"}
-_NOT_MERGEABLE = {"alora_invocation_tokens", "arrow_config", "layer_replication", "lora_bias", "use_qalora"}
+_MERGEABLE = {"target_parameters", "use_bdlora", "kasa_config", "velora_config", "monteclora_config"}
+_NOT_MERGEABLE = {"alora_invocation_tokens", "arrow_config", "layer_replication", "use_qalora"}
 _NOT_MERGEABLE |= {"megatron_config"}
+# What a bank takes that was made with room for it, and a file of `export` does not.
+_IN_BANKS = {"use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"}
 _MERGEABLE_TYPES = {"ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA", "HRA", "FOURIERFT"}
 # The other initialisations (pissa, olora, corda, loftq, lora_ga) change the base weights too, so that the adapter is
 # wrong on the plain model. PEFT sets the field back to true where it has converted such an adapter while saving it.
@@ -77,7 +84,7 @@ def rules_for_readers() -> dict[str, list[str]]:
         "read": sorted(_READ),
         "ignored": sorted(_WITHOUT_EFFECT),
         "inits": sorted(_INITS_THAT_LEAVE_THE_BASE_ALONE),
-        "refused": sorted((_MERGEABLE | _NOT_MERGEABLE) - {"bias"}),
+        "refused": sorted(_MERGEABLE | _NOT_MERGEABLE | _IN_BANKS),
     }
 
 
@@ -130,15 +137,28 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     ensure_weight_tying: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: tuple[int, ...] = ()
     part: str = ""
 
     def targets(self, name: str, *, plain_linear: bool = True) -> bool:
         """Whether the adapter targets the module; see `is_targeted` for `plain_linear`."""
         name = self._full(name)
+        if any(re.match(_saved_pattern(saved), name) for saved in self.modules_to_save):
+            return False
         if not is_targeted(name, self.target_modules, self.exclude_modules, plain_linear=plain_linear):
             return False
         # As in PEFT, a module that the list names in full is targeted in whatever layer it is.
         return not self.layers_to_transform or name in self.target_modules or self._in_chosen_layer(name)
+
+    def saves(self, name: str) -> bool:
+        """Whether the adapter has weights of its own in the place of the module's: PEFT asks how names end."""
+        parts = self._full(name).split(".")
+        paths = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+        return any(path.endswith(saved) for saved in self.modules_to_save for path in paths)
 
     def rank(self, name: str) -> int:
         """Return the rank of the module's A and B."""
@@ -194,12 +214,32 @@ def read_config(folder: Path) -> AdapterConfig:
             key: fields.number(f"alpha_pattern[{key!r}]", value) for key, value in fields.items("alpha_pattern")
         },
         ensure_weight_tying=fields.switch("ensure_weight_tying"),
+        use_dora=fields.switch("use_dora"),
+        lora_bias=fields.switch("lora_bias"),
+        bias=fields.choice("bias", BIASES),
+        modules_to_save=fields.saved("modules_to_save"),
+        trainable_token_indices=fields.tokens("trainable_token_indices"),
     )
+    if config.use_dora and config.lora_bias:
+        raise fields.refusal("lora_bias", "false, where use_dora is true")
     if config.layers_to_transform and isinstance(config.target_modules, str):
         raise fields.refusal("layers_to_transform", "no layers, where target_modules is one string")
     if config.layers_pattern and not config.layers_to_transform:
         raise fields.refusal("layers_pattern", "no pattern, where layers_to_transform is not set")
     return config
+
+
+def check_is_plain(folder: Path, config: AdapterConfig) -> None:
+    """Refuse what only a bank with room for it takes, as a file of `export` has to.
+
+    Raises:
+        UnsupportedAdapterError: the config names such a feature.
+    """
+    given = {name: getattr(config, name) for name in sorted(_IN_BANKS)}
+    given["bias"] = config.bias if config.bias != "none" else ""
+    if got := ", ".join(f"{name}={shown(value)}" for name, value in given.items() if value):
+        remedy = "Serve it from Python: a bank of xlc.attach takes it, and a file of xlc.export does not."
+        raise UnsupportedAdapterError(str(folder / CONFIG_FILE), "a plain LoRA adapter", got, remedy)
 
 
 @dataclass(frozen=True)
@@ -257,6 +297,35 @@ class _Fields:
             return bool(value)
         raise self.refusal(name, "true or false")
 
+    def choice(self, name: str, choices: tuple[str, ...]) -> str:
+        value = self.values.get(name)
+        if not value:
+            return choices[0]
+        if isinstance(value, str) and value in choices:
+            return value
+        raise self.refusal(name, f"one of {', '.join(choices)}")
+
+    def saved(self, name: str) -> tuple[str, ...]:
+        names = self._tuple(name, str, "a list of names")
+        for saved in names:
+            self._check_pattern(name, saved, _saved_pattern(saved))
+        # An empty name is the end of each.
+        if "" in names:
+            raise self.refusal(name, "names of modules")
+        return names
+
+    def tokens(self, name: str) -> tuple[int, ...]:
+        """The tokens of one embedding; which one it is, the keys of the weights say, too."""
+        value = self.values.get(name)
+        if isinstance(value, dict):
+            if len(value) > 1:
+                raise self.refusal(name, "the tokens of one embedding")
+            return _Fields(self.path, {name: next(iter(value.values()), None)}).tokens(name)
+        tokens: tuple[int, ...] = self._tuple(name, int, "a list of tokens, or an object with one")
+        if any(not 0 <= token < 2**31 for token in tokens) or len(set(tokens)) < len(tokens):
+            raise self.refusal(name, "different tokens, from 0 on")
+        return tokens
+
     def _tuple(self, name: str, of: type, wanted: str) -> tuple[Any, ...]:
         value = self.values.get(name)
         value = [] if not value and type(value) is not int else value
@@ -289,14 +358,11 @@ def _unsupported(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if name == "peft_type":
             if value != "LORA":
                 merges = isinstance(value, str) and value in _MERGEABLE_TYPES
-                yield name, MERGE if merges else _SERVE_WITH_PEFT
+                yield name, f"{_CONVERT_KIND} {MERGE if merges else SERVE_WITH_PEFT}"
         elif name == "target_modules":
             # PEFT would look the modules up by the model's architecture; its own files hold them resolved.
             if value is None:
                 yield name, "Write a list of the modules' names, as the keys of the weights name them, into the field."
-        elif name == "bias":
-            if value and value != "none":
-                yield name, MERGE
         elif name == "init_lora_weights":
             known = isinstance(value, str) and value.lower() in _INITS_THAT_LEAVE_THE_BASE_ALONE
             if value and value is not True and not known:
@@ -305,8 +371,8 @@ def _unsupported(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         elif name in _MERGEABLE or name in _NOT_MERGEABLE:
             # PEFT asks whether they are true.
             if value:
-                yield name, MERGE if name in _MERGEABLE else _SERVE_WITH_PEFT
-        elif not (name in _READ or name in _WITHOUT_EFFECT or _is_unset(value)):
+                yield name, MERGE if name in _MERGEABLE else SERVE_WITH_PEFT
+        elif not (name in _READ or name in _IN_BANKS or name in _WITHOUT_EFFECT or _is_unset(value)):
             yield name, _UNKNOWN
 
 
@@ -321,6 +387,10 @@ def _is_unset(value: object) -> bool:
 
 def _name_pattern(key: str) -> str:
     return rf"(.*\.)?({key})$"
+
+
+def _saved_pattern(name: str) -> str:
+    return rf"(^|.*\.){name}($|\..*)"
 
 
 def _layer_pattern(pattern: str | None) -> str:

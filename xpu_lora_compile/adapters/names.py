@@ -22,6 +22,11 @@ from torch import Tensor, nn
 
 PREFIX = "base_model.model."
 
+# Parts of a module's LoRA beside A and B: the bias of B, and the row norms of DoRA.
+LORA_BIAS, MAGNITUDE = "lora_B.bias", "lora_magnitude_vector"
+# Rows of an embedding that an adapter has in the place of the model's.
+ROWS_OF_TOKENS = "trainable_tokens_delta"
+
 # What torch.compile, FSDP, checkpoint_wrapper and Lightning put into names. DDP's "module" may be a name of the user's.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module"}
 _WRAPPED = re.compile("|".join(sorted(_WRAPPERS)))
@@ -31,7 +36,9 @@ _DDP = "module"
 _LONGEST_NAME = 1000
 _LORA_KEY = re.compile(
     rf"(?P<module>.{{1,{_LONGEST_NAME}}}?)\."
-    r"(?:(?P<linear>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.weight|(?P<embedding>lora_embedding_[AB])(?:\.(?P<other>[^.]+))?)"
+    r"(?:(?P<linear>lora_[AB])(?:\.(?P<of_linear>[^.]+))?\.weight|(?P<embedding>lora_embedding_[AB])(?:\.(?P<of_table>[^.]+))?"
+    rf"|lora_B(?:\.(?P<of_bias>[^.]+))?\.(?P<bias>bias)"
+    rf"|(?P<magnitude>{MAGNITUDE})(?:\.(?P<of_magnitude>(?!weight$)[^.]+))?(?:\.weight)?)"
 )
 _BASE_LAYER = re.compile(r"(^|\.)base_layer\.")
 
@@ -49,8 +56,9 @@ class Key:
 
     Args:
         module: the name of the module, as the file spells it.
-        part: which tensor of the module: `lora_A.weight`, `lora_embedding_A`, or a parameter such as `bias`.
-        is_lora: whether the part is A or B.
+        part: which tensor of the module: `lora_A.weight`, `lora_embedding_A`, `lora_B.bias`, `lora_magnitude_vector`,
+            or a parameter such as `bias`.
+        is_lora: whether the part is of LoRA, and no parameter of the base model's.
         adapter: the adapter's name inside the key, or None.
         has_prefix: whether PEFT's prefix stands before the module's name.
     """
@@ -76,9 +84,11 @@ def _parse(key: str) -> Key:
     has_prefix = name.startswith(PREFIX)
     name = name.removeprefix(PREFIX)
     if match := _LORA_KEY.fullmatch(name):
-        part = f"{match['linear']}.weight" if match["linear"] else match["embedding"]
-        return Key(match["module"], part, True, match["adapter"] or match["other"], has_prefix)
-    module, _, part = _BASE_LAYER.sub(r"\1", name).rpartition(".")
+        linear = match["linear"] and f"{match['linear']}.weight"
+        part = linear or match["embedding"] or match["magnitude"] or LORA_BIAS
+        adapter = next(filter(None, (match[of] for of in ("of_linear", "of_table", "of_bias", "of_magnitude"))), None)
+        return Key(match["module"], part, True, adapter, has_prefix)
+    module, _, part = _BASE_LAYER.sub(r"\1", name.replace(".token_adapter.", ".")).rpartition(".")
     return Key(module, part, False, None, has_prefix)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from xpu_lora_compile.adapters.checkpoint import ModuleSizes, modules_in_checkpoint
-from xpu_lora_compile.adapters.config import read_config
+from xpu_lora_compile.adapters.checkpoint import HEAD, SCALE, SHIFT, TOKENS, ModuleSizes, modules_in_checkpoint
+from xpu_lora_compile.adapters.config import AdapterConfig, read_config
 from xpu_lora_compile.adapters.names import BaseModel
 from xpu_lora_compile.errors import AdapterError, LoraError, UnmatchedTensorError
 
@@ -22,11 +22,21 @@ class Needs:
         modules: the names of the modules that any of them has LoRA on.
         max_rank: the highest rank of all.
         rows: for each module the most rows that a B has.
+        use_dora: whether any has DoRA, and so on by the names of PEFT's fields.
+        lora_bias: likewise.
+        bias: the first that is not "none", if any.
+        modules_to_save: the names of the modules for which any has weights of its own.
+        trainable_token_indices: the most tokens for which one has rows of its own.
     """
 
     modules: tuple[str, ...]
     max_rank: int
     rows: Mapping[str, int]
+    use_dora: bool
+    lora_bias: bool
+    bias: str
+    modules_to_save: tuple[str, ...]
+    trainable_token_indices: int
 
 
 def needs_of(
@@ -43,12 +53,17 @@ def needs_of(
         AdapterError: an adapter cannot be read, or has LoRA on other modules; the error names it.
     """
     rows: dict[str, int] = {}
+    heads: set[str] = set()
+    configs: list[AdapterConfig] = []
     max_rank = 1
+    sites = {name: replace(site, room=frozenset((SCALE, SHIFT, HEAD, TOKENS))) for name, site in sites.items()}
     for name, folder in adapters.items():
         with naming(name):
             path = folder_path(name, folder)
             config = read_config(path)
-            modules = modules_in_checkpoint(path, config, sites, base)
+            modules, its_heads = modules_in_checkpoint(path, config, sites, base)
+            heads.update(its_heads)
+            configs.append(config)
             if not modules:
                 remedy = "Leave the adapter out, or save it again: it changes nothing."
                 raise UnmatchedTensorError(str(path), "LoRA on modules of the model", "a file without any", remedy)
@@ -56,7 +71,16 @@ def needs_of(
                 rows[module] = max(rows.get(module, 0), its_rows)
                 max_rank = max(max_rank, config.rank(module))
     # In the order of the model.
-    return Needs(tuple(module for module in sites if module in rows), max_rank, rows)
+    return Needs(
+        tuple(module for module in sites if module in rows),
+        max_rank,
+        rows,
+        use_dora=any(config.use_dora for config in configs),
+        lora_bias=any(config.lora_bias for config in configs),
+        bias=next((config.bias for config in configs if config.bias != "none"), "none"),
+        modules_to_save=tuple(module for module in sites if module in heads),
+        trainable_token_indices=max((len(config.trainable_token_indices) for config in configs), default=0),
+    )
 
 
 def folder_path(name: str, folder: object) -> Path:

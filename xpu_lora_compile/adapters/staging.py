@@ -18,13 +18,15 @@ import threading
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from xpu_lora_compile.adapters.checkpoint import DTYPES, Checkpoint, Pair, are_finite
+from xpu_lora_compile.adapters.checkpoint import DTYPES, Checkpoint, ModuleSizes, Pair, are_finite
 from xpu_lora_compile.adapters.cores import with_few_cores
+from xpu_lora_compile.adapters.extras import EMPTY, HEAD_SLOTS, HEADS, RoomyLayer, values_of
 from xpu_lora_compile.adapters.upload import runs_of, side_stream, upload
 from xpu_lora_compile.errors import AdapterFileError
 from xpu_lora_compile.torch_internals import copy_each, multiply_each, zero_each
@@ -37,8 +39,13 @@ _LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 class StackedLayer(Protocol):
     """What a layer offers that is to take an adapter."""
 
+    lora_site: ModuleSizes
     lora_a: Tensor
     lora_b: Tensor
+
+    @property
+    def lora_extras(self) -> Mapping[str, Tensor]:
+        """What each slot has besides A and B: see `adapters.extras`."""
 
     def places(
         self, slot_a: Tensor, slot_b: Tensor, shape_a: tuple[int, int], shape_b: tuple[int, int]
@@ -92,6 +99,38 @@ class _Block:
         return self._places
 
 
+@dataclass(frozen=True)
+class _Extra:
+    """What one slot of a buffer of `adapters.extras` is to hold.
+
+    Args:
+        name: of the buffer.
+        stack: the buffer.
+        value: of the slot, but for `HEAD_SLOTS`, which hold their own numbers; None for what an empty slot holds.
+    """
+
+    name: str
+    stack: Tensor
+    value: Tensor | None
+
+    def store(self, slot: int) -> None:
+        """Fill a slot: all of it, so that nothing of another adapter stays."""
+        if self.value is None:
+            self.stack[slot].fill_(EMPTY[self.name])
+        elif self.name == HEAD_SLOTS:
+            self.stack[slot].fill_(slot)
+        else:
+            self.stack[slot].copy_(self.value)
+
+
+def _extras_of(checkpoint: Checkpoint, name: str, layer: StackedLayer) -> list[_Extra]:
+    extras = layer.lora_extras
+    values = values_of(checkpoint, name, cast("RoomyLayer", layer)) if extras else {}
+    if HEADS in values:
+        values[HEAD_SLOTS] = values[HEADS]
+    return [_Extra(key, stack, values.get(key)) for key, stack in extras.items()]
+
+
 class Staged:
     """An adapter whose values have been checked, ready to be stored.
 
@@ -101,9 +140,13 @@ class Staged:
     """
 
     def __init__(
-        self, blocks: Mapping[torch.device, list[tuple[list[Tensor], _Block]]], pairs: Mapping[str, Pair]
+        self,
+        blocks: Mapping[torch.device, list[tuple[list[Tensor], _Block]]],
+        extras: Mapping[torch.device, list[_Extra]],
+        pairs: Mapping[str, Pair],
     ) -> None:
         self._blocks = blocks
+        self._extras = extras
         self.rank = max((pair.rank for pair in pairs.values()), default=0)
         self.modules = len(pairs)
 
@@ -122,6 +165,8 @@ class Staged:
                     with _aside(device, readers):
                         for stacks, block in blocks:
                             run(copy_each, [stack[slot] for stack in stacks], block.slots)
+                        for extra in self._extras[device]:
+                            extra.store(slot)
                         if ranks is not None and ranks.device == device:
                             ranks[slot].fill_(self.rank)
         finally:
@@ -130,9 +175,9 @@ class Staged:
                     side_stream(device).synchronize()
 
 
-def _here(function: Callable[..., object], *arguments: object) -> None:
+def _here(function: Callable[..., Any], *arguments: object) -> Any:
     """As `with_few_cores`, in this thread."""
-    function(*arguments)
+    return function(*arguments)
 
 
 def _aside(device: torch.device, readers: Iterable[torch.cuda.Event]) -> AbstractContextManager[object]:
@@ -185,11 +230,13 @@ def short_turns() -> Iterator[None]:
 
 
 def clear(layers: Iterable[StackedLayer], slot: int) -> None:
-    """Fill a slot with zeros, on the current stream of each device."""
+    """Empty a slot, on the current stream of each device."""
     blocks: dict[torch.device, list[Tensor]] = {}
     for layer in layers:
         for stack in (layer.lora_a, layer.lora_b):
             blocks.setdefault(stack.device, []).append(stack[slot])
+        for name, stack in layer.lora_extras.items():
+            stack[slot].fill_(EMPTY[name])
     for slots in blocks.values():
         zero_each(slots)
 
@@ -218,6 +265,7 @@ class Staging:
             groups.setdefault((stack.device, stack.dtype), {})[name] = layer
         taken: dict[tuple[torch.device, torch.dtype], _Block] = {}
         ready: dict[torch.device, list[tuple[list[Tensor], _Block]]] = {}
+        extras: dict[torch.device, list[_Extra]] = {device: [] for device, _ in groups}
         try:
             # A tensor made in inference mode could not be changed outside of it.
             with torch.inference_mode(False), torch.no_grad():
@@ -232,13 +280,15 @@ class Staging:
                         taken[device, dtype] = block
                         run(fill, block, checkpoint, members)
                         run(_check, checkpoint, members, block.flat)
+                        for name, layer in members.items():
+                            extras[device] += run(_extras_of, checkpoint, name, layer)
                     ready.setdefault(device, []).append((stacks, block))
         except BaseException:
             # Whatever it was made under, or holds, is not for the next load.
             self._keep({}, groups)
             raise
         try:
-            yield Staged(ready, checkpoint.pairs)
+            yield Staged(ready, extras, checkpoint.pairs)
         finally:
             self._keep(taken, groups)
 

@@ -187,6 +187,13 @@ def _layers_of(model: nn.Module) -> dict[str, LoraLayer]:
         raise ArtifactError(where, "one row of slots", "parts that have had names of their own", remedy)
     if model.training:
         raise ArtifactError(where, "a model in evaluation mode", "one in training mode", "Call model.eval() first.")
+    if roomy := [name for name, layer in layers.items() if layer.lora_extras]:
+        got = f"a bank with room for more, on {few(roomy)}"
+        remedy = (
+            "Attach without use_dora, lora_bias, bias, modules_to_save and trainable_token_indices, and export that; "
+            "serve adapters with these from Python, with bank.use."
+        )
+        raise ArtifactError(where, "slots for A and B alone, the only thing that a file holds", got, remedy)
     trained = [name for name, layer in layers.items() if layer.lora_a.requires_grad or layer.lora_b.requires_grad]
     if trained:
         remedy = "Save the adapter, load it into a bank, and export the model of that bank."
@@ -680,7 +687,8 @@ def _module(name: str, layer: LoraLayer) -> Module:
         constant = ".".join(filter(None, ("model", name, buffer)))
         stacks.append(Stack(constant, list(stack.shape), list(stack.stride())))
     a, b = stacks
-    return Module(**dataclasses.asdict(layer.lora_site), dtype=name_of_dtype(layer.lora_a.dtype), a=a, b=b)
+    sizes = {key: value for key, value in dataclasses.asdict(layer.lora_site).items() if key != "room"}
+    return Module(**sizes, dtype=name_of_dtype(layer.lora_a.dtype), a=a, b=b)
 
 
 def _base(model: nn.Module, layers: Mapping[str, LoraLayer]) -> Base:

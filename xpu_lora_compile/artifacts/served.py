@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xpu_lora_compile.adapters.config import check_is_plain, read_config
 from xpu_lora_compile.adapters.names import plain_name
+from xpu_lora_compile.adapters.needs import folder_path
 from xpu_lora_compile.artifacts.manifest import (
     DTYPES,
     RANKS,
@@ -103,6 +105,8 @@ class Served:
         Raises:
             AdapterError: the name is taken or no slot is free, or the adapter does not fit; the subclass says which.
         """
+        path = folder_path(name, folder)
+        check_is_plain(path, read_config(path))
         self._bank.load(name, folder)
 
     def drop(self, name: str) -> None:

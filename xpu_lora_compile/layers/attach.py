@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from xpu_lora_compile.adapters.bank import AdapterBank
 from xpu_lora_compile.adapters.checkpoint import ModuleSizes
-from xpu_lora_compile.adapters.config import ALL_LINEAR, pattern_problem
+from xpu_lora_compile.adapters.config import ALL_LINEAR, BIASES, pattern_problem
 from xpu_lora_compile.adapters.names import BaseModel, output_embedding, plain_name
 from xpu_lora_compile.adapters.needs import naming, needs_of
 from xpu_lora_compile.errors import AttachError, UnmatchedTensorError
@@ -26,8 +26,9 @@ from xpu_lora_compile.generation import follow_generation, generating_methods
 from xpu_lora_compile.kernels import preferred_on
 from xpu_lora_compile.layers import HOSTS
 from xpu_lora_compile.layers.declared import Declared
+from xpu_lora_compile.layers.extras import ExtraLayer, empty_extras, extra_class, room_of
 from xpu_lora_compile.layers.host import Host, LoraLayer, have_hook_call
-from xpu_lora_compile.layers.targets import carriers_in, find_targets
+from xpu_lora_compile.layers.targets import carriers_in, find_heads, find_targets, find_tied
 from xpu_lora_compile.rows.routing import BatchRouting, Entry, LostRouting
 from xpu_lora_compile.torch_internals import prepare_for_tracing
 
@@ -49,6 +50,11 @@ def attach(
     vocab_size: int | None = None,
     dtype: torch.dtype | None = None,
     linear_classes: Collection[type[nn.Module]] = (),
+    use_dora: bool | None = None,
+    lora_bias: bool | None = None,
+    bias: str | None = None,
+    modules_to_save: Collection[str] | None = None,
+    trainable_token_indices: int | None = None,
 ) -> AdapterBank:
     """Make a model ready for adapters, and return the bank that holds them.
 
@@ -72,6 +78,14 @@ def attach(
             quantized, what the module or its bias says, or most of the model's numbers have.
         linear_classes: further classes of modules that map `[..., in_features]` to `[..., out_features]`, have both
             numbers as attributes, and are called by their parents.
+        use_dora: whether slots have room for DoRA, which costs a gather and a product for each module. This and the
+            next four are PEFT's names; by default they are what `adapters` have, or nothing without any.
+        lora_bias: whether slots have room for biases of B.
+        bias: "lora_only" or "all": slots have room for other values of the biases of the modules that carry LoRA.
+        modules_to_save: modules for which each slot has room for a weight of its own, by their names or the ends of
+            these: heads, embeddings, or modules that hold such, as `["classifier"]`. They carry LoRA, too.
+        trainable_token_indices: for how many tokens at most each slot has room for rows of its own, in the embedding
+            and what is tied to it.
 
     Raises:
         AttachError: nothing matches, a module that matches is of a kind that carries no LoRA, LoRA is attached
@@ -83,6 +97,12 @@ def attach(
     adapters = _check_arguments(
         model, adapters, target_modules, exclude_modules, dtype, slots=slots, max_rank=max_rank, vocab_size=vocab_size
     )
+    _check_room(use_dora, lora_bias, bias, modules_to_save)
+    if trainable_token_indices is not None and not (
+        type(trainable_token_indices) is int and trainable_token_indices >= 0
+    ):
+        got, remedy = repr(trainable_token_indices), "Write trainable_token_indices=4 for adapters with up to 4."
+        raise AttachError("attach: trainable_token_indices", "the most tokens of one adapter", got, remedy)
     if any(map(_is_lost, model.modules())):
         detach(model)
     hosts = (*HOSTS, Declared(tuple(linear_classes))) if linear_classes else HOSTS
@@ -102,8 +122,27 @@ def attach(
             _, module = plain[name]
             if module is head and 0 < needs.rows[name] < able[name].out_features:
                 vocab_size = vocab_size or needs.rows[name]
+        use_dora = needs.use_dora if use_dora is None else use_dora
+        lora_bias = needs.lora_bias if lora_bias is None else lora_bias
+        bias = needs.bias if bias is None else bias
+        modules_to_save = needs.modules_to_save if modules_to_save is None else modules_to_save
+        if trainable_token_indices is None:
+            trainable_token_indices = needs.trainable_token_indices
     targets = find_targets(model, head, target_modules, exclude_modules, hosts)
-    sites = {name: _site(host, module, head, vocab_size) for name, (host, module) in targets.items()}
+    heads = find_heads(model, modules_to_save or (), hosts)
+    embeddings = find_tied(model, _input_embedding(model), hosts) if trainable_token_indices else {}
+    all_targets = targets | heads | embeddings
+    targets = {name: all_targets[name] for name, _ in model.named_modules() if name in all_targets}
+    has_biases = bool(lora_bias), bias in ("lora_only", "all")
+    sites = {
+        name: replace(
+            _site(host, module, head, vocab_size),
+            room=room_of(
+                host, module, bool(use_dora), *has_biases, is_head=name in heads, has_tokens=name in embeddings
+            ),
+        )
+        for name, (host, module) in targets.items()
+    }
     if vocab_size is not None and not any(site.kind == "linear" and site.padded for site in sites.values()):
         raise AttachError(
             "attach: vocab_size",
@@ -116,14 +155,24 @@ def attach(
     _check_devices({name: host.device(module) for name, (host, module) in targets.items()})
     # All memory is taken before the first module changes.
     stacks = {
-        name: _empty_stacks(host, module, sites[name], slots, max_rank, dtype or host.dtype(module) or _dtype_of(model))
+        name: _empty_stacks(
+            host,
+            module,
+            sites[name],
+            slots,
+            max_rank,
+            dtype or host.dtype(module) or _dtype_of(model),
+            trainable_token_indices or 0,
+        )
         for name, (host, module) in targets.items()
     }
     routing = BatchRouting(getattr(model, "main_input_name", None))
     layers: dict[str, LoraLayer] = {}
     for name, (host, module) in targets.items():
-        module.__class__ = host.layer(module)
+        module.__class__ = extra_class(host.layer(module)) if sites[name].room else host.layer(module)
         have_hook_call(module)
+        if isinstance(module, ExtraLayer):
+            module.lora_host = host
         layers[name] = layer = cast("LoraLayer", module)
         layer.lora_site, layer.lora_name, layer.lora_routing = sites[name], name, routing
         for buffer, stack in stacks[name].items():
@@ -155,7 +204,7 @@ def _say_why_not(model: nn.Module, head: nn.Module | None, hosts: Sequence[Host]
 
 
 def _empty_stacks(
-    host: Host, module: nn.Module, site: ModuleSizes, slots: int, rank: int, dtype: torch.dtype
+    host: Host, module: nn.Module, site: ModuleSizes, slots: int, rank: int, dtype: torch.dtype, tokens: int
 ) -> dict[str, Tensor]:
     """Zeros for A and B of every slot, where the module computes."""
     device = host.device(module)
@@ -166,6 +215,7 @@ def _empty_stacks(
     # A buffer made in inference mode could not be written outside of it.
     with torch.inference_mode(False):
         stacks = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        stacks |= empty_extras(host, module, site, slots, tokens, dtype)
         return stacks | {"lora_b": stacks["lora_b"].transpose(1, 2)} if by_rank else stacks
 
 
@@ -328,6 +378,20 @@ def _check_arguments(
     if any(isinstance(module, LoraLayer) for module in model.modules() if not _is_lost(module)):
         raise AttachError("attach", "a model without LoRA", "one that has it", "Call `bank.detach()` first.")
     return adapters
+
+
+def _check_room(use_dora: object, lora_bias: object, bias: object, modules_to_save: object) -> None:
+    for name, switch in (("use_dora", use_dora), ("lora_bias", lora_bias)):
+        if switch is not None and not isinstance(switch, bool):
+            raise AttachError(f"attach: {name}", "True or False", repr(switch), f"Write {name}=True.")
+    if bias is not None and bias not in BIASES:
+        raise AttachError("attach: bias", f"one of {', '.join(BIASES)}", repr(bias), "Write bias='lora_only'.")
+    if modules_to_save is not None and not (
+        isinstance(modules_to_save, list | tuple | set | frozenset)
+        and all(isinstance(name, str) and name for name in modules_to_save)
+    ):
+        remedy = 'Pass a list such as ["score"].'
+        raise AttachError("attach: modules_to_save", "a list of names", repr(modules_to_save), remedy)
 
 
 def _is_lost(module: nn.Module) -> bool:

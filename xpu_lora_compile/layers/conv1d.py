@@ -20,3 +20,7 @@ class Conv1D(Host):
         """Return D and the columns of the output."""
         in_features, out_features = cast("Tensor", module._parameters["weight"]).shape
         return ModuleSizes("linear", in_features, out_features, padded=False)
+
+    def weight_of(self, module: nn.Module) -> Tensor:
+        """As `Host.weight_of`."""
+        return super().weight_of(module).t()

@@ -78,6 +78,10 @@ class Embedding(Host):
         assert isinstance(module, nn.Embedding)  # noqa: S101 - for the type checker
         return ModuleSizes("embedding", module.num_embeddings, module.embedding_dim, padded=True)
 
+    def weight_of(self, module: nn.Module) -> Tensor:
+        """As `Host.weight_of`: a column for each token."""
+        return super().weight_of(module).t()
+
     def layer(self, module: nn.Module) -> type[LoraLayer]:
         """Return `LoraEmbedding`, or for a subclass one of its own."""
         if hasattr(module, "embed_scale"):

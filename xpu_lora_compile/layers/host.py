@@ -8,6 +8,7 @@ A host answers for plain modules, before LoRA is attached to them; a layer is su
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any, cast
 
@@ -137,6 +138,11 @@ class LoraLayer(nn.Module):
         for place, weight in zip(self.places(self.lora_a[slot], self.lora_b[slot], *shapes), (a, b), strict=True):
             place.copy_(weight)
 
+    @property
+    def lora_extras(self) -> Mapping[str, Tensor]:
+        """Buffers with what each slot has besides A and B, by name: see `adapters.extras`."""
+        return {}
+
     def restore(self) -> None:
         """Become again the module it was before LoRA."""
         for name in ("lora_a", "lora_b", "lora_routing", "lora_name", "lora_site"):
@@ -156,7 +162,8 @@ class LoraLayer(nn.Module):
 def _base_of(kind: type[nn.Module]) -> type[Any]:
     """Return the class without LoRA: of a class that others have derived since, as FSDP does, the one it had before."""
     given = next(base for base in kind.__mro__ if len(base.__bases__) > 1 and issubclass(base.__bases__[0], LoraLayer))
-    return given.__bases__[-1]
+    base = given.__bases__[-1]
+    return _base_of(base) if issubclass(base, LoraLayer) else base
 
 
 # The classes that `layer_class` has made, by what they are made of, and the other way around.
@@ -169,18 +176,20 @@ def layer_class(mixin: type[LoraLayer], base: type[nn.Module]) -> type[LoraLayer
 
     Args:
         mixin: adds LoRA to what the base class returns.
-        base: the class of the modules.
+        base: the class of the modules; or one that this function has made of it, to which the mixin adds more.
     """
     if (mixin, base) in _CLASSES:
         return _CLASSES[mixin, base]
     members: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__}
-    names = [*inspect.signature(base.forward).parameters][1:] or ["input"]
+    is_layer = issubclass(base, LoraLayer)
+    forward = _base_of(base).forward if is_layer else base.forward
+    names = [*inspect.signature(forward).parameters][1:] or ["input"]
     if names != ["input"]:
         members["forward"] = _forward_with(mixin, names[0])
     if hasattr(base, "weight"):
         # A property of that class, which computes it.
         members["weight"] = inspect.getattr_static(base, "weight")
-    made = cast("type[LoraLayer]", type(f"Lora{base.__name__}", (mixin, base), members))
+    made = cast("type[LoraLayer]", type(base.__name__ if is_layer else f"Lora{base.__name__}", (mixin, base), members))
     _CLASSES[mixin, base], _MADE[made] = made, (mixin, base)
     return made
 
@@ -220,11 +229,13 @@ class Host:
         name: what errors call this kind of module.
         classes: the full names of its classes, so that no library is imported for them.
         mixin: what adds LoRA to what a class of theirs returns.
+        has_weight: whether `weight_of` gives a weight, which DoRA takes.
     """
 
     name: str
     classes: tuple[str, ...] = ()
     mixin: type[LoraLayer] = LoraLayer
+    has_weight = True
 
     def takes_class(self, kind: type[nn.Module]) -> bool:
         """Return whether modules of exactly this class are of this kind: a subclass is that keeps the forward."""
@@ -266,9 +277,17 @@ class Host:
         """Return the class that a module gets, each time the same, and with it the forward pass that adds LoRA."""
         return layer_class(self.mixin, type(module))
 
+    def weight_of(self, module: nn.Module) -> Tensor:
+        """Return the weight with which a layer computes, `[out_features, in_features]`, to be read only."""
+        weight = cast("Tensor", module._parameters["weight"])
+        # What stands for other tensors, as those of torchao do, can be made one.
+        return weight.detach() if type(weight) is nn.Parameter else weight.dequantize()
+
 
 class Quantized(Host):
     """A linear layer whose weight is stored in another way than it computes with."""
+
+    has_weight = False
 
     def takes(self, module: nn.Module) -> bool:
         """Return whether a module is of this kind."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
@@ -96,6 +96,74 @@ def _refuse_several_names(model: nn.Module, matched: Mapping[str, nn.Module]) ->
             few([" is ".join(places[id(matched[name])]) for name in several]),
             f"Give each name a module of its own, which may share the weight; or exclude_modules={several!r}.",
         )
+
+
+def find_heads(
+    model: nn.Module, modules_to_save: Collection[str], hosts: Sequence[Host] = HOSTS
+) -> dict[str, tuple[Host, nn.Module]]:
+    """Return the modules that can have a weight for each slot, of those that these names name, by name.
+
+    Raises:
+        AttachError: a name names no module, or one that has parameters and is no plain `nn.Linear` or `nn.Embedding`.
+    """
+    carriers, found = carriers_in(model, hosts), {}
+    for saved in modules_to_save:
+        # As PEFT looks them up.
+        tops = [(name, module) for name, module in model.named_modules() if plain_name(name).endswith(saved)]
+        if not tops:
+            remedy = "Pass names of modules, or their ends, as modules_to_save of adapter_config.json has them."
+            raise AttachError(
+                "attach: modules_to_save", "names of modules", f"{saved!r}, which matches nothing", remedy
+            )
+        for top, module in tops:
+            for end, part in module.named_modules():
+                name = ".".join(filter(None, (top, end)))
+                if not part._parameters:
+                    continue
+                if not (isinstance(part, nn.Linear | nn.Embedding) and name in carriers and _is_plain(part)):
+                    got = f"{name} ({type(part).__name__})"
+                    remedy = "Leave the name out. PEFT serves adapters with such modules, one at a time."
+                    raise AttachError("attach: modules_to_save", "nn.Linear or nn.Embedding modules", got, remedy)
+                found[name] = carriers[name]
+    _refuse_several_names(model, {name: module for name, (_, module) in found.items()})
+    return found
+
+
+def find_tied(
+    model: nn.Module, embedding: nn.Module | None, hosts: Sequence[Host] = HOSTS
+) -> dict[str, tuple[Host, nn.Module]]:
+    """Return the embedding of a model and the modules that share its weight, by name.
+
+    Raises:
+        AttachError: the model names no embedding; or a module that shares the weight can have no rows of its own.
+    """
+    where, remedy = "attach: trainable_token_indices", "Leave trainable_token_indices out."
+    if not isinstance(embedding, nn.Embedding):
+        got = f"one whose input embedding is {type(embedding).__name__}"
+        raise AttachError(where, "a model with an nn.Embedding", got, remedy)
+    weight, carriers = embedding._parameters.get("weight"), carriers_in(model, hosts)
+    users = {name: module for name, module in model.named_modules() if module._parameters.get("weight") is weight}
+    for name, module in users.items():
+        # PEFT leaves the bias of a tied head out.
+        has_bias = module._parameters.get("bias") is not None
+        if (
+            name not in carriers
+            or not isinstance(module, nn.Linear | nn.Embedding)
+            or has_bias
+            or not _is_plain(module)
+        ):
+            got = f"{name} ({type(module).__name__}{', with a bias' if has_bias else ''})"
+            raise AttachError(
+                where, "an embedding shared by nn.Embedding and nn.Linear modules without biases", got, remedy
+            )
+    _refuse_several_names(model, users)
+    return {name: carriers[name] for name in users}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a weight is numbers, and nothing that stands for them."""
+    weight = module._parameters.get("weight")
+    return type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize > 1
 
 
 def _of_whole_numbers(module: nn.Module) -> str:
