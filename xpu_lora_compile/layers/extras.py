@@ -82,8 +82,22 @@ class ExtraLayer(LoraLayer):
         return {name: cast("Tensor", self._buffers[name]) for name in EMPTY if name in self._buffers}
 
     def own_bias(self) -> Tensor | None:
-        """The bias of the module without LoRA, `[H]`."""
+        """The bias of the module without LoRA, `[H]`.
+
+        Raises:
+            AdapterError: it is not there.
+        """
+        self._check_in_memory()
         return own_bias(self)
+
+    def _check_in_memory(self) -> None:
+        if any(parameter.is_meta for parameter in self.parameters(recurse=False)):
+            raise AdapterError(
+                f"load: {self.lora_name}",
+                "the module's weight and bias, for norms of DoRA or another bias",
+                "a meta tensor, as offloading leaves it",
+                "Attach to a model whose weights are in memory, or leave the module out of target_modules.",
+            )
 
     def row_norms(self, a: Tensor, b: Tensor) -> Tensor:
         """Lengths of the rows of `W + b @ a`, float32 `[W]`: a piece of the columns at a time.
@@ -96,13 +110,7 @@ class ExtraLayer(LoraLayer):
             AdapterError: the weight is not there.
         """
         width, device = len(b), self.lora_host.device(self)
-        if any(parameter.is_meta for parameter in self.parameters(recurse=False)):
-            raise AdapterError(
-                f"load: {self.lora_name}",
-                "the module's weight, to compute the norms of DoRA",
-                "a meta tensor, as offloading leaves it",
-                "Attach to a model whose weights are in memory, or leave the module out of target_modules.",
-            )
+        self._check_in_memory()
         a, b, weight = a.to(device), b.to(device), self.lora_host.weight_of(self).to(device)
         squares = torch.zeros(width, device=device)
         step = max(1, _PIECE // width)
