@@ -7,7 +7,8 @@
 | `check_and_update_config` | what it was, but a CPU's platform does not switch compilation off because of LoRA |
 
 The last also has `InputProcessor._get_mm_identifier` name the adapter, so that what the encoders returned for one
-adapter is not taken for another's. What the wrapper changes, once it is made: see `vllm_punica.py`.
+adapter is not taken for another's, and vLLM's processes say less often that they wait for a compilation. What the
+wrapper changes, once it is made: see `vllm_punica.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import importlib
 from typing import Any
 
 from xpu_lora_compile.backend import inductor_options
+from xpu_lora_compile.integrations.vllm_starts import say_less_of_waiting
 
 WRAPPER = "xpu_lora_compile.integrations.vllm_punica.XpuLoraPunicaWrapper"
 
@@ -59,6 +61,7 @@ class LoraPlatform:
         if compilation.mode != modes.NONE:
             ours = inductor_options(compilation.inductor_compile_config)
             compilation.inductor_compile_config.update(ours)
+            say_less_of_waiting()
 
 
 def take_over(platform: Any) -> None:
