@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
 
 def tokens_of(model: Path, folder: Path, said: str = "", unsaid: str = "\0", **options: Any) -> list[list[int]]:
-    """What an engine in a process of its own decodes, whose log has a text and lacks one; its cache is in the folder."""
+    """What an engine in a process of its own decodes, whose log has a text and lacks one. Its cache is in `folder`."""
     # A file, since processes that an engine spawns read it again.
     script = folder / "run.py"
     script.write_text(SCRIPT)
