@@ -92,3 +92,17 @@ def test_vllm_says_each_ten_minutes_that_it_waits_unless_told_otherwise(monkeypa
     monkeypatch.setenv(starts.WAITING, "5")
     starts.say_less_of_waiting()
     assert starts.os.environ[starts.WAITING] == "5"
+
+
+def test_the_first_process_makes_the_kernel_while_it_starts_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[threading.Thread] = []
+    monkeypatch.setattr(starts.native, "problem", lambda: made.append(threading.current_thread()))
+    thread = starts.make_the_kernel_meanwhile()
+    assert thread is not None
+    thread.join()
+    assert made == [thread]
+
+
+def test_other_processes_do_not_make_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starts.multiprocessing, "parent_process", object)
+    assert starts.make_the_kernel_meanwhile() is None

@@ -7,8 +7,9 @@
 | `check_and_update_config` | what it was, but a CPU's platform does not switch compilation off because of LoRA |
 
 The last also has `InputProcessor._get_mm_identifier` name the adapter, so that what the encoders returned for one
-adapter is not taken for another's, and vLLM's processes say less often that they wait for a compilation. What the
-wrapper changes, once it is made: see `vllm_punica.py`.
+adapter is not taken for another's, has vLLM's processes say less often that they wait for a compilation, and has our
+kernel compiled where it is not there yet: see `vllm_starts.py`. What the wrapper changes, once it is made: see
+`vllm_punica.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import importlib
 from typing import Any
 
 from xpu_lora_compile.backend import inductor_options
-from xpu_lora_compile.integrations.vllm_starts import say_less_of_waiting
+from xpu_lora_compile.integrations.vllm_starts import make_the_kernel_meanwhile, say_less_of_waiting
 
 WRAPPER = "xpu_lora_compile.integrations.vllm_punica.XpuLoraPunicaWrapper"
 
@@ -56,6 +57,8 @@ class LoraPlatform:
         if vllm_config.lora_config is None:
             return
         _cache_encoders_by_adapter()
+        if cls.device_type == "cpu":
+            make_the_kernel_meanwhile()
         if compilation.mode == modes.NONE and before != modes.NONE:
             compilation.mode = modes.DYNAMO_TRACE_ONCE if before == modes.VLLM_COMPILE else before
         if compilation.mode != modes.NONE:

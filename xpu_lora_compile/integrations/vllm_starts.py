@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import multiprocessing
 import os
 import threading
 import time
@@ -19,6 +20,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+
+from xpu_lora_compile.kernels import native
 
 # How often vLLM says that it waits for a process, which a compilation keeps busy; in seconds, 60 unless set.
 WAITING = "VLLM_RINGBUFFER_WARNING_INTERVAL"
@@ -38,6 +41,21 @@ def say_less_of_waiting() -> None:
     processes after it has settled its configuration, and each reads the variable as it starts.
     """
     os.environ.setdefault(WAITING, QUIET)
+
+
+def make_the_kernel_meanwhile() -> threading.Thread | None:
+    """Have the first of vLLM's processes compile our C++ kernel, once a machine, while it starts the others.
+
+    The process that compiles the model needs the kernel a minute later. vLLM keeps that one to fewer cores.
+
+    Returns:
+        The thread that does it; None in the other processes.
+    """
+    if multiprocessing.parent_process() is not None:
+        return None
+    thread = threading.Thread(target=native.problem, daemon=True)
+    thread.start()
+    return thread
 
 
 def say_that_it_compiles() -> None:
