@@ -27,6 +27,9 @@ WRAPPER = "xpu_lora_compile.integrations.vllm_punica.XpuLoraPunicaWrapper"
 class LoraPlatform:
     """What comes before the platform's own class in the order of its methods."""
 
+    # The platform's own class says it.
+    device_type: str
+
     @classmethod
     def get_punica_wrapper(cls) -> str:
         """The qualified name of our wrapper."""
