@@ -7,7 +7,9 @@
 | `check_and_update_config` | what it was, but a CPU's platform does not switch compilation off because of LoRA |
 
 The last also has `InputProcessor._get_mm_identifier` name the adapter, so that what the encoders returned for one
-adapter is not taken for another's. What the wrapper changes, once it is made: see `vllm_punica.py`.
+adapter is not taken for another's, has vLLM's processes say less often that they wait for a compilation, and has our
+kernel compiled where it is not there yet: see `vllm_starts.py`. What the wrapper changes, once it is made: see
+`vllm_punica.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +19,16 @@ import importlib
 from typing import Any
 
 from xpu_lora_compile.backend import inductor_options
+from xpu_lora_compile.integrations.vllm_starts import make_the_kernel_meanwhile, say_less_of_waiting
 
 WRAPPER = "xpu_lora_compile.integrations.vllm_punica.XpuLoraPunicaWrapper"
 
 
 class LoraPlatform:
     """What comes before the platform's own class in the order of its methods."""
+
+    # The platform's own class says it.
+    device_type: str
 
     @classmethod
     def get_punica_wrapper(cls) -> str:
@@ -54,11 +60,14 @@ class LoraPlatform:
         if vllm_config.lora_config is None:
             return
         _cache_encoders_by_adapter()
+        if cls.device_type == "cpu":
+            make_the_kernel_meanwhile()
         if compilation.mode == modes.NONE and before != modes.NONE:
             compilation.mode = modes.DYNAMO_TRACE_ONCE if before == modes.VLLM_COMPILE else before
         if compilation.mode != modes.NONE:
             ours = inductor_options(compilation.inductor_compile_config)
             compilation.inductor_compile_config.update(ours)
+            say_less_of_waiting()
 
 
 def take_over(platform: Any) -> None:

@@ -12,10 +12,11 @@ Which row has which adapter is known in three ways. In every other case an eager
 | inside `embed_multimodal` | all of them belong to the one adapter whose items are encoded: `vllm_encoders.py` |
 | a cross attention's K and V | the rows of the encoder's outputs, request by request: `vllm_encoders.py` |
 
-The first wrapper changes five functions of vLLM's: `BaseLayerWithLoRA.set_mapping` stores B by rank on a CPU;
+The first wrapper changes six functions of vLLM's: `BaseLayerWithLoRA.set_mapping` stores B by rank on a CPU;
 `LoRAModelManager._create_lora_modules` and `GPUModelRunner._execute_mm_encoder` tell whose rows an encoder sees;
 `WorkerLoRAManager._load_adapter` refuses adapters that would give wrong answers: `vllm_adapters.py`;
-`_try_load_aot_compiled_fn` takes the compiled model that an earlier start has saved: `vllm_starts.py`.
+`_try_load_aot_compiled_fn` takes the compiled model that an earlier start has saved, and
+`TorchCompileWithNoGuardsWrapper.aot_compile` says how long it takes: `vllm_starts.py`.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
             output_slices: for each slice W.
             add_inputs: if false, `y` holds zeros, as vLLM's second stream hands it over: adding replaces them.
         """
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         indices = self._indices_of_rows(rows.shape[0], lora_b_stacked)
         if indices is None:
             return y
@@ -316,11 +317,13 @@ def _added(
     indices: Tensor,
 ) -> Tensor:
     """`y` with every slice's LoRA; of the indices the first T count."""
-    output = y.view(-1, y.shape[-1])
+    # In a graph, to ask `y` for its shape after the call is to see it again, and LoRA would be added to a copy.
+    output = y if y.dim() == 2 else y.view(-1, y.shape[-1])
     indices = indices[: rows.shape[0]]
     if add_slices_eagerly(output, rows, lora_a, lora_b, indices, offsets, scale):
         return y
-    return lora_linear(output, rows, lora_a, lora_b, indices, offsets, scale).view(y.shape)
+    added = lora_linear(output, rows, lora_a, lora_b, indices, offsets, scale)
+    return added if y.dim() == 2 else added.view(y.shape)
 
 
 def _change_vllm() -> None:
@@ -328,7 +331,9 @@ def _change_vllm() -> None:
     _have_layers_store_by_rank()
     importlib.import_module("xpu_lora_compile.integrations.vllm_encoders").tell_whose_rows_encoders_see()
     importlib.import_module("xpu_lora_compile.integrations.vllm_adapters").refuse_wrong_adapters()
-    importlib.import_module("xpu_lora_compile.integrations.vllm_starts").take_what_the_first_start_has_saved()
+    starts = importlib.import_module("xpu_lora_compile.integrations.vllm_starts")
+    starts.take_what_the_first_start_has_saved()
+    starts.say_that_it_compiles()
 
 
 def _have_layers_store_by_rank() -> None:

@@ -41,6 +41,7 @@ INTERFACES: Interfaces = {
     ("platforms/xpu.py", "XPUPlatform"): {"get_punica_wrapper": "cls", "check_and_update_config": "cls, vllm_config"},
     ("utils/import_utils.py", ""): {"resolve_obj_by_qualname": "qualname"},
     ("compilation/decorators.py", ""): {"_try_load_aot_compiled_fn": "model, aot_compilation_path"},
+    ("compilation/wrapper.py", "TorchCompileWithNoGuardsWrapper"): {"aot_compile": "self, *args, **kwargs"},
     ("config/vllm.py", ""): {"get_current_vllm_config_or_none": ""},
     ("config/compilation.py", "CompilationMode"): _there("NONE VLLM_COMPILE DYNAMO_TRACE_ONCE"),
     ("config/compilation.py", "CompilationConfig"): _there("mode inductor_compile_config"),
