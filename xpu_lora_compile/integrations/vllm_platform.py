@@ -7,15 +7,16 @@
 | `check_and_update_config` | what it was, but a CPU's platform does not switch compilation off because of LoRA |
 
 The last also has `InputProcessor._get_mm_identifier` name the adapter, so that what the encoders returned for one
-adapter is not taken for another's, has vLLM's processes say less often that they wait for a compilation, and has our
-kernel compiled where it is not there yet: see `vllm_starts.py`. What the wrapper changes, once it is made: see
-`vllm_punica.py`.
+adapter is not taken for another's, and the engine tell an adapter's loads apart: `vllm_loads.py`. It has vLLM's
+processes say less often that they wait for a compilation, and our kernel compiled where it is not there yet: see
+`vllm_starts.py`. What the wrapper changes, once it is made: see `vllm_punica.py`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from typing import Any
 
 from xpu_lora_compile.backend import inductor_options
@@ -60,6 +61,7 @@ class LoraPlatform:
         if vllm_config.lora_config is None:
             return
         _cache_encoders_by_adapter()
+        importlib.import_module("xpu_lora_compile.integrations.vllm_loads").tell_loads_apart()
         if cls.device_type == "cpu":
             make_the_kernel_meanwhile()
         if compilation.mode == modes.NONE and before != modes.NONE:
@@ -75,6 +77,9 @@ def take_over(platform: Any) -> None:
     own = type(platform)
     if not issubclass(own, LoraPlatform):
         platform.__class__ = type(f"XpuLora{own.__name__}", (LoraPlatform, own), {"__module__": __name__})
+    # A process that runs an engine alone is given its configuration as it is.
+    if "vllm.v1.engine.core" in sys.modules:
+        importlib.import_module("xpu_lora_compile.integrations.vllm_loads").tell_loads_apart()
 
 
 def _cache_encoders_by_adapter() -> None:

@@ -12,9 +12,11 @@ Which row has which adapter is known in three ways. In every other case an eager
 | inside `embed_multimodal` | all of them belong to the one adapter whose items are encoded: `vllm_encoders.py` |
 | a cross attention's K and V | the rows of the encoder's outputs, request by request: `vllm_encoders.py` |
 
-The first wrapper changes six functions of vLLM's: `BaseLayerWithLoRA.set_mapping` stores B by rank on a CPU;
+The first wrapper changes eight functions of vLLM's: `BaseLayerWithLoRA.set_mapping` stores B by rank on a CPU;
 `LoRAModelManager._create_lora_modules` and `GPUModelRunner._execute_mm_encoder` tell whose rows an encoder sees;
 `WorkerLoRAManager._load_adapter` refuses adapters that would give wrong answers: `vllm_adapters.py`;
+`LRUCacheWorkerLoRAManager._apply_adapters` keeps the adapters that a step needs, and `LoRAModelRunnerMixin.add_lora`
+returns refusals: `vllm_loads.py`;
 `_try_load_aot_compiled_fn` takes the compiled model that an earlier start has saved, and
 `TorchCompileWithNoGuardsWrapper.aot_compile` says how long it takes: `vllm_starts.py`.
 """
@@ -331,6 +333,7 @@ def _change_vllm() -> None:
     _have_layers_store_by_rank()
     importlib.import_module("xpu_lora_compile.integrations.vllm_encoders").tell_whose_rows_encoders_see()
     importlib.import_module("xpu_lora_compile.integrations.vllm_adapters").refuse_wrong_adapters()
+    importlib.import_module("xpu_lora_compile.integrations.vllm_loads").change_workers()
     starts = importlib.import_module("xpu_lora_compile.integrations.vllm_starts")
     starts.take_what_the_first_start_has_saved()
     starts.say_that_it_compiles()

@@ -1,0 +1,372 @@
+"""A new version of an adapter, loaded in place of the old one, answers requests that come after it, and no others.
+
+vLLM replaces the weights of an adapter that is loaded again (`load_inplace`, or by its name once it was unloaded), and
+goes on with its number, name and folder. Requests that are running then get the one version's weights and the other's
+keys and values; a request that waits since before may bring the old version back for all; what is cached of a prefix
+is found by name and folder; and vLLM 0.32 reads the files again in every step of a request.
+
+Here each load is an adapter of its own to the engine. The first keeps its number and name. A later one gets a number
+past all others, and "sql (load 2)" for a name, which is in the key of a cached prefix, too. A request gets the latest
+load of its number, name and folder as it arrives at the engine, and keeps it. No weights are replaced, so an old
+version takes a slot of its own until its requests are over, and memory until it is the one not used for longest.
+
+vLLM reads an adapter that is not in memory in the middle of a step. Its engine ends if that fails, as where the folder
+is gone by then; other files it takes for those that it knew. Here the adapters of the requests that come next are read
+before the step, and the requests of one that cannot be read as it was end with an error.
+
+Where several processes share a model and each refuses a load, vLLM reads the first one's answer. The others' are taken
+for those to later calls, until the engine waits for ever. So a refusal is an answer like others.
+
+| changed in vLLM | what it does more |
+|---|---|
+| `EngineCore.add_lora`, `remove_lora`, `pin_lora`, `list_loras` | translate what the user knows |
+| `EngineCore.preprocess_add_request` | gives a request its load |
+| `EngineCore.step`, `step_with_batch_queue` | read adapters first, and end the requests of those that cannot be read |
+| `AsyncLLM.add_lora` | resets `load_inplace` |
+| `LoRAModelRunnerMixin.add_lora` | returns why a load was refused, where several processes share a model |
+| `LRUCacheWorkerLoRAManager._apply_adapters` | keeps what a step needs from being given up for another that it needs |
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+# Numbers of adapters from here on are given out here. vLLM counts from 1, and keeps them in 64 bits.
+FIRST_OF_LATER_LOADS = 1 << 40
+
+# The files of an adapter as they were when they were read: path, size and time of each.
+Files = tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Load:
+    """One load of an adapter: its number for vLLM's user, the engine's `LoRARequest`, and the files that it read."""
+
+    number: int
+    request: Any
+    files: Files
+
+
+class Loads:
+    """The latest load of each adapter, by its number, name and folder. One for each engine."""
+
+    def __init__(self) -> None:
+        self._latest: dict[tuple[int, str, str], Load] = {}
+        # All of them, by the engine's number; and how many a name has had.
+        self._loads: dict[int, Load] = {}
+        self._times: Counter[str] = Counter()
+        self._numbers = count(FIRST_OF_LATER_LOADS)
+        # The adapters that were read before the last step; empty where another load may have taken a slot since.
+        self.ready: Mapping[int, Any] = {}
+        # The engine's numbers of those that must not be given up for others.
+        self.pinned: set[int] = set()
+        # Requests arrive in a thread of their own.
+        self._lock = threading.Lock()
+
+    def of(self, request: Any) -> Any:
+        """The `LoRARequest` for the engine that a request with this one gets."""
+        key = (request.lora_int_id, request.lora_name, request.lora_path)
+        with self._lock:
+            latest = self._latest.get(key)
+            # Who asks for it with each request wants the files as they are now.
+            if latest is None or (request.load_inplace and latest.files != _files(request.lora_path)):
+                latest = self._new(request)
+                self._latest[key] = latest
+        return latest.request
+
+    def begin(self, request: Any) -> Load:
+        """What vLLM is to read for an explicit load; requests get it once it was `finished`."""
+        key = (request.lora_int_id, request.lora_name, request.lora_path)
+        with self._lock:
+            latest = self._latest.get(key)
+            return self._new(request) if latest is None or request.load_inplace else latest
+
+    def finish(self, request: Any, load: Load) -> list[int]:
+        """From now on requests get this load; the engine's numbers of those that were pinned, and are not to be now."""
+        with self._lock:
+            self._latest[request.lora_int_id, request.lora_name, request.lora_path] = load
+            latest = {load.request.lora_int_id for load in self._latest.values()}
+            unpinned = self.pinned - latest
+            self.pinned &= latest
+            return list(unpinned)
+
+    def remove(self, number: int) -> list[int]:
+        """Forget an adapter of vLLM's user; the engine's numbers of all its loads."""
+        with self._lock:
+            self._latest = {key: load for key, load in self._latest.items() if key[0] != number}
+            return [load.request.lora_int_id for load in self._loads.values() if load.number == number]
+
+    def latest(self, number: int) -> list[int]:
+        """The engine's numbers of the latest loads of an adapter of vLLM's user."""
+        with self._lock:
+            return [load.request.lora_int_id for load in self._latest.values() if load.number == number]
+
+    def of_user(self, numbers: set[int]) -> set[int]:
+        """What vLLM's user calls these loads."""
+        return {self._loads[number].number if number in self._loads else number for number in numbers}
+
+    def is_as_it_was(self, number: int) -> bool:
+        """Whether the files of a load, by the engine's number, are there as they were; true if they never were here."""
+        load = self._loads.get(number)
+        return load is None or all(_state(path) == (size, time) for path, size, time in load.files)
+
+    def _new(self, request: Any) -> Load:
+        number, name = request.lora_int_id, request.lora_name
+        self._times[name] += 1
+        changes: dict[str, Any] = {"load_inplace": False}
+        if number in self._loads:
+            changes["lora_int_id"] = next(self._numbers)
+        if self._times[name] > 1:
+            changes["lora_name"] = f"{name} (load {self._times[name]})"
+        replace = importlib.import_module("msgspec").structs.replace
+        load = Load(number, replace(request, **changes), _files(request.lora_path))
+        self._loads[load.request.lora_int_id] = load
+        return load
+
+
+def _files(path: str) -> Files:
+    """Of an adapter; none where the path is no folder of this machine."""
+    found = [str(file) for file in sorted(Path(path).expanduser().glob("adapter_*"))]
+    return tuple((file, *state) for file in found if (state := _state(file)) is not None)
+
+
+def _state(file: str) -> tuple[int, int] | None:
+    """Size and time of a file; None where there is none."""
+    try:
+        state = os.stat(file)  # noqa: PTH116
+    except FileNotFoundError:
+        return None
+    return state.st_size, state.st_mtime_ns
+
+
+def tell_loads_apart() -> None:
+    """Change vLLM's classes that hand out requests, of the engine and of its clients. A second call changes nothing."""
+    core: Any = importlib.import_module("vllm.v1.engine.core").EngineCore
+    if hasattr(core.add_lora, "__wrapped__"):
+        return
+    for change in (_add_lora, _remove_lora, _pin_lora, _list_loras, _preprocess_add_request):
+        name = change.__name__.removeprefix("_")
+        setattr(core, name, change(getattr(core, name)))
+    for name in ("step", "step_with_batch_queue"):
+        setattr(core, name, _step(getattr(core, name)))
+    client: Any = importlib.import_module("vllm.v1.engine.async_llm").AsyncLLM
+    client.add_lora = _add_lora_once(client.add_lora)
+
+
+def change_workers() -> None:
+    """Change the classes of vLLM that load adapters in the processes of a model. A second call changes nothing."""
+    manager: Any = importlib.import_module("vllm.lora.worker_manager").LRUCacheWorkerLoRAManager
+    runner: Any = importlib.import_module("vllm.v1.worker.lora_model_runner_mixin").LoRAModelRunnerMixin
+    if not hasattr(manager._apply_adapters, "__wrapped__"):
+        manager._apply_adapters = _apply_adapters(manager._apply_adapters)
+        runner.add_lora = _answer_with_refusals(runner.add_lora)
+
+
+def _loads(core: Any) -> Loads:
+    # A dictionary's method, for threads that ask for it at the same time.
+    loads: Loads = core.__dict__.setdefault("lora_loads", Loads())
+    return loads
+
+
+def _add_lora(own: Any) -> Any:
+    @functools.wraps(own)
+    def add_lora(core: Any, lora_request: Any) -> bool:
+        load = _loads(core).begin(lora_request)
+        try:
+            added = _read(core, load.request)
+        except Exception as error:
+            if load.request.lora_name == lora_request.lora_name:
+                raise
+            # The server looks for the name that it knows.
+            raise RuntimeError(str(error).replace(load.request.lora_name, lora_request.lora_name)) from error
+        for number in _loads(core).finish(lora_request, load):
+            core.model_executor.remove_lora(number)
+        return added
+
+    return add_lora
+
+
+def _answer_with_refusals(own: Any) -> Any:
+    @functools.wraps(own)
+    def add_lora(runner: Any, lora_request: Any) -> bool | str:
+        try:
+            added: bool = own(runner, lora_request)
+        except Exception as error:
+            if runner.vllm_config.parallel_config.world_size == 1:
+                raise
+            return str(error)
+        return added
+
+    return add_lora
+
+
+def _add_lora_once(own: Any) -> Any:
+    @functools.wraps(own)
+    async def add_lora(client: Any, lora_request: Any) -> bool:
+        added: bool = await own(client, lora_request)
+        # vLLM 0.32's server hands the same object to all requests that follow; 0.33's resets it as well.
+        lora_request.load_inplace = False
+        return added
+
+    return add_lora
+
+
+def _remove_lora(own: Any) -> Any:
+    @functools.wraps(own)
+    def remove_lora(core: Any, lora_id: int) -> bool:
+        _loads(core).ready = {}
+        removed = [own(core, number) for number in _loads(core).remove(lora_id) or [lora_id]]
+        return any(removed)
+
+    return remove_lora
+
+
+def _pin_lora(own: Any) -> Any:
+    @functools.wraps(own)
+    def pin_lora(core: Any, lora_id: int) -> bool:
+        numbers = _loads(core).latest(lora_id) or [lora_id]
+        pinned = all(own(core, number) for number in numbers)
+        _loads(core).pinned.update(numbers)
+        return pinned
+
+    return pin_lora
+
+
+def _list_loras(own: Any) -> Any:
+    @functools.wraps(own)
+    def list_loras(core: Any) -> set[int]:
+        return _loads(core).of_user(own(core))
+
+    return list_loras
+
+
+def _preprocess_add_request(own: Any) -> Any:
+    @functools.wraps(own)
+    def preprocess_add_request(core: Any, request: Any) -> Any:
+        asked = request.lora_request
+        if asked is not None:
+            request.lora_request = load = _loads(core).of(asked)
+            # What an encoder returned for one load is not another's: see `vllm_platform.py`.
+            for feature in request.mm_features or ():
+                if feature.identifier.startswith(f"{asked.lora_name}:"):
+                    feature.identifier = load.lora_name + feature.identifier.removeprefix(asked.lora_name)
+        return own(core, request)
+
+    return preprocess_add_request
+
+
+def _read(core: Any, request: Any) -> bool:
+    """Have all processes of the model read an adapter, if it is not in memory, and give it a slot.
+
+    Raises:
+        RuntimeError: one of several processes refuses it; if there is one process, what that raises.
+    """
+    _loads(core).ready = {}
+    answers = core.model_executor.collective_rpc("add_lora", args=(request,))
+    for answer in answers:
+        if isinstance(answer, str):
+            # Others may have read it.
+            core.model_executor.collective_rpc("remove_lora", args=(request.lora_int_id,))
+            raise RuntimeError(answer)
+    return all(answers)
+
+
+def _step(own: Any) -> Any:
+    @functools.wraps(own)
+    def step(core: Any) -> tuple[dict[int, Any] | None, bool]:
+        ended = _read_what_comes_next(core)
+        outputs, executed = own(core)
+        if ended:
+            engine: Any = importlib.import_module("vllm.v1.engine")
+            outputs = outputs or {}
+            for request in ended:
+                output = engine.EngineCoreOutput(request.request_id, [], finish_reason=engine.FinishReason.ERROR)
+                outputs.setdefault(request.client_index, engine.EngineCoreOutputs()).outputs.append(output)
+        return outputs, executed
+
+    return step
+
+
+def _read_what_comes_next(core: Any) -> list[Any]:
+    """Read the adapters of the requests that run or are the next to; requests whose adapter cannot be read are ended.
+
+    Returns the requests that were ended.
+    """
+    loads, ended = _loads(core), []
+    while (wanted := _wanted(core)) != loads.ready:
+        # Those that are ready first: what is read for another takes the place of one that was not used for longer.
+        for adapter in sorted(wanted.values(), key=lambda adapter: adapter.lora_int_id not in loads.ready):
+            problem = _problem(core, adapter)
+            if problem:
+                ended += _end(core, adapter, problem)
+                break
+        else:
+            loads.ready = wanted
+    return ended
+
+
+def _problem(core: Any, adapter: Any) -> str:
+    """Read an adapter that is not in memory; why that fails, empty if it does not."""
+    if not _loads(core).is_as_it_was(adapter.lora_int_id):
+        # One of several processes may have read it before its files changed, and another not.
+        in_memory = core.model_executor.collective_rpc("list_loras")
+        if not all(adapter.lora_int_id in numbers for numbers in in_memory):
+            return f"its files in {adapter.lora_path} are gone, or not those that were loaded"
+    try:
+        _read(core, adapter)
+    except Exception as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
+def _wanted(core: Any) -> dict[int, Any]:
+    """The adapters of running requests, and of those that wait for as many as there are slots, by the engine's number.
+
+    Without those of pooling models, whose clients take no error for a request.
+    """
+    config = core.vllm_config.lora_config
+    wanted: dict[int, Any] = {}
+    for request in (*core.scheduler.running, *core.scheduler.requests.values()):
+        if config is None or len(wanted) == config.max_loras:
+            break
+        if request.lora_request is not None and request.sampling_params is not None and not request.is_finished():
+            wanted[request.lora_request.lora_int_id] = request.lora_request
+    return wanted
+
+
+def _end(core: Any, adapter: Any, problem: str) -> list[Any]:
+    """Take all requests of an adapter out of the scheduler, and say why."""
+    requests = core.scheduler.requests.values()
+    asked = [request for request in requests if request.lora_request == adapter and not request.is_finished()]
+    status: Any = importlib.import_module("vllm.v1.request").RequestStatus
+    core.scheduler.finish_requests([request.request_id for request in asked], status.FINISHED_ERROR)
+    logger = importlib.import_module("vllm.logger").init_logger("vllm.plugins.xpu_lora_compile")
+    logger.error(
+        "xpu_lora_compile: ended %d requests of adapter %s, which is not in memory and cannot be read: %s. Keep the "
+        "folder of an adapter as it is until its requests are over. Load other files with `load_inplace`.",
+        len(asked),
+        adapter.lora_name,
+        problem,
+    )
+    return asked
+
+
+def _apply_adapters(own: Any) -> Any:
+    @functools.wraps(own)
+    def _apply_adapters(manager: Any, lora_requests: Any) -> None:
+        # Those that are there first: what is read for another takes the place of one that the step does not need. Then
+        # by number, so that all processes give up the same ones: the order of a set differs.
+        there = manager.list_adapters()
+        order = sorted(lora_requests, key=lambda asked: (asked.lora_int_id not in there, asked.lora_int_id))
+        own(manager, dict.fromkeys(order))
+
+    return _apply_adapters
