@@ -100,9 +100,7 @@ class LoraLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base weight; a parent that reads it without a call of the layer leaves LoRA out."""
-        weight: Tensor | None = self._parameters.get("weight")
-        if weight is None:
-            weight = vars(self).get("weight")
+        weight = self._parameters.get("weight")
         if weight is None:
             # Then Python asks `__getattr__`, which finds a buffer, or says that there is none.
             raise AttributeError("weight")
@@ -262,13 +260,13 @@ class Host:
     def device(self, module: nn.Module) -> torch.device:
         """Return the device on which a module computes."""
         hook = execution_device(module)
-        own = [value for value in vars(module).values() if isinstance(value, Tensor)]
-        tensors = [*module.parameters(), *module.buffers(), *own]
-        if hook is None and not tensors:
+        tensors = [*module.parameters(), *module.buffers()]
+        is_plain = isinstance(vars(module).get("weight"), Tensor)
+        if is_plain or (hook is None and not tensors):
             raise AttachError(
                 "attach: model",
                 f"a weight or buffer of each {type(module).__name__}, which says on what device it computes",
-                "one without any",
+                "one whose weight is a plain attribute" if is_plain else "one without any",
                 "Register its weight as a parameter or buffer, or leave it out with exclude_modules.",
             )
         return hook or tensors[0].device
