@@ -184,10 +184,10 @@ def _add_lora(own: Any) -> Any:
         try:
             added = _read(core, load.request)
         except Exception as error:
-            if load.request.lora_name == lora_request.lora_name:
-                raise
             # The server looks for the name that it knows.
-            raise RuntimeError(str(error).replace(load.request.lora_name, lora_request.lora_name)) from error
+            name, known = load.request.lora_name, lora_request.lora_name
+            error.args = tuple(part.replace(name, known) if isinstance(part, str) else part for part in error.args)
+            raise
         for number in _loads(core).finish(lora_request, load):
             core.model_executor.remove_lora(number)
         return added
