@@ -41,6 +41,8 @@ class Plain(Sized):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.randn(D, D)
+        # It says where the module computes, and nothing of the weight.
+        self.bias = nn.Parameter(torch.zeros(D))
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.t()
