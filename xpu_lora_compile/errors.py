@@ -164,6 +164,10 @@ class NoFreeSlotError(AdapterError):
     """Every slot of the bank is taken."""
 
 
+class NoFreePageError(NoFreeSlotError):
+    """A mixture of experts has too little room left for the experts of an adapter."""
+
+
 class BankInUseError(AdapterError):
     """The bank is inside a `use` block that this call would disturb."""
 

@@ -17,7 +17,7 @@ from xpu_lora_compile.adapters.checkpoint import ModuleSizes, opened_checkpoint
 from xpu_lora_compile.adapters.config import read_config
 from xpu_lora_compile.adapters.names import BaseModel, Host, plain_name
 from xpu_lora_compile.adapters.needs import folder_path
-from xpu_lora_compile.adapters.staging import Staged, Staging, clear, short_turns
+from xpu_lora_compile.adapters.staging import PagedLayer, Staged, StackedLayer, Staging, clear, short_turns
 from xpu_lora_compile.errors import (
     AdapterError,
     BankInUseError,
@@ -37,22 +37,14 @@ NO_ADAPTER = -1
 
 
 class Layer(Protocol):
-    """What a layer that carries LoRA offers to its bank."""
+    """What a layer that carries LoRA offers to its bank: it is a `StackedLayer`, or a `PagedLayer`."""
 
-    lora_site: ModuleSizes
     lora_name: str
     lora_routing: Any
-    lora_a: Tensor
-    lora_b: Tensor
 
     @property
-    def lora_extras(self) -> Mapping[str, Tensor]:
-        """What each slot has besides A and B: see `adapters.extras`."""
-
-    def places(
-        self, slot_a: Tensor, slot_b: Tensor, shape_a: tuple[int, int], shape_b: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
-        """Views of one slot's memory that an adapter's A and B of these shapes fill."""
+    def lora_stacks(self) -> Mapping[str, Tensor]:
+        """All memory for adapters, by the name of the buffer."""
 
     def restore(self) -> None:
         """Become again the module it was before LoRA."""
@@ -165,9 +157,31 @@ class AdapterBank:
 
     def _memory(self) -> str:
         """Memory of the stacks, which all slots take from the start."""
-        stacks = [(layer.lora_a, layer.lora_b, *layer.lora_extras.values()) for layer in self._layers.values()]
-        size = sum(stack.nbytes for of_layer in stacks for stack in of_layer)
-        return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+        size = sum(stack.nbytes for layer in self._layers.values() for stack in layer.lora_stacks.values())
+        text = f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+        if not self._mixtures:
+            return text
+        pages = [(int((layer.lora_pages >= 0).sum()), layer.page_count) for layer in self._mixtures.values()]
+        taken, count = map(sum, zip(*pages, strict=True))
+        return f"{text}, {taken} of {count} pages of experts taken"
+
+    @property
+    def _mixtures(self) -> dict[str, PagedLayer]:
+        """The mixtures of experts, by plain name."""
+        return {
+            plain_name(name): cast("PagedLayer", layer)
+            for name, layer in self._layers.items()
+            if hasattr(layer, "lora_pages")
+        }
+
+    @property
+    def _stacked(self) -> dict[str, StackedLayer]:
+        """All other layers, by plain name."""
+        return {
+            plain_name(name): cast("StackedLayer", layer)
+            for name, layer in self._layers.items()
+            if not hasattr(layer, "lora_pages")
+        }
 
     @property
     def _routing(self) -> BatchRouting:
@@ -180,8 +194,18 @@ class AdapterBank:
 
     @property
     def sites(self) -> dict[str, ModuleSizes]:
-        """The modules that carry LoRA, by name without wrappers, with the sizes that an adapter must fit."""
-        return {plain_name(name): layer.lora_site for name, layer in self._layers.items()}
+        """The modules that carry LoRA, by name without wrappers, with the sizes that an adapter must fit.
+
+        Of experts it is their parameters that carry it.
+        """
+        sites: dict[str, ModuleSizes] = {}
+        for name, layer in self._layers.items():
+            name = plain_name(name)
+            if parameters := getattr(layer, "lora_parameters", {}):
+                sites |= {f"{name}.{parameter}": site for parameter, site in parameters.items()}
+            else:
+                sites[name] = cast("StackedLayer", layer).lora_site
+        return sites
 
     def load(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Put the adapter of a PEFT folder into a free slot.
@@ -198,14 +222,14 @@ class AdapterBank:
         with short_turns():
             with self._lock:
                 self._free_slot(name)
-                layers = {plain_name(name): layer for name, layer in self._layers.items()}
-                self._devices = {layer.lora_a.device for layer in layers.values()}
+                layers, mixtures = self._stacked, self._mixtures
+                self._devices = {device_of(layer) for layer in self._layers.values()}
             # Everything that can be wrong is found here, before anything changes.
             base = BaseModel.of(self._model, self._hosts)
             config = read_config(path)
             with (
                 opened_checkpoint(path, config, self.sites, base, self._max_rank) as checkpoint,
-                self._staging.staged(checkpoint, layers) as staged,
+                self._staging.staged(checkpoint, layers, mixtures) as staged,
             ):
                 self._store(name, staged)
 
@@ -437,7 +461,7 @@ class AdapterBank:
                 layer.lora_routing = routing
 
     def _slots_on_device(self, part: str, wanted: list[int]) -> Tensor:
-        device = next(iter(self._layers.values())).lora_a.device
+        device = device_of(next(iter(self._layers.values())))
         # A tensor made in inference mode could not be changed outside of it.
         with torch.inference_mode(False), torch.no_grad():
             slots = torch.tensor(wanted, device="cpu")
@@ -510,7 +534,7 @@ class AdapterBank:
 
     def _clear(self, slot: int) -> None:
         with torch.no_grad():
-            clear(self._layers.values(), slot)
+            clear(self._stacked.values(), self._mixtures.values(), slot)
         self._set_rank(slot, 0)
 
     def _note_readers(self) -> None:
@@ -571,8 +595,13 @@ class AdapterBank:
                     "one whose forward was replaced since",
                     "Take that forward off: del module.forward. Change a model first, and then attach.",
                 )
-            if layer.lora_a.is_meta:
+            if device_of(layer).type == "meta":
                 raise AdapterError(f"bank: {name}", "weights that have memory", "meta tensors", "Load the model first.")
+
+
+def device_of(layer: Layer) -> torch.device:
+    """Return the device of a layer's memory for adapters."""
+    return next(iter(layer.lora_stacks.values())).device
 
 
 def _edges(model: nn.Module, layers: Mapping[str, Layer]) -> list[tuple[nn.Module, str, nn.Module, str]]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile.adapters.config import MERGE, SERVE_WITH_PEFT, AdapterConfig
+from xpu_lora_compile.adapters.experts import ExpertsPair, join, sort_experts
 from xpu_lora_compile.adapters.files import TensorFile, few, opened_safetensors, reading, shown
 from xpu_lora_compile.adapters.names import LORA_BIAS, MAGNITUDE, PREFIX, ROWS_OF_TOKENS, BaseModel, Key, parse_key
 from xpu_lora_compile.errors import (
@@ -53,19 +54,25 @@ class ModuleSizes:
     """A module that carries LoRA, as far as an adapter must fit it.
 
     Args:
-        kind: a linear layer, or an embedding, where A is looked up by token.
+        kind: a linear layer; an embedding, where A is looked up by token; or a parameter with the weights of experts.
         in_features: D; for an embedding, the rows of the table that LoRA covers.
         out_features: W, the rows of B in the bank.
         padded: whether an adapter may have fewer rows along the vocabulary (lm_head, embedding).
         room: what each slot has besides A and B: `SCALE`, for DoRA; `SHIFT`, for biases; `HEAD`, for its own weight;
             `TOKENS`, for rows of some tokens.
+        experts: E, where it is a parameter of experts.
+        most_rank: R of its pages in the bank, where that is known.
+        halves: how the rows of gate and up lie in it, "one after the other" or "in turn"; or "" where it has one alone.
     """
 
-    kind: Literal["linear", "embedding"]
+    kind: Literal["linear", "embedding", "experts"]
     in_features: int
     out_features: int
     padded: bool
     room: frozenset[str] = frozenset()
+    experts: int = 0
+    halves: str = ""
+    most_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,11 +141,18 @@ class Checkpoint:
         file: the file.
         pairs: the A and B of each module that the adapter has LoRA on, by the module's name.
         extras: what it has of modules besides.
+        experts: LoRA on parameters with the weights of experts, by the parameter's name.
     """
 
     file: TensorFile
     pairs: Mapping[str, Pair]
     extras: Mapping[str, Extras] = field(default_factory=dict)
+    experts: Mapping[str, ExpertsPair] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """The highest rank of all modules."""
+        return max((pair.rank for pair in (*self.pairs.values(), *self.experts.values())), default=0)
 
     def tensor(self, key: str, shape: tuple[int, ...]) -> Tensor:
         """A or B, which may be the file itself, mapped into memory: to be read only, and copied soon."""
@@ -160,6 +174,19 @@ class Checkpoint:
             self._read_finite(pair.key_a, pair.shape_a, 1.0, dtype),
             self._read_finite(pair.key_b, pair.shape_b, pair.scaling, dtype),
         )
+
+    def read_experts(self, name: str, dtype: torch.dtype) -> tuple[list[int], Tensor, Tensor]:
+        """Read the weights of one parameter with those of all experts, as `experts.join`.
+
+        Raises:
+            AdapterFileError: the file cannot be read.
+            NonFiniteWeightError: as `read`.
+        """
+
+        def read(key: str, shape: tuple[int, ...], scaling: float) -> Tensor:
+            return self._read_finite(key, shape, scaling, dtype)
+
+        return join(self.experts[name], read)
 
     def read_extra(self, key: str, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
         """Read a tensor of `extras`, on the CPU: a copy in this dtype.
@@ -231,6 +258,8 @@ def opened_checkpoint(
         AdapterShapeError: a tensor has another shape or dtype than its module takes.
     """
     path = folder / WEIGHTS_FILE
+    parameters = {name: site for name, site in sites.items() if site.kind == "experts"}
+    sites = {name: site for name, site in sites.items() if site.kind != "experts"}
     targeted = _targeted(config, sites, base)
     _check_ranks(path, config, targeted, max_rank)
     _check_room(path, config, sites, targeted)
@@ -241,9 +270,11 @@ def opened_checkpoint(
             targeted = _targeted(config, sites, base)
             _check_ranks(path, config, targeted, max_rank)
             _check_room(path, config, sites, targeted)
+        experts, parsed = sort_experts(file, parsed, config, base)
+        _check_experts(file, config, experts, parameters, base)
         found, base_copies = _sorted_by_module(path, parsed, config, sites, targeted, base)
         _share_tokens(path, found, config, sites, targeted, base)
-        keys = _complete(path, found, config, sites, targeted, base)
+        keys = _complete(path, found, config, sites, targeted, base) if targeted or not experts else {}
         pairs = {
             name: Pair(*keys[name], *_checked_shapes(file, keys[name], site, config.rank(name)), config.scaling(name))
             for name, site in targeted.items()
@@ -251,13 +282,65 @@ def opened_checkpoint(
         extras = _checked_extras(file, found, pairs, config.trainable_token_indices, base)
         for key, parameter in base_copies.items():
             _check_base_copy(file, key, base.parameters[parameter], _remedy_for(parameter, config, sites, base))
-        yield Checkpoint(file, pairs, extras)
+        yield Checkpoint(file, pairs, extras, experts)
+
+
+def _check_experts(
+    file: TensorFile,
+    config: AdapterConfig,
+    experts: Mapping[str, ExpertsPair],
+    parameters: Mapping[str, ModuleSizes],
+    base: BaseModel,
+) -> None:
+    """Check that the bank has room for the LoRA on experts, and the file all that its config names."""
+    path = file.path
+    for pair in experts.values():
+        for piece in pair.pieces:
+            _check_dtype(file, piece.key_a)
+            _check_dtype(file, piece.key_b)
+    if uncovered := [name for name in experts if name not in parameters]:
+        raise UnmatchedTensorError(
+            str(path),
+            "LoRA on what this bank covers",
+            f"LoRA on the experts' {few(uncovered)}",
+            "Attach to them, too, after bank.detach(): xlc.attach(model, target_parameters="
+            f"{sorted({name.rpartition('.')[2] for name in uncovered})!r}, ...); or with "
+            'xlc.attach(model, adapters={"name": folder}), which covers what the adapters need.',
+        )
+    too_high = {
+        name: pair.rank for name, pair in experts.items() if pair.rank > (parameters[name].most_rank or pair.rank)
+    }
+    if too_high:
+        most = min(parameters[name].most_rank for name in too_high)
+        remedy = f"Attach with max_rank={max(too_high.values())}, or train the adapter with a lower rank."
+        got = few([f"{name} (rank {rank})" for name, rank in too_high.items()])
+        raise RankError(str(path.parent), f"a rank of at most {most} for experts, of gate and up together", got, remedy)
+    if missing := [
+        name for name in base.parameter_sites if config.targets_parameter(name) and name not in experts
+    ]:
+        remedy = "By adapter_config.json they should be there, so the file is incomplete: copy or download it again."
+        raise UnmatchedTensorError(str(path), "A and B for every targeted parameter", f"none of {few(missing)}", remedy)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file is for, by its header.
+
+    Args:
+        rows: the modules that it has LoRA for, with the rows of B.
+        heads: those of which it has the weight.
+        experts: the parameters of experts that it has LoRA for, with the rank that a page must have room for.
+    """
+
+    rows: dict[str, int]
+    heads: list[str]
+    experts: dict[str, int]
 
 
 def modules_in_checkpoint(
     folder: Path, config: AdapterConfig, sites: Mapping[str, ModuleSizes], base: BaseModel
-) -> tuple[dict[str, int], list[str]]:
-    """Read from the header which of the sites the file holds LoRA for, with the rows of B, and of which the weight.
+) -> Contents:
+    """Read from the header which of the sites the file holds LoRA for.
 
     Raises:
         AdapterFileError: the file is missing, unreadable or malformed.
@@ -270,6 +353,7 @@ def modules_in_checkpoint(
         parsed = {key: parse_key(key) for key in file.keys()}  # noqa: SIM118 - no dictionary
         if part := base.part_of(parsed.values()):
             config = replace(config, part=part)
+        experts, parsed = sort_experts(file, parsed, config, base)
         found, _ = _sorted_by_module(path, parsed, config, sites, _targeted(config, sites, base), base)
         for (name, part), key in found.items():
             shape, parts = file.shape(key), _PARTS[sites[name].kind]
@@ -277,7 +361,7 @@ def modules_in_checkpoint(
                 rows[name] = max(rows.get(name, 0), shape[0] if part == parts[1] and shape else 0)
             elif part == "weight":
                 heads.append(name)
-    return rows, heads
+    return Contents(rows, heads, {name: pair.rank for name, pair in experts.items()})
 
 
 def _targeted(config: AdapterConfig, sites: Mapping[str, ModuleSizes], base: BaseModel) -> dict[str, ModuleSizes]:
@@ -464,8 +548,8 @@ def _unmatched(
             str(path),
             wanted,
             few(experts),
-            "They are LoRA on single experts, which the model holds in one tensor each, as transformers 5 does; this "
-            f"package has no LoRA on those. {MERGE}",
+            "They are LoRA on single experts, which this model holds in a form that takes no LoRA here; experts as "
+            f"transformers 5 stores them do. {MERGE}",
         )
     if uncovered := {
         name: base.modules[name]

@@ -63,11 +63,11 @@ _WITHOUT_EFFECT |= {"fan_in_fan_out"}
 # Of ms-swift, and of PEFT before 0.3: dtypes and learning rates of the training, merging while evaluating.
 _WITHOUT_EFFECT |= {"lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "merge_weights"}
 # What PEFT can merge into the weights of any model, and what it cannot, or not into all.
-_MERGEABLE = {"target_parameters", "use_bdlora", "kasa_config", "velora_config", "monteclora_config"}
+_MERGEABLE = {"use_bdlora", "kasa_config", "velora_config", "monteclora_config"}
 _NOT_MERGEABLE = {"alora_invocation_tokens", "arrow_config", "layer_replication", "use_qalora"}
 _NOT_MERGEABLE |= {"megatron_config"}
 # What a bank takes that was made with room for it, and a file of `export` does not.
-_IN_BANKS = {"use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"}
+_IN_BANKS = {"target_parameters", "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"}
 _MERGEABLE_TYPES = {"ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA", "HRA", "FOURIERFT"}
 # The other initialisations (pissa, olora, corda, loftq, lora_ga) change the base weights too, so that the adapter is
 # wrong on the plain model. PEFT sets the field back to true where it has converted such an adapter while saving it.
@@ -142,6 +142,7 @@ class AdapterConfig:
     bias: str = "none"
     modules_to_save: tuple[str, ...] = ()
     trainable_token_indices: tuple[int, ...] = ()
+    target_parameters: tuple[str, ...] = ()
     part: str = ""
 
     def targets(self, name: str, *, plain_linear: bool = True) -> bool:
@@ -149,10 +150,17 @@ class AdapterConfig:
         name = self._full(name)
         if any(re.match(_saved_pattern(saved), name) for saved in self.modules_to_save):
             return False
+        # PEFT takes the weight of a plain layer for that of one expert.
+        if _names_parameter(self.target_parameters, f"{name}.weight"):
+            return True
         if not is_targeted(name, self.target_modules, self.exclude_modules, plain_linear=plain_linear):
             return False
         # As in PEFT, a module that the list names in full is targeted in whatever layer it is.
         return not self.layers_to_transform or name in self.target_modules or self._in_chosen_layer(name)
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether the adapter targets the parameter by its own name: PEFT asks how names end, and nothing else."""
+        return _names_parameter(self.target_parameters, self._full(name))
 
     def saves(self, name: str) -> bool:
         """Whether the adapter has weights of its own in the place of the module's: PEFT asks how names end."""
@@ -219,6 +227,7 @@ def read_config(folder: Path) -> AdapterConfig:
         bias=fields.choice("bias", BIASES),
         modules_to_save=fields.saved("modules_to_save"),
         trainable_token_indices=fields.tokens("trainable_token_indices"),
+        target_parameters=fields.saved("target_parameters"),
     )
     if config.use_dora and config.lora_bias:
         raise fields.refusal("lora_bias", "false, where use_dora is true")
@@ -361,7 +370,7 @@ def _unsupported(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 yield name, f"{_CONVERT_KIND} {MERGE if merges else SERVE_WITH_PEFT}"
         elif name == "target_modules":
             # PEFT would look the modules up by the model's architecture; its own files hold them resolved.
-            if value is None:
+            if value is None and not values.get("target_parameters"):
                 yield name, "Write a list of the modules' names, as the keys of the weights name them, into the field."
         elif name == "init_lora_weights":
             known = isinstance(value, str) and value.lower() in _INITS_THAT_LEAVE_THE_BASE_ALONE
@@ -383,6 +392,10 @@ def _is_unset(value: object) -> bool:
     if isinstance(value, dict | list):
         return all(_is_unset(item) for item in (value.values() if isinstance(value, dict) else value))
     return value is None or value is False
+
+
+def _names_parameter(targets: Collection[str], name: str) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _name_pattern(key: str) -> str:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -104,6 +104,9 @@ class Host(Protocol):
     def takes_class(self, kind: type[nn.Module]) -> bool:
         """Whether modules of exactly this class are of this kind."""
 
+    def parameter_sites(self, module: nn.Module) -> Mapping[str, Any]:
+        """The sizes of parameters of a module that carry LoRA each for themselves, by name."""
+
 
 class _Values(Mapping[str, Tensor]):
     """Parameters and buffers of a model, by plain name; found when one is asked for, since most adapters name none."""
@@ -139,6 +142,7 @@ class BaseModel:
         tied: names of modules that share their weight with an embedding, one set for each embedding.
         prefix: the name under which a larger model holds one like this: "model" for a LlamaModel.
         old_rules: patterns and replacements for names of former times; models of transformers 4.52 to 4.57 have them.
+        parameter_sites: the sizes of parameters that carry LoRA each for themselves, as those of experts do.
         rename: the name of today for one of former times, by transformers 5; None where it has no rules for the model.
             With rules PEFT also takes keys without `base_model.model.`.
     """
@@ -151,6 +155,7 @@ class BaseModel:
     prefix: str = ""
     old_rules: Mapping[str, str] = field(default_factory=dict)
     rename: Callable[[str], str] | None = None
+    parameter_sites: Mapping[str, Any] = field(default_factory=dict)
     # By the module and the prefix of a key, as A and B of a module have them in common.
     _found: dict[tuple[str, bool], str | None] = field(default_factory=dict, repr=False, compare=False)
 
@@ -170,6 +175,12 @@ class BaseModel:
             prefix=prefix if isinstance(prefix, str) else "",
             old_rules=_rules_of_transformers_4(model),
             rename=rename,
+            parameter_sites={
+                f"{name}.{parameter}": site
+                for name, module in modules.items()
+                for host in hosts
+                for parameter, site in host.parameter_sites(module).items()
+            },
         )
 
     def module_of(self, key: Key) -> str | None:

@@ -21,6 +21,8 @@ class Needs:
     Args:
         modules: the names of the modules that any of them has LoRA on.
         max_rank: the highest rank of all.
+        parameters: the names of parameters of experts that any of them has LoRA on.
+        experts_rank: the highest rank on these, of gate and up together.
         rows: for each module the most rows that a B has.
         use_dora: whether any has DoRA, and so on by the names of PEFT's fields.
         lora_bias: likewise.
@@ -31,6 +33,8 @@ class Needs:
 
     modules: tuple[str, ...]
     max_rank: int
+    parameters: tuple[str, ...]
+    experts_rank: int
     rows: Mapping[str, int]
     use_dora: bool
     lora_bias: bool
@@ -54,6 +58,7 @@ def needs_of(
     """
     rows: dict[str, int] = {}
     heads: set[str] = set()
+    experts: dict[str, int] = {}
     configs: list[AdapterConfig] = []
     max_rank = 1
     sites = {name: replace(site, room=frozenset((SCALE, SHIFT, HEAD, TOKENS))) for name, site in sites.items()}
@@ -61,19 +66,23 @@ def needs_of(
         with naming(name):
             path = folder_path(name, folder)
             config = read_config(path)
-            modules, its_heads = modules_in_checkpoint(path, config, sites, base)
-            heads.update(its_heads)
+            contents = modules_in_checkpoint(path, config, sites, base)
+            heads.update(contents.heads)
             configs.append(config)
-            if not modules:
+            for parameter, rank in contents.experts.items():
+                experts[parameter] = max(experts.get(parameter, 0), rank)
+            if not (contents.rows or contents.experts):
                 remedy = "Leave the adapter out, or save it again: it changes nothing."
                 raise UnmatchedTensorError(str(path), "LoRA on modules of the model", "a file without any", remedy)
-            for module, its_rows in modules.items():
+            for module, its_rows in contents.rows.items():
                 rows[module] = max(rows.get(module, 0), its_rows)
                 max_rank = max(max_rank, config.rank(module))
     # In the order of the model.
     return Needs(
         tuple(module for module in sites if module in rows),
         max_rank,
+        tuple(parameter for parameter in base.parameter_sites if parameter in experts),
+        max(experts.values(), default=1),
         rows,
         use_dora=any(config.use_dora for config in configs),
         lora_bias=any(config.lora_bias for config in configs),

@@ -53,6 +53,63 @@ class StackedLayer(Protocol):
         """Views of one slot's memory of the shapes of an adapter's A and B, which these fill."""
 
 
+class PagedLayer(Protocol):
+    """What a mixture of experts offers that is to take an adapter."""
+
+    lora_pages: Tensor
+
+    @property
+    def page_count(self) -> int:
+        """How many pages it has, one for an expert of an adapter."""
+
+    @property
+    def lora_parameters(self) -> Mapping[str, ModuleSizes]:
+        """The parameters that carry LoRA, with their sizes."""
+
+    @property
+    def lora_stacks(self) -> Mapping[str, Tensor]:
+        """All memory for adapters."""
+
+    def fill(self, slot: int, experts: list[int], weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Give a slot pages for some experts, and fill them with A `[n, r, D]` and B `[n, W, r]` of each parameter."""
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+
+
+@dataclass(frozen=True)
+class _Pages:
+    """The LoRA of an adapter on one mixture: the experts that it changes, and the weights of each parameter."""
+
+    layer: PagedLayer
+    experts: list[int]
+    weights: Mapping[str, tuple[Tensor, Tensor]]
+
+    def store(self, slot: int) -> None:
+        """Fill a slot."""
+        self.layer.fill(slot, self.experts, self.weights)
+
+
+def _pages_of(checkpoint: Checkpoint, name: str, layer: PagedLayer) -> _Pages:
+    """Read what the file has for a mixture, by the mixture's name."""
+    found: dict[str, tuple[list[int], Tensor, Tensor]] = {}
+    for parameter in layer.lora_parameters:
+        if f"{name}.{parameter}" in checkpoint.experts:
+            dtype = layer.lora_stacks[f"lora_a_{parameter}"].dtype
+            found[parameter] = checkpoint.read_experts(f"{name}.{parameter}", dtype)
+    experts = sorted({expert for numbers, _, _ in found.values() for expert in numbers})
+    weights: dict[str, tuple[Tensor, Tensor]] = {}
+    for parameter, (numbers, a, b) in found.items():
+        if numbers == experts:
+            weights[parameter] = a, b
+            continue
+        at = torch.tensor([experts.index(expert) for expert in numbers], dtype=torch.int64)
+        all_a, all_b = (values.new_zeros(len(experts), *values.shape[1:]) for values in (a, b))
+        all_a[at], all_b[at] = a, b
+        weights[parameter] = all_a, all_b
+    return _Pages(layer, experts, weights)
+
+
 class _Block:
     """Memory for one slot of all stacks of a device and dtype.
 
@@ -142,13 +199,13 @@ class Staged:
     def __init__(
         self,
         blocks: Mapping[torch.device, list[tuple[list[Tensor], _Block]]],
-        extras: Mapping[torch.device, list[_Extra]],
-        pairs: Mapping[str, Pair],
+        extras: Mapping[torch.device, list[_Extra | _Pages]],
+        checkpoint: Checkpoint,
     ) -> None:
         self._blocks = blocks
         self._extras = extras
-        self.rank = max((pair.rank for pair in pairs.values()), default=0)
-        self.modules = len(pairs)
+        self.rank = checkpoint.rank
+        self.modules = len(checkpoint.pairs) + len(checkpoint.experts)
 
     def store(self, slot: int, ranks: Tensor | None, readers: Iterable[torch.cuda.Event]) -> None:
         """Fill a slot, which no row uses, and return when all that is launched from now on sees it filled.
@@ -160,7 +217,8 @@ class Staged:
         """
         try:
             with torch.inference_mode(False), torch.no_grad():
-                for device, blocks in self._blocks.items():
+                for device in self._extras:
+                    blocks = self._blocks.get(device, [])
                     run = with_few_cores if device.type == "cpu" else _here
                     with _aside(device, readers):
                         for stacks, block in blocks:
@@ -170,7 +228,7 @@ class Staged:
                         if ranks is not None and ranks.device == device:
                             ranks[slot].fill_(self.rank)
         finally:
-            for device in self._blocks:
+            for device in self._extras:
                 if device.type == "cuda":
                     side_stream(device).synchronize()
 
@@ -229,8 +287,10 @@ def short_turns() -> Iterator[None]:
         _TURNS.restore()
 
 
-def clear(layers: Iterable[StackedLayer], slot: int) -> None:
+def clear(layers: Iterable[StackedLayer], mixtures: Iterable[PagedLayer], slot: int) -> None:
     """Empty a slot, on the current stream of each device."""
+    for mixture in mixtures:
+        mixture.clear(slot)
     blocks: dict[torch.device, list[Tensor]] = {}
     for layer in layers:
         for stack in (layer.lora_a, layer.lora_b):
@@ -248,12 +308,15 @@ class Staging:
         self._idle: dict[tuple[torch.device, torch.dtype], _Block] = {}
 
     @contextmanager
-    def staged(self, checkpoint: Checkpoint, layers: Mapping[str, StackedLayer]) -> Iterator[Staged]:
+    def staged(
+        self, checkpoint: Checkpoint, layers: Mapping[str, StackedLayer], mixtures: Mapping[str, PagedLayer]
+    ) -> Iterator[Staged]:
         """Read the values of an adapter, convert and check them; its memory is the adapter's until the block ends.
 
         Args:
             checkpoint: the file.
             layers: all layers of the bank, by the names that the checkpoint gives them.
+            mixtures: all of its mixtures of experts.
 
         Raises:
             AdapterFileError: the file cannot be read.
@@ -265,7 +328,7 @@ class Staging:
             groups.setdefault((stack.device, stack.dtype), {})[name] = layer
         taken: dict[tuple[torch.device, torch.dtype], _Block] = {}
         ready: dict[torch.device, list[tuple[list[Tensor], _Block]]] = {}
-        extras: dict[torch.device, list[_Extra]] = {device: [] for device, _ in groups}
+        extras: dict[torch.device, list[_Extra | _Pages]] = {device: [] for device, _ in groups}
         try:
             # A tensor made in inference mode could not be changed outside of it.
             with torch.inference_mode(False), torch.no_grad():
@@ -283,12 +346,14 @@ class Staging:
                         for name, layer in members.items():
                             extras[device] += run(_extras_of, checkpoint, name, layer)
                     ready.setdefault(device, []).append((stacks, block))
+                for name, mixture in mixtures.items():
+                    extras.setdefault(mixture.lora_pages.device, []).append(_pages_of(checkpoint, name, mixture))
         except BaseException:
             # Whatever it was made under, or holds, is not for the next load.
             self._keep({}, groups)
             raise
         try:
-            yield Staged(ready, extras, checkpoint.pairs)
+            yield Staged(ready, extras, checkpoint)
         finally:
             self._keep(taken, groups)
 

@@ -23,12 +23,12 @@ from xpu_lora_compile.adapters.names import BaseModel, output_embedding, plain_n
 from xpu_lora_compile.adapters.needs import naming, needs_of
 from xpu_lora_compile.errors import AttachError, UnmatchedTensorError
 from xpu_lora_compile.generation import follow_generation, generating_methods
-from xpu_lora_compile.kernels import preferred_on
 from xpu_lora_compile.layers import HOSTS
 from xpu_lora_compile.layers.declared import Declared
 from xpu_lora_compile.layers.extras import ExtraLayer, empty_extras, extra_class, room_of
-from xpu_lora_compile.layers.host import Host, LoraLayer, have_hook_call
-from xpu_lora_compile.layers.targets import carriers_in, find_heads, find_targets, find_tied
+from xpu_lora_compile.layers.experts import Experts, become_layer, empty_pages
+from xpu_lora_compile.layers.host import Host, LoraLayer, empty_b, have_hook_call
+from xpu_lora_compile.layers.targets import carriers_in, find_experts, find_heads, find_targets, find_tied
 from xpu_lora_compile.rows.routing import BatchRouting, Entry, LostRouting
 from xpu_lora_compile.torch_internals import prepare_for_tracing
 
@@ -55,6 +55,8 @@ def attach(
     bias: str | None = None,
     modules_to_save: Collection[str] | None = None,
     trainable_token_indices: int | None = None,
+    target_parameters: Collection[str] | None = None,
+    expert_pages: int | None = None,
 ) -> AdapterBank:
     """Make a model ready for adapters, and return the bank that holds them.
 
@@ -86,6 +88,11 @@ def attach(
             these: heads, embeddings, or modules that hold such, as `["classifier"]`. They carry LoRA, too.
         trainable_token_indices: for how many tokens at most each slot has room for rows of its own, in the embedding
             and what is tied to it.
+        target_parameters: PEFT's name for parameters that hold the weights of all experts of a mixture, as
+            `["mlp.experts.gate_up_proj"]`: the ends of their names. By default those that `adapters` have LoRA on, or
+            none without any.
+        expert_pages: P, for how many experts each mixture has room, of all slots together: an adapter takes one for
+            each expert that it changes. By default one for each expert of each slot.
 
     Raises:
         AttachError: nothing matches, a module that matches is of a kind that carries no LoRA, LoRA is attached
@@ -95,7 +102,15 @@ def attach(
     model = _unwrapped(model)
     _check_classes(linear_classes)
     adapters = _check_arguments(
-        model, adapters, target_modules, exclude_modules, dtype, slots=slots, max_rank=max_rank, vocab_size=vocab_size
+        model,
+        adapters,
+        target_modules,
+        exclude_modules,
+        dtype,
+        slots=slots,
+        max_rank=max_rank,
+        vocab_size=vocab_size,
+        expert_pages=expert_pages,
     )
     _check_room(use_dora, lora_bias, bias, modules_to_save)
     if trainable_token_indices is not None and not (
@@ -103,19 +118,24 @@ def attach(
     ):
         got, remedy = repr(trainable_token_indices), "Write trainable_token_indices=4 for adapters with up to 4."
         raise AttachError("attach: trainable_token_indices", "the most tokens of one adapter", got, remedy)
+    experts_rank = max_rank
     if any(map(_is_lost, model.modules())):
         detach(model)
     hosts = (*HOSTS, Declared(tuple(linear_classes))) if linear_classes else HOSTS
     head = output_embedding(model)
     if adapters:
         plain = {plain_name(name): carrier for name, carrier in carriers_in(model, hosts).items()}
-        able = {name: _site(host, module, head) for name, (host, module) in plain.items()}
+        able = {
+            name: _site(host, module, head) for name, (host, module) in plain.items() if not isinstance(host, Experts)
+        }
         try:
             needs = needs_of(adapters, able, BaseModel.of(model, hosts))
         except UnmatchedTensorError as error:
             _say_why_not(model, head, hosts, str(error))
             raise
+        experts_rank = max_rank or needs.experts_rank
         max_rank = max_rank or needs.max_rank
+        target_parameters = needs.parameters if target_parameters is None else target_parameters
         if isinstance(target_modules, _Unsaid):
             target_modules = "|".join(map(re.escape, needs.modules))
         for name in needs.modules:
@@ -128,7 +148,13 @@ def attach(
         modules_to_save = needs.modules_to_save if modules_to_save is None else modules_to_save
         if trainable_token_indices is None:
             trainable_token_indices = needs.trainable_token_indices
-    targets = find_targets(model, head, target_modules, exclude_modules, hosts)
+    slots, max_rank = slots or max(8, len(adapters)), max_rank or 16
+    mixtures = find_experts(model, target_parameters or (), hosts)
+    no_modules = bool(mixtures) and target_modules == ""
+    targets = {} if no_modules else find_targets(model, head, target_modules, exclude_modules, hosts)
+    for name in [name for name, (host, _) in targets.items() if isinstance(host, Experts)]:
+        host, module = targets.pop(name)
+        mixtures[name] = host, module, tuple(host.parameter_sites(module))
     heads = find_heads(model, modules_to_save or (), hosts)
     embeddings = find_tied(model, _input_embedding(model), hosts) if trainable_token_indices else {}
     all_targets = targets | heads | embeddings
@@ -150,9 +176,9 @@ def attach(
             ", ".join(list(targets)[:3]) + ", ...",
             "Name it in target_modules, or leave vocab_size out.",
         )
-    slots, max_rank = slots or max(8, len(adapters)), max_rank or 16
     prepare_for_tracing()
-    _check_devices({name: host.device(module) for name, (host, module) in targets.items()})
+    carriers = targets | {name: (host, module) for name, (host, module, _) in mixtures.items()}
+    _check_devices({name: host.device(module) for name, (host, module) in carriers.items()})
     # All memory is taken before the first module changes.
     stacks = {
         name: _empty_stacks(
@@ -166,6 +192,18 @@ def attach(
         )
         for name, (host, module) in targets.items()
     }
+    pages = {
+        name: empty_pages(
+            cast("Experts", host),
+            module,
+            parameters,
+            slots,
+            experts_rank or max_rank,
+            expert_pages,
+            dtype or host.dtype(module) or _dtype_of(model),
+        )
+        for name, (host, module, parameters) in mixtures.items()
+    }
     routing = BatchRouting(getattr(model, "main_input_name", None))
     layers: dict[str, LoraLayer] = {}
     for name, (host, module) in targets.items():
@@ -177,6 +215,12 @@ def attach(
         layer.lora_site, layer.lora_name, layer.lora_routing = sites[name], name, routing
         for buffer, stack in stacks[name].items():
             layer.register_buffer(buffer, stack, persistent=False)
+    for name, (host, module, parameters) in mixtures.items():
+        become_layer(cast("Experts", host), module, pages[name], parameters)
+        have_hook_call(module)
+        layers[name] = layer = cast("LoraLayer", module)
+        layer.lora_site, layer.lora_name, layer.lora_routing = host.site(module), name, routing
+    layers = {name: layers[name] for name, _ in model.named_modules() if name in layers}
     undo = _hook_entries(model, layers, routing) + _have_parents_call(model, layers)
     bank = AdapterBank(model, layers, routing, slots, max_rank, hosts, undo)
     undo += follow_generation(model, bank)
@@ -207,16 +251,12 @@ def _empty_stacks(
     host: Host, module: nn.Module, site: ModuleSizes, slots: int, rank: int, dtype: torch.dtype, tokens: int
 ) -> dict[str, Tensor]:
     """Zeros for A and B of every slot, where the module computes."""
-    device = host.device(module)
-    # The columns of one rank side by side, or the ranks of one column: as the kernel reads B.
-    by_rank = device.type not in preferred_on(device.type).ranks_of_b_together_on
-    b = (rank, site.out_features) if by_rank else (site.out_features, rank)
-    shapes = {"lora_a": (slots, *host.layer(module).shape_of_a(site, rank)), "lora_b": (slots, *b)}
+    device, a = host.device(module), host.layer(module).shape_of_a(site, rank)
     # A buffer made in inference mode could not be written outside of it.
     with torch.inference_mode(False):
-        stacks = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-        stacks |= empty_extras(host, module, site, slots, tokens, dtype)
-        return stacks | {"lora_b": stacks["lora_b"].transpose(1, 2)} if by_rank else stacks
+        stacks = {"lora_a": torch.zeros(slots, *a, dtype=dtype, device=device)}
+        stacks["lora_b"] = empty_b(slots, site.out_features, rank, dtype, device)
+        return stacks | empty_extras(host, module, site, slots, tokens, dtype)
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

@@ -18,6 +18,7 @@ from torch.compiler import is_compiling
 
 from xpu_lora_compile.adapters.checkpoint import ModuleSizes
 from xpu_lora_compile.errors import AttachError, counted
+from xpu_lora_compile.kernels import preferred_on
 from xpu_lora_compile.kernels.call import accumulator
 from xpu_lora_compile.ops import bgmv_expand, bgmv_shrink, lora_linear
 from xpu_lora_compile.ops.lora_linear import add_lora_eagerly
@@ -40,6 +41,7 @@ class LoraLayer(nn.Module):
     Attributes:
         lora_features: how many of the last dimensions of its input are no rows; `forward` says the same to the routing.
         lora_in_place: whether the base class makes a new tensor for each call, to which LoRA may be added in place.
+        lora_takes_one_input: whether it is called with its input alone.
     """
 
     lora_site: ModuleSizes
@@ -50,6 +52,7 @@ class LoraLayer(nn.Module):
 
     lora_features = 1
     lora_in_place = True
+    lora_takes_one_input = True
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, for calls by keyword
         """The base layer's output, with each row's adapter added while a `bank.use` block runs."""
@@ -62,19 +65,12 @@ class LoraLayer(nn.Module):
         output = self.without_lora(rows) if self.lora_in_place else self._rows_of_base(self.without_lora(input))
         shape = (*input.shape[:-1], output.shape[1])
         lora_a, lora_b = self.lora_a, self.lora_b
-        columns = min(lora_b.shape[1], output.shape[1])
         # What a CPU's kernel does not ask for need not be an input of its graphs.
         ranks = None if rows.device.type == "cpu" else routing.ranks
-        if self.lora_in_place and add_lora_eagerly(output, rows, lora_a, lora_b, indices, columns, ranks):
-            return output.view(shape)
-        if torch.is_grad_enabled() or ranks is not None or not self.lora_in_place:
-            b = lora_b.narrow(1, 0, columns)
-            return lora_linear(output, rows, [lora_a], [b], indices, [0], ranks=ranks).view(shape)
-        # Not `promote_types`, which an exported program would record as an op.
-        hidden = rows.new_empty(rows.shape[0], lora_a.shape[1], dtype=accumulator(rows))
-        bgmv_shrink(hidden, rows, lora_a, indices)
-        bgmv_expand(output, hidden, lora_b, indices)
-        return output.view(shape)
+        if self.lora_in_place:
+            return added_in_place(output, rows, lora_a, lora_b, indices, ranks).view(shape)
+        b = lora_b.narrow(1, 0, min(lora_b.shape[1], output.shape[1]))
+        return lora_linear(output, rows, [lora_a], [b], indices, [0], ranks=ranks).view(shape)
 
     def without_lora(self, input: Tensor) -> Tensor:  # noqa: A002
         """The base layer's output."""
@@ -137,6 +133,11 @@ class LoraLayer(nn.Module):
             place.copy_(weight)
 
     @property
+    def lora_stacks(self) -> Mapping[str, Tensor]:
+        """All memory for adapters, by the name of the buffer."""
+        return {"lora_a": self.lora_a, "lora_b": self.lora_b, **self.lora_extras}
+
+    @property
     def lora_extras(self) -> Mapping[str, Tensor]:
         """Buffers with what each slot has besides A and B, by name: see `adapters.extras`."""
         return {}
@@ -145,6 +146,10 @@ class LoraLayer(nn.Module):
         """Become again the module it was before LoRA."""
         for name in ("lora_a", "lora_b", "lora_routing", "lora_name", "lora_site"):
             delattr(self, name)
+        self.become_base()
+
+    def become_base(self) -> None:
+        """Have the class without LoRA."""
         self.__class__ = _base_of(type(self))
         have_hook_call(self)
 
@@ -155,6 +160,41 @@ class LoraLayer(nn.Module):
         if kind in _MADE and found[1][:1] == (kind,):
             return _new, (*_MADE[kind], *found[1][1:]), *found[2:]
         return found
+
+
+def added_in_place(
+    output: Tensor, rows: Tensor, lora_a: Tensor, lora_b: Tensor, indices: Tensor, ranks: Tensor | None = None
+) -> Tensor:
+    """Return `output` with each row's LoRA: the same tensor, changed, where no gradient needs it as it was.
+
+    Args:
+        output: `[T, H]`, which nothing else reads.
+        rows: `[T, D]`.
+        lora_a: `[K, R, D]`.
+        lora_b: `[K, W, R]`.
+        indices: `[T]`.
+        ranks: as of `lora_linear`.
+    """
+    columns = min(lora_b.shape[1], output.shape[1])
+    if add_lora_eagerly(output, rows, lora_a, lora_b, indices, columns, ranks):
+        return output
+    if torch.is_grad_enabled() or ranks is not None:
+        return lora_linear(output, rows, [lora_a], [lora_b.narrow(1, 0, columns)], indices, [0], ranks=ranks)
+    # Not `promote_types`, which an exported program would record as an op.
+    hidden = rows.new_empty(rows.shape[0], lora_a.shape[1], dtype=accumulator(rows))
+    bgmv_shrink(hidden, rows, lora_a, indices)
+    bgmv_expand(output, hidden, lora_b, indices)
+    return output
+
+
+def empty_b(count: int, width: int, rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros `[count, width, rank]`, in memory as the device's kernel reads B.
+
+    The columns of one rank lie side by side, or the ranks of one column.
+    """
+    if device.type in preferred_on(device.type).ranks_of_b_together_on:
+        return torch.zeros(count, width, rank, dtype=dtype, device=device)
+    return torch.zeros(count, rank, width, dtype=dtype, device=device).transpose(1, 2)
 
 
 def _base_of(kind: type[nn.Module]) -> type[Any]:
@@ -182,7 +222,7 @@ def layer_class(mixin: type[LoraLayer], base: type[nn.Module]) -> type[LoraLayer
     is_layer = issubclass(base, LoraLayer)
     forward = _base_of(base).forward if is_layer else base.forward
     names = [*inspect.signature(forward).parameters][1:] or ["input"]
-    if names != ["input"]:
+    if mixin.lora_takes_one_input and names != ["input"]:
         members["forward"] = _forward_with(mixin, names[0])
     if hasattr(base, "weight"):
         # A property of that class, which computes it.
@@ -252,6 +292,10 @@ class Host:
         """Return the sizes of a module that this host takes."""
         sizes = cast("int", module.in_features), cast("int", module.out_features)
         return ModuleSizes("linear", *sizes, padded=False)
+
+    def parameter_sites(self, module: nn.Module) -> dict[str, ModuleSizes]:
+        """Return the sizes of parameters of a module that carry LoRA each for themselves, by name; none of most kinds."""
+        return {}
 
     def dtype(self, module: nn.Module) -> torch.dtype | None:
         """Return the dtype in which a module computes, which its adapters are stored in; None if it does not say."""

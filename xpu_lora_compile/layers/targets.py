@@ -98,6 +98,44 @@ def _refuse_several_names(model: nn.Module, matched: Mapping[str, nn.Module]) ->
         )
 
 
+def find_experts(
+    model: nn.Module, target_parameters: Collection[str], hosts: Sequence[Host] = HOSTS
+) -> dict[str, tuple[Host, nn.Module, tuple[str, ...]]]:
+    """Return the mixtures of experts with parameters that these names name, and which: by name.
+
+    Raises:
+        AttachError: a name names no parameter that can carry LoRA for itself.
+    """
+    carriers = carriers_in(model, hosts)
+    parameters = [
+        (name, parameter) for name, (host, module) in carriers.items() for parameter in host.parameter_sites(module)
+    ]
+    chosen: set[tuple[str, str]] = set()
+    for target in target_parameters:
+        # As PEFT looks them up.
+        found = [
+            (name, parameter)
+            for name, parameter in parameters
+            if f".{plain_name(name)}.{parameter}".endswith(f".{target}")
+        ]
+        if not found:
+            able = sorted({f"{plain_name(name).rpartition('.')[2]}.{parameter}" for name, parameter in parameters})
+            raise AttachError(
+                "attach: target_parameters",
+                f"names of parameters such as {', '.join(able[:4])}" if able else "parameters with weights of experts",
+                f"{target!r}, which matches none",
+                "Pass ends of their names, as target_parameters of adapter_config.json has them."
+                if able
+                else "Leave it out: this model has none that carry LoRA.",
+            )
+        chosen.update(found)
+    return {
+        name: (host, module, tuple(parameter for parameter in host.parameter_sites(module) if (name, parameter) in chosen))
+        for name, (host, module) in carriers.items()
+        if any(owner == name for owner, _ in chosen)
+    }
+
+
 def find_heads(
     model: nn.Module, modules_to_save: Collection[str], hosts: Sequence[Host] = HOSTS
 ) -> dict[str, tuple[Host, nn.Module]]:

@@ -1,0 +1,276 @@
+"""Mixtures of experts as transformers 5 stores them: the weights of all experts in one tensor each.
+
+    gate_up = experts(x)  + LoRA    ->  activation  ->  down = experts(y)  + LoRA  ->  times the router's weight, summed
+
+A row of a product is a pair of a token and one of its experts; its adapter's weights are those of (slot, expert). They
+lie in pages: page p holds one expert's A and B of one adapter, and a table says which page each (slot, expert) has. So
+an adapter takes memory for the experts that it changes, and to the op a page is what a slot is to other layers.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from xpu_lora_compile.adapters.checkpoint import ModuleSizes
+from xpu_lora_compile.errors import AttachError, NoFreePageError
+from xpu_lora_compile.layers.host import Host, LoraLayer, added_in_place, empty_b, routing_of
+
+# The module of transformers whose decorator gives classes of experts their forward.
+_MOE = "transformers.integrations.moe"
+# Parameters that can carry LoRA, by the product that they are of.
+_UP, _GATE_UP, _DOWN = "up_proj", "gate_up_proj", "down_proj"
+# What a forward of transformers computes, in the order of the rows that it has here.
+_SORTED = ("eager", "grouped_mm")
+# Held while pages are taken: two adapters may be loaded at once.
+_FILLING = threading.Lock()
+
+
+class ExpertsLayer(LoraLayer):
+    """Experts of a mixture, each with the LoRA of each row's own adapter.
+
+    Buffers: `lora_a_<parameter>` `[P, R, D]` and `lora_b_<parameter>` `[P, W, R]`, the pages, with scaling folded into
+    B; `lora_pages` `[K + 1, E]`, int64: the page of each expert of each slot, or -1. The last row is that of tokens
+    without an adapter, whose slot is -1.
+
+    Attributes:
+        lora_parameters: which parameters carry LoRA, with their sizes.
+    """
+
+    lora_takes_one_input = False
+    lora_parameters: dict[str, ModuleSizes]
+    lora_pages: Tensor
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # type: ignore[override]
+        """The output of all experts, with each token's adapter added while a `bank.use` block runs.
+
+        Args:
+            hidden_states: `[T, D]`.
+            top_k_index: `[T, k]`, the experts of each token.
+            top_k_weights: `[T, k]`, the router's weight of each.
+        """
+        slots = routing_of(self).rows_of(self, hidden_states, 1)
+        if slots is None:
+            return cast("Tensor", self.without_lora(hidden_states, top_k_index, top_k_weights))
+        module = cast("Any", self)
+        count, experts = top_k_index.shape[-1], top_k_index.reshape(-1)
+        if module.config._experts_implementation in _SORTED:
+            experts, order = torch.sort(experts)
+            tokens = order // count
+            ends = _ends(experts, module.num_experts)
+            product = _grouped
+        elif module.config._experts_implementation == "batched_mm":
+            order, ends, product = None, experts, _batched
+            tokens = torch.arange(hidden_states.shape[0], device=experts.device).repeat_interleave(count)
+        else:
+            raise AttachError(
+                f"attach: {self.lora_name}",
+                f"an experts_implementation of {', '.join((*_SORTED, 'batched_mm'))}",
+                repr(module.config._experts_implementation),
+                'Call model.set_experts_implementation("grouped_mm").',
+            )
+        pages = self.lora_pages[slots[tokens], experts]
+        rows = self._product(_GATE_UP if module.has_gate else _UP, product, hidden_states[tokens], experts, ends, pages)
+        rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+        rows = self._product(_DOWN, product, rows, experts, ends, pages)
+        if module.has_post_expert_norm:
+            rows = module.post_expert_norm(rows)
+        weights = top_k_weights.reshape(-1)
+        weighted = rows * (weights if order is None else weights[order]).unsqueeze(-1)
+        if order is not None:
+            places = torch.empty_like(order)
+            places[order] = torch.arange(order.shape[0], device=order.device)
+            weighted = weighted[places]
+        return weighted.view(-1, count, weighted.shape[-1]).sum(1).to(hidden_states.dtype)
+
+    def without_lora(self, *inputs: Tensor) -> Tensor:  # type: ignore[override]
+        """The output of the experts alone."""
+        return cast("Tensor", super(LoraLayer, self).forward(*inputs))
+
+    def _product(self, name: str, product: Any, rows: Tensor, experts: Tensor, ends: Tensor, pages: Tensor) -> Tensor:
+        module, buffers = cast("Any", self), self._buffers
+        bias = getattr(module, f"{name}_bias")[experts] if module.has_bias else None
+        output: Tensor = product(rows, getattr(module, name), ends, bias, module.is_transposed)
+        if name not in self.lora_parameters:
+            return output
+        a, b = cast("Tensor", buffers[f"lora_a_{name}"]), cast("Tensor", buffers[f"lora_b_{name}"])
+        return added_in_place(output, rows, a, b, pages)
+
+    @property
+    def lora_stacks(self) -> dict[str, Tensor]:
+        """All memory for adapters."""
+        names = (f"lora_{factor}_{name}" for name in self.lora_parameters for factor in "ab")
+        return {name: cast("Tensor", self._buffers[name]) for name in names} | {"lora_pages": self.lora_pages}
+
+    @property
+    def page_count(self) -> int:
+        """P."""
+        return next(iter(self.lora_stacks.values())).shape[0]
+
+    def fill(self, slot: int, experts: list[int], weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Give a slot, which is empty, pages for some experts, and fill them.
+
+        Args:
+            slot: of the bank.
+            experts: their numbers.
+            weights: for each parameter A `[n, r, D]` and B `[n, W, r]` of these experts; none of a parameter without.
+
+        Raises:
+            NoFreePageError: more experts than there are free pages.
+        """
+        with _FILLING:
+            table, pages = self.lora_pages, self.page_count
+            taken = set(table[table >= 0].tolist())
+            free = [page for page in range(pages) if page not in taken][: len(experts)]
+            if len(free) < len(experts):
+                raise NoFreePageError(
+                    f"load: {self.lora_name}",
+                    f"free pages for {len(experts)} experts",
+                    f"{pages - len(taken)} of {pages}",
+                    "Drop an adapter, or attach with more: xlc.attach(model, expert_pages=...).",
+                )
+            place = torch.tensor(free, device=table.device)
+            for name in self.lora_parameters:
+                for factor, stack in zip("ab", (0, 1), strict=True):
+                    buffer = cast("Tensor", self._buffers[f"lora_{factor}_{name}"])
+                    buffer[place] = 0
+                    if name in weights:
+                        values = weights[name][stack].to(buffer.device, buffer.dtype)
+                        buffer[place, : values.shape[1], : values.shape[2]] = values
+            table[slot].fill_(-1)
+            table[slot, torch.tensor(experts, dtype=torch.int64, device=table.device)] = place
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        with _FILLING:
+            self.lora_pages[slot].fill_(-1)
+
+    def restore(self) -> None:
+        """As `LoraLayer.restore`."""
+        for name in self.lora_stacks:
+            delattr(self, name)
+        for name in ("lora_parameters", "lora_routing", "lora_name", "lora_site"):
+            delattr(self, name)
+        self.become_base()
+
+
+def _ends(experts: Tensor, count: int) -> Tensor:
+    """Return where each expert's rows end, of rows that are sorted by expert, as transformers computes it."""
+    kind = experts.float() if experts.device.type in ("cpu", "mps") else experts.int()
+    return torch.cumsum(torch.histc(kind, bins=count, min=0, max=count - 1), 0, dtype=torch.int32)
+
+
+def _grouped(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
+    return cast("Tensor", _of_transformers("_grouped_linear")(rows, weight, ends, bias, is_transposed))
+
+
+def _batched(rows: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
+    return cast("Tensor", _of_transformers("_batched_linear")(rows, weight[experts], bias, is_transposed))
+
+
+def _of_transformers(name: str) -> Any:
+    return getattr(sys.modules[_MOE], name)
+
+
+class Experts(Host):
+    """Classes of experts whose forward transformers 5 has made."""
+
+    name = "experts of transformers 5"
+    mixin = ExpertsLayer
+    has_weight = False
+
+    def takes_class(self, kind: type[nn.Module]) -> bool:
+        """Return whether it is a class whose forward the decorator of transformers has made."""
+        return getattr(kind.forward, "__globals__", {}).get("__name__") == _MOE
+
+    def takes(self, module: nn.Module) -> bool:
+        """Return whether its weights are floating numbers, and all of its experts are here."""
+        names = self._names(module)
+        weights = [module._parameters.get(name) for name in names]
+        return (
+            self.takes_class(type(module))
+            and not getattr(module, "_is_expert_parallel", False)
+            and all(weight is not None and weight.dim() == 3 and _is_computed_in(weight) for weight in weights)
+        )
+
+    def site(self, module: nn.Module) -> ModuleSizes:
+        """Return the sizes of the first product."""
+        return next(iter(self.parameter_sites(module).values()))
+
+    def parameter_sites(self, module: nn.Module) -> dict[str, ModuleSizes]:
+        """Return the sizes of each parameter that can carry LoRA; also of a module that has it already."""
+        held = cast("Any", module)
+        sites: dict[str, ModuleSizes] = {}
+        if not (isinstance(module, ExpertsLayer) or self.takes(module)):
+            return sites
+        for name in self._names(module):
+            weight = cast("Tensor", module._parameters[name])
+            columns, rows = (1, 2) if held.is_transposed else (2, 1)
+            halves = "" if name != _GATE_UP else "in turn" if not held.is_concatenated else "one after the other"
+            sites[name] = ModuleSizes(
+                "experts", weight.shape[columns], weight.shape[rows], padded=False, experts=weight.shape[0], halves=halves
+            )
+        return sites
+
+    @staticmethod
+    def _names(module: nn.Module) -> tuple[str, str]:
+        return (_GATE_UP if getattr(module, "has_gate", True) else _UP), _DOWN
+
+    def dtype(self, module: nn.Module) -> torch.dtype | None:
+        """Return that of the weights."""
+        return cast("Tensor", module._parameters[_DOWN]).dtype
+
+
+def _is_computed_in(weight: Tensor) -> bool:
+    return weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def empty_pages(
+    host: Experts,
+    module: nn.Module,
+    parameters: Collection[str],
+    slots: int,
+    rank: int,
+    pages: int | None,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Return the buffers of a layer whose slots are empty.
+
+    Args:
+        host: of the module.
+        module: before it is a layer.
+        parameters: the names of those that get LoRA.
+        slots: K.
+        rank: R of a page.
+        pages: P; by default one for each expert of each slot.
+        dtype: of the pages.
+    """
+    device, sites = host.device(module), host.parameter_sites(module)
+    experts = next(iter(sites.values())).experts
+    count = slots * experts if pages is None else min(pages, slots * experts)
+    # A buffer made in inference mode could not be written outside of it.
+    with torch.inference_mode(False):
+        buffers: dict[str, Tensor] = {}
+        for name in parameters:
+            site = sites[name]
+            buffers[f"lora_a_{name}"] = torch.zeros(count, rank, site.in_features, dtype=dtype, device=device)
+            buffers[f"lora_b_{name}"] = empty_b(count, site.out_features, rank, dtype, device)
+        buffers["lora_pages"] = torch.full((slots + 1, experts), -1, device=device)
+        return buffers
+
+
+def become_layer(host: Experts, module: nn.Module, buffers: Mapping[str, Tensor], parameters: Collection[str]) -> None:
+    """Give a module of experts the class and the buffers of one that carries LoRA."""
+    sites = host.parameter_sites(module)
+    module.__class__ = host.layer(module)
+    layer = cast("ExpertsLayer", module)
+    ranks = {name: buffers[f"lora_a_{name}"].shape[1] for name in parameters}
+    layer.lora_parameters = {name: replace(sites[name], most_rank=rank) for name, rank in ranks.items()}
+    for name, buffer in buffers.items():
+        layer.register_buffer(name, buffer, persistent=False)
