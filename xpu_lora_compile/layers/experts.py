@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from xpu_lora_compile.adapters.checkpoint import ModuleSizes
 from xpu_lora_compile.errors import AttachError, NoFreePageError
 from xpu_lora_compile.layers.host import Host, LoraLayer, added_in_place, empty_b, routing_of
+from xpu_lora_compile.ops.lora_linear import tiles_eagerly
 
 # The module of transformers whose decorator gives classes of experts their forward.
 _MOE = "transformers.integrations.moe"
@@ -76,9 +77,12 @@ class ExpertsLayer(LoraLayer):
                 'Call model.set_experts_implementation("grouped_mm").',
             )
         pages = self.lora_pages[slots[tokens], experts]
-        rows = self._product(_GATE_UP if module.has_gate else _UP, product, hidden_states[tokens], experts, ends, pages)
+        # Both products have the same rows.
+        by_page = pages, tiles_eagerly(pages, self._buffers[f"lora_a_{next(iter(self.lora_parameters))}"])
+        name = _GATE_UP if module.has_gate else _UP
+        rows = self._product(name, product, hidden_states[tokens], experts, ends, *by_page)
         rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
-        rows = self._product(_DOWN, product, rows, experts, ends, pages)
+        rows = self._product(_DOWN, product, rows, experts, ends, *by_page)
         if module.has_post_expert_norm:
             rows = module.post_expert_norm(rows)
         weights = top_k_weights.reshape(-1)
@@ -93,14 +97,23 @@ class ExpertsLayer(LoraLayer):
         """The output of the experts alone."""
         return cast("Tensor", super(LoraLayer, self).forward(*inputs))
 
-    def _product(self, name: str, product: Any, rows: Tensor, experts: Tensor, ends: Tensor, pages: Tensor) -> Tensor:
+    def _product(
+        self,
+        name: str,
+        product: Any,
+        rows: Tensor,
+        experts: Tensor,
+        ends: Tensor,
+        pages: Tensor,
+        tiles: Tensor | None,
+    ) -> Tensor:
         module, buffers = cast("Any", self), self._buffers
         bias = getattr(module, f"{name}_bias")[experts] if module.has_bias else None
         output: Tensor = product(rows, getattr(module, name), ends, bias, module.is_transposed)
         if name not in self.lora_parameters:
             return output
         a, b = cast("Tensor", buffers[f"lora_a_{name}"]), cast("Tensor", buffers[f"lora_b_{name}"])
-        return added_in_place(output, rows, a, b, pages)
+        return added_in_place(output, rows, a, b, pages, tiles=tiles)
 
     @property
     def lora_stacks(self) -> dict[str, Tensor]:
