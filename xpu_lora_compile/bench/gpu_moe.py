@@ -150,7 +150,7 @@ def _measure(
 
 
 def _turns(models: Sequence[Any], inputs: Draw) -> Call:
-    return lambda number: cast("Tensor", models[number % len(models)](*inputs))
+    return lambda number: cast("Tensor", models[number % len(models)](*inputs.arguments()))
 
 
 def contenders_alone(

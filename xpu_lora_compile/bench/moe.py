@@ -103,22 +103,24 @@ class Mixture(nn.Module):
 
         Args:
             hidden: `[T, D]`.
-            index: `[T, k]`, the experts of each token.
-            weights: `[T, k]`, what each of them counts.
+            index: `[T k]`, the experts of each token: of one dimension, so that no other is ever as long as the batch.
+            weights: `[T k]`, what each of them counts.
         """
-        return cast("Tensor", self.experts(hidden, index, weights))
+        rows = hidden.shape[0]
+        return cast("Tensor", self.experts(hidden, index.view(rows, -1), weights.view(rows, -1)))
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Random inputs of a mixture."""
+    """Random inputs of a mixture: `[T, D]`, and `[T, k]` each."""
 
     hidden: Tensor
     index: Tensor
     weights: Tensor
 
-    def __iter__(self) -> Any:
-        return iter((self.hidden, self.index, self.weights))
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of a `Mixture`."""
+        return self.hidden, self.index.flatten(), self.weights.flatten()
 
 
 def check_sizes(sizes: Sizes, device: str) -> None:
@@ -270,7 +272,7 @@ def _copied(sizes: Sizes, rows: int) -> bool:
 
 
 def _calls(model: Callable[..., Any], draws: Sequence[Draw]) -> Callable[[int], Any]:
-    return lambda number: model(*draws[number % len(draws)])
+    return lambda number: model(*draws[number % len(draws)].arguments())
 
 
 def _check(
@@ -283,19 +285,19 @@ def _check(
     bank: AdapterBank,
 ) -> None:
     """Compare each row of ours with PEFT's model that has its adapter alone."""
-    expected = base(*inputs)
+    expected = base(*inputs.arguments())
     for name in sorted({name for name in chosen if name is not None}):
         mine = torch.tensor([row for row, other in enumerate(chosen) if other == name])
         model = models[PEFT] if name == "adapter_0" else peft_model(base, sizes, adapters[name])
-        expected[mine] = model(*inputs)[mine]
+        expected[mine] = model(*inputs.arguments())[mine]
     allowed = expected.abs().max().item() * (1e-4 if sizes.dtype == "float32" else 5e-2)
     with bank.use(chosen):
         for name in (EAGER, COMPILED):
-            error = (models[name](*inputs).float() - expected.float()).abs().max().item()
+            error = (models[name](*inputs.arguments()).float() - expected.float()).abs().max().item()
             check_error(f"bench moe: {name} at T{len(chosen)}, next to PEFT", error, allowed)
     # The base models among each other: what is timed is one function.
-    plain = base(*inputs)
+    plain = base(*inputs.arguments())
     for name, model in models.items():
         if name.startswith("base"):
-            error = (model(*inputs).float() - plain.float()).abs().max().item()
+            error = (model(*inputs.arguments()).float() - plain.float()).abs().max().item()
             check_error(f"bench moe: {name} at T{len(chosen)}", error, allowed)

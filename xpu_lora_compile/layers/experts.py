@@ -17,11 +17,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from xpu_lora_compile.adapters.checkpoint import ModuleSizes
 from xpu_lora_compile.errors import AttachError, NoFreePageError
 from xpu_lora_compile.layers.host import Host, LoraLayer, added_in_place, empty_b, routing_of
 from xpu_lora_compile.ops.lora_linear import tiles_eagerly
+from xpu_lora_compile.torch_internals import runs_plainly
 
 # The module of transformers whose decorator gives classes of experts their forward.
 _MOE = "transformers.integrations.moe"
@@ -61,11 +63,14 @@ class ExpertsLayer(LoraLayer):
             return cast("Tensor", self.without_lora(hidden_states, top_k_index, top_k_weights))
         module = cast("Any", self)
         count, experts = top_k_index.shape[-1], top_k_index.reshape(-1)
+        is_plain = not is_compiling() and runs_plainly(hidden_states, top_k_index, top_k_weights, *module._parameters.values())
         if module.config._experts_implementation in _SORTED:
             experts, order = torch.sort(experts)
             tokens = order // count
-            ends = _ends(experts, module.num_experts)
-            product = _grouped
+            if is_plain and experts.device.type == "cpu":
+                ends, product = torch.bincount(experts).cumsum(0).tolist(), _one_by_one
+            else:
+                ends, product = _ends(experts, module.num_experts), _grouped
         elif module.config._experts_implementation == "batched_mm":
             order, ends, product = None, experts, _batched
             tokens = torch.arange(hidden_states.shape[0], device=experts.device).repeat_interleave(count)
@@ -85,12 +90,13 @@ class ExpertsLayer(LoraLayer):
         rows = self._product(_DOWN, product, rows, experts, ends, *by_page)
         if module.has_post_expert_norm:
             rows = module.post_expert_norm(rows)
-        weights = top_k_weights.reshape(-1)
-        weighted = rows * (weights if order is None else weights[order]).unsqueeze(-1)
-        if order is not None:
+        if order is not None and is_plain:
+            rows = torch.empty_like(rows).index_copy_(0, order, rows)
+        elif order is not None:
             places = torch.empty_like(order)
             places[order] = torch.arange(order.shape[0], device=order.device)
-            weighted = weighted[places]
+            rows = rows[places]
+        weighted = rows * top_k_weights.reshape(-1, 1)
         return weighted.view(-1, count, weighted.shape[-1]).sum(1).to(hidden_states.dtype)
 
     def without_lora(self, *inputs: Tensor) -> Tensor:  # type: ignore[override]
@@ -103,7 +109,7 @@ class ExpertsLayer(LoraLayer):
         product: Any,
         rows: Tensor,
         experts: Tensor,
-        ends: Tensor,
+        ends: Any,
         pages: Tensor,
         tiles: Tensor | None,
     ) -> Tensor:
@@ -181,6 +187,19 @@ def _ends(experts: Tensor, count: int) -> Tensor:
 
 def _grouped(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
     return cast("Tensor", _of_transformers("_grouped_linear")(rows, weight, ends, bias, is_transposed))
+
+
+def _one_by_one(rows: Tensor, weight: Tensor, ends: list[int], bias: Tensor | None, is_transposed: bool) -> Tensor:
+    """The same on a CPU for calls that nothing looks at: experts without rows take no time."""
+    rows = rows.to(weight.dtype)
+    output = rows.new_empty(rows.shape[0], weight.shape[2 if is_transposed else 1])
+    start = 0
+    for expert, end in enumerate(ends):
+        if start < end:
+            matrix = weight[expert]
+            torch.mm(rows[start:end], matrix if is_transposed else matrix.t(), out=output[start:end])
+        start = end
+    return output if bias is None else output.add_(bias)
 
 
 def _batched(rows: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
