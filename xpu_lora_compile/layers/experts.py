@@ -20,10 +20,19 @@ from torch import Tensor, nn
 
 from xpu_lora_compile.adapters.checkpoint import ModuleSizes
 from xpu_lora_compile.errors import AttachError, NoFreePageError
-from xpu_lora_compile.layers.host import Host, LoraLayer, added_in_place, empty_b, routing_of
+from xpu_lora_compile.layers.host import (
+    Host,
+    LoraLayer,
+    added_in_place,
+    empty_b,
+    full_name,
+    layer_class,
+    routing_of,
+)
 
 # The module of transformers whose decorator gives classes of experts their forward.
 _MOE = "transformers.integrations.moe"
+_LLAMA_4 = "transformers.models.llama4.modeling_llama4.Llama4TextExperts"
 # Parameters that can carry LoRA, by the product that they are of.
 _UP, _GATE_UP, _DOWN = "up_proj", "gate_up_proj", "down_proj"
 # What a forward of transformers computes, in the order of the rows that it has here.
@@ -94,12 +103,15 @@ class ExpertsLayer(LoraLayer):
         return cast("Tensor", super(LoraLayer, self).forward(*inputs))
 
     def _product(self, name: str, product: Any, rows: Tensor, experts: Tensor, ends: Tensor, pages: Tensor) -> Tensor:
-        module, buffers = cast("Any", self), self._buffers
+        module = cast("Any", self)
         bias = getattr(module, f"{name}_bias")[experts] if module.has_bias else None
         output: Tensor = product(rows, getattr(module, name), ends, bias, module.is_transposed)
+        return self._with_lora(name, output, rows, pages)
+
+    def _with_lora(self, name: str, output: Tensor, rows: Tensor, pages: Tensor) -> Tensor:
         if name not in self.lora_parameters:
             return output
-        a, b = cast("Tensor", buffers[f"lora_a_{name}"]), cast("Tensor", buffers[f"lora_b_{name}"])
+        a, b = (cast("Tensor", self._buffers[f"lora_{factor}_{name}"]) for factor in "ab")
         return added_in_place(output, rows, a, b, pages)
 
     @property
@@ -160,6 +172,32 @@ class ExpertsLayer(LoraLayer):
         self.become_base()
 
 
+class DenseExpertsLayer(ExpertsLayer):
+    """Experts that are each given all tokens, as those of Llama 4: rows of tokens that are not theirs are zeros."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """The output of all experts, with each token's adapter added while a `bank.use` block runs.
+
+        Args:
+            hidden_states: `[E T, D]`, all tokens of the first expert first.
+        """
+        slots = routing_of(self).rows_of(self, hidden_states, 1)
+        if slots is None:
+            return self.without_lora(hidden_states)
+        module = cast("Any", self)
+        experts = torch.arange(module.num_experts, device=slots.device)
+        experts = experts.repeat_interleave(hidden_states.shape[0] // module.num_experts)
+        # What is zeros stays so: no LoRA is read for it.
+        pages = torch.where(hidden_states.any(1), self.lora_pages[slots, experts], -1)
+        gate, up = self._dense(_GATE_UP, hidden_states, pages).chunk(2, -1)
+        return self._dense(_DOWN, up * module.act_fn(gate), pages)
+
+    def _dense(self, name: str, rows: Tensor, pages: Tensor) -> Tensor:
+        weight = getattr(cast("Any", self), name)
+        output = torch.bmm(rows.view(weight.shape[0], -1, weight.shape[1]), weight).view(-1, weight.shape[2])
+        return self._with_lora(name, output, rows, pages)
+
+
 def _ends(experts: Tensor, count: int) -> Tensor:
     """Return where each expert's rows end, of rows that are sorted by expert, as transformers computes it."""
     kind = experts.float() if experts.device.type in ("cpu", "mps") else experts.int()
@@ -186,8 +224,13 @@ class Experts(Host):
     has_weight = False
 
     def takes_class(self, kind: type[nn.Module]) -> bool:
-        """Return whether it is a class whose forward the decorator of transformers has made."""
-        return getattr(kind.forward, "__globals__", {}).get("__name__") == _MOE
+        """Return whether it is a class whose forward the decorator of transformers has made, or that of Llama 4."""
+        is_made = getattr(kind.forward, "__globals__", {}).get("__name__") == _MOE
+        return is_made or full_name(kind) == _LLAMA_4
+
+    def layer(self, module: nn.Module) -> type[LoraLayer]:
+        """As `Host.layer`."""
+        return layer_class(DenseExpertsLayer if full_name(type(module)) == _LLAMA_4 else ExpertsLayer, type(module))
 
     def takes(self, module: nn.Module) -> bool:
         """Return whether its weights are floating numbers, and all of its experts are here."""
@@ -209,12 +252,16 @@ class Experts(Host):
         sites: dict[str, ModuleSizes] = {}
         if not (isinstance(module, ExpertsLayer) or self.takes(module)):
             return sites
+        # PEFT asks the module whether its weights are transposed. Those of Llama 4 are, and do not say so: PEFT's A is
+        # then of what the weight gives, and B of what it takes.
+        swaps = not hasattr(module, "is_transposed")
+        columns, rows = (1, 2) if swaps or held.is_transposed else (2, 1)
         for name in self._names(module):
             weight = cast("Tensor", module._parameters[name])
-            columns, rows = (1, 2) if held.is_transposed else (2, 1)
-            halves = "" if name != _GATE_UP else "in turn" if not held.is_concatenated else "one after the other"
+            halves = "" if name != _GATE_UP else "one after the other" if swaps or held.is_concatenated else "in turn"
+            sizes = weight.shape[columns], weight.shape[rows]
             sites[name] = ModuleSizes(
-                "experts", weight.shape[columns], weight.shape[rows], padded=False, experts=weight.shape[0], halves=halves
+                "experts", *sizes, padded=False, experts=weight.shape[0], halves=halves, swaps=swaps
             )
         return sites
 
