@@ -61,6 +61,7 @@ class ModuleSizes:
         room: what each slot has besides A and B: `SCALE`, for DoRA; `SHIFT`, for biases; `HEAD`, for its own weight;
             `TOKENS`, for rows of some tokens.
         experts: E, where it is a parameter of experts.
+        swaps: whether PEFT's A is of what the experts give, and B of what they take.
         most_rank: R of its pages in the bank, where that is known.
         halves: how the rows of gate and up lie in it, "one after the other" or "in turn"; or "" where it has one alone.
     """
@@ -72,6 +73,7 @@ class ModuleSizes:
     room: frozenset[str] = frozenset()
     experts: int = 0
     halves: str = ""
+    swaps: bool = False
     most_rank: int = 0
 
 

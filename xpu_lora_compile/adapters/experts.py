@@ -58,6 +58,10 @@ class ExpertsSite(Protocol):
     def halves(self) -> str:
         """How the rows of gate and up lie, or ""."""
 
+    @property
+    def swaps(self) -> bool:
+        """Whether PEFT's A is of what the experts give, and B of what they take."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -217,7 +221,8 @@ def _fused(
 
 
 def _fused_shapes(site: ExpertsSite, rank: int) -> tuple[list[int], list[int]]:
-    return [site.experts * rank, site.in_features], [site.out_features, rank * site.experts]
+    taken, given = (site.in_features, site.out_features)[:: -1 if site.swaps else 1]
+    return [site.experts * rank, taken], [given, rank * site.experts]
 
 
 def _other(
@@ -323,6 +328,9 @@ def _of_all(
     piece: Piece, site: ExpertsSite, count: int, read: Callable[[str, tuple[int, ...], float], Tensor]
 ) -> tuple[Tensor, Tensor]:
     rank, rows = piece.rank, site.out_features // 2 if piece.half else site.out_features
+    if piece.form == "fused" and site.swaps:
+        a = read(piece.key_a, (count, rank, rows), piece.scaling).transpose(1, 2)
+        return read(piece.key_b, (site.in_features, rank, count), 1.0).permute(2, 1, 0), a
     if piece.form == "fused":
         a = read(piece.key_a, (count, rank, site.in_features), 1.0)
         return a, read(piece.key_b, (rows, rank, count), piece.scaling).permute(2, 0, 1)

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,34 @@ from torch.compiler import is_compiling
 
 from xpu_lora_compile.adapters.checkpoint import ModuleSizes
 from xpu_lora_compile.errors import AttachError, NoFreePageError
-from xpu_lora_compile.layers.host import Host, LoraLayer, added_in_place, empty_b, routing_of
+from xpu_lora_compile.layers.host import (
+    Host,
+    LoraLayer,
+    added_in_place,
+    empty_b,
+    full_name,
+    layer_class,
+    routing_of,
+)
 from xpu_lora_compile.ops.lora_linear import tiles_eagerly
 from xpu_lora_compile.torch_internals import runs_plainly
 
 # The module of transformers whose decorator gives classes of experts their forward.
 _MOE = "transformers.integrations.moe"
+_LLAMA_4 = "transformers.models.llama4.modeling_llama4.Llama4TextExperts"
 # Parameters that can carry LoRA, by the product that they are of.
 _UP, _GATE_UP, _DOWN = "up_proj", "gate_up_proj", "down_proj"
 # What a forward of transformers computes, in the order of the rows that it has here.
 _SORTED = ("eager", "grouped_mm")
 # Held while pages are taken: two adapters may be loaded at once.
 _FILLING = threading.Lock()
+
+
+class _Pages(NamedTuple):
+    """The page of each row, and what the calls for both products share that is computed from it."""
+
+    indices: Tensor
+    tiles: Tensor | None
 
 
 class ExpertsLayer(LoraLayer):
@@ -60,17 +76,14 @@ class ExpertsLayer(LoraLayer):
         """
         slots = routing_of(self).rows_of(self, hidden_states, 1)
         if slots is None:
-            return cast("Tensor", self.without_lora(hidden_states, top_k_index, top_k_weights))
+            return self.without_lora(hidden_states, top_k_index, top_k_weights)
         module = cast("Any", self)
         count, experts = top_k_index.shape[-1], top_k_index.reshape(-1)
-        is_plain = not is_compiling() and runs_plainly(hidden_states, top_k_index, top_k_weights, *module._parameters.values())
         if module.config._experts_implementation in _SORTED:
             experts, order = torch.sort(experts)
             tokens = order // count
-            if is_plain and experts.device.type == "cpu":
-                ends, product = torch.bincount(experts).cumsum(0).tolist(), _one_by_one
-            else:
-                ends, product = _ends(experts, module.num_experts), _grouped
+            ends = _ends(experts, module.num_experts)
+            product: Any = _grouped
         elif module.config._experts_implementation == "batched_mm":
             order, ends, product = None, experts, _batched
             tokens = torch.arange(hidden_states.shape[0], device=experts.device).repeat_interleave(count)
@@ -81,16 +94,13 @@ class ExpertsLayer(LoraLayer):
                 repr(module.config._experts_implementation),
                 'Call model.set_experts_implementation("grouped_mm").',
             )
-        pages = self.lora_pages[slots[tokens], experts]
-        # Both products have the same rows.
-        by_page = pages, tiles_eagerly(pages, self._buffers[f"lora_a_{next(iter(self.lora_parameters))}"])
-        name = _GATE_UP if module.has_gate else _UP
-        rows = self._product(name, product, hidden_states[tokens], experts, ends, *by_page)
+        pages = self._pages(self.lora_pages[slots[tokens], experts])
+        rows = self._product(_GATE_UP if module.has_gate else _UP, product, hidden_states[tokens], experts, ends, pages)
         rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
-        rows = self._product(_DOWN, product, rows, experts, ends, *by_page)
+        rows = self._product(_DOWN, product, rows, experts, ends, pages)
         if module.has_post_expert_norm:
             rows = module.post_expert_norm(rows)
-        if order is not None and is_plain:
+        if order is not None and not is_compiling() and runs_plainly(rows, order):
             rows = torch.empty_like(rows).index_copy_(0, order, rows)
         elif order is not None:
             places = torch.empty_like(order)
@@ -99,27 +109,25 @@ class ExpertsLayer(LoraLayer):
         weighted = rows * top_k_weights.reshape(-1, 1)
         return weighted.view(-1, count, weighted.shape[-1]).sum(1).to(hidden_states.dtype)
 
-    def without_lora(self, *inputs: Tensor) -> Tensor:  # type: ignore[override]
+    def without_lora(self, *inputs: Tensor) -> Tensor:
         """The output of the experts alone."""
         return cast("Tensor", super(LoraLayer, self).forward(*inputs))
 
-    def _product(
-        self,
-        name: str,
-        product: Any,
-        rows: Tensor,
-        experts: Tensor,
-        ends: Any,
-        pages: Tensor,
-        tiles: Tensor | None,
-    ) -> Tensor:
-        module, buffers = cast("Any", self), self._buffers
+    def _product(self, name: str, product: Any, rows: Tensor, experts: Tensor, ends: Tensor, pages: _Pages) -> Tensor:
+        module = cast("Any", self)
         bias = getattr(module, f"{name}_bias")[experts] if module.has_bias else None
         output: Tensor = product(rows, getattr(module, name), ends, bias, module.is_transposed)
+        return self._with_lora(name, output, rows, pages)
+
+    def _pages(self, indices: Tensor) -> _Pages:
+        stack = cast("Tensor", self._buffers[f"lora_a_{next(iter(self.lora_parameters))}"])
+        return _Pages(indices, tiles_eagerly(indices, stack))
+
+    def _with_lora(self, name: str, output: Tensor, rows: Tensor, pages: _Pages) -> Tensor:
         if name not in self.lora_parameters:
             return output
-        a, b = cast("Tensor", buffers[f"lora_a_{name}"]), cast("Tensor", buffers[f"lora_b_{name}"])
-        return added_in_place(output, rows, a, b, pages, tiles=tiles)
+        a, b = (cast("Tensor", self._buffers[f"lora_{factor}_{name}"]) for factor in "ab")
+        return added_in_place(output, rows, a, b, pages.indices, tiles=pages.tiles)
 
     @property
     def lora_stacks(self) -> dict[str, Tensor]:
@@ -179,6 +187,32 @@ class ExpertsLayer(LoraLayer):
         self.become_base()
 
 
+class DenseExpertsLayer(ExpertsLayer):
+    """Experts that are each given all tokens, as those of Llama 4: rows of tokens that are not theirs are zeros."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """The output of all experts, with each token's adapter added while a `bank.use` block runs.
+
+        Args:
+            hidden_states: `[E T, D]`, all tokens of the first expert first.
+        """
+        slots = routing_of(self).rows_of(self, hidden_states, 1)
+        if slots is None:
+            return self.without_lora(hidden_states)
+        module = cast("Any", self)
+        experts = torch.arange(module.num_experts, device=slots.device)
+        experts = experts.repeat_interleave(hidden_states.shape[0] // module.num_experts)
+        # What is zeros stays so: no LoRA is read for it.
+        pages = self._pages(torch.where(hidden_states.any(1), self.lora_pages[slots, experts], -1))
+        gate, up = self._dense(_GATE_UP, hidden_states, pages).chunk(2, -1)
+        return self._dense(_DOWN, up * module.act_fn(gate), pages)
+
+    def _dense(self, name: str, rows: Tensor, pages: _Pages) -> Tensor:
+        weight = getattr(cast("Any", self), name)
+        output = torch.bmm(rows.view(weight.shape[0], -1, weight.shape[1]), weight).view(-1, weight.shape[2])
+        return self._with_lora(name, output, rows, pages)
+
+
 def _ends(experts: Tensor, count: int) -> Tensor:
     """Return where each expert's rows end, of rows that are sorted by expert, as transformers computes it."""
     kind = experts.float() if experts.device.type in ("cpu", "mps") else experts.int()
@@ -187,19 +221,6 @@ def _ends(experts: Tensor, count: int) -> Tensor:
 
 def _grouped(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
     return cast("Tensor", _of_transformers("_grouped_linear")(rows, weight, ends, bias, is_transposed))
-
-
-def _one_by_one(rows: Tensor, weight: Tensor, ends: list[int], bias: Tensor | None, is_transposed: bool) -> Tensor:
-    """The same on a CPU for calls that nothing looks at: experts without rows take no time."""
-    rows = rows.to(weight.dtype)
-    output = rows.new_empty(rows.shape[0], weight.shape[2 if is_transposed else 1])
-    start = 0
-    for expert, end in enumerate(ends):
-        if start < end:
-            matrix = weight[expert]
-            torch.mm(rows[start:end], matrix if is_transposed else matrix.t(), out=output[start:end])
-        start = end
-    return output if bias is None else output.add_(bias)
 
 
 def _batched(rows: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
@@ -218,8 +239,13 @@ class Experts(Host):
     has_weight = False
 
     def takes_class(self, kind: type[nn.Module]) -> bool:
-        """Return whether it is a class whose forward the decorator of transformers has made."""
-        return getattr(kind.forward, "__globals__", {}).get("__name__") == _MOE
+        """Return whether it is a class whose forward the decorator of transformers has made, or that of Llama 4."""
+        is_made = getattr(kind.forward, "__globals__", {}).get("__name__") == _MOE
+        return is_made or full_name(kind) == _LLAMA_4
+
+    def layer(self, module: nn.Module) -> type[LoraLayer]:
+        """As `Host.layer`."""
+        return layer_class(DenseExpertsLayer if full_name(type(module)) == _LLAMA_4 else ExpertsLayer, type(module))
 
     def takes(self, module: nn.Module) -> bool:
         """Return whether its weights are floating numbers, and all of its experts are here."""
@@ -241,12 +267,16 @@ class Experts(Host):
         sites: dict[str, ModuleSizes] = {}
         if not (isinstance(module, ExpertsLayer) or self.takes(module)):
             return sites
+        # PEFT asks the module whether its weights are transposed. Those of Llama 4 are, and do not say so: PEFT's A is
+        # then of what the weight gives, and B of what it takes.
+        swaps = not hasattr(module, "is_transposed")
+        columns, rows = (1, 2) if swaps or held.is_transposed else (2, 1)
         for name in self._names(module):
             weight = cast("Tensor", module._parameters[name])
-            columns, rows = (1, 2) if held.is_transposed else (2, 1)
-            halves = "" if name != _GATE_UP else "in turn" if not held.is_concatenated else "one after the other"
+            halves = "" if name != _GATE_UP else "one after the other" if swaps or held.is_concatenated else "in turn"
+            sizes = weight.shape[columns], weight.shape[rows]
             sites[name] = ModuleSizes(
-                "experts", weight.shape[columns], weight.shape[rows], padded=False, experts=weight.shape[0], halves=halves
+                "experts", *sizes, padded=False, experts=weight.shape[0], halves=halves, swaps=swaps
             )
         return sites
 

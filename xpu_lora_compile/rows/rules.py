@@ -336,13 +336,18 @@ def reduced(step: Step) -> Tensor:
     cummin _safe_softmax _weight_norm msort
     """
 )
-def along_a_dimension(step: Step) -> Tensor:
+def along_a_dimension(step: Step) -> Tensor | list[Tensor]:
     """Elements along one dimension meet, and as many or fewer come back."""
     source = step.tensors[0]
     if not source.dim():
         return step.owners(source)
     dimension = step.argument("dim", -1)
-    return fold(step.owners(source), [dimension if isinstance(dimension, int) else -1])
+    owners = fold(step.owners(source), [dimension if isinstance(dimension, int) else -1])
+    if name_of(step.func) not in ("sort", "argsort", "topk", "msort"):
+        return owners
+    # Whole numbers in another order say which rows are picked, and are not computed from several: those of experts, say.
+    picked = torch.where(owners == MIXED, UNKNOWN, owners)
+    return [owners if result.is_floating_point() else picked for result in step.results]
 
 
 @rule("native_layer_norm layer_norm _fused_rms_norm rms_norm")
