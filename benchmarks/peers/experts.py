@@ -157,7 +157,9 @@ class SglangExperts(ExpertsPeer):
             torch.zeros(rows * count, width, dtype=operands.hidden.dtype, device=device)
             for width in (2 * inner, features)
         ]
-        flat = [[(a.flatten(0, 1), b.flatten(0, 1)) for a, b in side] for side in (operands.gate_up, operands.down)]
+        # Gate and up have an A each there.
+        gate_up = [(torch.cat([a, a], 2), b) for a, b in operands.gate_up]
+        flat = [[(a.flatten(0, 1), b.flatten(0, 1)) for a, b in side] for side in (gate_up, operands.down)]
 
         def call(layer: int) -> tuple[Tensor, Tensor]:
             for side, spec_a, inputs in ((0, plan.gate_up_a, operands.hidden), (1, plan.down_a, operands.activated)):
@@ -189,16 +191,12 @@ def find(folder: Path) -> dict[str, ExpertsPeer]:
 
 
 def _warm(call: ExpertsCall, layers: int, outputs: list[Tensor]) -> ExpertsCall:
-    """Have kernels compiled and scratch allocated; then the outputs are of no layer."""
-
-    def cleared(layer: int) -> tuple[Tensor, Tensor]:
-        return call(layer)
-
+    """Have kernels compiled and scratch allocated; then the outputs are zeros again."""
     for layer in range(layers):
         call(layer)
         for output in outputs:
             output.zero_()
-    return cleared
+    return call
 
 
 def _by_group(index: Tensor, slots: Tensor, count: int, experts: int) -> list[list[int]]:

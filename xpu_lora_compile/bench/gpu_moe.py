@@ -8,8 +8,8 @@ layers do; what others sort their rows by is computed before, and not timed.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -127,26 +127,45 @@ def summary(results: Sequence[moe.MoeResult]) -> dict[str, float]:
 def _measure(
     layers: Sequence[Layer], sizes: Sizes, rows: int, found: Mapping[str, peers.ExpertsPeer], rounds: int
 ) -> dict[str, Timing]:
-    device = "cuda"
-    inputs, slots = moe.draw(sizes, rows, device), RandomOperands(2, device, drawn_on=device).indices(rows, sizes.slots)
+    inputs = moe.draw(sizes, rows, "cuda")
+    slots = RandomOperands(2, "cuda", drawn_on="cuda").indices(rows, sizes.slots)
+    with serving(layers, slots):
+        calls = contenders(layers, inputs, slots) | contenders_alone(layers, sizes, inputs, slots, found)
+        return timed_in_graphs(calls, rounds)
+
+
+@contextmanager
+def serving(layers: Sequence[Layer], slots: Tensor) -> Iterator[None]:
+    """Have each token answered by the adapter of its slot, in all layers."""
     chosen = [f"adapter_{slot}" if slot >= 0 else None for slot in slots.tolist()]
     with ExitStack() as blocks:
         for layer in layers:
             blocks.enter_context(layer.bank.use(chosen))
-        calls: dict[str, Call] = {
-            BASE: _turns([layer.base for layer in layers], inputs),
-            COMPILED_BASE: _turns([torch.compile(layer.base, dynamic=False) for layer in layers], inputs),
-            EAGER: _turns([layer.served for layer in layers], inputs),
-            COMPILED: _turns(
-                [torch.compile(layer.served, backend="xpu_lora", dynamic=False) for layer in layers], inputs
-            ),
-        }
+        yield
+
+
+def contenders(layers: Sequence[Layer], inputs: Draw, slots: Tensor) -> dict[str, Call]:
+    """The experts without LoRA and with it, eager and compiled, checked against float64, by name.
+
+    Args:
+        layers: that serve these slots.
+        inputs: of all.
+        slots: `[T]`, of each row.
+    """
+    compiled = partial(torch.compile, dynamic=False)
+    calls: dict[str, Call] = {
+        BASE: _turns([layer.base for layer in layers], inputs),
+        COMPILED_BASE: _turns([compiled(layer.base) for layer in layers], inputs),
+        EAGER: _turns([layer.served for layer in layers], inputs),
+        COMPILED: _turns([compiled(layer.served, backend="xpu_lora") for layer in layers], inputs),
+    }
+    nobody = torch.full_like(slots, -1)
+    for number, layer in enumerate(layers):
+        exact = {True: _exact(layer, inputs, slots), False: _exact(layer, inputs, nobody)}
         for name, call in calls.items():
-            for number, layer in enumerate(layers):
-                exact = _exact(layer, inputs, slots if name in (EAGER, COMPILED) else torch.full_like(slots, -1))
-                check(f"{name} at T{rows}", call(number)[:CHECKED], exact)
-        alone, others = contenders_alone(layers, sizes, inputs, slots, found)
-        return timed_in_graphs({**calls, ALONE: alone, **others}, rounds)
+            result = call(number)[:CHECKED]
+            check(f"{name} at T{len(slots)}", result, exact[name in (EAGER, COMPILED)])
+    return calls
 
 
 def _turns(models: Sequence[Any], inputs: Draw) -> Call:
@@ -155,8 +174,8 @@ def _turns(models: Sequence[Any], inputs: Draw) -> Call:
 
 def contenders_alone(
     layers: Sequence[Layer], sizes: Sizes, inputs: Draw, slots: Tensor, found: Mapping[str, peers.ExpertsPeer]
-) -> tuple[Call, dict[str, Call]]:
-    """LoRA alone on both products: ours, and others', checked against float64.
+) -> dict[str, Call]:
+    """LoRA alone on both products: ours, and others', checked against float64, by name.
 
     Args:
         layers: with their adapters.
@@ -200,7 +219,7 @@ def contenders_alone(
         [layer[GATE_UP] for layer in stacks],
         [layer[DOWN] for layer in stacks],
     )
-    others: dict[str, Call] = {}
+    calls: dict[str, Call] = {ALONE: ours}
     for name, peer in found.items():
         bound = peer.prepare(given)
         for number in range(len(layers)):
@@ -209,8 +228,11 @@ def contenders_alone(
             where = f"{name}, alone, at T{rows}"
             check(f"{where}: {GATE_UP}", up[: CHECKED * count], exact[number][GATE_UP])
             check(f"{where}: {DOWN}", down[: CHECKED * count], exact[number][DOWN] * weights)
-        others[f"{name}, alone"] = partial(_second, bound)
-    return ours, others
+            # Some add to what is there.
+            up.zero_()
+            down.zero_()
+        calls[f"{name}, alone"] = partial(_second, bound)
+    return calls
 
 
 def _second(bound: peers.ExpertsCall, number: int) -> Tensor:

@@ -105,7 +105,7 @@ class ExpertsOperands:
     down: Sequence[tuple[Tensor, Tensor]]
 
 
-# Takes the number of a layer, and returns what LoRA adds to both products, [T k, 2 I] and [T k, D].
+# Takes the number of a layer, and adds its LoRA to zeros, or writes it: [T k, 2 I] and [T k, D], which are all layers'.
 ExpertsCall = Callable[[int], tuple[Tensor, Tensor]]
 
 
