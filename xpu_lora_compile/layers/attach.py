@@ -25,8 +25,8 @@ from xpu_lora_compile.errors import AttachError, UnmatchedTensorError
 from xpu_lora_compile.generation import follow_generation, generating_methods
 from xpu_lora_compile.layers import HOSTS
 from xpu_lora_compile.layers.declared import Declared
-from xpu_lora_compile.layers.extras import ExtraLayer, empty_extras, extra_class, room_of
 from xpu_lora_compile.layers.experts import Experts, become_layer, empty_pages
+from xpu_lora_compile.layers.extras import ExtraLayer, empty_extras, extra_class, room_of
 from xpu_lora_compile.layers.host import Host, LoraLayer, empty_b, have_hook_call
 from xpu_lora_compile.layers.targets import carriers_in, find_experts, find_heads, find_targets, find_tied
 from xpu_lora_compile.rows.routing import BatchRouting, Entry, LostRouting

@@ -66,14 +66,14 @@ class ExpertsLayer(LoraLayer):
         """
         slots = routing_of(self).rows_of(self, hidden_states, 1)
         if slots is None:
-            return cast("Tensor", self.without_lora(hidden_states, top_k_index, top_k_weights))
+            return self.without_lora(hidden_states, top_k_index, top_k_weights)
         module = cast("Any", self)
         count, experts = top_k_index.shape[-1], top_k_index.reshape(-1)
         if module.config._experts_implementation in _SORTED:
             experts, order = torch.sort(experts)
             tokens = order // count
             ends = _ends(experts, module.num_experts)
-            product = _grouped
+            product: Any = _grouped
         elif module.config._experts_implementation == "batched_mm":
             order, ends, product = None, experts, _batched
             tokens = torch.arange(hidden_states.shape[0], device=experts.device).repeat_interleave(count)
@@ -98,7 +98,7 @@ class ExpertsLayer(LoraLayer):
             weighted = weighted[places]
         return weighted.view(-1, count, weighted.shape[-1]).sum(1).to(hidden_states.dtype)
 
-    def without_lora(self, *inputs: Tensor) -> Tensor:  # type: ignore[override]
+    def without_lora(self, *inputs: Tensor) -> Tensor:
         """The output of the experts alone."""
         return cast("Tensor", super(LoraLayer, self).forward(*inputs))
 
