@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 
-MODULES = ["ops.bgmv", "ops.lora_linear", "passes.decisions", "backend", "inspect.explain", "inspect.verify"]
+MODULES = ["ops.bgmv", "ops.lora_linear", "ops.moe", "passes.decisions", "backend", "inspect.explain", "inspect.verify"]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -18,7 +18,7 @@ from xpu_lora_compile.inspect.report import Report
 from xpu_lora_compile.inspect.verify import verify
 from xpu_lora_compile.kernels import force_kernel
 from xpu_lora_compile.layers.attach import attach, detach
-from xpu_lora_compile.ops import bgmv_expand, bgmv_expand_slice, bgmv_shrink, lora_linear
+from xpu_lora_compile.ops import bgmv_expand, bgmv_expand_slice, bgmv_shrink, lora_linear, moe_lora_linear
 from xpu_lora_compile.passes import Decision, Launch, record_decisions, rewrite
 
 __version__ = "0.1.0"
@@ -58,6 +58,7 @@ __all__ = [
     "inductor_options",
     "load_artifact",
     "lora_linear",
+    "moe_lora_linear",
     "record_decisions",
     "rewrite",
     "verify",

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import repeat
 from operator import getitem, is_
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -648,3 +649,20 @@ def open_guards(graph: torch.fx.Graph) -> list[str]:
     # Two sizes that were found to be equal are one by now.
     unsettled = [guard for guard in replaced if guard != True and bound_sympy(guard, env.var_to_range).lower != True]  # noqa: E712 - sympy's
     return list(dict.fromkeys(map(str, unsettled)))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return how many bytes a device has free, those included that PyTorch keeps for later; None where nobody says."""
+    if device.type in ("cuda", "xpu"):
+        module = getattr(torch, device.type)
+        free: int = module.mem_get_info(device)[0]
+        kept: int = module.memory_reserved(device) - module.memory_allocated(device)
+        return free + kept
+    if device.type == "cpu":
+        try:
+            lines = Path("/proc/meminfo").read_text().splitlines()
+        except OSError:
+            return None
+        said = next((line for line in lines if line.startswith("MemAvailable:")), None)
+        return None if said is None else int(said.split()[1]) * 1024
+    return None

@@ -347,7 +347,6 @@ def test_a_tied_head_that_the_bank_does_not_cover_is_named(tmp_path: Path) -> No
 
 
 MERGEABLE: dict[str, dict[str, Any]] = {
-    "parameters": {"target_parameters": ["up_proj.weight"]},
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
 }
@@ -382,35 +381,36 @@ def test_merging_is_not_recommended_where_peft_cannot(case: str, tmp_path: Path)
 
 def test_each_field_has_its_own_advice(tmp_path: Path) -> None:
     save_adapter(tmp_path, target_modules=["q_proj"])
-    edit_config(tmp_path, target_parameters=["up"], alora_invocation_tokens=[1])
+    edit_config(tmp_path, use_bdlora={"nblocks": 2}, alora_invocation_tokens=[1])
     with pytest.raises(UnsupportedAdapterError) as caught:
         read_config(tmp_path)
-    assert re.search(r"parameters: Let PEFT.*alora_invocation_tokens: Serve it", caught.value.args[3]) or re.search(
-        r"alora_invocation_tokens: Serve it.*parameters: Let PEFT", caught.value.args[3]
+    assert re.search(r"use_bdlora: Let PEFT.*alora_invocation_tokens: Serve it", caught.value.args[3]) or re.search(
+        r"alora_invocation_tokens: Serve it.*use_bdlora: Let PEFT", caught.value.args[3]
     )
 
 
 # --- modules that carry no LoRA here -------------------------------------------------------------------------------
 
 
-def test_lora_on_single_experts_is_refused_and_peft_merges_it(tmp_path: Path) -> None:
+def test_a_parameter_of_a_plain_layer_is_the_layer(tmp_path: Path) -> None:
+    save_adapter(tmp_path, target_modules=["q_proj"], target_parameters=["up_proj.weight"])
+    assert_as_peft(tiny_llama(), tmp_path)
+
+
+def test_lora_on_single_experts_is_that_of_peft(tmp_path: Path) -> None:
     save_adapter(tmp_path, model=qwen3_moe(), target_modules=["q_proj"])
     with edited_weights(tmp_path) as tensors, torch.random.fork_rng():
+        torch.manual_seed(0)
         for expert in range(2):
             for name, inputs, outputs in (("gate_proj", 32, 16), ("up_proj", 32, 16), ("down_proj", 16, 32)):
                 for layer in range(2):
                     module = f"{PREFIX}model.layers.{layer}.mlp.experts.{expert}.{name}"
-                    tensors[f"{module}.lora_A.weight"] = torch.randn(4, inputs)
-                    tensors[f"{module}.lora_B.weight"] = torch.randn(outputs, 4)
+                    tensors[f"{module}.lora_A.weight"] = torch.randn(4, inputs) * 0.3
+                    tensors[f"{module}.lora_B.weight"] = torch.randn(outputs, 4) * 0.3
     edit_config(tmp_path, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
-    for load in (
-        lambda model: xlc.attach(model).load("a", tmp_path),
-        lambda m: xlc.attach(m, adapters={"a": tmp_path}),
-    ):
-        with pytest.raises(UnsupportedAdapterError, match=r"LoRA on single experts.*merge_and_unload") as caught:
-            load(qwen3_moe())
-        assert "attach" not in str(caught.value)
-    assert_merging_works(qwen3_moe(), tmp_path)
+    with pytest.raises(UnmatchedTensorError, match=r"target_parameters=\['down_proj', 'gate_up_proj'\]"):
+        xlc.attach(qwen3_moe()).load("a", tmp_path)
+    assert_as_peft(qwen3_moe(), tmp_path)
 
 
 def test_lora_on_conv1d_is_that_of_peft(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def save_forms(family: str, folder: Path, seed: int) -> dict[str, Path]:
     for name, module in experts_of(model).items():
         held: Any = module
         count = held.down_proj.shape[0]
-        columns, rows = (1, 2) if getattr(held, "is_transposed", True) else (2, 1)
+        columns = 1 if getattr(held, "is_transposed", True) else 2
         features, width = held.gate_up_proj.shape[columns], held.down_proj.shape[columns]
         factors = {
             gate_name: (draw(1, RANK, features).expand(count, -1, -1), draw(count, width, RANK)),
@@ -173,7 +173,8 @@ def save_forms(family: str, folder: Path, seed: int) -> dict[str, Path]:
         folders[form].mkdir(parents=True)
         (folders[form] / "adapter_config.json").write_text(json.dumps(config))
         save_file(
-            {key: value.contiguous().clone() for key, value in tensors.items()}, folders[form] / "adapter_model.safetensors"
+            {key: value.contiguous().clone() for key, value in tensors.items()},
+            folders[form] / "adapter_model.safetensors",
         )
     return folders
 

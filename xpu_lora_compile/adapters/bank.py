@@ -17,7 +17,7 @@ from xpu_lora_compile.adapters.checkpoint import ModuleSizes, opened_checkpoint
 from xpu_lora_compile.adapters.config import read_config
 from xpu_lora_compile.adapters.names import BaseModel, Host, plain_name
 from xpu_lora_compile.adapters.needs import folder_path
-from xpu_lora_compile.adapters.staging import PagedLayer, Staged, StackedLayer, Staging, clear, short_turns
+from xpu_lora_compile.adapters.staging import PagedLayer, StackedLayer, Staged, Staging, clear, short_turns
 from xpu_lora_compile.errors import (
     AdapterError,
     BankInUseError,

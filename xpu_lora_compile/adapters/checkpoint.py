@@ -154,7 +154,8 @@ class Checkpoint:
     @property
     def rank(self) -> int:
         """The highest rank of all modules."""
-        return max((pair.rank for pair in (*self.pairs.values(), *self.experts.values())), default=0)
+        ranks = [pair.rank for pair in self.pairs.values()] + [pair.rank for pair in self.experts.values()]
+        return max(ranks, default=0)
 
     def tensor(self, key: str, shape: tuple[int, ...]) -> Tensor:
         """A or B, which may be the file itself, mapped into memory: to be read only, and copied soon."""
@@ -317,9 +318,7 @@ def _check_experts(
         remedy = f"Attach with max_rank={max(too_high.values())}, or train the adapter with a lower rank."
         got = few([f"{name} (rank {rank})" for name, rank in too_high.items()])
         raise RankError(str(path.parent), f"a rank of at most {most} for experts, of gate and up together", got, remedy)
-    if missing := [
-        name for name in base.parameter_sites if config.targets_parameter(name) and name not in experts
-    ]:
+    if missing := [name for name in base.parameter_sites if config.targets_parameter(name) and name not in experts]:
         remedy = "By adapter_config.json they should be there, so the file is incomplete: copy or download it again."
         raise UnmatchedTensorError(str(path), "A and B for every targeted parameter", f"none of {few(missing)}", remedy)
 

@@ -6,8 +6,8 @@
     ...experts.gate_up_proj.lora_A.weight [E or 1, r, D]                    of all experts, or of all the same
 
 In PEFT's the expert is the slowest index of A's rows, and the fastest of B's columns. Which parameter a pair is of is
-not in the file: its sizes say so. Gate and up are two halves of one parameter here: where each has an A of its own, they
-are joined to one pair of twice the rank.
+not in the file: its sizes say so. Gate and up are two halves of one parameter here: where each has an A of its own,
+they are joined to one pair of twice the rank.
 """
 
 from __future__ import annotations
@@ -287,9 +287,7 @@ def _pair(file: File, name: str, pieces: Sequence[Piece], site: ExpertsSite) -> 
     return ExpertsPair(site, tuple(pieces), max(sum(halves.values()) for halves in ranks.values()))
 
 
-def join(
-    pair: ExpertsPair, read: Callable[[str, tuple[int, ...], float], Tensor]
-) -> tuple[list[int], Tensor, Tensor]:
+def join(pair: ExpertsPair, read: Callable[[str, tuple[int, ...], float], Tensor]) -> tuple[list[int], Tensor, Tensor]:
     """Read what the file has of one parameter.
 
     Args:

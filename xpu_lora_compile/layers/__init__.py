@@ -19,7 +19,16 @@ from xpu_lora_compile.layers.hqq import Hqq
 from xpu_lora_compile.layers.linear import Linear
 from xpu_lora_compile.layers.transformers_fp8 import TransformersFp8
 
-HOSTS: tuple[Host, ...] = (Linear(), Embedding(), Conv1D(), BitsAndBytes(), Hqq(), TransformersFp8(), GptqModel(), Experts())
+HOSTS: tuple[Host, ...] = (
+    Linear(),
+    Embedding(),
+    Conv1D(),
+    BitsAndBytes(),
+    Hqq(),
+    TransformersFp8(),
+    GptqModel(),
+    Experts(),
+)
 
 
 def host_of(module: nn.Module, hosts: Sequence[Host] = HOSTS) -> Host | None:

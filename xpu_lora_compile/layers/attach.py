@@ -25,12 +25,12 @@ from xpu_lora_compile.errors import AttachError, UnmatchedTensorError
 from xpu_lora_compile.generation import follow_generation, generating_methods
 from xpu_lora_compile.layers import HOSTS
 from xpu_lora_compile.layers.declared import Declared
-from xpu_lora_compile.layers.extras import ExtraLayer, empty_extras, extra_class, room_of
 from xpu_lora_compile.layers.experts import Experts, become_layer, empty_pages
+from xpu_lora_compile.layers.extras import ExtraLayer, empty_extras, extra_class, room_of
 from xpu_lora_compile.layers.host import Host, LoraLayer, empty_b, have_hook_call
 from xpu_lora_compile.layers.targets import carriers_in, find_experts, find_heads, find_targets, find_tied
 from xpu_lora_compile.rows.routing import BatchRouting, Entry, LostRouting
-from xpu_lora_compile.torch_internals import prepare_for_tracing
+from xpu_lora_compile.torch_internals import free_memory, prepare_for_tracing
 
 
 class _Unsaid(str):
@@ -179,6 +179,8 @@ def attach(
     prepare_for_tracing()
     carriers = targets | {name: (host, module) for name, (host, module, _) in mixtures.items()}
     _check_devices({name: host.device(module) for name, (host, module) in carriers.items()})
+    wanted_rank = experts_rank or max_rank
+    _check_memory(carriers, sites, mixtures, slots, max_rank, wanted_rank, expert_pages, dtype)
     # All memory is taken before the first module changes.
     stacks = {
         name: _empty_stacks(
@@ -198,7 +200,7 @@ def attach(
             module,
             parameters,
             slots,
-            experts_rank or max_rank,
+            wanted_rank,
             expert_pages,
             dtype or host.dtype(module) or _dtype_of(model),
         )
@@ -257,6 +259,42 @@ def _empty_stacks(
         stacks = {"lora_a": torch.zeros(slots, *a, dtype=dtype, device=device)}
         stacks["lora_b"] = empty_b(slots, site.out_features, rank, dtype, device)
         return stacks | empty_extras(host, module, site, slots, tokens, dtype)
+
+
+def _check_memory(
+    carriers: Mapping[str, tuple[Host, nn.Module]],
+    sites: Mapping[str, ModuleSizes],
+    mixtures: Mapping[str, tuple[Host, nn.Module, tuple[str, ...]]],
+    slots: int,
+    rank: int,
+    experts_rank: int,
+    pages: int | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Refuse what there is no memory for, before any of it is taken."""
+    wanted: dict[torch.device, int] = {}
+    of_experts = 0
+    for name, (host, module) in carriers.items():
+        size, device = (dtype or host.dtype(module) or torch.float32).itemsize, host.device(module)
+        if name in sites:
+            values = slots * rank * (sites[name].in_features + sites[name].out_features)
+        else:
+            chosen = [host.parameter_sites(module)[parameter] for parameter in mixtures[name][2]]
+            count = slots * chosen[0].experts if pages is None else min(pages, slots * chosen[0].experts)
+            values = count * experts_rank * sum(site.in_features + site.out_features for site in chosen)
+            of_experts += values * size
+        wanted[device] = wanted.get(device, 0) + values * size
+    for device, size in wanted.items():
+        free = free_memory(device)
+        if free is not None and size > free:
+            remedy = "Attach with fewer slots, a lower max_rank, or fewer target_modules."
+            if of_experts > size // 2:
+                remedy = (
+                    "An adapter takes a page for each expert that it changes: attach with fewer of them, "
+                    "expert_pages=..., with fewer slots, or with a lower max_rank."
+                )
+            got = f"{slots} slots of {size / slots / 1e9:.2f} GB each, {size / 1e9:.2f} GB in all"
+            raise AttachError("attach: model", f"room in the {free / 1e9:.2f} GB that {device} has free", got, remedy)
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

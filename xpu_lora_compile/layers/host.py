@@ -301,7 +301,7 @@ class Host:
         return ModuleSizes("linear", *sizes, padded=False)
 
     def parameter_sites(self, module: nn.Module) -> dict[str, ModuleSizes]:
-        """Return the sizes of parameters of a module that carry LoRA each for themselves, by name; none of most kinds."""
+        """Return the sizes of parameters that carry LoRA each for themselves, by name: those of experts."""
         return {}
 
     def dtype(self, module: nn.Module) -> torch.dtype | None:

@@ -129,11 +129,11 @@ def find_experts(
                 else "Leave it out: this model has none that carry LoRA.",
             )
         chosen.update(found)
-    return {
-        name: (host, module, tuple(parameter for parameter in host.parameter_sites(module) if (name, parameter) in chosen))
+    of_module = {
+        name: tuple(parameter for parameter in host.parameter_sites(module) if (name, parameter) in chosen)
         for name, (host, module) in carriers.items()
-        if any(owner == name for owner, _ in chosen)
     }
+    return {name: (*carriers[name], names) for name, names in of_module.items() if names}
 
 
 def find_heads(

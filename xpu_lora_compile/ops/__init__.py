@@ -25,6 +25,7 @@ from xpu_lora_compile.ops.internal import (
     VENDOR_ADD_LORA,
 )
 from xpu_lora_compile.ops.lora_linear import LORA_LINEAR, LORA_LINEARS, lora_linear
+from xpu_lora_compile.ops.moe import moe_lora_linear
 
 __all__ = [
     "ADD_LORA",
@@ -52,4 +53,5 @@ __all__ = [
     "bgmv_expand_slice",
     "bgmv_shrink",
     "lora_linear",
+    "moe_lora_linear",
 ]

@@ -89,7 +89,7 @@ def _roundings(op: str, args: dict[str, Any]) -> int:
     if op == "bgmv_shrink":
         # One for each element of the sum, one to round the scaling, one to multiply by it.
         return columns + 2
-    if op == "lora_linear":
+    if op in ("lora_linear", "moe_lora_linear"):
         ranks: list[int] = [a.shape[-2] for a in args["lora_a"]]
         return columns + 2 + max(ranks) + len(ranks)
     return columns + 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -65,3 +66,24 @@ def lora_linear(
         hidden = bgmv_shrink(hidden, inputs, a, lora_indices, scaling)
         result = bgmv_expand_slice(result, hidden, b, lora_indices, offset, b.shape[-2])
     return result.to(base.dtype)
+
+
+def moe_lora_linear(
+    base: Tensor,
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    lora_indices: Tensor,
+    expert_indices: Tensor,
+    expert_pages: Tensor,
+    slice_offsets: Sequence[int],
+    scaling: float = 1.0,
+    ranks: Tensor | None = None,
+) -> Tensor:
+    """`lora_linear` with the page of each row's slot and expert; a row outside of the table has none."""
+    table = expert_pages.tolist()
+    pairs = zip(lora_indices.tolist(), expert_indices.tolist(), strict=True)
+    slots, experts = expert_pages.shape
+    pages = [table[slot][expert] if 0 <= slot < slots and 0 <= expert < experts else -1 for slot, expert in pairs]
+    indices = torch.tensor(pages, dtype=torch.int64)
+    return lora_linear(base, inputs, lora_a, lora_b, indices, slice_offsets, scaling, ranks)

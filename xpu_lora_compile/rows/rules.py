@@ -345,7 +345,7 @@ def along_a_dimension(step: Step) -> Tensor | list[Tensor]:
     owners = fold(step.owners(source), [dimension if isinstance(dimension, int) else -1])
     if name_of(step.func) not in ("sort", "argsort", "topk", "msort"):
         return owners
-    # Whole numbers in another order say which rows are picked, and are not computed from several: those of experts, say.
+    # Whole numbers in another order, those of experts, say which rows are picked, and are not computed from several.
     picked = torch.where(owners == MIXED, UNKNOWN, owners)
     return [owners if result.is_floating_point() else picked for result in step.results]
 
