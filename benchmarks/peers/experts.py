@@ -45,7 +45,7 @@ class VllmExperts(ExpertsPeer):
         how_many = torch.tensor([len(active)], dtype=torch.int32)
         enabled = torch.ones(slots + 1, dtype=torch.int32, device=device)
         if rows * count * self.SPARSITY <= experts * slots:
-            routing = None, operands.index.reshape(-1), None
+            routing: tuple[Any, ...] = (None, operands.index.reshape(-1), None)
         else:
             routing = _blocks(operands.index, operands.slots, slots, experts, self._block)
         outputs = [
@@ -255,6 +255,4 @@ def _buckets(index: Tensor, slots: Tensor, count: int, experts: int, block: int)
         blocks = -(-len(group) // block)
         ids += group + [pairs] * (blocks * block - len(group))
         codes += [code if code < count * experts else -1] * blocks
-    return tuple(
-        torch.tensor(values, dtype=torch.int32, device=index.device) for values in (ids, codes, [len(ids)])
-    )  # type: ignore[return-value]
+    return tuple(torch.tensor(values, dtype=torch.int32, device=index.device) for values in (ids, codes, [len(ids)]))  # type: ignore[return-value]

@@ -173,9 +173,7 @@ def test_few_rows_among_many_pages_have_tiles_of_their_own(rows: int, dtype: tor
 
 @pytest.mark.parametrize("reads", [0, 1 << 24], ids=["sorted", "in-place"])
 @pytest.mark.parametrize(("rows", "slots"), [(30, 600), (200, 100)])
-def test_pages_of_experts_add_what_slots_do(
-    rows: int, slots: int, reads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pages_of_experts_add_what_slots_do(rows: int, slots: int, reads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = RandomOperands(0, DEVICE)
     a, b = draw.normal(slots, 4, 33), draw.normal(slots, 40, 4)
     inputs, base, indices = draw.normal(rows, 33), draw.normal(rows, 40), mix(rows, slots)

@@ -168,10 +168,10 @@ def bench_moe(
         typer.Option(help="T; several times for several. By default 1, 8 and 128; on cuda 32 and 4096."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="By default float32; on cuda bfloat16.")] = None,
-    experts: Annotated[int | None, typer.Option(help="E. By default 64; on cuda 128.")] = None,
-    chosen: Annotated[int, typer.Option(help="Experts of each token.")] = 8,
-    features: Annotated[int | None, typer.Option(help="D. By default 512; on cuda 2048.")] = None,
-    inner: Annotated[int | None, typer.Option(help="I. By default 192; on cuda 768.")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="E. By default 64; on cuda 128.")] = None,
+    chosen: Annotated[int, typer.Option(min=1, help="Experts of each token.")] = 8,
+    features: Annotated[int | None, typer.Option(min=1, help="D. By default 512; on cuda 2048.")] = None,
+    inner: Annotated[int | None, typer.Option(min=1, help="I. By default 192; on cuda 768.")] = None,
     rank: Rank = 16,
     slots: Slots = 8,
     form: Annotated[
@@ -183,7 +183,7 @@ def bench_moe(
     threads: Threads = 2,
     json: Json = None,
 ) -> None:
-    """The experts of a mixture with mixed adapters: next to themselves without, and PEFT; on cuda to others' kernels."""
+    """Experts of a mixture with mixed adapters: next to themselves without, and PEFT; on cuda to others' kernels."""
     from xpu_lora_compile.bench import gpu_moe, measure, moe, show
 
     usual = moe.LARGE if device == "cuda" else moe.SMALL
@@ -200,7 +200,7 @@ def bench_moe(
     with reported(), measure.pinned(threads):
         rows = rows or ([32, 4096] if device == "cuda" else [1, 8, 128])
         show.check(device, [sizes.dtype], [*rows, *sizes.numbers], json)
-        moe.check_sizes(sizes, device)
+        moe.check_options(sizes, device, peers)
         with show.progress(len(rows)) as advance:
             if device == "cuda":
                 run = gpu_moe.run(sizes, rows, peers, rounds, advance)

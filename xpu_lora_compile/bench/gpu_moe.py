@@ -23,7 +23,7 @@ from xpu_lora_compile.adapters.bank import AdapterBank
 from xpu_lora_compile.bench import moe, peers
 from xpu_lora_compile.bench.gpu import timed_in_graphs
 from xpu_lora_compile.bench.measure import Timing, check_error, geometric_mean, machine
-from xpu_lora_compile.bench.moe import BASE, COMPILED, COMPILED_BASE, DOWN, EAGER, GATE_UP, Draw, Mixture, Sizes
+from xpu_lora_compile.bench.moe import BASE, COMPILED, COMPILED_BASE, DOWN, EAGER, GATE_UP, Draw, Sizes
 from xpu_lora_compile.errors import BenchError
 from xpu_lora_compile.inspect.operands import RandomOperands
 from xpu_lora_compile.ops import ADD_LORA, ROUTE_TILES
@@ -115,9 +115,7 @@ def summary(results: Sequence[moe.MoeResult]) -> dict[str, float]:
     others = {name for result in results for name in result.timings if name.endswith(", alone")} - {ALONE}
     for other in sorted(others):
         ratios = [
-            result.timings[other].median / result.timings[ALONE].median
-            for result in results
-            if other in result.timings
+            result.timings[other].median / result.timings[ALONE].median for result in results if other in result.timings
         ]
         found[f"{other} / {ALONE}"] = geometric_mean(ratios)
         found[f"{other} / {ALONE}, at the worst T"] = min(ratios)
@@ -189,7 +187,9 @@ def contenders_alone(
     activated = RandomOperands(3, device, drawn_on=device).normal(pairs, sizes.inner, dtype=dtype)
     experts, order = torch.sort(inputs.index.reshape(-1))
     sorted_hidden, sorted_activated, tokens = inputs.hidden[order // count], activated[order], order // count
-    outputs = {name: torch.zeros(pairs, width, dtype=dtype, device=device) for name, (width, _) in sizes.shapes().items()}
+    outputs = {
+        name: torch.zeros(pairs, width, dtype=dtype, device=device) for name, (width, _) in sizes.shapes().items()
+    }
 
     def ours(number: int) -> Tensor:
         layer = layers[number % len(layers)]
@@ -268,10 +268,7 @@ def _exact_alone(layer: Layer, inputs: Draw, activated: Tensor, slots: Tensor) -
             [_product(layer, GATE_UP, expert, slots[row], inputs.hidden[row]) for row, _, expert in pairs]
         ),
         DOWN: torch.stack(
-            [
-                _product(layer, DOWN, expert, slots[row], activated[row * count + place])
-                for row, place, expert in pairs
-            ]
+            [_product(layer, DOWN, expert, slots[row], activated[row * count + place]) for row, place, expert in pairs]
         ),
     }
 

@@ -123,20 +123,24 @@ class Draw:
         return self.hidden, self.index.flatten(), self.weights.flatten()
 
 
-def check_sizes(sizes: Sizes, device: str) -> None:
+def check_options(sizes: Sizes, device: str, peers: Path | None) -> None:
     """Check what the command was told.
 
     Raises:
-        BenchError: a form that transformers does not have, more experts for a token than there are, or a device that
-            this is not for.
+        BenchError: a form that transformers does not have, or that no CUDA graph can hold; more experts for a token
+            than there are; a device that this is not for; or peers on a CPU.
     """
-    if sizes.form not in FORMS:
-        raise BenchError("bench moe: --form", ", ".join(FORMS), repr(sizes.form), "Choose one of these.")
+    # In that form the host reads which experts have rows.
+    forms = FORMS if device == "cpu" else FORMS[:2]
+    if sizes.form not in forms:
+        raise BenchError("bench moe: --form", ", ".join(forms), repr(sizes.form), "Choose one of these.")
     if sizes.chosen > sizes.experts:
         wanted = f"at most the {sizes.experts} experts"
         raise BenchError("bench moe: --chosen", wanted, str(sizes.chosen), "Choose fewer, or give more --experts.")
     if device not in ("cpu", "cuda"):
         raise BenchError("bench moe: --device", "cpu, or cuda where there is one", repr(device), "Choose another.")
+    if peers is not None and device == "cpu":
+        raise BenchError("bench moe: --peers", "--device cuda, where their kernels run", "cpu", "Leave it out.")
 
 
 def mixture(sizes: Sizes, device: str = "cpu", form: str | None = None, like: Mixture | None = None) -> Mixture:

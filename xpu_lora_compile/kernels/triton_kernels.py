@@ -39,7 +39,7 @@ INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "
 def _open_group(
     tiles, tile_count, group, slots, before, mine, BM: tl.constexpr, BY_ROW: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """Write the codes of a group's tiles, and which rows its last tile lacks; return its first tile, and their distance."""
+    """Write the codes of a group's tiles, and which rows the last one lacks; return the first, and their distance."""
     lanes = tl.arange(0, CHUNK)
     first = before if BY_ROW else before // BM + group
     end = before + mine if BY_ROW else (before + mine) // BM + group + 1

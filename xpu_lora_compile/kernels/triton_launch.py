@@ -21,7 +21,6 @@ from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.kernels.sizes import Sizes, sizes_for, tuned_rows_for
 from xpu_lora_compile.torch_internals import number_of
 
-
 # From so many slots on they are taken to be pages of experts: hardly two of few rows have the same.
 SLOTS_OF_PAGES = 512
 # From so many indices on that all programs of `route_kernel` would read, sorting takes less time.

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -82,8 +83,10 @@ class ExpertsLayer(LoraLayer):
         if module.config._experts_implementation in _SORTED:
             experts, order = torch.sort(experts)
             tokens = order // count
-            ends = _ends(experts, module.num_experts)
-            product: Any = _grouped
+            ends: Any = experts
+            product: Any = _one_by_one
+            if not _is_few(experts, module.num_experts):
+                ends, product = _ends(experts, module.num_experts), _grouped
         elif module.config._experts_implementation == "batched_mm":
             order, ends, product = None, experts, _batched
             tokens = torch.arange(hidden_states.shape[0], device=experts.device).repeat_interleave(count)
@@ -100,7 +103,7 @@ class ExpertsLayer(LoraLayer):
         rows = self._product(_DOWN, product, rows, experts, ends, pages)
         if module.has_post_expert_norm:
             rows = module.post_expert_norm(rows)
-        if order is not None and not is_compiling() and runs_plainly(rows, order):
+        if order is not None and _is_plain(rows, order):
             rows = torch.empty_like(rows).index_copy_(0, order, rows)
         elif order is not None:
             places = torch.empty_like(order)
@@ -217,6 +220,28 @@ def _ends(experts: Tensor, count: int) -> Tensor:
     """Return where each expert's rows end, of rows that are sorted by expert, as transformers computes it."""
     kind = experts.float() if experts.device.type in ("cpu", "mps") else experts.int()
     return torch.cumsum(torch.histc(kind, bins=count, min=0, max=count - 1), 0, dtype=torch.int32)
+
+
+def _is_plain(*operands: Tensor) -> bool:
+    """Return whether nothing looks at calls of ops on these tensors."""
+    return not is_compiling() and runs_plainly(*operands)
+
+
+def _is_few(experts: Tensor, count: int) -> bool:
+    """Return whether rows are so few that on a CPU most time of a grouped product goes to experts without any."""
+    return experts.device.type == "cpu" and 0 < 4 * experts.shape[0] <= count and _is_plain(experts)
+
+
+def _one_by_one(rows: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
+    """The same product as `_grouped`, of a few rows that are sorted by expert."""
+    used = [(expert, len([*same])) for expert, same in groupby(experts.tolist())]
+    parts = rows.to(weight.dtype).split([count for _, count in used])
+    products = [
+        part @ weight[expert] if is_transposed else nn.functional.linear(part, weight[expert])
+        for (expert, _), part in zip(used, parts, strict=True)
+    ]
+    output = torch.cat(products)
+    return output if bias is None else output.add_(bias)
 
 
 def _grouped(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:

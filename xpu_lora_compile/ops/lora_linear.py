@@ -94,7 +94,8 @@ def tiles_eagerly(indices: Tensor, stack: Tensor) -> Tensor | None:
     if device == "cpu" or is_compiling() or not runs_plainly(indices):
         return None
     kernel = preferred_on(device)
-    return ROUTE_TILES(indices, stack.shape[0]) if kernel.prepares == "route_tiles" and not kernel.problem(device) else None
+    has_tiles = kernel.prepares == "route_tiles" and not kernel.problem(device)
+    return ROUTE_TILES(indices, stack.shape[0]) if has_tiles else None
 
 
 def add_lora_eagerly(
