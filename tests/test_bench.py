@@ -146,15 +146,29 @@ TINY = moe.Sizes(6, 2, 32, 24, 4, 3, "float32")
 def test_experts_are_timed_next_to_peft_and_every_form_of_the_base(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     sizes = ["--experts", "6", "--chosen", "2", "--features", "32", "--inner", "24", "--rank", "4", "--slots", "3"]
-    arguments = ["bench", "moe", *sizes, "--rows", "1", "--rows", "5", "--seconds", "0.01", "--threads", "1"]
+    arguments = [
+        "bench",
+        "moe",
+        *sizes,
+        "--rows",
+        "1",
+        "--rows",
+        "5",
+        "--inputs",
+        "2",
+        "--seconds",
+        "0.01",
+        "--threads",
+        "1",
+    ]
     ran = CliRunner().invoke(app, [*arguments, "--json", str(file)])
     assert ran.exit_code == 0, ran.output
     data = json.loads(file.read_text())
-    assert data["what"] == "float32 E6 top-2 D32 I24 R4 K3, grouped_mm"
-    assert [result["rows"] for result in data["results"]] == [1, 5]
+    assert data["what"] == "float32 E6 top-2 D32 I24 R4 K3, grouped_mm, 2 inputs in turn"
+    assert [result["rows"] for result in data["results"]] == [5]
     bases = {moe.BASE, moe.COMPILED_BASE, "base, batched_mm", "base, eager"}
     assert set(data["results"][0]["timings"]) == bases | {moe.EAGER, moe.COMPILED, moe.PEFT}
-    assert len(data["summary"]) == 2 * 4
+    assert len(data["summary"]) == 4
     assert "T = 5: ours, the faster / the fastest base" in " ".join(ran.output.split())
 
 
@@ -187,7 +201,7 @@ def test_experts_that_compute_something_else_than_peft_are_not_timed(monkeypatch
     peft_model = moe.peft_model
     monkeypatch.setattr(moe, "write_adapters", wrong)
     with pytest.raises(BenchError, match="bench moe: ours, eager at T4, next to PEFT: wanted an error of at most"):
-        moe.run(TINY, [4], 0.01, lambda _: None)
+        moe.run(TINY, [4], 1, 0.01, lambda _: None)
 
 
 def test_experts_in_graphs_are_those_of_float64_alone_too(tmp_path: Path) -> None:

@@ -664,7 +664,8 @@ class Kernels:
     pass
 
 
-for name in ("route_kernel", "shrink_kernel", "expand_kernel", "linear_kernel"):
+routes = ("route_kernel", "route_alone_kernel", "route_sorted_kernel")
+for name in (*routes, "shrink_kernel", "expand_kernel", "linear_kernel"):
     setattr(Kernels, name, Compiled(name))
 triton_launch._kernels = lambda: Kernels
 triton_launch._has_pdl = lambda device: int(sys.argv[1]) >= 90 and triton_kernels.CAN_OVERLAP
@@ -688,6 +689,9 @@ def compile_all(rows, dtype, R, widths, has_base):
 
 for rows, dtype, *rest in json.loads(sys.argv[2]):
     compile_all(rows, getattr(torch, dtype), *rest)
+# Pages of experts: for few rows and for many.
+for rows in (256, 32768):
+    triton_launch.route(torch.zeros(rows, dtype=torch.int64), 1024)
 json.dump(made, sys.stdout)
 '''
 
@@ -726,7 +730,8 @@ def test_float32_fits_the_shared_memory_of_smaller_gpus(call: tuple[Any, ...], t
 
 def test_all_kernels_compile_for_a_gpu(ptx: dict[str, list[str]]) -> None:
     numbers = {name: len(codes) for name, codes in ptx.items()}
-    assert numbers == {"route_kernel": 2, "shrink_kernel": 5, "expand_kernel": 6, "linear_kernel": 1}
+    routes = {"route_kernel": 2, "route_alone_kernel": 1, "route_sorted_kernel": 1}
+    assert numbers == {**routes, "shrink_kernel": 5, "expand_kernel": 6, "linear_kernel": 1}
 
 
 def test_no_kernel_has_atomic_instructions(ptx: dict[str, list[str]]) -> None:

@@ -177,6 +177,9 @@ def bench_moe(
     form: Annotated[
         str, typer.Option(help="experts_implementation of transformers: grouped_mm, batched_mm or eager.")
     ] = "grouped_mm",
+    inputs: Annotated[
+        int, typer.Option(min=1, help="On a CPU: how many take turns, each with experts of its own.")
+    ] = 16,
     peers: Annotated[Path | None, typer.Option(help="On cuda: a folder with sources of vLLM or SGLang.")] = None,
     rounds: Annotated[int, typer.Option(min=2, help="On cuda: replays of each graph.")] = 15,
     seconds: Seconds = 1.0,
@@ -205,7 +208,7 @@ def bench_moe(
             if device == "cuda":
                 run = gpu_moe.run(sizes, rows, peers, rounds, advance)
             else:
-                run = moe.run(sizes, rows, seconds, advance)
+                run = moe.run(sizes, rows, inputs, seconds, advance)
         places = {f"T{result.rows}": result.timings for result in run.results}
         show.print_run(run, run.what, "rows", moe.BASE, places, json)
 

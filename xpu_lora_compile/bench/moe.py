@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import xpu_lora_compile as xlc
 from xpu_lora_compile.adapters.bank import AdapterBank
 from xpu_lora_compile.bench.measure import Timing, check_error, machine, measure
-from xpu_lora_compile.errors import BenchError
+from xpu_lora_compile.errors import BenchError, counted
 from xpu_lora_compile.inspect.operands import RandomOperands
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -28,8 +28,6 @@ PARAMETERS = tuple(f"experts.{name}" for name in (GATE_UP, DOWN))
 FORMS = ("grouped_mm", "batched_mm", "eager")
 # A batched product copies the weights of each pair of a token and an expert: beyond so many bytes it is not measured.
 LARGEST_COPY = 1 << 28
-# Inputs, each with experts of its own, that calls take in turn: no call finds its weights in the nearest caches.
-DRAWS = 16
 BASE, COMPILED_BASE = "base", "base, compiled"
 EAGER, COMPILED = "ours, eager", "ours, compiled"
 PEFT = "PEFT, one adapter"
@@ -202,8 +200,16 @@ def write_adapters(folder: Path, sizes: Sizes, count: int) -> dict[str, Path]:
     return written
 
 
-def run(sizes: Sizes, rows: Sequence[int], seconds: float, on_done: Callable[[str], None]) -> MoeRun:
+def run(sizes: Sizes, rows: Sequence[int], inputs: int, seconds: float, on_done: Callable[[str], None]) -> MoeRun:
     """Time the experts on a CPU at each T.
+
+    Args:
+        sizes: of the layer and the adapters.
+        rows: each T.
+        inputs: how many, each with experts of its own, the calls take in turn: of few rows one finds what it reads in
+            the caches.
+        seconds: for each contender at each T.
+        on_done: told of each T.
 
     Raises:
         BenchError: a contender computes something else than PEFT; or PEFT or transformers 5 is missing.
@@ -226,7 +232,7 @@ def run(sizes: Sizes, rows: Sequence[int], seconds: float, on_done: Callable[[st
         for count in rows:
             indices, draws = (
                 RandomOperands(2).indices(count, sizes.slots),
-                [draw(sizes, count, seed=n) for n in range(DRAWS)],
+                [draw(sizes, count, seed=n) for n in range(inputs)],
             )
             chosen = [f"adapter_{slot}" if slot >= 0 else None for slot in indices.tolist()]
             _check(models, base, sizes, adapters, chosen, draws[0], bank)
@@ -236,7 +242,7 @@ def run(sizes: Sizes, rows: Sequence[int], seconds: float, on_done: Callable[[st
                 results.append(MoeResult(count, measure(contenders, "cpu", seconds)))
             torch.compiler.reset()
             on_done(f"T{count}")
-    return MoeRun(machine("cpu"), str(sizes), summary(results), results)
+    return MoeRun(machine("cpu"), f"{sizes}, {counted(inputs, 'input')} in turn", summary(results), results)
 
 
 def summary(results: Sequence[MoeResult]) -> dict[str, float]:

@@ -229,7 +229,7 @@ def _is_plain(*operands: Tensor) -> bool:
 
 def _is_few(experts: Tensor, count: int) -> bool:
     """Return whether rows are so few that on a CPU most time of a grouped product goes to experts without any."""
-    return experts.device.type == "cpu" and 0 < 4 * experts.shape[0] <= count and _is_plain(experts)
+    return experts.device.type == "cpu" and _is_plain(experts) and 0 < 4 * experts.shape[0] <= count
 
 
 def _one_by_one(rows: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
