@@ -145,22 +145,9 @@ TINY = moe.Sizes(6, 2, 32, 24, 4, 3, "float32")
 
 def test_experts_are_timed_next_to_peft_and_every_form_of_the_base(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
-    sizes = ["--experts", "6", "--chosen", "2", "--features", "32", "--inner", "24", "--rank", "4", "--slots", "3"]
-    arguments = [
-        "bench",
-        "moe",
-        *sizes,
-        "--rows",
-        "1",
-        "--rows",
-        "5",
-        "--inputs",
-        "2",
-        "--seconds",
-        "0.01",
-        "--threads",
-        "1",
-    ]
+    sizes = {"experts": 6, "chosen": 2, "features": 32, "inner": 24, "rank": 4, "slots": 3, "rows": 5, "inputs": 2}
+    options = {**sizes, "seconds": 0.01, "threads": 1}
+    arguments = ["bench", "moe", *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
     ran = CliRunner().invoke(app, [*arguments, "--json", str(file)])
     assert ran.exit_code == 0, ran.output
     data = json.loads(file.read_text())

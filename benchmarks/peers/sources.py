@@ -32,7 +32,10 @@ import torch
 from xpu_lora_compile.errors import BenchError
 
 _QUIET = dict.fromkeys(("debug", "info", "info_once", "warning", "warning_once"), lambda *_, **__: None)
-OTHER_VERSION = "Give the sources of vLLM 0.32.0, SGLang 0.5.23 or LMDeploy 0.18.0: others may be laid out differently."
+OTHER_VERSION = (
+    "Give the sources of vLLM 0.32.0 (for experts 0.33.0), SGLang 0.5.23 or LMDeploy 0.18.0: "
+    "others may be laid out differently."
+)
 
 # Of a module, by its name.
 Load = Callable[[str], Any]
@@ -83,7 +86,7 @@ def sglang(folder: Path) -> Load:
 
 @functools.cache
 def vllm_experts(folder: Path) -> Load:
-    """What loads the module of vLLM's LoRA on experts, which is the same in 0.33 as its package has it."""
+    """What loads a module of vLLM's LoRA on experts."""
     real = ("envs", "utils.math_utils", "lora.ops.triton_ops.fused_moe_lora_op", "lora.ops.triton_ops.utils")
     triton: Any = _checked("vllm", folder, real)
     platform = {
