@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import xpu_lora_compile as xlc
 from xpu_lora_compile.adapters.folders import write_adapter
 from xpu_lora_compile.adapters.staging import Staged
-from xpu_lora_compile.bench import forms, gpu_model, layer, load, model, ops, show
+from xpu_lora_compile.bench import forms, gpu_model, gpu_moe, layer, load, model, moe, ops, show
 from xpu_lora_compile.bench import measure as measure_module
 from xpu_lora_compile.bench.measure import Timing, geometric_mean, measure
 from xpu_lora_compile.cli import app
@@ -140,6 +140,89 @@ def test_a_layer_is_timed_beside_peft(tmp_path: Path) -> None:
     )
 
 
+TINY = moe.Sizes(6, 2, 32, 24, 4, 3, "float32")
+
+
+def test_experts_are_timed_next_to_peft_and_every_form_of_the_base(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    sizes = {"experts": 6, "chosen": 2, "features": 32, "inner": 24, "rank": 4, "slots": 3, "rows": 5, "inputs": 2}
+    options = {**sizes, "seconds": 0.01, "threads": 1}
+    arguments = ["bench", "moe", *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+    ran = CliRunner().invoke(app, [*arguments, "--json", str(file)])
+    assert ran.exit_code == 0, ran.output
+    data = json.loads(file.read_text())
+    assert data["what"] == "float32 E6 top-2 D32 I24 R4 K3, grouped_mm, 2 inputs in turn"
+    assert [result["rows"] for result in data["results"]] == [5]
+    bases = {moe.BASE, moe.COMPILED_BASE, "base, batched_mm", "base, eager"}
+    assert set(data["results"][0]["timings"]) == bases | {moe.EAGER, moe.COMPILED, moe.PEFT}
+    assert len(data["summary"]) == 4
+    assert "T = 5: ours, the faster / the fastest base" in " ".join(ran.output.split())
+
+
+def test_the_fastest_base_is_of_any_form() -> None:
+    times = {
+        moe.BASE: 4.0,
+        moe.COMPILED_BASE: 3.0,
+        "base, eager": 2.0,
+        moe.EAGER: 6.0,
+        moe.COMPILED: 5.0,
+        moe.PEFT: 60.0,
+    }
+    found = moe.summary([moe.MoeResult(8, {name: Timing(time, 0.0, 3) for name, time in times.items()})])
+    assert list(found.values()) == pytest.approx([10, 1.5, 5 / 3, 2.5])
+
+
+def test_a_batched_product_that_would_copy_too_much_is_not_timed() -> None:
+    assert [moe._copied(moe.SMALL, rows) for rows in (1, 8, 128)] == [False, False, True]
+
+
+def test_experts_that_compute_something_else_than_peft_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = moe.write_adapters
+
+    def wrong(folder: Path, sizes: moe.Sizes, count: int) -> dict[str, Path]:
+        written = right(folder, sizes, count)
+        # PEFT gets another adapter than ours.
+        monkeypatch.setattr(moe, "peft_model", lambda base, sizes, _: peft_model(base, sizes, written["adapter_1"]))
+        return written
+
+    peft_model = moe.peft_model
+    monkeypatch.setattr(moe, "write_adapters", wrong)
+    with pytest.raises(BenchError, match="bench moe: ours, eager at T4, next to PEFT: wanted an error of at most"):
+        moe.run(TINY, [4], 1, 0.01, lambda _: None)
+
+
+def test_experts_in_graphs_are_those_of_float64_alone_too(tmp_path: Path) -> None:
+    layers = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        layers.append(gpu_moe.Layer(TINY, tmp_path / str(number), number, "cpu"))
+    inputs, slots = moe.draw(TINY, 5), torch.tensor([0, 2, -1, 1, 0])
+    with torch.no_grad(), gpu_moe.serving(layers, slots):
+        calls = gpu_moe.contenders(layers, inputs, slots)
+        assert set(calls) == {moe.BASE, moe.COMPILED_BASE, moe.EAGER, moe.COMPILED}
+        assert set(gpu_moe.contenders_alone(layers, TINY, inputs, slots, {})) == {gpu_moe.ALONE}
+        a, _ = layers[1].stacks(moe.DOWN)
+        exact = gpu_moe._exact_alone(layers[1], inputs, torch.ones(10, 24), slots)[moe.DOWN]
+        a += 1
+        changed = gpu_moe._exact_alone(layers[1], inputs, torch.ones(10, 24), slots)[moe.DOWN]
+        with pytest.raises(BenchError, match="bench moe: changed: wanted an error"):
+            gpu_moe.check("changed", exact, changed)
+
+
+def test_the_summary_of_graphs_is_of_speeds_and_of_lora_alone() -> None:
+    def result(rows: int, vllm: float) -> moe.MoeResult:
+        times = {moe.BASE: 9.0, moe.COMPILED_BASE: 8.0, moe.EAGER: 10.0, moe.COMPILED: 16.0, gpu_moe.ALONE: 2.0}
+        return moe.MoeResult(
+            rows, {name: Timing(time, 0.0, 3) for name, time in (times | {"vLLM, alone": vllm}).items()}
+        )
+
+    found = gpu_moe.summary([result(32, 4.0), result(4096, 16.0)])
+    assert found["T = 32: speed of ours, eager / base"] == pytest.approx(0.9)
+    assert found["T = 32: speed of ours, the faster / the faster base"] == pytest.approx(0.8)
+    assert found["vLLM, alone / ours, alone"] == pytest.approx(4)
+    assert found["vLLM, alone / ours, alone, at the worst T"] == pytest.approx(2)
+
+
 def test_the_command_for_ops_measures_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "suite", lambda name, dtypes, rows: [ops.Point(dtypes[0], rows[0], 32, (32,), 4, 3)])
     file = tmp_path / "run.json"
@@ -162,6 +245,10 @@ def test_the_command_for_ops_measures_and_writes(tmp_path: Path, monkeypatch: py
         (["ops", "--device", "tpu"], "wanted cpu, or cuda or xpu where there is one"),
         (["layer", "--json", "no/such/folder/x.json"], "wanted a folder that exists"),
         (["model", "--batch", "-1"], "wanted sizes of at least 1"),
+        (["moe", "--form", "sonic"], "wanted grouped_mm, batched_mm, eager; got 'sonic'"),
+        (["moe", "--experts", "4"], "wanted at most the 4 experts; got 8"),
+        (["moe", "--peers", "."], "wanted --device cuda, where their kernels run; got cpu. Leave it out."),
+        (["moe", "--slots", "0"], "wanted sizes of at least 1"),
         (["load", "--device", "xpu"], "wanted cpu, or cuda where there is one; got 'xpu'"),
         (["load", "--device", "cpu", "--shape", "gpt5"], "wanted smollm2, llama-8b; got 'gpt5'"),
         (["load", "--device", "cpu", "--slots", "1"], "wanted at least 2; got 1"),

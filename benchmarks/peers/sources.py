@@ -31,7 +31,11 @@ import torch
 
 from xpu_lora_compile.errors import BenchError
 
-OTHER_VERSION = "Give the sources of vLLM 0.32.0, SGLang 0.5.23 or LMDeploy 0.18.0: others may be laid out differently."
+_QUIET = dict.fromkeys(("debug", "info", "info_once", "warning", "warning_once"), lambda *_, **__: None)
+OTHER_VERSION = (
+    "Give the sources of vLLM 0.32.0 (for experts 0.33.0), SGLang 0.5.23 or LMDeploy 0.18.0: "
+    "others may be laid out differently."
+)
 
 # Of a module, by its name.
 Load = Callable[[str], Any]
@@ -43,7 +47,6 @@ def vllm(folder: Path) -> Load:
     real = ("envs", "utils.math_utils", "utils.multi_stream_utils", "lora.ops.triton_ops", "lora.layers.base_linear")
     wrappers = ("lora.punica_wrapper.punica_gpu", "lora.punica_wrapper.punica_base")
     triton: Any = _checked("vllm", folder, (*real, *wrappers))
-    quiet = dict.fromkeys(("debug", "info", "info_once", "warning", "warning_once"), lambda *_, **__: None)
     platform = {
         "is_cuda": torch.cuda.is_available,
         "has_device_capability": lambda at_least: torch.cuda.get_device_capability() >= divmod(at_least, 10),
@@ -51,7 +54,7 @@ def vllm(folder: Path) -> Load:
     }
     known: dict[str, dict[str, Any]] = {
         "vllm.triton_utils": {"triton": triton, "tl": triton.language, "HAS_TRITON": True},
-        "vllm.logger": {"init_logger": lambda _: SimpleNamespace(**quiet)},
+        "vllm.logger": {"init_logger": lambda _: SimpleNamespace(**_QUIET)},
         "vllm.platforms": {"current_platform": SimpleNamespace(**platform)},
         "vllm.utils.torch_utils": {
             # Where no op has been registered, vLLM calls its functions plainly.
@@ -73,6 +76,50 @@ def sglang(folder: Path) -> Load:
     known: dict[str, dict[str, Any]] = {
         "sglang.srt.utils": {
             # What it saves is time of Triton's launcher, of which a CUDA graph has none.
+            "cached_triton_kernel": lambda _: lambda kernel: kernel,
+            "get_device_name": lambda: torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        },
+        "sglang.kernels.jit.utils": {"is_arch_support_pdl": lambda: False},
+    }
+    return _loader("sglang", folder, real, known)
+
+
+@functools.cache
+def vllm_experts(folder: Path) -> Load:
+    """What loads a module of vLLM's LoRA on experts."""
+    real = ("envs", "utils.math_utils", "lora.ops.triton_ops.fused_moe_lora_op", "lora.ops.triton_ops.utils")
+    triton: Any = _checked("vllm", folder, real)
+    platform = {
+        "is_cuda_alike": torch.cuda.is_available,
+        "is_xpu": lambda: False,
+        "num_compute_units": lambda index=0: (
+            torch.cuda.get_device_properties(index or 0).multi_processor_count if torch.cuda.is_available() else 1
+        ),
+        "has_device_capability": lambda at_least: torch.cuda.get_device_capability() >= divmod(at_least, 10),
+    }
+    known: dict[str, dict[str, Any]] = {
+        "vllm.triton_utils": {"triton": triton, "tl": triton.language, "HAS_TRITON": True},
+        "vllm.logger": {"init_logger": lambda _: SimpleNamespace(**_QUIET)},
+        "vllm.platforms": {"current_platform": SimpleNamespace(**platform)},
+        # What a block of Hopper's or Ampere's multiprocessors may take is beyond what is asked for.
+        "vllm.utils.mem_utils": {"get_max_shared_memory_bytes": lambda _: 1 << 17},
+        "vllm.utils.torch_utils": {
+            "direct_register_custom_op": lambda **_: None,
+            "async_tensor_h2d": lambda data, device, dtype: torch.tensor(data, device=device, dtype=dtype),
+        },
+    }
+    return _loader("vllm", folder, real, known)
+
+
+@functools.cache
+def sglang_experts(folder: Path) -> Load:
+    """What loads a module of SGLang's LoRA on experts."""
+    lora = ("srt.lora.utils", "srt.lora.workspace", "srt.lora.moe.plan", "srt.lora.moe.runner", "srt.lora.moe.routing")
+    kernels = ("common", "moe.lora_b", "moe.activation")
+    real = ("srt.environ", *lora, *(f"kernels.ops.lora.{name}" for name in kernels))
+    _checked("sglang", folder, real)
+    known: dict[str, dict[str, Any]] = {
+        "sglang.srt.utils": {
             "cached_triton_kernel": lambda _: lambda kernel: kernel,
             "get_device_name": lambda: torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         },
@@ -180,12 +227,14 @@ def _third_parties() -> Iterator[None]:
         "pydantic": {
             "BaseModel": _Model,
             "ConfigDict": dict,
-            "Field": lambda default_factory: default_factory,
+            "Field": lambda default=None, default_factory=None, **_: default_factory or default,
             "model_validator": lambda **_: lambda method: method,
         },
+        "pydantic.dataclasses": {"dataclass": lambda config, **options: dataclass(**options)},
         "transformers": {"PreTrainedConfig": object},
     }
-    missing = [name for name in stand_ins if name not in sys.modules and importlib.util.find_spec(name) is None]
+    packages = {name: name.split(".")[0] for name in stand_ins}
+    missing = [name for name, of in packages.items() if of not in sys.modules and importlib.util.find_spec(of) is None]
     for name in missing:
         sys.modules[name] = ModuleType(name)
         sys.modules[name].__dict__.update(stand_ins[name])

@@ -3,6 +3,7 @@
 import ast
 import enum
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import peers
-from benchmarks.peers import sources
-from xpu_lora_compile.bench.peers import peers_of
+from benchmarks.peers import experts, sources
+from xpu_lora_compile.bench.peers import experts_peers_of, peers_of
 from xpu_lora_compile.cli import app
 from xpu_lora_compile.errors import BenchError
 
@@ -40,6 +41,25 @@ def test_an_install_without_the_repository_says_which_peers_are_missing_and_how_
     assert result.exit_code == 2
     assert "benchmarks/peers, which calls vLLM's, SGLang's and LMDeploy's kernels and is in no wheel; got" in said
     assert "In a checkout of the repository, run: python -m xpu_lora_compile.cli bench gpu --peers DIR." in said
+
+
+def test_a_folder_without_peers_of_experts_is_an_error_that_says_how_to_get_them(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match=r"a folder that holds vllm or sglang; got .*python -m zipfile -e WHEEL DIR"):
+        experts_peers_of(tmp_path)
+
+
+def test_pairs_are_in_blocks_of_one_expert_for_each_slot_and_in_buckets_of_both() -> None:
+    index, slots = torch.tensor([[1, 0], [1, 2], [0, 1]]), torch.tensor([1, -1, 1])
+    ids, codes, padded = experts._blocks(index, slots, 2, 3, 2)
+    assert padded.tolist() == [0, 4]
+    # Of slot 1: expert 0 has pairs 1 and 4, and expert 1 has 0 and 5.
+    assert ids[1, :4].tolist() == [1, 4, 0, 5]
+    assert set(ids[0].tolist()) == {6}
+    assert codes[1, :3].tolist() == [0, 1, -1]
+    flat, buckets, length = experts._buckets(index, slots, 2, 3, 4)
+    assert flat.tolist() == [1, 4, 6, 6, 0, 5, 6, 6, 2, 3, 6, 6]
+    assert buckets.tolist() == [3, 4, -1]
+    assert length.tolist() == [12]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "."])
@@ -96,6 +116,26 @@ def test_a_table_is_read_without_pydantic(raw: dict[str, Any], colours: Any, siz
     assert (whole.name, whole.colours, whole.most) == ("a", colours, None)
     assert whole.part.model_dump() == {"sizes": sizes, "colour": Colour.RED}
     assert all(isinstance(colour, Colour) for colour in whole.colours or [])
+
+
+def test_fields_and_dataclasses_without_pydantic(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    kept = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "pydantic"}
+    for name in kept:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pydantic" else real(name))
+    with sources._third_parties():
+        field, made = (
+            importlib.import_module("pydantic").Field,
+            importlib.import_module("pydantic.dataclasses").dataclass,
+        )
+    assert (field(default=None, gt=0), field(min_length=1), field(default_factory=dict)()) == (None, None, {})
+
+    @made(frozen=True, config={"strict": True})
+    class Tile:
+        rows: int
+
+    assert Tile(3).rows == 3
 
 
 def test_stand_ins_for_third_parties_are_gone_once_modules_are_loaded() -> None:

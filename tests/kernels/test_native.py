@@ -18,7 +18,7 @@ from torch import Tensor
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.errors import ContractError, DtypeError, LoraError, SliceError
-from xpu_lora_compile.inspect.operands import RandomOperands
+from xpu_lora_compile.inspect.operands import RandomOperands, poison_unused_slots
 from xpu_lora_compile.kernels import compiled, native
 from xpu_lora_compile.ops import ADD_LORA, NATIVE_ADD_LORA, reference
 from xpu_lora_compile.ops.budget import budget_of
@@ -282,6 +282,23 @@ def test_any_number_of_slices_goes_to_any_outputs(slices: int) -> None:
 
 BIG = 2**63 - 1
 ADD_SLICES, ADD_PACKED = torch.ops.xpu_lora.native_add_slices, torch.ops.xpu_lora.native_add_packed
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_few_rows_of_many_slots_have_the_bits_of_few_slots(dtype: torch.dtype) -> None:
+    draw = RandomOperands(0)
+    rows, slots = 12, 300
+    used = [7, 0, 299, 7, -1, 300, 7, 41, 2**31 - 1, 299, -(2**31), 0]
+    a, b, inputs, base = (draw.normal(*shape) for shape in ((slots, 5, 70), (slots, 90, 5), (rows, 70), (rows, 90)))
+    few = sorted({slot for slot in used if 0 <= slot < slots})
+    places = [few.index(slot) if slot in few else -1 for slot in used]
+    assert slots > 16 * rows >= len(few)
+    expected, result = base.clone(), base.clone()
+    assert native.TRY_ADD_LORA([expected], inputs, [a[few]], [b[few]], torch.tensor(places), [0], [0], 1.0)
+    poison_unused_slots(a, few)
+    assert native.TRY_ADD_LORA([result], inputs, [a], [b], torch.tensor(used, dtype=dtype), [0], [0], 1.0)
+    assert torch.equal(result, expected)
+    assert not torch.equal(result, base)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -139,6 +139,51 @@ def test_indices_of_any_dtype_and_stride_are_routed(indices: Tensor) -> None:
     check_tiles(indices, 5)
 
 
+@pytest.mark.parametrize("dtype", [I64, I32])
+@pytest.mark.parametrize(("rows", "slots"), [(40, 3), (300, 10), (20, 64), (5, 1)])
+def test_rows_that_are_sorted_first_get_the_same_tiles(
+    rows: int, slots: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    indices = mix(rows, slots, dtype)
+    expected = tiles_of(ROUTE_TILES(indices, slots), rows, slots)
+    monkeypatch.setattr(triton_launch, "READS_OF_SORTED", 0)
+    check_tiles(indices, slots)
+    found = tiles_of(ROUTE_TILES(indices, slots), rows, slots)
+    assert [tile for tile in found if tile[0] != NO_TILE] == [tile for tile in expected if tile[0] != NO_TILE]
+
+
+def test_rows_among_many_more_pages_are_sorted_by_numbers_of_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = 1 << 15
+    monkeypatch.setattr(triton_launch, "SLOTS_OF_PAGES", slots + 1)
+    order, starts = triton_launch._sorted(mix(50, slots), slots)
+    assert len(starts) == slots + 2
+    assert sorted(order.tolist()) == list(range(50))
+    assert int(starts[-1]) == 50
+
+
+@pytest.mark.parametrize("dtype", [I64, I32])
+@pytest.mark.parametrize("rows", [1, 17, 256])
+def test_few_rows_among_many_pages_have_tiles_of_their_own(rows: int, dtype: torch.dtype) -> None:
+    slots = 512
+    indices = mix(rows, slots, dtype)
+    tiles = tiles_of(ROUTE_TILES(indices, slots), rows, slots)
+    codes = [index if 0 <= index < slots else -1 for index in indices.tolist()]
+    assert tiles == [(code, [t] + [-1] * 15) for t, code in enumerate(codes)]
+
+
+@pytest.mark.parametrize("reads", [0, 1 << 24], ids=["sorted", "in-place"])
+@pytest.mark.parametrize(("rows", "slots"), [(30, 600), (200, 100)])
+def test_pages_of_experts_add_what_slots_do(rows: int, slots: int, reads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = RandomOperands(0, DEVICE)
+    a, b = draw.normal(slots, 4, 33), draw.normal(slots, 40, 4)
+    inputs, base, indices = draw.normal(rows, 33), draw.normal(rows, 40), mix(rows, slots)
+    monkeypatch.setattr(triton_launch, "READS_OF_SORTED", reads)
+    with force_kernel("triton"):
+        result = lora_linear(base, inputs, [a], [b], indices, [0])
+    expected = reference.lora_linear(base.double(), inputs.double(), [a.double()], [b.double()], indices, [0])
+    torch.testing.assert_close(result.double(), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_no_rows_have_no_tiles() -> None:
     assert tiles_of(ROUTE_TILES(mix(0, 3), 3), 0, 3) == []
 
@@ -619,7 +664,8 @@ class Kernels:
     pass
 
 
-for name in ("route_kernel", "shrink_kernel", "expand_kernel", "linear_kernel"):
+routes = ("route_kernel", "route_alone_kernel", "route_sorted_kernel")
+for name in (*routes, "shrink_kernel", "expand_kernel", "linear_kernel"):
     setattr(Kernels, name, Compiled(name))
 triton_launch._kernels = lambda: Kernels
 triton_launch._has_pdl = lambda device: int(sys.argv[1]) >= 90 and triton_kernels.CAN_OVERLAP
@@ -643,6 +689,9 @@ def compile_all(rows, dtype, R, widths, has_base):
 
 for rows, dtype, *rest in json.loads(sys.argv[2]):
     compile_all(rows, getattr(torch, dtype), *rest)
+# Pages of experts: for few rows and for many.
+for rows in (256, 32768):
+    triton_launch.route(torch.zeros(rows, dtype=torch.int64), 1024)
 json.dump(made, sys.stdout)
 '''
 
@@ -681,7 +730,8 @@ def test_float32_fits_the_shared_memory_of_smaller_gpus(call: tuple[Any, ...], t
 
 def test_all_kernels_compile_for_a_gpu(ptx: dict[str, list[str]]) -> None:
     numbers = {name: len(codes) for name, codes in ptx.items()}
-    assert numbers == {"route_kernel": 2, "shrink_kernel": 5, "expand_kernel": 6, "linear_kernel": 1}
+    routes = {"route_kernel": 2, "route_alone_kernel": 1, "route_sorted_kernel": 1}
+    assert numbers == {**routes, "shrink_kernel": 5, "expand_kernel": 6, "linear_kernel": 1}
 
 
 def test_no_kernel_has_atomic_instructions(ptx: dict[str, list[str]]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.errors import AdapterError, ArtifactError, AttachError, NoFreePageError
+from xpu_lora_compile.layers import experts as experts_module
 
 
 @pytest.fixture(autouse=True)
@@ -308,3 +309,30 @@ def test_a_file_of_export_holds_no_experts(tmp_path: Path, tokens: Tensor) -> No
     bank = xlc.attach(model, adapters={"a": save_fused("Mixtral", tmp_path, 0)})
     with bank.use(["a"] * 4), pytest.raises(ArtifactError, match=r"pages of experts, model.layers.0.mlp.experts"):
         xlc.export(model, tmp_path / "model.pt2", (tokens,))
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["many-rows", "few-rows"])
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
+def test_calls_that_nothing_looks_at_take_shorter_ways(
+    family: str, few: bool, tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {name: save_fused(family, tmp_path / name, seed) for seed, name in enumerate("ab")}
+    wanted = {name: logits_by_peft(family, folders.get(name), tokens) for name in (*"ab", None)}
+    model = mixture(family)
+    bank = xlc.attach(model, adapters=folders)
+    names: list[str | None] = ["b", None, "a", "b"]
+    with bank.use(names):
+        # Followed op by op.
+        logits(model, tokens)
+        monkeypatch.setattr(experts_module, "_is_few", lambda experts, _: few and experts_module._is_plain(experts))
+        monkeypatch.setattr(experts_module, "_grouped" if few else "_one_by_one", None)
+        assert_rows(logits(model, tokens), wanted, names)
+
+
+def test_few_rows_are_those_of_few_experts_on_a_cpu_that_nothing_looks_at() -> None:
+    with torch.no_grad():
+        assert experts_module._is_few(torch.zeros(2, dtype=torch.int64), 8)
+        assert not experts_module._is_few(torch.zeros(3, dtype=torch.int64), 8)
+        assert not experts_module._is_few(torch.zeros(0, dtype=torch.int64), 8)
+        assert not experts_module._is_few(torch.zeros(2, dtype=torch.int64, device="meta"), 8)
+    assert not experts_module._is_few(torch.zeros(2, dtype=torch.int64), 8)

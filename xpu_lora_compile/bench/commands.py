@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -158,6 +159,59 @@ def bench_layer(
             run = layer.run(dtype, rows, features, width, rank, slots, seconds, advance)
         places = {f"T{result.rows}": result.timings for result in run.results}
         show.print_run(run, run.what, "rows", layer.BASE, places, json)
+
+
+@bench.command("moe")
+def bench_moe(
+    device: Annotated[str, typer.Option(help="cpu, or cuda: then in CUDA graphs.")] = "cpu",
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(help="T; several times for several. By default 1, 8 and 128; on cuda 32 and 4096."),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="By default float32; on cuda bfloat16.")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="E. By default 64; on cuda 128.")] = None,
+    chosen: Annotated[int, typer.Option(min=1, help="Experts of each token.")] = 8,
+    features: Annotated[int | None, typer.Option(min=1, help="D. By default 512; on cuda 2048.")] = None,
+    inner: Annotated[int | None, typer.Option(min=1, help="I. By default 192; on cuda 768.")] = None,
+    rank: Rank = 16,
+    slots: Slots = 8,
+    form: Annotated[
+        str, typer.Option(help="experts_implementation of transformers: grouped_mm, batched_mm or eager.")
+    ] = "grouped_mm",
+    inputs: Annotated[
+        int, typer.Option(min=1, help="On a CPU: how many take turns, each with experts of its own.")
+    ] = 16,
+    peers: Annotated[Path | None, typer.Option(help="On cuda: a folder with sources of vLLM or SGLang.")] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="On cuda: replays of each graph.")] = 15,
+    seconds: Seconds = 1.0,
+    threads: Threads = 2,
+    json: Json = None,
+) -> None:
+    """Experts of a mixture with mixed adapters: next to themselves without, and PEFT; on cuda to others' kernels."""
+    from xpu_lora_compile.bench import gpu_moe, measure, moe, show
+
+    usual = moe.LARGE if device == "cuda" else moe.SMALL
+    sizes = moe.Sizes(
+        experts or usual.experts,
+        chosen,
+        features or usual.features,
+        inner or usual.inner,
+        rank,
+        slots,
+        dtype or usual.dtype,
+        form,
+    )
+    with reported(), nullcontext() if device == "cuda" else measure.pinned(threads):
+        rows = rows or ([32, 4096] if device == "cuda" else [1, 8, 128])
+        show.check(device, [sizes.dtype], [*rows, *sizes.numbers], json)
+        moe.check_options(sizes, device, peers)
+        with show.progress(len(rows)) as advance:
+            if device == "cuda":
+                run = gpu_moe.run(sizes, rows, peers, rounds, advance)
+            else:
+                run = moe.run(sizes, rows, inputs, seconds, advance)
+        places = {f"T{result.rows}": result.timings for result in run.results}
+        show.print_run(run, run.what, "rows", moe.BASE, places, json)
 
 
 @bench.command("model")

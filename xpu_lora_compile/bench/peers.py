@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -84,19 +85,70 @@ class Peer(ABC):
     def _bind(self, operands: Operands, base: Call | None) -> Call: ...
 
 
+@dataclass(frozen=True)
+class ExpertsOperands:
+    """What all layers of experts work on: a row is a pair of a token and one of its k experts, token by token."""
+
+    # [T, D], bfloat16 or float16: the inputs of gate and up.
+    hidden: Tensor
+    # [T k, I]: the inputs of down.
+    activated: Tensor
+    # [T, k], int32.
+    index: Tensor
+    # [T, k], float32: what each expert of a token counts.
+    weights: Tensor
+    # [T], int32, -1 for tokens without an adapter.
+    slots: Tensor
+    # For each layer A [K, E, R, D] and B [K, E, 2 I, R] of gate and up, which share an A.
+    gate_up: Sequence[tuple[Tensor, Tensor]]
+    # For each layer A [K, E, R, I] and B [K, E, D, R].
+    down: Sequence[tuple[Tensor, Tensor]]
+
+
+# Takes the number of a layer, and adds its LoRA to zeros, or writes it: [T k, 2 I] and [T k, D], which are all layers'.
+ExpertsCall = Callable[[int], tuple[Tensor, Tensor]]
+
+
+class ExpertsPeer(ABC):
+    """A way to compute LoRA on experts. `prepare` settles all but the launches of kernels, as that of `Peer`.
+
+    Attributes:
+        weighs_down: whether what it adds to down is multiplied by what the expert counts.
+    """
+
+    weighs_down = False
+
+    @abstractmethod
+    def prepare(self, operands: ExpertsOperands) -> ExpertsCall:
+        """A function that computes a layer's LoRA, which has run once for each layer."""
+
+
+def experts_peers_of(folder: Path) -> dict[str, ExpertsPeer]:
+    """The peers with LoRA on experts whose sources are in a folder, by name.
+
+    Raises:
+        BenchError: as `peers_of`.
+    """
+    found: dict[str, ExpertsPeer] = _imported("benchmarks.peers.experts", "bench moe").find(folder)
+    return found
+
+
 def peers_of(folder: Path) -> dict[str, Peer]:
     """The peers whose sources are in a folder, by name.
 
     Raises:
         BenchError: the package was installed without `benchmarks/peers`; or the folder has no peer that this can call.
     """
+    peers: dict[str, Peer] = _imported("benchmarks.peers", "bench gpu").find(folder)
+    return peers
+
+
+def _imported(name: str, command: str) -> Any:
     try:
-        found = importlib.import_module("benchmarks.peers")
+        return importlib.import_module(name)
     except ModuleNotFoundError as missing:
         if missing.name not in ("benchmarks", "benchmarks.peers"):
             raise
         wanted = "benchmarks/peers, which calls vLLM's, SGLang's and LMDeploy's kernels and is in no wheel"
-        remedy = "In a checkout of the repository, run: python -m xpu_lora_compile.cli bench gpu --peers DIR."
-        raise BenchError("bench gpu: --peers", wanted, str(missing), remedy) from missing
-    peers: dict[str, Peer] = found.find(folder)
-    return peers
+        remedy = f"In a checkout of the repository, run: python -m xpu_lora_compile.cli {command} --peers DIR."
+        raise BenchError(f"{command}: --peers", wanted, str(missing), remedy) from missing

@@ -7,6 +7,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -251,6 +252,23 @@ struct Groups {
         auto slot_of = [&](int64_t row) -> int64_t {
             return batch.index_bytes == 8 ? static_cast<const int64_t*>(batch.indices)[row] : static_cast<const int32_t*>(batch.indices)[row];
         };
+        // Of many slots, as pages of experts are, most have no rows: to sort the rows takes less than to look at all.
+        if (batch.slots > 16 * batch.rows) {
+            std::vector<std::pair<int64_t, int64_t>> rows;
+            rows.reserve(batch.rows);
+            for (int64_t t = 0; t < batch.rows; t++) {
+                int64_t slot = slot_of(t);
+                if (slot >= 0 && slot < batch.slots) rows.emplace_back(slot, t);
+            }
+            std::sort(rows.begin(), rows.end());
+            order.reserve(rows.size());
+            for (const auto& [slot, row] : rows) order.push_back(row);
+            for (int64_t first = 0, last = 0; first < int64_t(rows.size()); first = last) {
+                while (last < int64_t(rows.size()) && rows[last].first == rows[first].first) last++;
+                add(rows[first].first, first, last);
+            }
+            return;
+        }
         std::vector<int64_t> next(batch.slots + 1, 0);
         for (int64_t t = 0; t < batch.rows; t++) {
             int64_t slot = slot_of(t);
@@ -259,16 +277,20 @@ struct Groups {
         for (int64_t k = 0; k < batch.slots; k++) {
             int64_t first = next[k], last = first + next[k + 1];
             next[k + 1] = last;
-            if (first == last) continue;
-            whole.push_back({k, first, last});
-            most_rows = larger(most_rows, last - first);
-            for (int64_t row = first; row < last; row += ROWS) parts.push_back({k, row, smaller(row + ROWS, last)});
+            if (first < last) add(k, first, last);
         }
         order.resize(next[batch.slots]);
         for (int64_t t = 0; t < batch.rows; t++) {
             int64_t slot = slot_of(t);
             if (slot >= 0 && slot < batch.slots) order[next[slot]++] = t;
         }
+    }
+
+   private:
+    void add(int64_t slot, int64_t first, int64_t last) {
+        whole.push_back({slot, first, last});
+        most_rows = larger(most_rows, last - first);
+        for (int64_t row = first; row < last; row += ROWS) parts.push_back({slot, row, smaller(row + ROWS, last)});
     }
 };
 

@@ -35,6 +35,28 @@ NO_TILE: tl.constexpr = tl.constexpr(-2)
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
+@triton.jit
+def _open_group(
+    tiles, tile_count, group, slots, before, mine, BM: tl.constexpr, BY_ROW: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Write the codes of a group's tiles, and which rows the last one lacks; return the first, and their distance."""
+    lanes = tl.arange(0, CHUNK)
+    first = before if BY_ROW else before // BM + group
+    end = before + mine if BY_ROW else (before + mine) // BM + group + 1
+    code = tl.where(group == slots, -1, group)
+    step: tl.constexpr = BM if BY_ROW else 1
+    for start in range(first, end, CHUNK):
+        tile = start + lanes
+        is_used = ((tile - first) % step == 0) & ((tile - first) // step * BM < mine)
+        tl.store(tiles + tile, tl.where(is_used, code, NO_TILE), mask=tile < end)
+    # One comparison: Triton's interpreter (3.9) makes no mask of a scalar one.
+    lacking = (BM - mine % BM) % BM
+    lane = tl.arange(0, BM)
+    last = first + (mine // BM) * step
+    tl.store(tiles + tile_count + last * BM + lane, -1, mask=lane >= BM - lacking)
+    return first, step
+
+
 @triton.jit(do_not_specialize=["rows", "slots", "tile_count"])
 def route_kernel(
     indices, index_stride, tiles, rows, slots, tile_count, BM: tl.constexpr, BY_ROW: tl.constexpr, CHUNK: tl.constexpr
@@ -54,20 +76,8 @@ def route_kernel(
         slot = tl.where((index >= 0) & (index < slots), index, slots).to(tl.int32)
         before += tl.sum(((t < rows) & (slot < group)).to(tl.int32))
         mine += tl.sum(((t < rows) & (slot == group)).to(tl.int32))
-    first = before if BY_ROW else before // BM + group
-    end = before + mine if BY_ROW else (before + mine) // BM + group + 1
-    code = tl.where(group == slots, -1, group)
-    step: tl.constexpr = BM if BY_ROW else 1
-    for start in range(first, end, CHUNK):
-        tile = start + lanes
-        is_used = ((tile - first) % step == 0) & ((tile - first) // step * BM < mine)
-        tl.store(tiles + tile, tl.where(is_used, code, NO_TILE), mask=tile < end)
+    first, step = _open_group(tiles, tile_count, group, slots, before, mine, BM, BY_ROW, CHUNK)
     table = tiles + tile_count
-    # The rows that the last tile lacks. One comparison: Triton's interpreter (3.9) makes no mask of a scalar one.
-    lacking = (BM - mine % BM) % BM
-    lane = tl.arange(0, BM)
-    last = first + (mine // BM) * step
-    tl.store(table + last * BM + lane, -1, mask=lane >= BM - lacking)
     found = 0
     for start in range(0, rows, CHUNK):
         t = start + lanes
@@ -77,6 +87,40 @@ def route_kernel(
         at = found + tl.cumsum(is_mine.to(tl.int32), 0) - 1
         tl.store(table + (first + at // BM * step) * BM + at % BM, t, mask=is_mine)
         found += tl.sum(is_mine.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["slots", "tile_count"])
+def route_sorted_kernel(
+    order, starts, tiles, slots, tile_count, BM: tl.constexpr, BY_ROW: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Program g writes the rows of group g into its tiles, as `route_kernel` does, from rows that were sorted by group.
+
+    Args:
+        order: the rows in the order of their groups.
+        starts: `[slots + 2]`: where each group starts in it, and the end.
+    """
+    group = tl.program_id(0)
+    before = tl.load(starts + group).to(tl.int32)
+    mine = tl.load(starts + group + 1).to(tl.int32) - before
+    first, step = _open_group(tiles, tile_count, group, slots, before, mine, BM, BY_ROW, CHUNK)
+    table = tiles + tile_count
+    lanes = tl.arange(0, CHUNK)
+    for start in range(0, mine, CHUNK):
+        at = start + lanes
+        t = tl.load(order + before + at, mask=at < mine, other=0)
+        tl.store(table + (first + at // BM * step) * BM + at % BM, t.to(tl.int32), mask=at < mine)
+
+
+@triton.jit(do_not_specialize=["rows", "slots"])
+def route_alone_kernel(indices, index_stride, tiles, rows, slots, BM: tl.constexpr, CHUNK: tl.constexpr):
+    """Write a tile for each row: for slots so many that hardly two rows share one."""
+    t = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    is_row = t < rows
+    index = tl.load(indices + t.to(tl.int64) * index_stride, mask=is_row, other=-1)
+    tl.store(tiles + t, tl.where((index >= 0) & (index < slots), index, -1).to(tl.int32), mask=is_row)
+    lane = tl.arange(0, BM)[None, :]
+    members = tl.where(lane == 0, t[:, None], -1)
+    tl.store(tiles + rows + t[:, None] * BM + lane, members, mask=is_row[:, None] & (lane >= 0))
 
 
 @triton.jit

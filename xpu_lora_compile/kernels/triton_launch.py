@@ -21,6 +21,11 @@ from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.kernels.sizes import Sizes, sizes_for, tuned_rows_for
 from xpu_lora_compile.torch_internals import number_of
 
+# From so many slots on they are taken to be pages of experts: hardly two of few rows have the same.
+SLOTS_OF_PAGES = 512
+# From so many indices on that all programs of `route_kernel` would read, sorting takes less time.
+READS_OF_SORTED = 1 << 24
+
 
 class Hidden(NamedTuple):
     """The rank vectors of all slices, unscaled; unset are rows without an adapter, and what is beyond a slot's rank."""
@@ -94,9 +99,31 @@ def route(indices: Tensor, slots: int) -> Tensor:
 
 
 def fill_tiles(tiles: Tensor, indices: Tensor, slots: int, height: int, count: Any, by_row: bool, form: Form) -> None:
-    """Write a table of tiles; `by_row` has a tile for each row."""
-    operands = indices, indices.stride(0), tiles, indices.shape[0], slots, count, height, by_row
-    form.launch("route_kernel", (slots + 1,), *operands, 64 if form.rows <= 64 else 1024)
+    """Write a table of tiles; `by_row` has a tile for each row.
+
+    Each program of `route_kernel` reads all indices. That takes little time where rows or slots are few, as they are
+    unless a slot is one expert's page: then rows get tiles of their own, or are sorted first.
+    """
+    rows, stride = indices.shape[0], indices.stride(0)
+    chunk = 64 if form.rows <= 64 else 1024
+    if by_row and slots >= SLOTS_OF_PAGES and 2 * rows <= slots:
+        form.launch("route_alone_kernel", (-(-rows // 16),), indices, stride, tiles, rows, slots, height, 16)
+    elif form.rows * slots >= READS_OF_SORTED:
+        order, starts = _sorted(indices, slots)
+        form.launch("route_sorted_kernel", (slots + 1,), order, starts, tiles, slots, count, height, by_row, 64)
+    else:
+        operands = indices, stride, tiles, rows, slots, count, height, by_row, chunk
+        form.launch("route_kernel", (slots + 1,), *operands)
+
+
+def _sorted(indices: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """The rows in the order of their slots, those without an adapter last, and where each slot starts among them."""
+    # Of fewer bits, fewer are sorted by.
+    dtype = torch.int16 if slots < 1 << 15 else torch.int32
+    group = torch.where((indices >= 0) & (indices < slots), indices, slots).to(dtype)
+    groups, order = torch.sort(group, stable=True)
+    bounds = torch.arange(slots + 2, dtype=torch.int32, device=indices.device)
+    return order, torch.searchsorted(groups.int(), bounds, out_int32=True)
 
 
 def _tiling(rows: Any, routing: RowRouting) -> tuple[Any, Any]:

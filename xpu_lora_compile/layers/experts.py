@@ -13,10 +13,12 @@ import sys
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from itertools import groupby
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from xpu_lora_compile.adapters.checkpoint import ModuleSizes
 from xpu_lora_compile.errors import AttachError, NoFreePageError
@@ -29,6 +31,8 @@ from xpu_lora_compile.layers.host import (
     layer_class,
     routing_of,
 )
+from xpu_lora_compile.ops.lora_linear import tiles_eagerly
+from xpu_lora_compile.torch_internals import runs_plainly
 
 # The module of transformers whose decorator gives classes of experts their forward.
 _MOE = "transformers.integrations.moe"
@@ -39,6 +43,13 @@ _UP, _GATE_UP, _DOWN = "up_proj", "gate_up_proj", "down_proj"
 _SORTED = ("eager", "grouped_mm")
 # Held while pages are taken: two adapters may be loaded at once.
 _FILLING = threading.Lock()
+
+
+class _Pages(NamedTuple):
+    """The page of each row, and what the calls for both products share that is computed from it."""
+
+    indices: Tensor
+    tiles: Tensor | None
 
 
 class ExpertsLayer(LoraLayer):
@@ -72,8 +83,10 @@ class ExpertsLayer(LoraLayer):
         if module.config._experts_implementation in _SORTED:
             experts, order = torch.sort(experts)
             tokens = order // count
-            ends = _ends(experts, module.num_experts)
-            product: Any = _grouped
+            ends: Any = experts
+            product: Any = _one_by_one
+            if not _is_few(experts, module.num_experts):
+                ends, product = _ends(experts, module.num_experts), _grouped
         elif module.config._experts_implementation == "batched_mm":
             order, ends, product = None, experts, _batched
             tokens = torch.arange(hidden_states.shape[0], device=experts.device).repeat_interleave(count)
@@ -84,36 +97,41 @@ class ExpertsLayer(LoraLayer):
                 repr(module.config._experts_implementation),
                 'Call model.set_experts_implementation("grouped_mm").',
             )
-        pages = self.lora_pages[slots[tokens], experts]
+        pages = self._pages(self.lora_pages[slots[tokens], experts])
         rows = self._product(_GATE_UP if module.has_gate else _UP, product, hidden_states[tokens], experts, ends, pages)
         rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
         rows = self._product(_DOWN, product, rows, experts, ends, pages)
         # Of transformers from 5.20 on.
         if getattr(module, "has_post_expert_norm", False):
             rows = module.post_expert_norm(rows)
-        weights = top_k_weights.reshape(-1)
-        weighted = rows * (weights if order is None else weights[order]).unsqueeze(-1)
-        if order is not None:
+        if order is not None and _is_plain(rows, order):
+            rows = torch.empty_like(rows).index_copy_(0, order, rows)
+        elif order is not None:
             places = torch.empty_like(order)
             places[order] = torch.arange(order.shape[0], device=order.device)
-            weighted = weighted[places]
+            rows = rows[places]
+        weighted = rows * top_k_weights.reshape(-1, 1)
         return weighted.view(-1, count, weighted.shape[-1]).sum(1).to(hidden_states.dtype)
 
     def without_lora(self, *inputs: Tensor) -> Tensor:
         """The output of the experts alone."""
         return cast("Tensor", super(LoraLayer, self).forward(*inputs))
 
-    def _product(self, name: str, product: Any, rows: Tensor, experts: Tensor, ends: Tensor, pages: Tensor) -> Tensor:
+    def _product(self, name: str, product: Any, rows: Tensor, experts: Tensor, ends: Tensor, pages: _Pages) -> Tensor:
         module = cast("Any", self)
         bias = getattr(module, f"{name}_bias")[experts] if module.has_bias else None
         output: Tensor = product(rows, getattr(module, name), ends, bias, module.is_transposed)
         return self._with_lora(name, output, rows, pages)
 
-    def _with_lora(self, name: str, output: Tensor, rows: Tensor, pages: Tensor) -> Tensor:
+    def _pages(self, indices: Tensor) -> _Pages:
+        stack = cast("Tensor", self._buffers[f"lora_a_{next(iter(self.lora_parameters))}"])
+        return _Pages(indices, tiles_eagerly(indices, stack))
+
+    def _with_lora(self, name: str, output: Tensor, rows: Tensor, pages: _Pages) -> Tensor:
         if name not in self.lora_parameters:
             return output
         a, b = (cast("Tensor", self._buffers[f"lora_{factor}_{name}"]) for factor in "ab")
-        return added_in_place(output, rows, a, b, pages)
+        return added_in_place(output, rows, a, b, pages.indices, tiles=pages.tiles)
 
     @property
     def lora_stacks(self) -> dict[str, Tensor]:
@@ -199,11 +217,11 @@ class DenseExpertsLayer(ExpertsLayer):
         experts = torch.arange(module.num_experts, device=slots.device)
         experts = experts.repeat_interleave(hidden_states.shape[0] // module.num_experts)
         # What is zeros stays so: no LoRA is read for it.
-        pages = torch.where(hidden_states.any(1), self.lora_pages[slots, experts], -1)
+        pages = self._pages(torch.where(hidden_states.any(1), self.lora_pages[slots, experts], -1))
         gate, up = self._dense(_GATE_UP, hidden_states, pages).chunk(2, -1)
         return self._dense(_DOWN, up * module.act_fn(gate), pages)
 
-    def _dense(self, name: str, rows: Tensor, pages: Tensor) -> Tensor:
+    def _dense(self, name: str, rows: Tensor, pages: _Pages) -> Tensor:
         weight = getattr(cast("Any", self), name)
         output = torch.bmm(rows.view(weight.shape[0], -1, weight.shape[1]), weight).view(-1, weight.shape[2])
         return self._with_lora(name, output, rows, pages)
@@ -213,6 +231,28 @@ def _ends(experts: Tensor, count: int) -> Tensor:
     """Return where each expert's rows end, of rows that are sorted by expert, as transformers computes it."""
     kind = experts.float() if experts.device.type in ("cpu", "mps") else experts.int()
     return torch.cumsum(torch.histc(kind, bins=count, min=0, max=count - 1), 0, dtype=torch.int32)
+
+
+def _is_plain(*operands: Tensor) -> bool:
+    """Return whether nothing looks at calls of ops on these tensors."""
+    return not is_compiling() and runs_plainly(*operands)
+
+
+def _is_few(experts: Tensor, count: int) -> bool:
+    """Return whether rows are so few that on a CPU most time of a grouped product goes to experts without any."""
+    return experts.device.type == "cpu" and _is_plain(experts) and 0 < 4 * experts.shape[0] <= count
+
+
+def _one_by_one(rows: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
+    """The same product as `_grouped`, of a few rows that are sorted by expert."""
+    used = [(expert, len([*same])) for expert, same in groupby(experts.tolist())]
+    parts = rows.to(weight.dtype).split([count for _, count in used])
+    products = [
+        part @ weight[expert] if is_transposed else nn.functional.linear(part, weight[expert])
+        for (expert, _), part in zip(used, parts, strict=True)
+    ]
+    output = torch.cat(products)
+    return output if bias is None else output.add_(bias)
 
 
 def _grouped(rows: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:

@@ -173,7 +173,13 @@ class LoraLayer(nn.Module):
 
 
 def added_in_place(
-    output: Tensor, rows: Tensor, lora_a: Tensor, lora_b: Tensor, indices: Tensor, ranks: Tensor | None = None
+    output: Tensor,
+    rows: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    indices: Tensor,
+    ranks: Tensor | None = None,
+    tiles: Tensor | None = None,
 ) -> Tensor:
     """Return `output` with each row's LoRA: the same tensor, changed, where no gradient needs it as it was.
 
@@ -184,9 +190,10 @@ def added_in_place(
         lora_b: `[K, W, R]`.
         indices: `[T]`.
         ranks: as of `lora_linear`.
+        tiles: what `tiles_eagerly` has made of the indices, if several calls share them.
     """
     columns = min(lora_b.shape[1], output.shape[1])
-    if add_lora_eagerly(output, rows, lora_a, lora_b, indices, columns, ranks):
+    if add_lora_eagerly(output, rows, lora_a, lora_b, indices, columns, ranks, tiles):
         return output
     if torch.is_grad_enabled() or ranks is not None:
         return lora_linear(output, rows, [lora_a], [lora_b.narrow(1, 0, columns)], indices, [0], ranks=ranks)

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from xpu_lora_compile.errors import ShapeError
-from xpu_lora_compile.kernels import takes_native
+from xpu_lora_compile.kernels import preferred_on, takes_native
 from xpu_lora_compile.kernels.call import accumulator
 from xpu_lora_compile.kernels.native import TRY_ADD_LORA
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.checks import without_slice_dim
-from xpu_lora_compile.ops.internal import ADD_LORA, OUTER_BY_SLOT, SLOT_PRODUCTS
+from xpu_lora_compile.ops.internal import ADD_LORA, OUTER_BY_SLOT, ROUTE_TILES, SLOT_PRODUCTS
 from xpu_lora_compile.torch_internals import runs_plainly
 
 
@@ -88,8 +88,25 @@ def lora_linear(
     return result
 
 
+def tiles_eagerly(indices: Tensor, stack: Tensor) -> Tensor | None:
+    """Return what calls of `add_lora_eagerly` share that have these indices and stacks like this; None for nothing."""
+    device = indices.device.type
+    if device == "cpu" or is_compiling() or not runs_plainly(indices):
+        return None
+    kernel = preferred_on(device)
+    has_tiles = kernel.prepares == "route_tiles" and not kernel.problem(device)
+    return ROUTE_TILES(indices, stack.shape[0]) if has_tiles else None
+
+
 def add_lora_eagerly(
-    output: Tensor, inputs: Tensor, lora_a: Tensor, lora_b: Tensor, indices: Tensor, columns: int, ranks: Tensor | None
+    output: Tensor,
+    inputs: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    indices: Tensor,
+    columns: int,
+    ranks: Tensor | None,
+    tiles: Tensor | None = None,
 ) -> bool:
     """Add one slice's LoRA in place, unchecked, if nothing looks at calls of ops; whether it was done.
 
@@ -101,7 +118,7 @@ def add_lora_eagerly(
     operands = [output], inputs, [lora_a], [b], indices, [0], [0], 1.0
     if takes_native(output) and TRY_ADD_LORA(*operands):
         return True
-    ADD_LORA(*operands, ranks=ranks)
+    ADD_LORA(*operands, ranks=ranks, tiles=tiles)
     return True
 
 
