@@ -16,7 +16,7 @@ from support.peft_folders import edited_weights
 from torch import Tensor
 
 import xpu_lora_compile as xlc
-from xpu_lora_compile.errors import AdapterError, AttachError, NoFreePageError
+from xpu_lora_compile.errors import AdapterError, ArtifactError, AttachError, NoFreePageError
 from xpu_lora_compile.layers import experts as experts_module
 
 
@@ -288,6 +288,27 @@ def test_a_copy_of_the_model_has_its_own_experts(tmp_path: Path, tokens: Tensor)
     assert torch.equal(logits(other, tokens), logits(mixture("Mixtral"), tokens))
     assert "lora" not in " ".join(model.state_dict())
     assert bank.names == ("a",)
+
+
+def test_verify_and_explain_see_every_product_of_experts(tmp_path: Path, tokens: Tensor) -> None:
+    model = mixture("Mixtral")
+    bank = xlc.attach(model, adapters={"a": save_fused("Mixtral", tmp_path, 0)}, slots=2)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    with bank.use(["a", None, "a", None]):
+        found = xlc.verify(model)(tokens)
+        report = xlc.explain(model)(tokens)
+    assert all(site.is_right for site in found.sites)
+    assert not any(found.isolation.values())
+    experts = [site for site in report.sites if site.module.endswith(".experts")]
+    assert len(experts) == 4
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+def test_a_file_of_export_holds_no_experts(tmp_path: Path, tokens: Tensor) -> None:
+    model = mixture("Mixtral")
+    bank = xlc.attach(model, adapters={"a": save_fused("Mixtral", tmp_path, 0)})
+    with bank.use(["a"] * 4), pytest.raises(ArtifactError, match=r"pages of experts, model.layers.0.mlp.experts"):
+        xlc.export(model, tmp_path / "model.pt2", (tokens,))
 
 
 @pytest.mark.parametrize("few", [False, True], ids=["many-rows", "few-rows"])

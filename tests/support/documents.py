@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from peft import LoHaConfig, get_peft_model
 from support.image_models import llava, llava_batch, qwen2_vl, qwen2_vl_batch
+from support.mixtures import mixture
 from support.peft_folders import quiet, save_adapter, tiny_llama
 from torch import Tensor, nn
 
@@ -97,6 +98,11 @@ def save_adapters(*folders: str, model: nn.Module | None = None, **lora: Any) ->
         )
 
 
+def small_mixture() -> nn.Module:
+    """A mixture of experts of two layers."""
+    return mixture("Mixtral")
+
+
 def save_loha(folder: str) -> None:
     """Have PEFT write a LoHa adapter for q and v of `llama`."""
     with quiet():
@@ -112,5 +118,16 @@ def serve(model: nn.Module) -> xlc.AdapterBank:
 
 HELPERS = {
     function.__name__: function
-    for function in (llama, token_ids, save_adapters, save_loha, serve, llava, llava_batch, qwen2_vl, qwen2_vl_batch)
+    for function in (
+        llama,
+        small_mixture,
+        token_ids,
+        save_adapters,
+        save_loha,
+        serve,
+        llava,
+        llava_batch,
+        qwen2_vl,
+        qwen2_vl_batch,
+    )
 }

@@ -187,6 +187,9 @@ def _layers_of(model: nn.Module) -> dict[str, LoraLayer]:
         raise ArtifactError(where, "one row of slots", "parts that have had names of their own", remedy)
     if model.training:
         raise ArtifactError(where, "a model in evaluation mode", "one in training mode", "Call model.eval() first.")
+    if mixtures := [name for name, layer in layers.items() if hasattr(layer, "lora_pages")]:
+        remedy = "Serve adapters on experts from Python, with bank.use; or attach without them, and export that."
+        raise ArtifactError(where, "slots for A and B of single modules", f"pages of experts, {few(mixtures)}", remedy)
     if roomy := [name for name, layer in layers.items() if layer.lora_extras]:
         got = f"a bank with room for more, on {few(roomy)}"
         remedy = (

@@ -313,7 +313,9 @@ def _random_adapters(model: object, inputs: Any, seed: int) -> Iterator[Draw | N
         return
     routings = list(dict.fromkeys(layer.lora_routing for layer in layers))
     before = [(routing, routing.sequence_slots, routing.block, routing.lengths) for routing in routings]
-    stacks = [(layer.lora_a.clone(), layer.lora_b.clone()) for layer in layers]
+    stacks = [stack for layer in layers for stack in layer.lora_factors]
+    tables = [cast("Tensor", layer.lora_pages) for layer in layers if hasattr(layer, "lora_pages")]
+    copies = [stack.clone() for stack in (*stacks, *tables)]
     first_size = next((len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), 1)
     random = torch.Generator().manual_seed(seed)
     # On accelerators kernels read no further than the rank of a slot.
@@ -323,13 +325,16 @@ def _random_adapters(model: object, inputs: Any, seed: int) -> Iterator[Draw | N
     try:
         with torch.no_grad():
             if ranks is not None:
-                ranks.fill_(max(layer.lora_b.shape[-1] for layer in layers))
+                ranks.fill_(max(stack.shape[-1] for stack in stacks[1::2]))
+            for stack in stacks:
+                # The product of both then adds about as much as a linear layer gives.
+                stack.copy_(torch.randn(stack.shape, generator=random) / stack.shape[-1] ** 0.5)
             for layer in layers:
-                for stack in (layer.lora_a, layer.lora_b):
-                    # The product of both then adds about as much as a linear layer gives.
-                    values = torch.randn(stack.shape, generator=random) / stack.shape[-1] ** 0.5
-                    stack.copy_(values)
-        number, device = len(layers[0].lora_a), layers[0].lora_a.device
+                if hasattr(layer, "lora_pages"):
+                    # A page for each expert of each slot, or one for several.
+                    table = cast("Tensor", layer.lora_pages)[:-1]
+                    table.copy_(torch.arange(table.numel()).view(table.shape) % len(layer.lora_factors[0]))
+        number, device = layers[0].slot_count, stacks[0].device
         # An adapter first, then none, then the other adapters, in as many rounds as it takes; in any order.
         first, *rest = torch.randperm(number, generator=random).tolist()
         kinds = torch.tensor([first, NO_ADAPTER, *rest])
@@ -345,9 +350,8 @@ def _random_adapters(model: object, inputs: Any, seed: int) -> Iterator[Draw | N
         with torch.no_grad():
             if ranks is not None and kept is not None:
                 ranks.copy_(kept)
-            for layer, (a, b) in zip(layers, stacks, strict=True):
-                layer.lora_a.copy_(a)
-                layer.lora_b.copy_(b)
+            for stack, copy in zip((*stacks, *tables), copies, strict=True):
+                stack.copy_(copy)
 
 
 class Draw:

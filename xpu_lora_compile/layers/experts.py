@@ -101,7 +101,8 @@ class ExpertsLayer(LoraLayer):
         rows = self._product(_GATE_UP if module.has_gate else _UP, product, hidden_states[tokens], experts, ends, pages)
         rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
         rows = self._product(_DOWN, product, rows, experts, ends, pages)
-        if module.has_post_expert_norm:
+        # Of transformers from 5.20 on.
+        if getattr(module, "has_post_expert_norm", False):
             rows = module.post_expert_norm(rows)
         if order is not None and _is_plain(rows, order):
             rows = torch.empty_like(rows).index_copy_(0, order, rows)
@@ -139,9 +140,19 @@ class ExpertsLayer(LoraLayer):
         return {name: cast("Tensor", self._buffers[name]) for name in names} | {"lora_pages": self.lora_pages}
 
     @property
+    def lora_factors(self) -> list[Tensor]:
+        """A and B of all pages, of each parameter."""
+        return [stack for name, stack in self.lora_stacks.items() if name != "lora_pages"]
+
+    @property
+    def slot_count(self) -> int:
+        """K."""
+        return len(self.lora_pages) - 1
+
+    @property
     def page_count(self) -> int:
         """P."""
-        return next(iter(self.lora_stacks.values())).shape[0]
+        return len(self.lora_factors[0])
 
     def fill(self, slot: int, experts: list[int], weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Give a slot, which is empty, pages for some experts, and fill them.
@@ -274,13 +285,11 @@ class Experts(Host):
 
     def takes(self, module: nn.Module) -> bool:
         """Return whether its weights are floating numbers, and all of its experts are here."""
-        names = self._names(module)
-        weights = [module._parameters.get(name) for name in names]
-        return (
-            self.takes_class(type(module))
-            and not getattr(module, "_is_expert_parallel", False)
-            and all(weight is not None and weight.dim() == 3 and _is_computed_in(weight) for weight in weights)
-        )
+        # Asked first, since a module of TorchScript has no such dict.
+        if not self.takes_class(type(module)) or getattr(module, "_is_expert_parallel", False):
+            return False
+        weights = [module._parameters.get(name) for name in self._names(module)]
+        return all(weight is not None and weight.dim() == 3 and _is_computed_in(weight) for weight in weights)
 
     def site(self, module: nn.Module) -> ModuleSizes:
         """Return the sizes of the first product."""

@@ -138,6 +138,16 @@ class LoraLayer(nn.Module):
         return {"lora_a": self.lora_a, "lora_b": self.lora_b, **self.lora_extras}
 
     @property
+    def lora_factors(self) -> list[Tensor]:
+        """A and B of all slots, in turn where there are several."""
+        return [self.lora_a, self.lora_b]
+
+    @property
+    def slot_count(self) -> int:
+        """K."""
+        return len(self.lora_a)
+
+    @property
     def lora_extras(self) -> Mapping[str, Tensor]:
         """Buffers with what each slot has besides A and B, by name: see `adapters.extras`."""
         return {}
