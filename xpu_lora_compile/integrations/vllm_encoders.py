@@ -42,10 +42,10 @@ class CrossAttentionWrapper(XpuLoraPunicaWrapper):
         self._mapped["_token_lora_indices"] = sum(lengths)
         self._any_adapter = any(slot >= 0 for slot in slots)
 
-    def _indices_of_rows(self, rows: int, stacks: Any) -> Tensor | None:
+    def indices_of_rows(self, rows: int, stacks: Any) -> Tensor | None:
         if torch.compiler.is_compiling():
             raise self._unmapped(rows, stacks, "a step with an encoder's rows to run eagerly, as vLLM 0.32 does")
-        return super()._indices_of_rows(rows, stacks)
+        return super().indices_of_rows(rows, stacks)
 
 
 class Encoders:
@@ -124,7 +124,7 @@ def _finding_encoders(own: Callable[[Any], None]) -> Callable[[Any], None]:
         cross_attention = _cross_attention(manager)
         for wrapper in [*wrappers, *([cross_attention] if cross_attention else [])]:
             for name, layer in manager.modules.items():
-                for stacks in ("lora_a_stacked", "lora_b_stacked"):
+                for stacks in ("lora_a_stacked", "lora_b_stacked", "w13_lora_a_stacked"):
                     wrapper.names[id(vars(layer).get(stacks))] = name
         # Where a model has `get_mm_mapping`, vLLM gives its encoders LoRA when asked for it alone.
         has_lora = not manager.supports_mm or manager.supports_tower_connector_lora

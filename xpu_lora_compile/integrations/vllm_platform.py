@@ -20,6 +20,7 @@ import sys
 from typing import Any
 
 from xpu_lora_compile.backend import inductor_options
+from xpu_lora_compile.integrations.vllm_experts import take_over_experts
 from xpu_lora_compile.integrations.vllm_starts import make_the_kernel_meanwhile, say_less_of_waiting
 
 WRAPPER = "xpu_lora_compile.integrations.vllm_punica.XpuLoraPunicaWrapper"
@@ -62,6 +63,8 @@ class LoraPlatform:
             return
         _cache_encoders_by_adapter()
         importlib.import_module("xpu_lora_compile.integrations.vllm_loads").tell_loads_apart()
+        if vllm_config.model_config is not None and vllm_config.model_config.is_moe:
+            take_over_experts()
         if cls.device_type == "cpu":
             make_the_kernel_meanwhile()
         if compilation.mode == modes.NONE and before != modes.NONE:
@@ -80,6 +83,8 @@ def take_over(platform: Any) -> None:
     # A process that runs an engine alone is given its configuration as it is.
     if "vllm.v1.engine.core" in sys.modules:
         importlib.import_module("xpu_lora_compile.integrations.vllm_loads").tell_loads_apart()
+    if "vllm.v1.worker.worker_base" in sys.modules:
+        take_over_experts()
 
 
 def _cache_encoders_by_adapter() -> None:

@@ -102,7 +102,7 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
             scale: factor on the result.
         """
         rows = x.reshape(-1, x.shape[-1])
-        indices = self._indices_of_rows(rows.shape[0], lora_a_stacked)
+        indices = self.indices_of_rows(rows.shape[0], lora_a_stacked)
         if indices is None:
             for hidden in y:
                 hidden.zero_()
@@ -133,7 +133,7 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
             add_inputs: add to `y`; if false, replace it.
         """
         rows = y.view(-1, y.shape[-1])
-        indices = self._indices_of_rows(rows.shape[0], lora_b_stacked)
+        indices = self.indices_of_rows(rows.shape[0], lora_b_stacked)
         if indices is None:
             return y
         offsets = accumulate(output_slices, initial=offset_start)
@@ -153,7 +153,7 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
             lora_b_stacked: `[K, 1, W, R]`.
             add_inputs: add to `y`; if false, replace it.
         """
-        indices = self._indices_of_rows(x.shape[0], lora_b_stacked)
+        indices = self.indices_of_rows(x.shape[0], lora_b_stacked)
         if indices is None:
             return y
         if not is_compiling() and self._encodes:
@@ -188,13 +188,13 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
             add_inputs: if false, `y` holds zeros, as vLLM's second stream hands it over: adding replaces them.
         """
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        indices = self._indices_of_rows(rows.shape[0], lora_b_stacked)
+        indices = self.indices_of_rows(rows.shape[0], lora_b_stacked)
         if indices is None:
             return y
         offsets = list(accumulate(output_slices, initial=0))[:-1]
         if is_compiling():
             lora_a_stacked, lora_b_stacked = _as_the_compiler_sees_them(lora_a_stacked, lora_b_stacked)
-        return _added(y, rows, lora_a_stacked, lora_b_stacked, scale, offsets, indices)
+        return added(y, rows, lora_a_stacked, lora_b_stacked, scale, offsets, indices)
 
     def add_lora_logits(
         self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **_: Any
@@ -214,7 +214,7 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
         if not is_compiling() and (not self._any_adapter or self._is_zero(lora_b_stacked)):
             return y
         b = lora_b_stacked if lora_b_stacked.shape[-2] <= y.shape[-1] else lora_b_stacked[..., : y.shape[-1], :]
-        return _added(y, x, [lora_a_stacked], [b], scale, [0], self._indices_of_logits(x, lora_b_stacked))
+        return added(y, x, [lora_a_stacked], [b], scale, [0], self._indices_of_logits(x, lora_b_stacked))
 
     def apply_lora_full_linear(
         self, y: Tensor, x: Tensor, weight_stacked: Tensor, bias_stacked: Tensor, module_enabled: Tensor
@@ -232,7 +232,7 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
         bgmv_shrink(result, x, weight_stacked, self.sampler_indices)
         return y.copy_(self._select_full_linear_output(y, result, bias_stacked, module_enabled))
 
-    def _indices_of_rows(self, rows: int, stacks: Any) -> Tensor | None:
+    def indices_of_rows(self, rows: int, stacks: Any) -> Tensor | None:
         """The slot of each row that a layer sees; None where, eagerly, there is nothing to add.
 
         Args:
@@ -309,7 +309,7 @@ def _rows_with_padding() -> int | None:
     return None if batch is None else int(batch.num_tokens)
 
 
-def _added(
+def added(
     y: Tensor,
     rows: Tensor,
     lora_a: Sequence[Tensor],
@@ -354,18 +354,39 @@ def _have_layers_store_by_rank() -> None:
     def set_mapping(layer: Any, punica_wrapper: Any) -> None:
         own(layer, punica_wrapper)
         stacks = vars(layer).get("lora_b_stacked")
-        # Those of mixtures of experts are a list, and not for our kernels.
         if isinstance(punica_wrapper, XpuLoraPunicaWrapper) and torch.device(punica_wrapper.device).type == "cpu":
             if isinstance(stacks, tuple):
                 layer.lora_a_stacked, layer.lora_b_stacked = _stored_by_rank(layer.lora_a_stacked, stacks)
             elif isinstance(stacks, Tensor):
-                layer.lora_b_stacked = _turned(_turned(stacks).contiguous())
+                layer.lora_b_stacked = _by_rank(stacks)
+            elif hasattr(layer, "w13_lora_b_stacked"):
+                _store_experts_by_rank(layer)
 
     layers.set_mapping = set_mapping
 
 
 def _turned(b: Tensor) -> Tensor:
     return b.transpose(-1, -2)
+
+
+def _by_rank(b: Tensor) -> Tensor:
+    return _turned(_turned(b).contiguous())
+
+
+def _store_experts_by_rank(layer: Any) -> None:
+    """The same stacks of a mixture of experts; their list, from which vLLM takes sizes, has views of them."""
+    layer.w13_lora_b_stacked = tuple(map(_by_rank, layer.w13_lora_b_stacked))
+    layer.w2_lora_b_stacked = tuple(map(_by_rank, layer.w2_lora_b_stacked))
+    if isinstance(vars(layer).get("lora_b_stacked"), list):
+        gate_or_up, *up = layer.w13_lora_b_stacked
+        stacks = (gate_or_up, *layer.w2_lora_b_stacked, *up)
+        shared = [stack.shape[1] == 1 for stack in stacks]
+        layer.lora_b_stacked = [
+            stack[slot, 0 if is_shared else expert]
+            for slot in range(layer.max_loras)
+            for expert in range(layer.local_num_experts)
+            for stack, is_shared in zip(stacks, shared, strict=True)
+        ]
 
 
 def _stored_by_rank(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
