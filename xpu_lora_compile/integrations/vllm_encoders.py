@@ -43,6 +43,7 @@ class CrossAttentionWrapper(XpuLoraPunicaWrapper):
         self._any_adapter = any(slot >= 0 for slot in slots)
 
     def indices_of_rows(self, rows: int, stacks: Any) -> Tensor | None:
+        """As the class above, for rows of the encoder."""
         if torch.compiler.is_compiling():
             raise self._unmapped(rows, stacks, "a step with an encoder's rows to run eagerly, as vLLM 0.32 does")
         return super().indices_of_rows(rows, stacks)
@@ -142,7 +143,7 @@ def _say_what_was_taken_over(manager: Any) -> None:
     config: Any = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
     compiled = config is not None and config.compilation_config.mode != type(config.compilation_config.mode).NONE
     kinds = {
-        layers.FusedMoEWithLoRA: "",
+        layers.FusedMoEWithLoRA: "experts",
         layers.VocabParallelEmbeddingWithLoRA: "embedding",
         layers.LogitsProcessorWithLoRA: "logits",
         # Since 0.33 there are two of them.
@@ -151,20 +152,26 @@ def _say_what_was_taken_over(manager: Any) -> None:
     }
     # A layer may have several names.
     found = {id(layer): layer for layer in manager.modules.values()}.values()
-    count = Counter(next(name for kind, name in kinds.items() if isinstance(layer, kind)) for layer in found)
-    experts = count.pop("", 0)
+    left = [layer for layer in found if isinstance(layer, layers.FusedMoEWithLoRA) and _is_vllms_own(layer)]
+    count = Counter(
+        next(name for kind, name in kinds.items() if isinstance(layer, kind)) for layer in found if layer not in left
+    )
     logger = importlib.import_module("vllm.logger").init_logger("vllm.plugins.xpu_lora_compile")
     logger.info(
-        "xpu_lora_compile %s runs the LoRA of %d layers (%s) of vLLM %s on %s, one call a layer, %s; that of %d "
-        "mixtures of experts is vLLM's own.",
+        "xpu_lora_compile %s runs the LoRA of %d layers (%s) of vLLM %s on %s, one call a layer, %s%s.",
         xpu_lora_compile.__version__,
         sum(count.values()),
         ", ".join(f"{number} {name}" for name, number in count.most_common()),
         vllm.__version__,
         torch.device(manager.device).type,
         "compiled with its passes" if compiled else "eagerly",
-        experts,
+        f"; that of {len(left)} mixtures of experts is vLLM's own" if left else "",
     )
+
+
+def _is_vllms_own(experts: Any) -> bool:
+    """Whether the wrapper hands LoRA of a mixture on to vLLM's own: see its `add_lora_w13`."""
+    return bool(experts.use_ep or experts.fully_sharded or experts.enable_moe_shared_loras)
 
 
 def _cross_attention(manager: Any) -> CrossAttentionWrapper | None:

@@ -1,6 +1,6 @@
 """LoRA on the experts of a mixture: on a CPU the whole of the experts' forward, elsewhere the two products of LoRA.
 
-    gate and up = experts(x) + LoRA    ->  activation  ->  down = experts(y) + LoRA  ->  times the router's weight, summed
+    gate and up = experts(x) + LoRA  ->  activation  ->  down = experts(y) + LoRA  ->  times the router's weight, summed
 
 A row of a product is a pair of a token and one of its experts. vLLM's stacks are `[K, E, R, D]` and `[K, E, W, R]`; to
 our op they are `K * E` slots, and the index of a pair is `slot * E + expert`, or -1 without an adapter.
@@ -10,7 +10,7 @@ there. Its own experts for CPUs are one kernel, in which LoRA has no place befor
 
 | changed in vLLM | what it does more |
 |---|---|
-| `RoutedExperts._get_quant_method` | on a CPU, refuses experts that ours cannot compute, before their weights are read |
+| `RoutedExperts._get_quant_method` | on a CPU, refuses experts that ours cannot compute |
 | `select_unquantized_moe_backend` | on a CPU, takes `CpuLoraExperts` where experts are to have LoRA |
 """
 
@@ -22,8 +22,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from xpu_lora_compile.errors import AttachError
 
@@ -36,9 +36,9 @@ _UNSHARED = {
 }
 _REMEDY = "Or leave the experts without LoRA: `--lora-target-modules` with the names of the attention's layers."
 _ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": lambda gate, up: F.silu(gate) * up,
-    "gelu": lambda gate, up: F.gelu(gate) * up,
-    "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "silu": lambda gate, up: functional.silu(gate) * up,
+    "gelu": lambda gate, up: functional.gelu(gate) * up,
+    "gelu_tanh": lambda gate, up: functional.gelu(gate, approximate="tanh") * up,
 }
 
 
@@ -231,7 +231,7 @@ def cpu_lora_experts() -> Any:
             if self._lora_context is None:
                 return None
             slots = self._lora_context.punica_wrapper.indices_of_rows(count, self._lora_context.w13_lora_a_stacked)
-            return None if slots is None else pair_indices(slots[:count][tokens], experts, number)
+            return None if slots is None else punica.pair_indices(slots[:count][tokens], experts, number)
 
         def _product(
             self,
@@ -254,14 +254,3 @@ def cpu_lora_experts() -> Any:
             return added
 
     return CpuLoraExperts
-
-
-def pair_indices(slots: Tensor, experts: Tensor, number: int) -> Tensor:
-    """Of each pair of a token and an expert, the index among `K * E` slots.
-
-    Args:
-        slots: `[P]`, the token's slot, or -1.
-        experts: `[P]`, the expert's number.
-        number: E.
-    """
-    return torch.where(slots < 0, slots, slots * number + experts)
