@@ -17,7 +17,14 @@ from integrations.test_wrapper import wrapper_for
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from xpu_lora_compile.errors import AdapterShapeError, AttachError, BatchError, RankError, UnmatchedTensorError
+from xpu_lora_compile.errors import (
+    AdapterShapeError,
+    AttachError,
+    BatchError,
+    NonFiniteWeightError,
+    RankError,
+    UnmatchedTensorError,
+)
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -229,7 +236,9 @@ def test_quantized_experts_are_refused(mixtral: Served, tmp_path: Path) -> None:
     folder = tmp_path / "quantized"
     shutil.copytree(mixtral.folder, folder)
     config = json.loads((folder / "config.json").read_text())
+    linear = [f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ATTENTION]
     fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    fp8["ignored_layers"] = linear
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": fp8}))
     served = SimpleNamespace(folder=folder)
     with pytest.raises(AttachError, match=r"block_sparse_moe\.experts: wanted experts in float32, bfloat16 or float16"):
@@ -275,12 +284,12 @@ WRONG: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], dict[str, Any], 
     ),
     "a number of no expert": (
         "single",
-        lambda t: t.update({DOWN.format(f).replace("5", "8"): t[DOWN.format(f)] for f in "AB"}),
+        lambda t: t.update({DOWN.format(f).replace("5", "8"): t[DOWN.format(f)].clone() for f in "AB"}),
         {},
         (ValueError, UnmatchedTensorError),  # type: ignore[dict-item]
         "experts.8",
     ),
-    "NaN": ("experts", lambda t: t[INNER].fill_(math.nan), {}, ValueError, "finite"),
+    "NaN": ("experts", lambda t: t[INNER].fill_(math.nan), {}, NonFiniteWeightError, "finite"),
     "a rank too high": (
         "single",
         lambda t: t.update({DOWN.format("A"): torch.ones(9, 48), DOWN.format("B"): torch.ones(64, 9)}),
