@@ -92,7 +92,7 @@ def _is_cpu() -> bool:
 
 def _are_targeted(prefix: str, targets: Sequence[str] | None) -> bool:
     """Whether a deployment gives these experts LoRA."""
-    return targets is None or any(prefix.endswith(name) or "experts" in name.split(".") for name in targets)
+    return targets is None or any(f".{prefix}".endswith(f".{name}") or "experts" in name.split(".") for name in targets)
 
 
 def _refuse(prefix: str, moe: Any, config: Any) -> None:
