@@ -46,7 +46,7 @@ def tokens_of(model: Path, folder: Path, said: str = "", unsaid: str = "\0", **o
 
     version = vllm.__version__
     compiled = "eagerly" if options.get("enforce_eager") else "compiled with its passes"
-    took_over = f"layers (8 linear, 1 embedding, 1 logits) of vLLM {version} on cpu, one call a layer, {compiled};"
+    took_over = f"layers (8 linear, 1 embedding, 1 logits) of vLLM {version} on cpu, one call a layer, {compiled}."
     assert took_over in done.stdout + done.stderr
     assert said in done.stdout + done.stderr
     assert unsaid not in done.stdout + done.stderr

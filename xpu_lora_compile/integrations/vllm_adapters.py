@@ -11,7 +11,10 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Collection
+from itertools import chain
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor
 
@@ -21,6 +24,7 @@ from xpu_lora_compile.errors import (
     RankError,
     UnmatchedTensorError,
 )
+from xpu_lora_compile.integrations.vllm_expert_adapters import check_patterns, gather_experts
 
 
 def refuse_wrong_adapters() -> None:
@@ -32,8 +36,15 @@ def refuse_wrong_adapters() -> None:
 
     @functools.wraps(own)
     def _load_adapter(self: Any, lora_request: Any) -> Any:
-        adapter = own(self, lora_request)
-        check_adapter(self._adapter_manager, adapter, f"{lora_request.lora_name} ({lora_request.lora_path})")
+        manager, name = self._adapter_manager, f"{lora_request.lora_name} ({lora_request.lora_path})"
+        # It refuses forms of experts that are gathered here, and is asked again after that.
+        with patch.object(manager, "_validate_moe_lora_format", lambda _: None):
+            adapter = own(self, lora_request)
+        in_one = gather_experts(manager, adapter, name)
+        folder = importlib.import_module("vllm.lora.utils").get_adapter_absolute_path(lora_request.lora_path)
+        check_patterns(Path(folder), in_one, name)
+        manager._validate_moe_lora_format(adapter)
+        check_adapter(manager, adapter, name)
         return adapter
 
     worker._load_adapter = _load_adapter
@@ -60,7 +71,8 @@ def check_adapter(manager: Any, adapter: Any, name: str) -> None:
     matched, unmatched = bool(adapter.modules_to_save), []
     for module, weights in adapter.loras.items():
         pair = (weights.lora_a, weights.lora_b)
-        for tensor in filter(_is_tensor, pair):
+        # Of a mixture of experts they are lists.
+        for tensor in filter(_is_tensor, chain.from_iterable(p if isinstance(p, list) else [p] for p in pair)):
             _check_finite(name, module, tensor)
         if any(module == expert or module.startswith(f"{expert}.") for expert in experts):
             matched = True

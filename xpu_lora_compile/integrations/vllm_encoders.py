@@ -42,10 +42,11 @@ class CrossAttentionWrapper(XpuLoraPunicaWrapper):
         self._mapped["_token_lora_indices"] = sum(lengths)
         self._any_adapter = any(slot >= 0 for slot in slots)
 
-    def _indices_of_rows(self, rows: int, stacks: Any) -> Tensor | None:
+    def indices_of_rows(self, rows: int, stacks: Any) -> Tensor | None:
+        """As the class above, for rows of the encoder."""
         if torch.compiler.is_compiling():
             raise self._unmapped(rows, stacks, "a step with an encoder's rows to run eagerly, as vLLM 0.32 does")
-        return super()._indices_of_rows(rows, stacks)
+        return super().indices_of_rows(rows, stacks)
 
 
 class Encoders:
@@ -124,7 +125,7 @@ def _finding_encoders(own: Callable[[Any], None]) -> Callable[[Any], None]:
         cross_attention = _cross_attention(manager)
         for wrapper in [*wrappers, *([cross_attention] if cross_attention else [])]:
             for name, layer in manager.modules.items():
-                for stacks in ("lora_a_stacked", "lora_b_stacked"):
+                for stacks in ("lora_a_stacked", "lora_b_stacked", "w13_lora_a_stacked"):
                     wrapper.names[id(vars(layer).get(stacks))] = name
         # Where a model has `get_mm_mapping`, vLLM gives its encoders LoRA when asked for it alone.
         has_lora = not manager.supports_mm or manager.supports_tower_connector_lora
@@ -142,7 +143,7 @@ def _say_what_was_taken_over(manager: Any) -> None:
     config: Any = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
     compiled = config is not None and config.compilation_config.mode != type(config.compilation_config.mode).NONE
     kinds = {
-        layers.FusedMoEWithLoRA: "",
+        layers.FusedMoEWithLoRA: "experts",
         layers.VocabParallelEmbeddingWithLoRA: "embedding",
         layers.LogitsProcessorWithLoRA: "logits",
         # Since 0.33 there are two of them.
@@ -151,20 +152,26 @@ def _say_what_was_taken_over(manager: Any) -> None:
     }
     # A layer may have several names.
     found = {id(layer): layer for layer in manager.modules.values()}.values()
-    count = Counter(next(name for kind, name in kinds.items() if isinstance(layer, kind)) for layer in found)
-    experts = count.pop("", 0)
+    left = [layer for layer in found if isinstance(layer, layers.FusedMoEWithLoRA) and _is_vllms_own(layer)]
+    count = Counter(
+        next(name for kind, name in kinds.items() if isinstance(layer, kind)) for layer in found if layer not in left
+    )
     logger = importlib.import_module("vllm.logger").init_logger("vllm.plugins.xpu_lora_compile")
     logger.info(
-        "xpu_lora_compile %s runs the LoRA of %d layers (%s) of vLLM %s on %s, one call a layer, %s; that of %d "
-        "mixtures of experts is vLLM's own.",
+        "xpu_lora_compile %s runs the LoRA of %d layers (%s) of vLLM %s on %s, one call a layer, %s%s.",
         xpu_lora_compile.__version__,
         sum(count.values()),
         ", ".join(f"{number} {name}" for name, number in count.most_common()),
         vllm.__version__,
         torch.device(manager.device).type,
         "compiled with its passes" if compiled else "eagerly",
-        experts,
+        f"; that of {len(left)} mixtures of experts is vLLM's own" if left else "",
     )
+
+
+def _is_vllms_own(experts: Any) -> bool:
+    """Whether the wrapper hands LoRA of a mixture on to vLLM's own: see its `add_lora_w13`."""
+    return bool(experts.use_ep or experts.fully_sharded or experts.enable_moe_shared_loras)
 
 
 def _cross_attention(manager: Any) -> CrossAttentionWrapper | None:

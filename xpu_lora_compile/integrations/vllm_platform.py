@@ -9,7 +9,8 @@
 The last also has `InputProcessor._get_mm_identifier` name the adapter, so that what the encoders returned for one
 adapter is not taken for another's, and the engine tell an adapter's loads apart: `vllm_loads.py`. It has vLLM's
 processes say less often that they wait for a compilation, and our kernel compiled where it is not there yet: see
-`vllm_starts.py`. What the wrapper changes, once it is made: see `vllm_punica.py`.
+`vllm_starts.py`. For a mixture of experts it changes which experts a CPU takes, before they are made:
+`vllm_experts.py`. What the wrapper changes, once it is made: see `vllm_punica.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 from typing import Any
 
 from xpu_lora_compile.backend import inductor_options
+from xpu_lora_compile.integrations.vllm_experts import take_over_experts
 from xpu_lora_compile.integrations.vllm_starts import make_the_kernel_meanwhile, say_less_of_waiting
 
 WRAPPER = "xpu_lora_compile.integrations.vllm_punica.XpuLoraPunicaWrapper"
@@ -62,6 +64,8 @@ class LoraPlatform:
             return
         _cache_encoders_by_adapter()
         importlib.import_module("xpu_lora_compile.integrations.vllm_loads").tell_loads_apart()
+        if vllm_config.model_config is not None and vllm_config.model_config.is_moe:
+            take_over_experts()
         if cls.device_type == "cpu":
             make_the_kernel_meanwhile()
         if compilation.mode == modes.NONE and before != modes.NONE:
@@ -77,9 +81,11 @@ def take_over(platform: Any) -> None:
     own = type(platform)
     if not issubclass(own, LoraPlatform):
         platform.__class__ = type(f"XpuLora{own.__name__}", (LoraPlatform, own), {"__module__": __name__})
-    # A process that runs an engine alone is given its configuration as it is.
+    # A process that runs an engine alone, or a part of the model, is given its configuration as it is.
     if "vllm.v1.engine.core" in sys.modules:
         importlib.import_module("xpu_lora_compile.integrations.vllm_loads").tell_loads_apart()
+    if {"vllm.v1.engine.core", "vllm.v1.worker.worker_base"} & sys.modules.keys():
+        take_over_experts()
 
 
 def _cache_encoders_by_adapter() -> None:

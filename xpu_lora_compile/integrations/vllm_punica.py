@@ -45,7 +45,7 @@ _Own: Any = own_punica_wrapper()
 
 
 class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
-    """The platform's own wrapper, with everything but LoRA of mixtures of experts done by our ops."""
+    """The platform's own wrapper, with its methods done by our ops."""
 
     # Whether any row of the batch has an adapter; read by eager code alone, never traced into a graph.
     _any_adapter = False
@@ -102,7 +102,7 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
             scale: factor on the result.
         """
         rows = x.reshape(-1, x.shape[-1])
-        indices = self._indices_of_rows(rows.shape[0], lora_a_stacked)
+        indices = self.indices_of_rows(rows.shape[0], lora_a_stacked)
         if indices is None:
             for hidden in y:
                 hidden.zero_()
@@ -133,7 +133,7 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
             add_inputs: add to `y`; if false, replace it.
         """
         rows = y.view(-1, y.shape[-1])
-        indices = self._indices_of_rows(rows.shape[0], lora_b_stacked)
+        indices = self.indices_of_rows(rows.shape[0], lora_b_stacked)
         if indices is None:
             return y
         offsets = accumulate(output_slices, initial=offset_start)
@@ -153,7 +153,7 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
             lora_b_stacked: `[K, 1, W, R]`.
             add_inputs: add to `y`; if false, replace it.
         """
-        indices = self._indices_of_rows(x.shape[0], lora_b_stacked)
+        indices = self.indices_of_rows(x.shape[0], lora_b_stacked)
         if indices is None:
             return y
         if not is_compiling() and self._encodes:
@@ -188,13 +188,13 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
             add_inputs: if false, `y` holds zeros, as vLLM's second stream hands it over: adding replaces them.
         """
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        indices = self._indices_of_rows(rows.shape[0], lora_b_stacked)
+        indices = self.indices_of_rows(rows.shape[0], lora_b_stacked)
         if indices is None:
             return y
         offsets = list(accumulate(output_slices, initial=0))[:-1]
         if is_compiling():
             lora_a_stacked, lora_b_stacked = _as_the_compiler_sees_them(lora_a_stacked, lora_b_stacked)
-        return _added(y, rows, lora_a_stacked, lora_b_stacked, scale, offsets, indices)
+        return added(y, rows, lora_a_stacked, lora_b_stacked, scale, offsets, indices)
 
     def add_lora_logits(
         self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **_: Any
@@ -214,7 +214,7 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
         if not is_compiling() and (not self._any_adapter or self._is_zero(lora_b_stacked)):
             return y
         b = lora_b_stacked if lora_b_stacked.shape[-2] <= y.shape[-1] else lora_b_stacked[..., : y.shape[-1], :]
-        return _added(y, x, [lora_a_stacked], [b], scale, [0], self._indices_of_logits(x, lora_b_stacked))
+        return added(y, x, [lora_a_stacked], [b], scale, [0], self._indices_of_logits(x, lora_b_stacked))
 
     def apply_lora_full_linear(
         self, y: Tensor, x: Tensor, weight_stacked: Tensor, bias_stacked: Tensor, module_enabled: Tensor
@@ -232,7 +232,101 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
         bgmv_shrink(result, x, weight_stacked, self.sampler_indices)
         return y.copy_(self._select_full_linear_output(y, result, bias_stacked, module_enabled))
 
-    def _indices_of_rows(self, rows: int, stacks: Any) -> Tensor | None:
+    def add_lora_w13(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: Sequence[Tensor],
+        lora_b_stacked: Sequence[Tensor],
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        expert_map: Tensor | None,
+        *rest: Any,
+        token_lora_mapping: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Add LoRA to what a mixture's experts make of its input, before their activation.
+
+        Experts and factors that are shared among processes, and factors that experts share, are vLLM's own.
+
+        Args:
+            y: `[T, k, H]`, changed.
+            x: `[T, D]`.
+            lora_a_stacked: for gate and for up, or for both in one, `[K, E, R, D]`.
+            lora_b_stacked: for each of them `[K, E, W, R]`.
+            topk_ids: `[T, k]`, the experts of each token.
+            topk_weights: `[T, k]`, the router's.
+            expert_map: where experts are shared among processes, which are here.
+            rest: what vLLM's kernels are set up with.
+            token_lora_mapping: where tokens came from other processes, their slots.
+            options: as `rest`.
+
+        Returns:
+            What vLLM hands to `add_lora_w2`: `[T k]`, the index of each pair of token and expert, in the last place.
+        """
+        fully_sharded = rest[_FULLY_SHARDED]
+        if (
+            fully_sharded
+            or expert_map is not None
+            or token_lora_mapping is not None
+            or lora_a_stacked[0].stride(1) == 0
+        ):
+            own = (y, x, lora_a_stacked, lora_b_stacked, topk_ids, topk_weights, expert_map, *rest)
+            return super().add_lora_w13(*own, token_lora_mapping=token_lora_mapping, **options)  # type: ignore[no-any-return]
+        tokens, count = topk_ids.shape
+        # In a captured graph, batches follow that have adapters: whether this one has any is not asked.
+        indices: Tensor = self._token_lora_indices
+        if self._encodes or (
+            self._any_adapter and tokens not in (self._mapped["_token_lora_indices"], _rows_with_padding())
+        ):
+            wanted = f"the {self._mapped['_token_lora_indices']} tokens of the batch, whose adapters vLLM has mapped"
+            raise self._unmapped(tokens, lora_a_stacked, wanted)
+        slots = indices[:tokens].repeat_interleave(count)
+        pairs = pair_indices(slots, topk_ids.reshape(-1), lora_a_stacked[0].shape[1])
+        rows = x.repeat_interleave(count, 0)
+        output = y.view(-1, y.shape[-1])
+        output.copy_(_with_experts(output, rows, lora_a_stacked, lora_b_stacked, pairs))
+        return None, None, None, pairs
+
+    def add_lora_w2(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: Sequence[Tensor],
+        lora_b_stacked: Sequence[Tensor],
+        topk_weights: Tensor,
+        sorted_token_ids_lora: Tensor | None,
+        expert_ids_lora: Tensor | None,
+        num_tokens_post_padded_lora: Tensor | None,
+        token_lora_mapping: Tensor | None,
+        *rest: Any,
+        **options: Any,
+    ) -> None:
+        """Add LoRA, times the router's weight, to what a mixture's experts make of their activation.
+
+        Args:
+            y: `[T, k, H]`, with the router's weight in it; changed.
+            x: `[T k, D]`.
+            lora_a_stacked: one `[K, E, R, D]`.
+            lora_b_stacked: one `[K, E, W, R]`.
+            topk_weights: `[T, k]`.
+            sorted_token_ids_lora: with the next three, what `add_lora_w13` returned.
+            expert_ids_lora: as above.
+            num_tokens_post_padded_lora: as above.
+            token_lora_mapping: as above.
+            rest: what vLLM's kernels are set up with.
+            options: as `rest`.
+        """
+        if expert_ids_lora is not None or token_lora_mapping is None:
+            routing = (sorted_token_ids_lora, expert_ids_lora, num_tokens_post_padded_lora, token_lora_mapping)
+            super().add_lora_w2(y, x, lora_a_stacked, lora_b_stacked, topk_weights, *routing, *rest, **options)
+            return
+        output = y.view(-1, y.shape[-1])
+        nothing = torch.zeros(output.shape, dtype=torch.float32, device=output.device)
+        delta = _with_experts(nothing, x, lora_a_stacked, lora_b_stacked, token_lora_mapping)
+        output.add_(delta * topk_weights.reshape(-1, 1))
+
+    def indices_of_rows(self, rows: int, stacks: Any) -> Tensor | None:
         """The slot of each row that a layer sees; None where, eagerly, there is nothing to add.
 
         Args:
@@ -309,7 +403,31 @@ def _rows_with_padding() -> int | None:
     return None if batch is None else int(batch.num_tokens)
 
 
-def _added(
+# The place of `fully_sharded` among what `add_lora_w13` takes after `expert_map`.
+_FULLY_SHARDED = 9
+
+
+def _with_experts(
+    output: Tensor, rows: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], pairs: Tensor
+) -> Tensor:
+    """The output with LoRA of each pair's expert; the stacks are `[K, E, ...]`."""
+    a, b = ([stack.flatten(0, 1) for stack in stacks] for stacks in (lora_a, lora_b))
+    offsets = list(accumulate((stack.shape[1] for stack in b), initial=0))[:-1]
+    return added(output, rows, a, b, 1.0, offsets, pairs)
+
+
+def pair_indices(slots: Tensor, experts: Tensor, number: int) -> Tensor:
+    """The index of each pair of a token and an expert, among `K * E` slots of one expert.
+
+    Args:
+        slots: `[P]`, the token's slot, or -1.
+        experts: `[P]`, the expert's number.
+        number: E.
+    """
+    return torch.where(slots < 0, slots, slots * number + experts)
+
+
+def added(
     y: Tensor,
     rows: Tensor,
     lora_a: Sequence[Tensor],
@@ -354,18 +472,34 @@ def _have_layers_store_by_rank() -> None:
     def set_mapping(layer: Any, punica_wrapper: Any) -> None:
         own(layer, punica_wrapper)
         stacks = vars(layer).get("lora_b_stacked")
-        # Those of mixtures of experts are a list, and not for our kernels.
         if isinstance(punica_wrapper, XpuLoraPunicaWrapper) and torch.device(punica_wrapper.device).type == "cpu":
             if isinstance(stacks, tuple):
                 layer.lora_a_stacked, layer.lora_b_stacked = _stored_by_rank(layer.lora_a_stacked, stacks)
             elif isinstance(stacks, Tensor):
-                layer.lora_b_stacked = _turned(_turned(stacks).contiguous())
+                layer.lora_b_stacked = _by_rank(stacks)
+            elif "w13_lora_b_stacked" in vars(layer):
+                _store_experts_by_rank(layer)
 
     layers.set_mapping = set_mapping
 
 
 def _turned(b: Tensor) -> Tensor:
     return b.transpose(-1, -2)
+
+
+def _by_rank(b: Tensor) -> Tensor:
+    return _turned(_turned(b).contiguous())
+
+
+def _store_experts_by_rank(layer: Any) -> None:
+    """The same stacks of a mixture of experts; their list, from which vLLM takes sizes, has views of them."""
+    layer.w13_lora_b_stacked = tuple(map(_by_rank, layer.w13_lora_b_stacked))
+    layer.w2_lora_b_stacked = tuple(map(_by_rank, layer.w2_lora_b_stacked))
+    if isinstance(vars(layer).get("lora_b_stacked"), list):
+        gate, *up = layer.w13_lora_b_stacked
+        slots, experts = gate.shape[:2]
+        stacks = (gate, *layer.w2_lora_b_stacked, *up)
+        layer.lora_b_stacked = [stack[i, e] for i in range(slots) for e in range(experts) for stack in stacks]
 
 
 def _stored_by_rank(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

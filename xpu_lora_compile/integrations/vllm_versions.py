@@ -25,6 +25,8 @@ _WRAPPER = {
     "apply_lora_full_linear": "self, y, x, weight_stacked, bias_stacked, module_enabled",
 }
 
+_FUSED_MOE = "model_executor/layers/fused_moe"
+
 
 def _there(names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), "")
@@ -33,6 +35,7 @@ def _there(names: str) -> dict[str, str]:
 INTERFACES: Interfaces = {
     ("platforms/interface.py", "Platform"): {
         **_there("device_type"),
+        "is_cpu": "self",
         "get_punica_wrapper": "cls",
         "can_update_inplace": "cls",
         "check_and_update_config": "cls, vllm_config",
@@ -63,6 +66,16 @@ INTERFACES: Interfaces = {
         "update_metadata": "self, mapping, lora_index_to_id, max_loras, vocab_size, **kwargs",
         "sampler_indices": "self",
         "_select_full_linear_output": "self, y, adapter_y, bias_stacked, module_enabled",
+        "add_lora_w13": (
+            "self, y, x, lora_a_stacked, lora_b_stacked, topk_ids, topk_weights, expert_map, w1, w2, num_tokens, "
+            "top_k_num, max_loras, adapter_enabled, local_num_experts, top_k, num_slices, fully_sharded, "
+            "use_tuned_config, add_inputs=True, token_lora_mapping=None"
+        ),
+        "add_lora_w2": (
+            "self, y, x, lora_a_stacked, lora_b_stacked, topk_weights, sorted_token_ids_lora, expert_ids_lora, "
+            "num_tokens_post_padded_lora, token_lora_mapping, num_tokens, w1, w2, top_k_num, max_loras, "
+            "adapter_enabled, top_k, fully_sharded, tp_rank, use_tuned_config, add_inputs=True"
+        ),
     },
     ("lora/punica_wrapper/punica_cpu.py", "PunicaWrapperCPU"): _WRAPPER,
     ("lora/punica_wrapper/punica_xpu.py", "PunicaWrapperXPU"): _WRAPPER,
@@ -76,14 +89,25 @@ INTERFACES: Interfaces = {
         "lora_a_stacked lora_b_stacked"
     ),
     ("lora/layers/logits_processor.py", "LogitsProcessorWithLoRA"): _there("lora_a_stacked lora_b_stacked"),
-    ("lora/layers/fused_moe.py", "FusedMoEWithLoRA"): {"set_lora": "self, index, lora_a, lora_b"},
+    ("lora/layers/fused_moe.py", "FusedMoEWithLoRA"): {
+        **_there("moe_config w13_lora_a_stacked w13_lora_b_stacked w2_lora_a_stacked w2_lora_b_stacked"),
+        **dict.fromkeys(("hidden_size", "global_num_experts", "use_ep"), "self"),
+        "set_lora": "self, index, lora_a, lora_b",
+        "set_mapping": "self, punica_wrapper",
+    },
+    ("lora/layers/fused_moe.py", "FusedMoE3DWithLoRA"): {"set_lora": "self, index, lora_a, lora_b"},
     ("lora/layers/utils.py", "LoRAMapping"): _there("index_mapping prompt_mapping"),
     ("lora/model_manager.py", "LoRAModelManager"): {
         **_there("modules packed_modules punica_wrapper_mapping lora_index_to_id is_pooling_model supports_mm"),
         **_there("supports_tower_connector_lora lora_config model device max_num_seqs"),
         "_create_lora_modules": "self",
         "_match_target_modules": "self, module_name",
+        "_enable_moe_shared_loras": "",
+        "_validate_moe_lora_format": "self, lora_model",
     },
+    ("lora/utils.py", ""): {"get_adapter_absolute_path": "lora_path"},
+    ("config/lora.py", "LoRAConfig"): _there("target_modules fully_sharded_loras enable_moe_shared_loras"),
+    ("config/model.py", "ModelConfig"): {"is_moe": "self"},
     ("lora/worker_manager.py", "WorkerLoRAManager"): {
         **_there("_adapter_manager"),
         "_load_adapter": "self, lora_request",
@@ -105,13 +129,43 @@ INTERFACES: Interfaces = {
         "step_with_batch_queue": "self",
     },
     ("lora/lora_model.py", "LoRAModel"): _there("loras modules_to_save"),
-    ("lora/lora_weights.py", "LoRALayerWeights"): _there("lora_a lora_b"),
+    ("lora/lora_weights.py", "LoRALayerWeights"): _there("rank lora_a lora_b scaling"),
+    ("lora/lora_weights.py", "PackedLoRALayerWeights"): {
+        "__init__": "self, module_name, rank, lora_alphas, lora_a, lora_b, scaling=None"
+    },
     ("lora/lora_weights.py", "LoRAFullModuleWeights"): _there("weight bias"),
     ("model_executor/layers/linear.py", "LinearBase"): _there("input_size output_size"),
     ("model_executor/layers/linear.py", "MergedColumnParallelLinear"): _there("output_sizes"),
     ("model_executor/layers/linear.py", "QKVParallelLinear"): _there(
         "total_num_heads total_num_kv_heads head_size v_head_size"
     ),
+    (f"{_FUSED_MOE}/routed_experts.py", "RoutedExperts"): {
+        "_get_quant_method": "self, prefix, quant_config, moe_config"
+    },
+    (f"{_FUSED_MOE}/oracle/unquantized.py", ""): {"select_unquantized_moe_backend": "moe_config"},
+    (f"{_FUSED_MOE}/oracle/unquantized.py", "UnquantizedMoeBackend"): _there("CPU"),
+    (f"{_FUSED_MOE}/unquantized_fused_moe_method.py", "UnquantizedFusedMoEMethod"): _there("experts_cls"),
+    (f"{_FUSED_MOE}/experts/cpu_moe.py", "CPUUnquantizedExperts"): {
+        "process_weights_after_loading": "self, layer",
+        "apply": (
+            "self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map, "
+            "a1q_scale, a2_scale, workspace13, workspace2, expert_tokens_meta, apply_router_weight_on_input"
+        ),
+    },
+    (f"{_FUSED_MOE}/experts/lora_experts_mixin.py", "LoRAExpertsMixin"): {
+        "_lora_context": "",
+        "set_lora_context": "self, ctx",
+    },
+    (f"{_FUSED_MOE}/experts/lora_context.py", "MoELoRAContext"): _there(
+        "w13_lora_a_stacked w13_lora_b_stacked w2_lora_a_stacked w2_lora_b_stacked punica_wrapper"
+    ),
+    (f"{_FUSED_MOE}/config.py", "FusedMoEConfig"): _there(
+        "is_lora_enabled activation swiglu_limit intermediate_size moe_parallel_config"
+    ),
+    (f"{_FUSED_MOE}/config.py", "FusedMoEParallelConfig"): {
+        **_there("use_ep dp_size is_sequence_parallel"),
+        "use_all2all_kernels": "self",
+    },
     ("model_executor/models/whisper.py", "WhisperCrossAttention"): {},
     ("v1/worker/gpu_model_runner.py", "GPUModelRunner"): {
         **_there("requests"),
