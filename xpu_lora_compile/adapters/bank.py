@@ -367,8 +367,8 @@ class AdapterBank:
                 name = self._name_of_part(part)
                 packed = isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], list | tuple)
                 self._check_part(part, name)
-                entries = given if packed else (given, None)
-                rows[name] = _checked_rows(f"use: parts[{part!r}]", *entries, self._adapters_per_row)
+                entries, its_lengths = given if packed else (given, None)
+                rows[name] = _checked_rows(f"use: parts[{part!r}]", entries, its_lengths, self._adapters_per_row)
             if self._blocks and self._blocks[-1] is not self._routing.mine.get():
                 raise BankInUseError(
                     "use",
