@@ -225,7 +225,7 @@ def _meta(value: Any) -> Any:
 # Dispatch and gradients.
 
 
-@pytest.mark.parametrize(("count", "case"), [CASES[1], CASES[3], CASES[7], CASES[13]], ids=lambda value: str(value))
+@pytest.mark.parametrize(("count", "case"), [CASES[3], CASES[13]], ids=lambda value: str(value))
 def test_the_ops_pass_opcheck(count: int, case: Case) -> None:
     call = several(count, replace(case, H=10))
     opcheck(torch.ops.xpu_lora.lora_linear.default, (), call.args)
