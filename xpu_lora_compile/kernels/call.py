@@ -192,6 +192,13 @@ def accumulator(*operands: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in [operand.dtype for operand in operands] else torch.float32
 
 
+def repeated(rows: Tensor, times: int) -> Tensor:
+    """Return `[T * times, columns]`: each row so many times, one after another."""
+    if times == 1:
+        return rows
+    return rows.unsqueeze(1).expand(-1, times, -1).reshape(rows.shape[0] * times, rows.shape[1])
+
+
 def without_autocast(device: str) -> AbstractContextManager[object]:
     """Keep autocast from rounding products otherwise than the contract says; entered only where it is on."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

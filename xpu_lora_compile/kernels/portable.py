@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator, without_autocast
+from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator, repeated, without_autocast
 from xpu_lora_compile.kernels.routing import RowRouting
 
 # Numbers of copied weights that `gather` holds at a time: 128 MiB of float32.
@@ -53,7 +53,7 @@ class PortableKernel(Kernel):
     def _add_several(self, call: LoraCall, adapter_weights: Tensor) -> None:
         """The same for M adapters a row: a row for each of them, of which the sums are added."""
         dtype, (rows, several), routing = accumulator(*call.operands), adapter_weights.shape, call.routing.one_by_one()
-        inputs, has_adapter = call.inputs.to(dtype).repeat_interleave(several, 0), routing.has_adapter
+        inputs, has_adapter = repeated(call.inputs.to(dtype), several), routing.has_adapter
         factors = adapter_weights.reshape(-1, 1).to(dtype)
         has_any = has_adapter.view(rows, several).any(1, keepdim=True)
         for a, b, columns in zip(call.lora_a, call.lora_b, call.columns, strict=True):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator
+from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator, repeated
 from xpu_lora_compile.kernels.replay import current_tape
 from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.kernels.sizes import Sizes, sizes_for, tuned_rows_for
@@ -208,7 +208,7 @@ def _add_several(call: LoraCall, adapter_weights: Tensor) -> None:
     What is added is written in fp32, and summed by PyTorch: no kernel's program writes to the row of another.
     """
     (rows, several), routing = adapter_weights.shape, call.routing.one_by_one()
-    inputs, has_adapter = call.inputs.repeat_interleave(several, 0), routing.has_adapter.view(rows, several)
+    inputs, has_adapter = repeated(call.inputs, several), routing.has_adapter.view(rows, several)
     factors = torch.where(has_adapter, adapter_weights, 0.0).float().unsqueeze(2)
     has_any, columns = has_adapter.any(1, keepdim=True), call.columns
     alike = are_alike(call.lora_a, 2) and are_alike(call.lora_b, 1)

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 
 from xpu_lora_compile.errors import ShapeError
 from xpu_lora_compile.kernels import takes_native
-from xpu_lora_compile.kernels.call import accumulator
+from xpu_lora_compile.kernels.call import accumulator, repeated
 from xpu_lora_compile.kernels.native import TRY_ADD_LORA, TRY_ADD_SEVERAL
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.checks import without_slice_dim
@@ -255,7 +255,7 @@ def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Any, ...]:
     inputs, indices, *rest = ctx.saved_tensors
     weights, factors = rest[: 2 * ctx.slices], rest[2 * ctx.slices :]
     several = factors[0].shape[1] if factors else 1
-    rows, indices = _repeated(inputs, several), indices.reshape(-1) if factors else indices
+    rows, indices = repeated(inputs, several), indices.reshape(-1) if factors else indices
     grad_rows = rows.new_zeros(rows.shape, dtype=accumulator(*grads_out, rows, *weights))
     grad_factors = grad_rows.new_zeros(rows.shape[0])
     grads_a: list[Tensor] = []
@@ -265,7 +265,7 @@ def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Any, ...]:
         grad = grads_out[ctx.slice_outputs[s]]
         a, b = without_slice_dim(stored_a), without_slice_dim(stored_b)
         dtype = accumulator(grad, rows, a, b)
-        grad_slice = _repeated(grad[:, offset : offset + b.shape[1]].to(dtype), several)
+        grad_slice = repeated(grad[:, offset : offset + b.shape[1]].to(dtype), several)
         hidden = ctx.scaling * SLOT_PRODUCTS(rows, a, indices).to(dtype)
         grad_hidden = SLOT_PRODUCTS(grad_slice, b.transpose(1, 2), indices)
         has_adapter = ((indices >= 0) & (indices < a.shape[0]))[:, None]
@@ -290,13 +290,6 @@ def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Any, ...]:
         [grad.to(b.dtype) for grad, b in zip(grads_b, weights[ctx.slices :], strict=True)],
         *others,
     )
-
-
-def _repeated(rows: Tensor, times: int) -> Tensor:
-    """Each row so many times, one after another."""
-    if times == 1:
-        return rows
-    return rows.unsqueeze(1).expand(-1, times, -1).reshape(rows.shape[0] * times, rows.shape[1])
 
 
 torch.library.custom_op("xpu_lora::lora_linear", _lora_linear, mutates_args=())
