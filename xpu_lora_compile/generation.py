@@ -35,11 +35,11 @@ class Bank(Protocol):
     def start_from(self) -> None:
         """Have searches begin with as many rows as now."""
 
-    def step(self, names: list[str | None], lengths: list[int]) -> Any:
+    def step(self, names: list[Any], lengths: list[int]) -> Any:
         """Have a packed step be run by this thread, inside the block of another one."""
 
-    def names_in_use(self) -> list[str | None] | None:
-        """The names of the open block, one for each sequence; None outside of all."""
+    def names_in_use(self) -> list[Any] | None:
+        """The names of the open block, one or several for each sequence; None outside of all."""
 
     @property
     def sites(self) -> dict[str, Any]:
@@ -160,10 +160,10 @@ _METHODS: dict[str, type[_Method]] = {
 class _Requests:
     """The requests of one manager of continuous batching, and the adapter of each."""
 
-    def __init__(self, manager: Any, bank: Bank, names: list[str | None]) -> None:
+    def __init__(self, manager: Any, bank: Bank, names: list[Any]) -> None:
         self.bank = bank
         self.names = names
-        self.adapters: dict[str, str | None] = {}
+        self.adapters: dict[str, Any] = {}
         self.in_step: list[tuple[str, int]] = []
         if manager.continuous_batching_config.allow_block_sharing:
             # What is cached of a prompt for one adapter is not another's.

@@ -13,7 +13,7 @@ from xpu_lora_compile.passes.calls import EXPANDS, LORA_OPS, ROUTINGS, SHRINKS, 
 from xpu_lora_compile.torch_internals import name_of, schemas_of
 
 # Parts of kernels, which no graph of our passes has: what a composite op becomes, what eager calls try, gradients.
-PARTS = {"native_add_slices", "native_add_packed", "slot_products", "outer_by_slot"}
+PARTS = {"native_add_slices", "native_add_packed", "native_add_several", "slot_products", "outer_by_slot"}
 
 
 def test_every_op_that_adds_lora_is_known_to_whoever_reads_graphs() -> None:

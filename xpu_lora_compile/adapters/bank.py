@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from types import MethodType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,11 @@ from xpu_lora_compile.torch_internals import is_capturing
 
 NO_ADAPTER = -1
 
+# Adapters of one row, each with its weight: a number, or a tensor of one. As `use` has checked it.
+Mix: TypeAlias = tuple[tuple[str, float | Tensor], ...]
+# What `use` takes for a sequence.
+Name: TypeAlias = str | Mapping[str, float | Tensor] | None
+
 
 class Layer(Protocol):
     """What a layer that carries LoRA offers to its bank: it is a `StackedLayer`, or a `PagedLayer`."""
@@ -52,17 +59,23 @@ class Layer(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """An adapter's name, or None, for each sequence, and how many tokens each has where they lie packed in one row."""
+    """An adapter's name, or None, for each sequence, and how many tokens each has where they lie packed in one row.
 
-    names: tuple[str | None, ...]
+    Where a row may have several adapters, in the place of a name there may be a `Mix`.
+    """
+
+    names: tuple[str | Mix | None, ...]
     lengths: tuple[int, ...] | None = None
 
 
 class Block:
     """One `use` block that is open: the rows of the model, under the name "", and of its parts."""
 
-    def __init__(self, rows: dict[str, Rows]) -> None:
+    def __init__(self, rows: dict[str, Rows], adapters_per_row: int = 1) -> None:
         self.rows = rows
+        self.adapters_per_row = adapters_per_row
+        # With several, slots are numbers of these, for each part: slots with weights.
+        self.mixes: dict[str, list[tuple[tuple[int, Any], ...]]] = {}
         # As `slots_of`, where `generate` has more sequences than the block has names.
         self.times = self.first_times = 1
         self._slots: dict[str, list[int]] = {}
@@ -78,17 +91,26 @@ class Block:
     @property
     def names(self) -> set[str | None]:
         """All adapters that the block uses."""
-        return {name for rows in self.rows.values() for name in rows.names}
+        given = [name for rows in self.rows.values() for name in rows.names]
+        return {name for entry in given for name in ([n for n, _ in entry] if isinstance(entry, tuple) else [entry])}
 
     def resolve(self, slot_of: Callable[[str], int]) -> None:
         """Find the slots of all names."""
-        self._slots = {
-            part: [NO_ADAPTER if name is None else slot_of(name) for name in rows.names]
-            for part, rows in self.rows.items()
-        }
+        for part, rows in self.rows.items():
+            if self.adapters_per_row == 1:
+                self._slots[part] = [NO_ADAPTER if name is None else slot_of(cast("str", name)) for name in rows.names]
+                continue
+            numbers: dict[Any, int] = {}
+            self._slots[part] = []
+            for entry in rows.names:
+                pairs: Any = entry if isinstance(entry, tuple) or entry is None else ((entry, 1.0),)
+                # By slot, so that a sum does not depend on the order of the names.
+                mix = pairs and tuple(sorted(((slot_of(name), weight) for name, weight in pairs), key=itemgetter(0)))
+                self._slots[part].append(numbers.setdefault(mix, len(numbers)) if mix else NO_ADAPTER)
+            self.mixes[part] = list(numbers)
 
     def slots_of(self, part: str) -> list[int]:
-        """The slot of each sequence."""
+        """The slot of each sequence; the number of its mix where it may have several adapters."""
         slots = self._slots[part]
         return [slot for slot in slots for _ in range(self.times)] if part == "" else slots
 
@@ -117,8 +139,10 @@ class AdapterBank:
         max_rank: int,
         hosts: Sequence[Host],
         undo: list[Callable[[], None]] | None = None,
+        adapters_per_row: int = 1,
     ) -> None:
         self._model = model
+        self._adapters_per_row = routing.adapters_per_row = adapters_per_row
         self._layers = dict(layers)
         # Of the model, under the name "", and of the parts that a block has named.
         self._routings = {"": routing}
@@ -141,13 +165,16 @@ class AdapterBank:
         self._readers: dict[torch.cuda.Stream, torch.cuda.Event] = {}
         # One tensor for each size of batch, so that its address stays the same for captured graphs.
         self._batches: dict[tuple[str, int, torch.device], Tensor] = {}
+        # Likewise, where rows may have several adapters: slots and weights of mixes.
+        self._mixes: dict[tuple[str, int, torch.device], tuple[Tensor, Tensor]] = {}
         self._blocks: list[Block] = []
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
         held = ", ".join(self.names) or "empty"
         slots = f"{len(self.names)} of {len(self._slots)} slots taken"
-        size = f"max_rank={self._max_rank}, {counted(len(self._layers), 'module')}, {self._memory()}"
+        several = f"adapters_per_row={self._adapters_per_row}, " if self._adapters_per_row > 1 else ""
+        size = f"max_rank={self._max_rank}, {several}{counted(len(self._layers), 'module')}, {self._memory()}"
         lines = [wrapped(f"AdapterBank({held}; {slots}, {size})", indent=4, width=80)]
         width = max(map(len, self.names), default=0)
         for name, rank, modules in zip(self._slots, self._ranks, self._counts, strict=True):
@@ -280,10 +307,10 @@ class AdapterBank:
     @contextmanager
     def use(
         self,
-        names: Sequence[str | None],
+        names: Sequence[Name],
         *,
         lengths: Sequence[int] | None = None,
-        parts: Mapping[str, Sequence[str | None] | tuple[Sequence[str | None], Sequence[int]]] | None = None,
+        parts: Mapping[str, Sequence[Name] | tuple[Sequence[Name], Sequence[int]]] | None = None,
     ) -> Iterator[None]:
         """Have each sequence of the batch answered by its own adapter while the block is open.
 
@@ -294,7 +321,9 @@ class AdapterBank:
 
         Args:
             names: for each sequence of the batch (the first dimension of the model's inputs) an adapter's name, or
-                None for the base model.
+                None for the base model; or, up to `adapters_per_row` of `attach`, several names with weights, as
+                `{"pirate": 0.7, "haiku": 0.3}`: then what these adapters add is summed, each times its weight. A weight
+                is a finite number, or a tensor of one, which gets a gradient if it requires one.
             lengths: for a packed batch, whose sequences lie one after another in one row `[1, sum of the lengths]`: how
                 many tokens each has.
             parts: names for parts of the model whose rows are not the sequences of the batch, by the part's name: those
@@ -304,7 +333,8 @@ class AdapterBank:
         Raises:
             UnknownAdapterError: the bank has no adapter of a name.
             BankInUseError: another thread or task is inside a `use` block.
-            BatchError: no list, or an empty one; lengths that do not fit the names; no such part. The model raises it
+            BatchError: no list, or an empty one; more names for a sequence than `attach` was told, none, or a weight
+                that is no finite number; lengths that do not fit the names; no such part. The model raises it
                 too, where the batch has another size, or is on another device than the model was.
             UnprovedRowsError: by the model: a layer's rows come from the sequences in a way that cannot be told.
             OutsideBlockError: by the model: another thread or task calls it, or a checkpoint recomputes a layer after
@@ -356,12 +386,13 @@ class AdapterBank:
     def _open(self, names: Any, lengths: Any, parts: Any) -> Block:
         with self._lock:
             self._check_modules()
-            rows = {"": _checked_rows("use", names, lengths)}
+            rows = {"": _checked_rows("use", names, lengths, self._adapters_per_row)}
             for part, given in _checked_parts(parts).items():
                 name = self._name_of_part(part)
                 packed = isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], list | tuple)
                 self._check_part(part, name)
-                rows[name] = _checked_rows(f"use: parts[{part!r}]", *(given if packed else (given, None)))
+                entries, its_lengths = given if packed else (given, None)
+                rows[name] = _checked_rows(f"use: parts[{part!r}]", entries, its_lengths, self._adapters_per_row)
             if self._blocks and self._blocks[-1] is not self._routing.mine.get():
                 raise BankInUseError(
                     "use",
@@ -369,7 +400,7 @@ class AdapterBank:
                     "a `use` block of another thread or task",
                     "Wait for its end.",
                 )
-            block = Block(rows)
+            block = Block(rows, self._adapters_per_row)
             block.resolve(self._slot_of)
             self._route(block)
             self._blocks.append(block)
@@ -380,6 +411,8 @@ class AdapterBank:
         if block is None:
             for routing in self._routings.values():
                 routing.point(None)
+                # Weights with gradients keep all that they were computed from.
+                routing.mix_slots = routing.mix_weights = None
             return
         self._share(set(block.rows))
         slots = {part: self._slots_on_device(part, block.slots_of_tokens(part)) for part in block.rows}
@@ -387,6 +420,9 @@ class AdapterBank:
             if part in slots:
                 routing.point(slots[part], block, block.rows[part].lengths)
                 self._route_ranks(routing, slots[part].device)
+                if block.adapters_per_row > 1:
+                    mixes = self._mixes_on_device(part, block.mixes[part], *slots[part].shape)
+                    routing.mix_slots, routing.mix_weights = mixes
             else:
                 routing.point(None)
 
@@ -415,20 +451,20 @@ class AdapterBank:
         if self._blocks:
             self._blocks[-1].first_times = self._blocks[-1].times
 
-    def names_in_use(self) -> list[str | None] | None:
+    def names_in_use(self) -> list[str | Mix | None] | None:
         """The names of the open block, one for each sequence; None outside of all blocks."""
         return list(self._blocks[-1].rows[""].names) if self._blocks else None
 
     @contextmanager
-    def step(self, names: Sequence[str | None], lengths: Sequence[int]) -> Iterator[None]:
+    def step(self, names: Sequence[str | Mix | None], lengths: Sequence[int]) -> Iterator[None]:
         """Have this thread run a packed batch of sequences of the open block, which another thread may have opened.
 
         Args:
-            names: for each sequence.
+            names: for each sequence, as `names_in_use` gives them.
             lengths: how many tokens each has.
         """
         with self._lock:
-            block = Block({"": Rows(tuple(names), tuple(lengths))})
+            block = Block({"": Rows(tuple(names), tuple(lengths))}, self._adapters_per_row)
             block.resolve(self._slot_of)
             outer = self._blocks[-1]
             self._blocks.append(block)
@@ -476,6 +512,37 @@ class AdapterBank:
             )
         self._batches[part, len(wanted), device] = batch
         return batch
+
+    def _mixes_on_device(
+        self, part: str, mixes: Sequence[tuple[tuple[int, Any], ...]], batch: int
+    ) -> tuple[Tensor, Tensor]:
+        """Slots and weights of these mixes, `[batch + 1, M]`: as many as there could be, and that of the base model."""
+        device = device_of(next(iter(self._layers.values())))
+        several = self._adapters_per_row
+        rows = [[*mix, *[(NO_ADAPTER, 0.0)] * (several - len(mix))] for mix in mixes]
+        weights = [weight for row in rows for _, weight in row]
+        with torch.inference_mode(False), torch.no_grad():
+            known = self._mixes.get((part, batch, device))
+            if known is None:
+                slots = torch.full((batch + 1, several), NO_ADAPTER, device=device)
+                known = self._mixes[part, batch, device] = slots, torch.zeros(batch + 1, several, device=device)
+            if rows:
+                made = torch.tensor([[slot for slot, _ in row] for row in rows])
+                known[0][: len(rows)].copy_(made, non_blocking=device.type == "cuda")
+        if not any(isinstance(weight, Tensor) for weight in weights):
+            if rows:
+                with torch.inference_mode(False), torch.no_grad():
+                    factors = torch.tensor(weights, dtype=torch.float32).view(len(rows), several)
+                    known[1][: len(rows)].copy_(factors, non_blocking=device.type == "cuda")
+            return known
+        tensors = [torch.as_tensor(weight, dtype=torch.float32, device=device).reshape(()) for weight in weights]
+        factors = torch.stack(tensors).view(len(rows), several)
+        if factors.requires_grad:
+            # In the place of what is kept, which has no gradient.
+            return known[0], torch.cat([factors, factors.new_zeros(batch + 1 - len(rows), several)])
+        with torch.inference_mode(False), torch.no_grad():
+            known[1][: len(rows)].copy_(factors)
+        return known
 
     def _route_ranks(self, routing: BatchRouting, device: torch.device) -> None:
         main = self._routing
@@ -617,11 +684,13 @@ def _edges(model: nn.Module, layers: Mapping[str, Layer]) -> list[tuple[nn.Modul
     return list(edges.values())
 
 
-def _checked_rows(where: str, names: Any, lengths: Any) -> Rows:
+def _checked_rows(where: str, names: Any, lengths: Any, adapters_per_row: int) -> Rows:
     if not isinstance(names, list | tuple) or not names:
         raise BatchError(
             where, "a list with a name, or None, for each sequence", repr(names), "Write `use(['pirate'])`."
         )
+    if adapters_per_row > 1 or any(isinstance(name, Mapping) for name in names):
+        names = [_checked_mix(f"{where}: {at}", name, adapters_per_row) for at, name in enumerate(names)]
     if lengths is None:
         return Rows(tuple(names))
     lengths = lengths.tolist() if isinstance(lengths, Tensor) else lengths
@@ -637,6 +706,32 @@ def _checked_rows(where: str, names: Any, lengths: Any) -> Rows:
             "Give each name its sequence's number of tokens, 1 or more; leave out a name without tokens.",
         )
     return Rows(tuple(names), tuple(lengths))
+
+
+def _checked_mix(where: str, entry: Any, adapters_per_row: int) -> Any:
+    """A name or None as it is; of a mapping the `Mix`."""
+    if isinstance(entry, list | tuple) and adapters_per_row > 1:
+        remedy = 'Write {"pirate": 0.7, "haiku": 0.3}.'
+        raise BatchError(where, "a name, None, or a mapping from names to weights", repr(entry), remedy)
+    if not isinstance(entry, Mapping):
+        return entry
+    if adapters_per_row == 1:
+        remedy = f"Pass adapters_per_row={max(2, len(entry))} to attach."
+        raise BatchError(where, "a name, or None, since this bank has one adapter for a row", repr(dict(entry)), remedy)
+    if not 0 < len(entry) <= adapters_per_row:
+        remedy = f"Pass adapters_per_row={len(entry)} to attach." if entry else "Write None for the base model."
+        raise BatchError(where, f"1 to {adapters_per_row} names, each with a weight", repr(dict(entry)), remedy)
+    for name, weight in entry.items():
+        if isinstance(weight, Tensor):
+            # On an accelerator to ask for the number would be to wait for it.
+            is_one = weight.numel() == 1 and weight.is_floating_point()
+            is_right = is_one and (weight.device.type != "cpu" or bool(weight.isfinite().all()))
+        else:
+            is_right = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
+        if not is_right:
+            remedy = 'Write numbers, as {"pirate": 0.7, "haiku": 0.3}, or float tensors of one element.'
+            raise BatchError(f"{where}: weight of {name!r}", "a finite number", repr(weight), remedy)
+    return tuple((name, weight if isinstance(weight, Tensor) else float(weight)) for name, weight in entry.items())
 
 
 def _checked_parts(parts: Any) -> dict[str, Any]:

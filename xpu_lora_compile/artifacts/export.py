@@ -197,6 +197,10 @@ def _layers_of(model: nn.Module) -> dict[str, LoraLayer]:
             "serve adapters with these from Python, with bank.use."
         )
         raise ArtifactError(where, "slots for A and B alone, the only thing that a file holds", got, remedy)
+    if routing.main.adapters_per_row > 1:
+        got = f"a bank with adapters_per_row={routing.main.adapters_per_row}"
+        remedy = "Attach without adapters_per_row and export that; serve several adapters for a row from Python."
+        raise ArtifactError(where, "one adapter for a row, the only thing that a file holds", got, remedy)
     trained = [name for name, layer in layers.items() if layer.lora_a.requires_grad or layer.lora_b.requires_grad]
     if trained:
         remedy = "Save the adapter, load it into a bank, and export the model of that bank."

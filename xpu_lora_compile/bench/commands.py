@@ -41,6 +41,9 @@ def bench_ops(
     threads: Threads = 2,
     json: Json = None,
     plot: Annotated[Path | None, typer.Option(help="Draw time against T as a PNG here.")] = None,
+    adapters_per_row: Annotated[
+        int, typer.Option(min=1, help="M; with 2 or more also what M adapters a row add, beside what one adds.")
+    ] = 1,
 ) -> None:
     """Shrink and expand alone: ours, vLLM's and PEFT's ways, plain forms through Inductor, and a floor."""
     from xpu_lora_compile.bench import measure, ops, show
@@ -50,7 +53,7 @@ def bench_ops(
         show.check(device, dtypes, rows, json, plot)
         points = ops.suite(suite, dtypes, rows)
         with show.progress(len(points)) as advance:
-            run = ops.run(points, device, seconds, advance)
+            run = ops.run(points, device, seconds, advance, adapters_per_row)
         places = {
             f"{result.point}; floor {result.floor:.0f} us, memory {result.peak_memory >> 10} KiB": result.timings
             for result in run.results

@@ -33,6 +33,8 @@ from xpu_lora_compile.ops.reference import lora_linear as reference
 LAYERS = 8
 OURS = ("ours, compiled", "ours, eager")
 # What plain PyTorch can do: each compiled by Inductor or not, whichever is its better way.
+# What several adapters a row add.
+SEVERAL = "ours, compiled, M="
 PLAIN = ("gather, Inductor", "dense", "loop as PEFT's")
 
 
@@ -88,7 +90,13 @@ class OpsRun:
     results: list[Result]
 
 
-def run(points: Sequence[Point], device: str, seconds: float, on_done: Callable[[str], None]) -> OpsRun:
+def run(
+    points: Sequence[Point],
+    device: str,
+    seconds: float,
+    on_done: Callable[[str], None],
+    adapters_per_row: int = 1,
+) -> OpsRun:
     """Measure each point.
 
     Args:
@@ -96,6 +104,7 @@ def run(points: Sequence[Point], device: str, seconds: float, on_done: Callable[
         device: "cpu", "cuda" or "xpu".
         seconds: for each contender at each point.
         on_done: told of each point that was measured.
+        adapters_per_row: M; with more than 1 also what M adapters a row add, each with a weight: in one call, and in M.
 
     Raises:
         BenchError: a contender computes something else than the reference, and was not timed.
@@ -103,7 +112,7 @@ def run(points: Sequence[Point], device: str, seconds: float, on_done: Callable[
     results = []
     for point in points:
         with torch.no_grad():
-            results.append(_measure(point, device, seconds))
+            results.append(_measure(point, device, seconds, adapters_per_row))
         torch.compiler.reset()
         on_done(str(point))
     return OpsRun(machine(device), summary(results) | overheads(device), results)
@@ -116,7 +125,9 @@ def summary(results: Sequence[Result]) -> dict[str, float]:
         times = {name: timing.median for name, timing in result.timings.items()}
         ours = min(times[name] for name in OURS)
         for name in times:
-            if name not in OURS:
+            if name.startswith(SEVERAL):
+                ratios.setdefault(f"{name} / one, compiled", []).append(times[name] / times[OURS[0]])
+            elif name not in OURS:
                 ratios.setdefault(f"{name} / ours", []).append(times[name] / ours)
         ratios.setdefault("best plain form / ours", []).append(
             min(times[name] for name in PLAIN if name in times) / ours
@@ -164,6 +175,7 @@ class _Operands:
         self.bases = [draw.normal(point.rows, sum(point.widths), dtype=dtype) for _ in range(LAYERS)]
         self.outputs = [base.clone() for base in self.bases]
         self.indices = draw.indices(point.rows, point.slots)
+        self.draw, self.slots = draw, point.slots
         ranks = [point.rank] * point.slots
         stacks = [draw.stacks(point.features, point.widths, ranks, dtype) for _ in range(self.sets)]
         self.a, self.b_by_rank = map(list, zip(*stacks, strict=True))
@@ -172,6 +184,12 @@ class _Operands:
         """Have the outputs be as the base products have just left them."""
         torch._foreach_copy_(self.outputs, self.bases)
 
+    def several(self, count: int) -> tuple[Tensor, Tensor]:
+        """Indices and weights, `[T, count]`: of rows with an adapter so many different ones, the first as before."""
+        further = (self.indices[:, None] + torch.arange(count, device=self.indices.device)) % self.slots
+        indices = torch.where(self.indices[:, None] < 0, -1, further)
+        return indices, self.draw.normal(*indices.shape)
+
     def bytes_moved(self) -> int:
         """What one call must read and write at least: each used slot's weights, inputs, and outputs both ways."""
         used = [slot for slot in self.indices.unique().tolist() if slot >= 0]
@@ -179,7 +197,7 @@ class _Operands:
         return weights + self.inputs.nbytes + 2 * self.outputs[0].nbytes
 
 
-def _measure(point: Point, device: str, seconds: float) -> Result:
+def _measure(point: Point, device: str, seconds: float, adapters_per_row: int) -> Result:
     operands = _Operands(point, device)
     b = [[stack.transpose(1, 2) for stack in slices] for slices in operands.b_by_rank]
     by_row = [[stack.contiguous() for stack in slices] for slices in b]
@@ -205,6 +223,17 @@ def _measure(point: Point, device: str, seconds: float) -> Result:
         indices = torch.where(operands.indices < 0, point.slots, operands.indices)
         contenders["IPEX"] = _call(_step(forms.ipex), operands, with_zeros[0], with_zeros[1], indices)
     _check(point, operands, b, contenders)
+    if adapters_per_row > 1:
+        given: Any = operands.several(adapters_per_row)
+        forms_of_several = {"": _together, " by as many calls": _one_by_one}
+        more = {
+            f"{SEVERAL}{adapters_per_row}{name}": _call(
+                _step(form, {"backend": "xpu_lora"}), operands, operands.a, b, given
+            )
+            for name, form in forms_of_several.items()
+        }
+        _check(point, operands, b, more, *given)
+        contenders |= more
     # On a machine that others share, a bandwidth from before or after would be of another machine.
     memory = torch.ones(BEYOND_CACHES // 4, device=device)
     steps = measure(contenders | {"memory": lambda _: memory.sum()}, device, seconds, before=operands.reset)
@@ -227,6 +256,37 @@ def _ours(
         xlc.bgmv_expand_slice(output, hidden, b, indices, offset, b.shape[1])
 
 
+def _together(
+    output: Tensor,
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    indices: Any,
+    offsets: Sequence[int],
+) -> None:
+    """The sum of several adapters; indices are a pair of those and weights."""
+    indices, weights = indices
+    output.copy_(xlc.lora_linear(output, inputs, lora_a, lora_b, indices, offsets, adapter_weights=weights))
+
+
+def _one_by_one(
+    output: Tensor,
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    indices: Any,
+    offsets: Sequence[int],
+) -> None:
+    """The same in a call for each, in the way that takes no further op."""
+    indices, weights = indices
+    for a, b, offset in zip(lora_a, lora_b, offsets, strict=True):
+        for which in range(indices.shape[1]):
+            hidden = inputs.new_empty(inputs.shape[0], a.shape[1], dtype=torch.float32)
+            xlc.bgmv_shrink(hidden, inputs, a, indices[:, which])
+            hidden = hidden * weights[:, which : which + 1]
+            xlc.bgmv_expand_slice(output, hidden, b, indices[:, which], offset, b.shape[1])
+
+
 def _step(form: forms.Form, compile_options: dict[str, Any] | None = None) -> Callable[..., object]:
     """The form for each layer, one after the other, as a model calls it; compiled as one graph, if asked."""
 
@@ -244,7 +304,7 @@ def _step(form: forms.Form, compile_options: dict[str, Any] | None = None) -> Ca
 
 
 def _call(
-    step: Callable[..., object], operands: _Operands, a: Any, b: Any, indices: Tensor | None = None
+    step: Callable[..., object], operands: _Operands, a: Any, b: Any, indices: Any = None
 ) -> Callable[[int], object]:
     """A step on the layers whose turn it is."""
     given = operands.indices if indices is None else indices
@@ -257,12 +317,21 @@ def _call(
     return call
 
 
-def _check(point: Point, operands: _Operands, b: Any, contenders: dict[str, Callable[[int], object]]) -> None:
+def _check(
+    point: Point,
+    operands: _Operands,
+    b: Any,
+    contenders: dict[str, Callable[[int], object]],
+    indices: Tensor | None = None,
+    adapter_weights: Tensor | None = None,
+) -> None:
     """Compare every contender with the reference in float64, once."""
     exact, rows = [], operands.inputs.double()
+    indices = operands.indices if indices is None else indices
     for base, a, layer_b in zip(operands.bases, operands.a[:LAYERS], b[:LAYERS], strict=True):
         exact_a, exact_b = ([stack.double() for stack in slices] for slices in (a, layer_b))
-        exact.append(reference(base.double(), rows, exact_a, exact_b, operands.indices, operands.offsets))
+        places = indices, operands.offsets
+        exact.append(reference(base.double(), rows, exact_a, exact_b, *places, adapter_weights=adapter_weights))
         rows = exact[-1][:, : point.features]
     # Others round in between; a wrong row or column is off by far more.
     allowed = max(output.abs().max().item() for output in exact) * (1e-4 if point.dtype == "float32" else 5e-2)

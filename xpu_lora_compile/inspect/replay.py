@@ -39,7 +39,9 @@ class EagerCall:
         b: Sequence[Tensor],
         indices: Tensor,
         scaling: float = 1.0,
+        adapter_weights: Tensor | None = None,
     ) -> None:
+        self.adapter_weights = adapter_weights
         self.output, self.slices = output, slices
         # Before rank space: for a call of expand, those of the shrink that filled its buffer.
         self.inputs, self.a, self.b, self.indices, self.scaling = inputs, a, b, indices, scaling
@@ -90,7 +92,8 @@ class Eager(Interpreter):
         inputs, indices = given["inputs"].clone(), given["lora_indices_tensor"]
         if op is LORA_LINEAR:
             slices = [(o, b.shape[-2]) for o, b in zip(given["slice_offsets"], given["lora_b"], strict=True)]
-            return EagerCall(given["base"], slices, inputs, given["lora_a"], given["lora_b"], indices, given["scaling"])
+            stacks, more = (given["lora_a"], given["lora_b"]), (given["scaling"], given["adapter_weights"])
+            return EagerCall(given["base"], slices, inputs, *stacks, indices, *more)
         output, b = given["output_tensor"], given["lora_b_weights"]
         width = min(b.shape[-2], output.shape[1])
         site = EagerCall(output, [(given.get("slice_offset", 0), width)], inputs, [], [b[..., :width, :]], indices)
@@ -219,6 +222,8 @@ class Layout:
                 "indices": site.indices,
                 "slice_offsets": [offset for _, _, offset in slices],
                 "scaling": site.scaling,
+                "ranks": None,
+                "adapter_weights": site.adapter_weights,
             },
             rounds_before_adding=rounds_early,
         )

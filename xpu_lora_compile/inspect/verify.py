@@ -316,6 +316,7 @@ def _random_adapters(model: object, inputs: Any, seed: int) -> Iterator[Draw | N
     stacks = [stack for layer in layers for stack in layer.lora_factors]
     tables = [cast("Tensor", layer.lora_pages) for layer in layers if hasattr(layer, "lora_pages")]
     copies = [stack.clone() for stack in (*stacks, *tables)]
+    mixes = [(routing.mix_slots, routing.mix_weights) for routing in routings]
     first_size = next((len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), 1)
     random = torch.Generator().manual_seed(seed)
     # On accelerators kernels read no further than the rank of a slot.
@@ -342,11 +343,19 @@ def _random_adapters(model: object, inputs: Any, seed: int) -> Iterator[Draw | N
             batch = len(lengths or block.slots_of(routing.part)) if slots is not None else first_size
             chosen = kinds[torch.arange(batch) % len(kinds)][torch.randperm(batch, generator=random)]
             draw.add(routing, chosen.tolist(), lengths, device, number)
+            if (several := routing.main.adapters_per_row) > 1:
+                # Of as many mixes as there are slots, each of others; the last is that of the base model.
+                of_mix = (torch.arange(number)[:, None] + torch.arange(several)) % number
+                of_mix = torch.cat([of_mix, torch.full((1, several), NO_ADAPTER)])
+                routing.mix_slots = of_mix.to(device)
+                routing.mix_weights = torch.randn(of_mix.shape, generator=random).to(device)
         yield draw
     finally:
         routings[0].mine.reset(token)
         for routing, slots, block, lengths in before:
             routing.point(slots, block, lengths)
+        for routing, mix in zip(routings, mixes, strict=True):
+            routing.mix_slots, routing.mix_weights = mix
         with torch.no_grad():
             if ranks is not None and kept is not None:
                 ranks.copy_(kept)

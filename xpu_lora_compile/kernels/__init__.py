@@ -98,7 +98,11 @@ def _others(chosen: Kernel, refused: Mapping[str, str], otherwise: str) -> dict[
 
 def refusal_of(kernel: Kernel, call: LoraCall) -> str:
     """Return why a kernel cannot run a call here; empty if it can."""
-    return kernel.problem(call.device) or kernel.refusal(call)
+    if why := kernel.problem(call.device):
+        return why
+    if call.routing.adapter_weights is not None and not kernel.takes_several:
+        return "it takes one adapter for a row"
+    return kernel.refusal(call)
 
 
 def preferred_on(device: str) -> Kernel:

@@ -20,6 +20,7 @@ from xpu_lora_compile.kernels.routing import RowRouting
 class LoraCall:
     """`outputs[o][t, columns of s] += B_s[i] @ (scaling * A_s[i] @ inputs[t])` for each slice s, rounded once.
 
+    Where the routing has weights, it is the sum of that over the M adapters of a row, each times its weight.
     The passes ask with the fake tensors of a graph, ops with those that they were given.
 
     Attributes:
@@ -103,6 +104,8 @@ class Kernel:
         needs_whole_stacks: whether B must lie in memory as a whole for all sizes of a graph.
         takes_wholes: whether `op` takes tensors that reach further than the call: indices whose first T count, and
             `packed`, whose columns are all A and then all B.
+        takes_several: whether it runs calls whose rows have several adapters each, with weights; if so, `op` has an
+            argument `adapter_weights`.
         reads_ranks: whether it makes use of the rank of each slot's adapter.
         ranks_of_b_together_on: the types of devices on which it reads B fastest as `[K, W, R]`, contiguous; elsewhere
             it does so with the columns of one rank side by side.
@@ -126,6 +129,7 @@ class Kernel:
     needs_plain_slices: bool = False
     needs_whole_stacks: bool = False
     takes_wholes: bool = False
+    takes_several: bool = False
     reads_ranks: bool = False
     ranks_of_b_together_on: tuple[str, ...] = ()
     ops_without_python: frozenset[str] = frozenset()
@@ -186,6 +190,13 @@ class Kernel:
 def accumulator(*operands: Tensor) -> torch.dtype:
     """Return the dtype to accumulate in: float32, or float64 as soon as one operand is."""
     return torch.float64 if torch.float64 in [operand.dtype for operand in operands] else torch.float32
+
+
+def repeated(rows: Tensor, times: int) -> Tensor:
+    """Return `[T * times, columns]`: each row so many times, one after another."""
+    if times == 1:
+        return rows
+    return rows.unsqueeze(1).expand(-1, times, -1).reshape(rows.shape[0] * times, rows.shape[1])
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:

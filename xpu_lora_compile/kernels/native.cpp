@@ -28,6 +28,13 @@ bool are_indices(const at::Tensor& tensor) {
     return is_dense(tensor) && tensor.dim() == 1 && (dtype == at::kInt || dtype == at::kLong);
 }
 
+// [T, M] each
+bool are_factors(const at::Tensor& factors, const at::Tensor& indices) {
+    at::ScalarType dtype = indices.scalar_type();
+    return is_dense(indices) && indices.dim() == 2 && (dtype == at::kInt || dtype == at::kLong) &&
+           is_dense_float(factors) && factors.sizes() == indices.sizes() && indices.size(1) >= 1;
+}
+
 // [T, columns]
 bool are_rows(const at::Tensor& tensor, const at::Tensor& indices) {
     return is_dense_float(tensor) && tensor.dim() == 2 && tensor.size(0) == indices.size(0);
@@ -96,7 +103,7 @@ at::Tensor columns_of(const at::Tensor& output, int64_t offset, int64_t columns)
 using Kernel = void (*)(const Batch&, const Slice*);
 
 void run(Kernel kernel, const at::Tensor& inputs, const at::Tensor& indices, int64_t slots, const Slice* slices,
-         int64_t count, double scaling, bool add) {
+         int64_t count, double scaling, bool add, const at::Tensor* factors = nullptr) {
     at::Tensor x = with_columns_side_by_side(inputs), index = indices.contiguous();
     Batch batch{x.size(0),
                 x.size(1),
@@ -110,15 +117,22 @@ void run(Kernel kernel, const at::Tensor& inputs, const at::Tensor& indices, int
                 dtype_of(x),
                 x.stride(0),
                 scaling};
+    at::Tensor each;
+    if (factors) {
+        each = factors->to(at::kFloat).contiguous();
+        batch.per_row = index.size(1);
+        batch.factors = each.const_data_ptr<float>();
+    }
     kernel(batch, slices);
 }
 
-bool try_add_lora(at::TensorList outputs, const at::Tensor& inputs, at::TensorList lora_a, at::TensorList lora_b,
-                  const at::Tensor& indices, at::IntArrayRef slice_outputs, at::IntArrayRef slice_offsets,
-                  double scaling) {
+// With factors both they and the indices are [T, M].
+bool add_lora(at::TensorList outputs, const at::Tensor& inputs, at::TensorList lora_a, at::TensorList lora_b,
+              const at::Tensor& indices, at::IntArrayRef slice_outputs, at::IntArrayRef slice_offsets, double scaling,
+              const at::Tensor* factors) {
     size_t count = lora_a.size();
     if (count == 0 || lora_b.size() != count || slice_outputs.size() != count || slice_offsets.size() != count ||
-        !are_indices(indices) || !are_rows(inputs, indices))
+        !(factors ? are_factors(*factors, indices) : are_indices(indices)) || !are_rows(inputs, indices))
         return false;
     for (const at::Tensor& output : outputs)
         if (!are_writable_rows(output, indices)) return false;
@@ -138,9 +152,29 @@ bool try_add_lora(at::TensorList outputs, const at::Tensor& inputs, at::TensorLi
     }
     std::vector<Target> targets(outputs.begin(), outputs.end());
     for (size_t s = 0; s < count; s++) targets[slice_outputs[s]].give_to(slices[s], slice_offsets[s]);
-    run(add_slices, inputs, indices, lora_a[0].size(0), slices.data(), count, scaling, true);
+    run(factors ? add_several : add_slices, inputs, indices, lora_a[0].size(0), slices.data(), count, scaling, true,
+        factors);
     for (const Target& target : targets) target.finish();
     return true;
+}
+
+bool try_add_lora(at::TensorList outputs, const at::Tensor& inputs, at::TensorList lora_a, at::TensorList lora_b,
+                  const at::Tensor& indices, at::IntArrayRef slice_outputs, at::IntArrayRef slice_offsets,
+                  double scaling) {
+    return add_lora(outputs, inputs, lora_a, lora_b, indices, slice_outputs, slice_offsets, scaling, nullptr);
+}
+
+bool try_add_several(at::TensorList outputs, const at::Tensor& inputs, at::TensorList lora_a, at::TensorList lora_b,
+                     const at::Tensor& indices, at::IntArrayRef slice_outputs, at::IntArrayRef slice_offsets,
+                     double scaling, const at::Tensor& factors) {
+    return add_lora(outputs, inputs, lora_a, lora_b, indices, slice_outputs, slice_offsets, scaling, &factors);
+}
+
+void add_several_in_place(at::TensorList outputs, const at::Tensor& inputs, at::TensorList lora_a,
+                          at::TensorList lora_b, const at::Tensor& indices, at::IntArrayRef slice_outputs,
+                          at::IntArrayRef slice_offsets, double scaling, const at::Tensor& factors) {
+    TORCH_CHECK(try_add_several(outputs, inputs, lora_a, lora_b, indices, slice_outputs, slice_offsets, scaling, factors),
+                "xpu_lora::native_add_several: operands that do not fit together");
 }
 
 bool are_all_negative(const at::Tensor& indices, int64_t count) {
@@ -292,6 +326,8 @@ torch::Library* registered() {
     on_cpu("native_try_expand", try_expand);
     on_cpu("native_shrink", shrink);
     on_cpu("native_expand", expand);
+    on_cpu("native_try_add_several", try_add_several);
+    on_cpu("native_add_several", add_several_in_place);
     return library;
 }
 

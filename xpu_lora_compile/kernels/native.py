@@ -65,6 +65,7 @@ class Native(Kernel):
     prepares = ""
     needs_plain_slices = True
     takes_wholes = True
+    takes_several = True
     shrink_op = "native_shrink"
     expand_op = "native_expand"
     ops_without_python = frozenset({op, shrink_op, expand_op})
@@ -85,7 +86,9 @@ class Native(Kernel):
         """As `Kernel.add_lora`."""
         stacks = call.lora_a, call.lora_b
         places = call.slice_outputs, call.slice_offsets
-        _must(TRY_ADD_LORA(call.outputs, call.inputs, *stacks, call.routing.indices, *places, call.scaling))
+        operands = call.outputs, call.inputs, *stacks, call.routing.indices, *places, call.scaling
+        weights = call.routing.adapter_weights
+        _must(TRY_ADD_LORA(*operands) if weights is None else TRY_ADD_SEVERAL(*operands, weights))
 
     def shrink(self, call: LoraCall) -> None:
         """As `Kernel.shrink`."""
@@ -198,7 +201,12 @@ def _add_lora(
     slice_offsets: Sequence[int],
     scaling: float,
     packed: Tensor | None = None,
+    adapter_weights: Tensor | None = None,
 ) -> None:
+    if adapter_weights is not None:
+        places = slice_outputs, slice_offsets
+        NATIVE_ADD_SEVERAL(outputs, inputs, lora_a, lora_b, indices, *places, scaling, adapter_weights)
+        return
     if packed is not None:
         widths = [b.shape[-2] for b in lora_b]
         _ADD_PACKED(outputs[0], inputs, packed, indices, *widths, *(0 for _ in range(3 - len(widths))), scaling)
@@ -218,9 +226,10 @@ def _add_lora(
         _ADD_SLICES(outputs[first], *outputs_after, inputs, a, b, a_1, b_1, a_2, b_2, indices, *offsets, scaling)
 
 
-# Any number of slices, and the tensor of which they are the columns, if they are. Composite: one call in the graph that
-# our passes see, and the ops above in the one that Inductor gets.
-_LIBRARY.define(f"native_add_lora({_LISTS}, Tensor? packed=None) -> ()", tags=_TAGS)
+# Any number of slices, and the tensor of which they are the columns, if they are; or with weights the sum over the M
+# adapters of a row. Composite: one call in the graph that our passes see, and the ops above, or NATIVE_ADD_SEVERAL, in
+# the one that Inductor gets.
+_LIBRARY.define(f"native_add_lora({_LISTS}, Tensor? packed=None, Tensor? adapter_weights=None) -> ()", tags=_TAGS)
 _LIBRARY.impl("native_add_lora", _add_lora, "CompositeImplicitAutograd")
 NATIVE_ADD_LORA = torch.ops.xpu_lora.native_add_lora.default
 
@@ -235,3 +244,7 @@ TRY_EXPAND = _define(f"native_try_expand({_OPERANDS}, int offset, int columns, b
 # The two halves for programs that run without Python, where nothing else could run a call that they refuse.
 NATIVE_SHRINK = _define(f"native_shrink({_OPERANDS}, float scaling) -> ()")
 NATIVE_EXPAND = _define(f"native_expand({_OPERANDS}, int offset, int columns, bool add) -> ()")
+
+# As TRY_ADD_LORA for rows with several adapters: indices and weights are `[T, M]`; and the same for compiled code.
+TRY_ADD_SEVERAL = _define(f"native_try_add_several({_LISTS}, Tensor adapter_weights) -> bool")
+NATIVE_ADD_SEVERAL = _define(f"native_add_several({_LISTS}, Tensor adapter_weights) -> ()")

@@ -192,6 +192,8 @@ void with_dtype(int64_t dtype, Work work) {
     if (dtype == 2) work(Float16{});
 }
 
+int64_t bytes_of(int64_t dtype) { return dtype == 0 ? 4 : 2; }
+
 // A number from 1 to MOST as one that is known while compiling.
 template <int MOST, typename Work>
 void with_count(int64_t count, Work work) {
@@ -226,6 +228,9 @@ struct Batch {
     const void* inputs;
     int64_t inputs_dtype, inputs_stride;
     double scaling;
+    // Where rows have several adapters: how many, and the factor of each. Indices and factors are [rows, per_row].
+    int64_t per_row = 1;
+    const float* factors = nullptr;
 };
 
 // Columns of the output that one task works on at most, and rows of a slot that it takes through A together.
@@ -242,18 +247,22 @@ struct Rows {
     int64_t slot, first, last;
 };
 
-// The rows of the batch in the order of their slots. Rows without an adapter are in no group.
+// The rows of the batch in the order of their slots, a row once for each of its adapters. Rows without an adapter are in
+// no group.
 struct Groups {
     std::vector<int64_t> order;
     std::vector<Rows> whole, parts;
     int64_t most_rows = 0;
+    // Where rows have several adapters: the factor at each place of `order`, and the rows that are in it.
+    std::vector<float> factors;
+    std::vector<int64_t> rows;
 
     explicit Groups(const Batch& batch) {
-        auto slot_of = [&](int64_t row) -> int64_t {
-            return batch.index_bytes == 8 ? static_cast<const int64_t*>(batch.indices)[row] : static_cast<const int32_t*>(batch.indices)[row];
+        auto slot_of = [&](int64_t place) -> int64_t {
+            return batch.index_bytes == 8 ? static_cast<const int64_t*>(batch.indices)[place] : static_cast<const int32_t*>(batch.indices)[place];
         };
         // Of many slots, as pages of experts are, most have no rows: to sort the rows takes less than to look at all.
-        if (batch.slots > 16 * batch.rows) {
+        if (!batch.factors && batch.slots > 16 * batch.rows) {
             std::vector<std::pair<int64_t, int64_t>> rows;
             rows.reserve(batch.rows);
             for (int64_t t = 0; t < batch.rows; t++) {
@@ -270,8 +279,8 @@ struct Groups {
             return;
         }
         std::vector<int64_t> next(batch.slots + 1, 0);
-        for (int64_t t = 0; t < batch.rows; t++) {
-            int64_t slot = slot_of(t);
+        for (int64_t place = 0; place < batch.rows * batch.per_row; place++) {
+            int64_t slot = slot_of(place);
             if (slot >= 0 && slot < batch.slots) next[slot + 1]++;
         }
         for (int64_t k = 0; k < batch.slots; k++) {
@@ -280,6 +289,10 @@ struct Groups {
             if (first < last) add(k, first, last);
         }
         order.resize(next[batch.slots]);
+        if (batch.factors) {
+            order_several(batch, slot_of, next);
+            return;
+        }
         for (int64_t t = 0; t < batch.rows; t++) {
             int64_t slot = slot_of(t);
             if (slot >= 0 && slot < batch.slots) order[next[slot]++] = t;
@@ -291,6 +304,22 @@ struct Groups {
         whole.push_back({slot, first, last});
         most_rows = larger(most_rows, last - first);
         for (int64_t row = first; row < last; row += ROWS) parts.push_back({slot, row, smaller(row + ROWS, last)});
+    }
+
+    template <typename SlotOf>
+    void order_several(const Batch& batch, SlotOf slot_of, std::vector<int64_t>& next) {
+        factors.resize(order.size());
+        for (int64_t t = 0; t < batch.rows; t++) {
+            bool has_adapter = false;
+            for (int64_t place = t * batch.per_row; place < (t + 1) * batch.per_row; place++) {
+                int64_t slot = slot_of(place);
+                if (slot < 0 || slot >= batch.slots) continue;
+                factors[next[slot]] = batch.factors[place];
+                order[next[slot]++] = t;
+                has_adapter = true;
+            }
+            if (has_adapter) rows.push_back(t);
+        }
     }
 };
 
@@ -524,6 +553,9 @@ void shrink_part(const Batch& batch, const Slice& slice, const Groups& groups, c
             }
         });
     });
+    if (batch.factors)
+        for (int64_t row = rows.first; row < rows.last; row++)
+            for (int64_t r = from; r < to; r++) hidden[row * slice.rank + r] *= groups.factors[row];
 }
 
 // B is read in short pieces, one of each rank, which the hardware does not see coming: asked for so many bytes ahead.
@@ -669,6 +701,21 @@ void expand_part(const Batch& batch, const Slice& slice, const Groups& groups, c
     });
 }
 
+// output[t] += sums[t], for columns of some rows of the batch; of sums the rows and columns lie together.
+void add_sums(const Slice& slice, const std::vector<int64_t>& rows, int64_t from, int64_t to, const float* sums) {
+    with_dtype(slice.output_dtype, [&](auto out) {
+        using Out = decltype(out);
+        for (int64_t t : rows) {
+            Out* output = static_cast<Out*>(slice.output) + t * slice.output_stride + from;
+            const float* added = sums + t * (to - from);
+            int64_t w = 0;
+            for (; w + LANES <= to - from; w += LANES)
+                store(load<LANES>(output + w) + load<LANES>(added + w), output + w);
+            for (; w < to - from; w++) round_to(to_float(output[w]) + added[w], output[w]);
+        }
+    });
+}
+
 // How many threads a call gets: all or one. With some of them OpenMP would end the others, and start them again for the
 // next product.
 //
@@ -701,6 +748,8 @@ struct Work {
     // Rank vectors of all slices, [rows with an adapter, rank] each, and memory for one task of each thread that needs
     // weights in another order; not cleared, since that would take longer than many a call.
     std::unique_ptr<float[]> hidden, scratch;
+    // Where rows have several adapters: for a task of each thread what is added to its columns of all rows.
+    std::unique_ptr<float[]> sums;
     std::vector<int64_t> hidden_at;
     int64_t scratch_size = 0;
     // Whether the rows and columns of some B change places before it is multiplied.
@@ -724,6 +773,7 @@ struct Work {
         hidden.reset(new float[size]);
         threads = chosen().choose(batch.most_threads, expected());
         scratch.reset(new float[scratch_size * threads]);
+        if (batch.factors) sums.reset(new float[batch.rows * WIDTH * threads]);
     }
 
     // Nanoseconds of one thread: 40 multiplications and 20 bytes of weights in each (a core of an EPYC with AVX-512).
@@ -811,6 +861,29 @@ struct Work {
         }
     }
 
+    // Where rows have several adapters: a block of columns is one task for all slots, so that no two threads write to one
+    // row, and it is rounded once, after all slots in their order.
+    void expand_several() {
+        for (int64_t s = 0; s < batch.slices; s++) {
+            int64_t width = slices[s].width;
+            int64_t step = (width / larger(2 * threads, 1 + width / WIDTH) + 63) / 64 * 64;
+            step = larger(64, smaller(step, columns_at_once(slices[s])));
+            share(batch.slices + s, (width + step - 1) / step, [&](int64_t task) {
+                int64_t from = task * step, to = smaller(from + step, width);
+                float* mine = sums.get() + omp_get_thread_num() * batch.rows * WIDTH;
+                for (int64_t t : groups.rows) std::memset(mine + t * (to - from), 0, sizeof(float) * (to - from));
+                Slice into = slices[s];
+                // As if the columns before these were there, too.
+                into.output = mine - from;
+                into.output_dtype = 0;
+                into.output_stride = to - from;
+                for (const Rows& rows : groups.whole)
+                    expand_part(batch, into, groups, rows, from, to, hidden.get() + hidden_at[s], my_scratch());
+                add_sums(slices[s], groups.rows, from, to, mine);
+            });
+        }
+    }
+
     // What is read of 16 bits a number is to stay in the nearest cache until its neighbours are read, too; but not where
     // each rank is in a page of memory of its own, and every block has to find them all again.
     static int64_t columns_at_once(const Slice& slice) {
@@ -832,6 +905,30 @@ void add_slices(const Batch& batch, const Slice* slices) {
 #pragma omp barrier
         work.expand();
     });
+}
+
+// The same for rows with several adapters each: output[t] += the sum of factor B (scaling A inputs[t]).
+void add_several(const Batch& batch, const Slice* slices) {
+    // So many rows at a time, so that a task's sums stay in the cache of its core.
+    constexpr int64_t MOST = 128;
+    std::vector<Slice> moved(slices, slices + batch.slices);
+    for (int64_t first = 0; first < batch.rows; first += MOST) {
+        Batch part = batch;
+        part.rows = smaller(MOST, batch.rows - first);
+        part.inputs = static_cast<const char*>(batch.inputs) + first * batch.inputs_stride * bytes_of(batch.inputs_dtype);
+        part.indices = static_cast<const char*>(batch.indices) + first * batch.per_row * batch.index_bytes;
+        part.factors = batch.factors + first * batch.per_row;
+        for (int64_t s = 0; s < batch.slices; s++)
+            moved[s].output = static_cast<char*>(slices[s].output) +
+                              first * slices[s].output_stride * bytes_of(slices[s].output_dtype);
+        Work work(part, moved.data());
+        if (work.groups.order.empty()) continue;
+        work.on_threads([&] {
+            work.shrink();
+#pragma omp barrier
+            work.expand_several();
+        });
+    }
 }
 
 // output[t, :R] = scaling A inputs[t], and 0 for rows without an adapter.

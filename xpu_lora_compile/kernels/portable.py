@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator, without_autocast
+from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator, repeated, without_autocast
 from xpu_lora_compile.kernels.routing import RowRouting
 
 # Numbers of copied weights that `gather` holds at a time: 128 MiB of float32.
@@ -18,6 +18,8 @@ LARGEST_COPY = 1 << 25
 
 class PortableKernel(Kernel):
     """Shrink and expand by one product of rows with the weights of their slots."""
+
+    takes_several = True
 
     def products(self, inputs: Tensor, weights: Tensor, routing: RowRouting) -> Tensor:
         """Return `weights[i] @ inputs[t]` of every row, in the dtype of `inputs`; arbitrary where `i` is no slot."""
@@ -39,11 +41,27 @@ class PortableKernel(Kernel):
 
     def add_lora(self, call: LoraCall) -> None:
         """As `Kernel.add_lora`."""
+        if call.routing.adapter_weights is not None:
+            self._add_several(call, call.routing.adapter_weights)
+            return
         inputs, has_adapter = call.inputs.to(accumulator(*call.operands)), call.routing.has_adapter
         for a, b, columns in zip(call.lora_a, call.lora_b, call.columns, strict=True):
             hidden = torch.where(has_adapter, self._products(inputs, a, call.routing) * call.scaling, 0.0)
             value = self._products(hidden, b, call.routing) + columns
             columns.copy_(torch.where(has_adapter, value, columns.to(value.dtype)))
+
+    def _add_several(self, call: LoraCall, adapter_weights: Tensor) -> None:
+        """The same for M adapters a row: a row for each of them, of which the sums are added."""
+        dtype, (rows, several), routing = accumulator(*call.operands), adapter_weights.shape, call.routing.one_by_one()
+        inputs, has_adapter = repeated(call.inputs.to(dtype), several), routing.has_adapter
+        factors = adapter_weights.reshape(-1, 1).to(dtype)
+        has_any = has_adapter.view(rows, several).any(1, keepdim=True)
+        for a, b, columns in zip(call.lora_a, call.lora_b, call.columns, strict=True):
+            hidden = self._products(inputs, a, routing) * call.scaling * factors
+            hidden = torch.where(has_adapter, hidden, 0.0)
+            value = torch.where(has_adapter, self._products(hidden, b, routing), 0.0)
+            added = value.view(rows, several, b.shape[1]).sum(1) + columns
+            columns.copy_(torch.where(has_any, added, columns.to(dtype)))
 
     def _products(self, inputs: Tensor, weights: Tensor, routing: RowRouting) -> Tensor:
         with without_autocast(inputs.device.type):

@@ -13,29 +13,42 @@ class RowRouting:
     """The indices of a batch in the forms that kernels want, each computed when first asked for.
 
     Args:
-        indices: `[T]`, int32 or int64; a row has an adapter where its index is in `[0, K)`.
+        indices: `[T]`, int32 or int64; a row has an adapter where its index is in `[0, K)`. With weights `[T, M]`.
         slots: K.
         ranks: `[K]`, int32 or int64: from where on each slot's weights are zeros, if that is known.
         tiles: the table that the Triton kernels read, if that was computed before: see `triton_kernels`.
+        adapter_weights: `[T, M]`, the factor of each of a row's M adapters; None where a row has one adapter at most.
     """
 
     # What the calls of one graph may hand on, by name.
-    PREPARED = ("slot", "has_adapter", "order", "starts", "tiles", "ranks")
+    PREPARED = ("slot", "has_adapter", "order", "starts", "tiles", "ranks", "adapter_weights")
 
-    def __init__(self, indices: Tensor, slots: int, ranks: Tensor | None = None, tiles: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        indices: Tensor,
+        slots: int,
+        ranks: Tensor | None = None,
+        tiles: Tensor | None = None,
+        adapter_weights: Tensor | None = None,
+    ) -> None:
         self.indices = indices
         self.slots = slots
         # Kernels step through them one by one.
         self.ranks = None if ranks is None else ranks.contiguous()
         self.tiles = tiles
+        self.adapter_weights = adapter_weights
 
     @classmethod
     def of(cls, indices: Tensor, slots: int, *prepared: Tensor | None) -> RowRouting:
         """Build a RowRouting, of which the parts named `PREPARED` may have been computed before."""
         given = dict(zip(cls.PREPARED, prepared, strict=False))
-        routing = cls(indices, slots, given.pop("ranks", None), given.pop("tiles", None))
+        routing = cls(indices, slots, *(given.pop(name, None) for name in ("ranks", "tiles", "adapter_weights")))
         routing.__dict__.update((name, tensor) for name, tensor in given.items() if tensor is not None)
         return routing
+
+    def one_by_one(self) -> RowRouting:
+        """The same with a row for each adapter of a row, `[T * M]`, without weights."""
+        return RowRouting(self.indices.reshape(-1), self.slots, self.ranks)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The first four of `PREPARED`."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator
+from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator, repeated
 from xpu_lora_compile.kernels.replay import current_tape
 from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.kernels.sizes import Sizes, sizes_for, tuned_rows_for
@@ -161,6 +161,7 @@ class Triton(Kernel):
     )
     visible_prepares = "triton_route_tiles"
     ops_without_python = frozenset({visible_prepares, *visible_ops.values()})
+    takes_several = True
     reads_ranks = True
     # Intel's compilers make fewer messages of it: docs/intel-gpu.md.
     ranks_of_b_together_on = ("xpu",)
@@ -177,6 +178,8 @@ class Triton(Kernel):
 
     def visible_refusal(self, call: LoraCall) -> str:
         """As `Kernel.visible_refusal`: T alone may be symbolic."""
+        if call.routing.adapter_weights is not None:
+            return "a row has several adapters"
         sizes = [size for stack in (*call.lora_a, *call.lora_b) for size in (*stack.shape, *stack.stride())]
         if not all(isinstance(size, int) for size in sizes) or number_of(call.inputs.shape[1]) is None:
             return "sizes of weights must be known while compiling"
@@ -206,6 +209,9 @@ class Triton(Kernel):
         """As `Kernel.add_lora`: two launches, if the slices are stored alike."""
         if len(call.inputs) == 0:
             return
+        if call.routing.adapter_weights is not None:
+            _add_several(call, call.routing.adapter_weights)
+            return
         columns, lora_a, lora_b = call.columns, call.lora_a, call.lora_b
         alike = are_alike(lora_a, 2) and are_alike(lora_b, 1) and are_alike(columns, 1)
         with as_current(call.inputs.device):
@@ -217,8 +223,31 @@ class Triton(Kernel):
         self, call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> list[Tensor]:
         """As `Kernel.linear_with_lora`: one kernel for few rows, two streams for more, LoRA first for many."""
+        if call.routing.adapter_weights is not None:
+            return super().linear_with_lora(call, weights, biases)
         with as_current(call.inputs.device):
             return _linear_with_lora(call, weights, biases)
+
+
+def _add_several(call: LoraCall, adapter_weights: Tensor) -> None:
+    """Run a whole call whose rows have M adapters each: a row for each of them, of which the sums are added.
+
+    What is added is written in fp32, and summed by PyTorch: no kernel's program writes to the row of another.
+    """
+    (rows, several), routing = adapter_weights.shape, call.routing.one_by_one()
+    inputs, has_adapter = repeated(call.inputs, several), routing.has_adapter.view(rows, several)
+    factors = torch.where(has_adapter, adapter_weights, 0.0).float().unsqueeze(2)
+    has_any, columns = has_adapter.any(1, keepdim=True), call.columns
+    alike = are_alike(call.lora_a, 2) and are_alike(call.lora_b, 1)
+    with as_current(inputs.device):
+        for slices in [slice(None)] if alike else [slice(s, s + 1) for s in range(len(columns))]:
+            hidden, lora_b = shrink_all(inputs, call.lora_a[slices], routing), call.lora_b[slices]
+            added = [inputs.new_empty(rows * several, b.shape[1], dtype=torch.float32) for b in lora_b]
+            # Zero in rows without an adapter.
+            expand_all(added, hidden, lora_b, routing, call.scaling, add=False)
+            for target, each in zip(columns[slices], added, strict=True):
+                total = (each.view(rows, several, each.shape[1]) * factors).sum(1) + target
+                target.copy_(torch.where(has_any, total, target.float()))
 
 
 def _linear_with_lora(call: LoraCall, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:

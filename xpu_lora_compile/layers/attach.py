@@ -28,6 +28,7 @@ from xpu_lora_compile.layers.declared import Declared
 from xpu_lora_compile.layers.experts import Experts, become_layer, empty_pages
 from xpu_lora_compile.layers.extras import ExtraLayer, empty_extras, extra_class, room_of
 from xpu_lora_compile.layers.host import Host, LoraLayer, empty_b, have_hook_call
+from xpu_lora_compile.layers.several import several_class
 from xpu_lora_compile.layers.targets import carriers_in, find_experts, find_heads, find_targets, find_tied
 from xpu_lora_compile.rows.routing import BatchRouting, Entry, LostRouting
 from xpu_lora_compile.torch_internals import free_memory, prepare_for_tracing
@@ -45,6 +46,7 @@ def attach(
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     slots: int | None = None,
     max_rank: int | None = None,
+    adapters_per_row: int = 1,
     target_modules: str | Collection[str] = _Unsaid(ALL_LINEAR),
     exclude_modules: str | Collection[str] = (),
     vocab_size: int | None = None,
@@ -69,6 +71,8 @@ def attach(
         slots: K, how many adapters the bank holds at a time; by default 8, or more where `adapters` are more.
         max_rank: R, the highest rank it takes; adapters of lower rank are padded with zeros. By default the highest of
             `adapters`, or 16 without any.
+        adapters_per_row: M, how many adapters `use` may name for a sequence, with weights. With 1, the default, it
+            takes names alone, and no layer computes with a weight.
         target_modules: which modules, by PEFT's rules: a list of names or ends of names, a regular expression for the
             whole name, or "all-linear": every `nn.Linear` but the output embedding. By default the modules that
             `adapters` have LoRA on, or "all-linear" without any.
@@ -111,6 +115,7 @@ def attach(
         max_rank=max_rank,
         vocab_size=vocab_size,
         expert_pages=expert_pages,
+        adapters_per_row=adapters_per_row,
     )
     _check_room(use_dora, lora_bias, bias, modules_to_save)
     if trainable_token_indices is not None and not (
@@ -169,6 +174,8 @@ def attach(
         )
         for name, (host, module) in targets.items()
     }
+    if adapters_per_row > 1:
+        _check_several(sites, mixtures)
     if vocab_size is not None and not any(site.kind == "linear" and site.padded for site in sites.values()):
         raise AttachError(
             "attach: vocab_size",
@@ -208,8 +215,11 @@ def attach(
     }
     routing = BatchRouting(getattr(model, "main_input_name", None))
     layers: dict[str, LoraLayer] = {}
+    classes = {name: host.layer(module) for name, (host, module) in targets.items()}
+    if adapters_per_row > 1:
+        classes = {name: several_class(kind, name) for name, kind in classes.items()}
     for name, (host, module) in targets.items():
-        module.__class__ = extra_class(host.layer(module)) if sites[name].room else host.layer(module)
+        module.__class__ = extra_class(classes[name]) if sites[name].room else classes[name]
         have_hook_call(module)
         if isinstance(module, ExtraLayer):
             module.lora_host = host
@@ -224,7 +234,7 @@ def attach(
         layer.lora_site, layer.lora_name, layer.lora_routing = host.site(module), name, routing
     layers = {name: layers[name] for name, _ in model.named_modules() if name in layers}
     undo = _hook_entries(model, layers, routing) + _have_parents_call(model, layers)
-    bank = AdapterBank(model, layers, routing, slots, max_rank, hosts, undo)
+    bank = AdapterBank(model, layers, routing, slots, max_rank, hosts, undo, adapters_per_row)
     undo += follow_generation(model, bank)
     try:
         for name, folder in adapters.items():
@@ -234,6 +244,25 @@ def attach(
         bank.detach()
         raise
     return bank
+
+
+def _check_several(sites: Mapping[str, ModuleSizes], mixtures: Collection[str]) -> None:
+    """Refuse room for more than A and B: what PEFT makes of several such adapters depends on their order."""
+    if mixtures:
+        raise AttachError(
+            "attach: adapters_per_row",
+            "modules of which a row has one input, where a row may have several adapters",
+            f"LoRA on experts, of {next(iter(mixtures))}",
+            "Leave adapters_per_row out; or leave out target_parameters, and adapters on experts.",
+        )
+    if roomy := [name for name, site in sites.items() if site.room]:
+        raise AttachError(
+            "attach: adapters_per_row",
+            "slots for A and B alone, where a row may have several adapters",
+            f"room for more, on {roomy[0]} and other modules" if len(roomy) > 1 else f"room for more, on {roomy[0]}",
+            "Leave adapters_per_row out; or leave out use_dora, lora_bias, bias, modules_to_save and "
+            "trainable_token_indices, and adapters that have these.",
+        )
 
 
 def _say_why_not(model: nn.Module, head: nn.Module | None, hosts: Sequence[Host], text: str) -> None:

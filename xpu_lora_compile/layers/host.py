@@ -249,6 +249,11 @@ def layer_class(mixin: type[LoraLayer], base: type[nn.Module]) -> type[LoraLayer
     return made
 
 
+def forward_class(kind: type[LoraLayer]) -> type[nn.Module]:
+    """Return the class whose forward adds LoRA in layers of a class, whatever they call its argument."""
+    return next(base for base in kind.__mro__ if "forward" in vars(base) and base not in _MADE)
+
+
 def _forward_with(mixin: type[LoraLayer], name: str) -> Any:
     """Return the forward of a mixin, whose argument has another name for those who call it by keyword."""
 

@@ -91,6 +91,10 @@ def _roundings(op: str, args: dict[str, Any]) -> int:
         return columns + 2
     if op in ("lora_linear", "moe_lora_linear"):
         ranks: list[int] = [a.shape[-2] for a in args["lora_a"]]
+        if (weights := args.get("adapter_weights")) is not None:
+            # One to multiply by the weight, and the sum over the adapters of a row.
+            several: int = weights.shape[1]
+            return columns + 3 + max(ranks) + len(ranks) * several
         return columns + 2 + max(ranks) + len(ranks)
     return columns + 1
 

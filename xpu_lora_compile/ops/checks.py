@@ -86,10 +86,12 @@ def check_lora_linears(
     slice_outputs: Sequence[int],
     slice_offsets: Sequence[int],
     ranks: Tensor | None = None,
+    adapter_weights: Tensor | None = None,
 ) -> None:
     """Check a `lora_linear` call, or one with several bases: `slice_outputs` says which one each slice is added to.
 
-    Bases `[T, H]`, inputs `[T, D]`, and for each slice A `[K, R, D]`, B `[K, W, R]`.
+    Bases `[T, H]`, inputs `[T, D]`, and for each slice A `[K, R, D]`, B `[K, W, R]`; with adapter_weights both they and
+    the indices are `[T, M]`.
     """
     op = "lora_linear"
     if not len(lora_a) == len(lora_b) == len(slice_offsets) == len(slice_outputs) > 0:
@@ -100,7 +102,10 @@ def check_lora_linears(
             "Pass three lists of the same length.",
         )
     names = ["base"] if len(bases) == 1 else [f"bases[{position}]" for position in range(len(bases))]
-    _check_rows(op, indices, **dict(zip(names, bases, strict=True)), inputs=inputs)
+    if adapter_weights is not None:
+        _check_adapter_weights(op, adapter_weights, indices)
+    several = adapter_weights is not None
+    _check_rows(op, indices, several=several, **dict(zip(names, bases, strict=True)), inputs=inputs)
     for s, (a, b, base, offset) in enumerate(zip(lora_a, lora_b, slice_outputs, slice_offsets, strict=True)):
         _check_weights(op, f"lora_a[{s}]", a, inputs)
         _check_weights(op, f"lora_b[{s}]", b, inputs, columns=without_slice_dim(a).shape[1])
@@ -153,9 +158,12 @@ def _check_writable(op: str, output: Tensor) -> None:
             )
 
 
-def _check_rows(op: str, indices: Tensor, **matrices: Tensor) -> None:
-    """Check that `indices` is `[T]` of integers, and that each matrix is `[T, columns]` of floats on its device."""
-    if indices.dim() != 1:
+def _check_rows(op: str, indices: Tensor, *, several: bool = False, **matrices: Tensor) -> None:
+    """Check that `indices` is `[T]` of integers, and that each matrix is `[T, columns]` of floats on its device.
+
+    With `several` it is `[T, M]`, which was checked before.
+    """
+    if indices.dim() != 1 and not several:
         raise ShapeError(f"{op}: lora_indices_tensor", "one index a row: [T]", f"shape {_shape(indices)}", _FLATTEN)
     if indices.dtype not in INDICES:
         raise DtypeError(
@@ -230,6 +238,30 @@ def _check_ranks(op: str, ranks: Tensor, indices: Tensor, lora_a: Sequence[Tenso
             f"all tensors on one device, here {indices.device}",
             str(ranks.device),
             "Move them together before the call.",
+        )
+
+
+def _check_adapter_weights(op: str, adapter_weights: Tensor, indices: Tensor) -> None:
+    """Check that both are `[T, M]`, with M of at least 1, on one device."""
+    if indices.dim() != 2:
+        raise ShapeError(
+            f"{op}: lora_indices_tensor",
+            "M indices a row, [T, M], since there are adapter_weights",
+            f"shape {_shape(indices)}",
+            "Give each row as many indices as weights; -1 is no adapter.",
+        )
+    _check_float(op, "adapter_weights", adapter_weights, indices)
+    if (
+        adapter_weights.dim() != 2
+        or not holds(adapter_weights.shape[0] == indices.shape[0])
+        or not holds(adapter_weights.shape[1] == indices.shape[1])
+        or not holds(indices.shape[1] >= 1)
+    ):
+        raise ShapeError(
+            f"{op}: adapter_weights",
+            f"a weight for each index, {_shape(indices)}, and at least one a row",
+            f"shape {_shape(adapter_weights)}",
+            "Give each row as many weights as indices.",
         )
 
 

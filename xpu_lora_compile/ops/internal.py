@@ -73,12 +73,13 @@ def _add_lora(
     scaling: float,
     *prepared: Tensor | None,
 ) -> None:
+    routing = RowRouting.of(indices, len(lora_a[0]), *prepared)
     if torch.is_grad_enabled():
+        factors = () if routing.adapter_weights is None else (routing.adapter_weights,)
         for output in outputs:
-            for weights in (*lora_a, *lora_b):
+            for weights in (*lora_a, *lora_b, *factors):
                 refuse_gradients("add_lora", output, inputs, weights, replaces=False)
     stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
-    routing = RowRouting.of(indices, len(lora_a[0]), *prepared)
     places = slice_outputs, slice_offsets
     kernels.add_lora(LoraCall(outputs, inputs, stacks_a, stacks_b, routing, *places, scaling))
 

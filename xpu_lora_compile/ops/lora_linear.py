@@ -14,8 +14,8 @@ from torch.compiler import is_compiling
 
 from xpu_lora_compile.errors import ShapeError
 from xpu_lora_compile.kernels import preferred_on, takes_native
-from xpu_lora_compile.kernels.call import accumulator
-from xpu_lora_compile.kernels.native import TRY_ADD_LORA
+from xpu_lora_compile.kernels.call import accumulator, repeated
+from xpu_lora_compile.kernels.native import TRY_ADD_LORA, TRY_ADD_SEVERAL
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.checks import without_slice_dim
 from xpu_lora_compile.ops.internal import ADD_LORA, OUTER_BY_SLOT, ROUTE_TILES, SLOT_PRODUCTS
@@ -31,6 +31,7 @@ def lora_linear(
     slice_offsets: Sequence[int],
     scaling: float = 1.0,
     ranks: Tensor | None = None,
+    adapter_weights: Tensor | None = None,
 ) -> Tensor:
     """Add to a linear layer's output what each row's own adapter makes of the layer's input.
 
@@ -39,18 +40,20 @@ def lora_linear(
     result[t, o : o + W] += B[i] @ (scaling * A[i] @ inputs[t])      for each slice's A, B and offset o
     ```
 
-    Rows without an adapter, and columns that no slice covers, equal those of `base`.
+    Rows without an adapter, and columns that no slice covers, equal those of `base`. With `adapter_weights` a row has M
+    adapters, `i_j = lora_indices_tensor[t, j]`, and gets the sum of what they add, each times `adapter_weights[t, j]`.
 
     Args:
         base: `[T, H]`, not changed.
         inputs: `[T, D]`.
         lora_a: for each slice, A `[K, R, D]` or `[K, 1, R, D]`, any strides.
         lora_b: for each slice, B `[K, W, R]` or `[K, 1, W, R]`, any strides.
-        lora_indices_tensor: `[T]`, int32 or int64.
+        lora_indices_tensor: `[T]`, int32 or int64; with `adapter_weights` `[T, M]`.
         slice_offsets: for each slice, its first column; every slice lies inside H.
         scaling: factor on what is added.
         ranks: `[K]`, int32 or int64: a promise that A's rows and B's columns from `ranks[i]` on are zeros in slot i,
             so that a kernel need not read them. Without it all R are read.
+        adapter_weights: `[T, M]`, floats; those of places without an adapter do not matter.
 
     Returns:
         `[T, H]` in the dtype of `base`; a new tensor.
@@ -62,29 +65,39 @@ def lora_linear(
     rounded once; on a CPU bfloat16 numbers below 1.2e-38 may count as 0 in the products. (With float64 among the
     operands, for `gradcheck`, all is float64.)
 
-    Gradients: to base, inputs and both weight lists. A row without an adapter gives none to any weights, and its input
-    gets 0; slots that no row uses get 0. Second derivatives are not provided, nor are the transforms of `torch.func`:
-    `jvp` sees a constant here, `grad` and `vmap` raise torch's own error.
+    Gradients: to base, inputs, both weight lists and `adapter_weights`. A row without an adapter gives none to any
+    weights, and its input gets 0; slots that no row uses get 0, and so do weights of places without an adapter. Second
+    derivatives are not provided, nor are the transforms of `torch.func`: `jvp` sees a constant here, `grad` and `vmap`
+    raise torch's own error.
 
     Example:
         >>> a, b = torch.ones(1, 1, 3), torch.ones(1, 2, 1)
         >>> lora_linear(torch.zeros(2, 2), torch.ones(2, 3), [a], [b], torch.tensor([0, -1]), [0]).tolist()
         [[3.0, 3.0], [0.0, 0.0]]
+        >>> a, b = torch.ones(2, 1, 3), torch.tensor([[[1.0]], [[10.0]]])
+        >>> pairs, weights = torch.tensor([[0, 1], [1, -1]]), torch.tensor([[0.5, 2.0], [1.0, 0.0]])
+        >>> lora_linear(torch.zeros(2, 1), torch.ones(2, 3), [a], [b], pairs, [0], adapter_weights=weights).tolist()
+        [[61.5], [30.0]]
     """
     if isinstance(lora_a, Tensor) or isinstance(lora_b, Tensor):
         raise ShapeError("lora_linear", "lists of A and B, one of each a slice", "a tensor", "Pass `[a]` and `[b]`.")
     if ranks is not None and not isinstance(ranks, Tensor):
         raise ShapeError("lora_linear: ranks", "a tensor [K]", type(ranks).__name__, "Pass `torch.tensor(ranks)`.")
+    if adapter_weights is not None and not isinstance(adapter_weights, Tensor):
+        got, remedy = type(adapter_weights).__name__, "Pass `torch.tensor(adapter_weights)`."
+        raise ShapeError("lora_linear: adapter_weights", "a tensor [T, M]", got, remedy)
     operands = (inputs, list(lora_a), list(lora_b), lora_indices_tensor)
     offsets = list(slice_offsets)
-    if not is_compiling() and runs_plainly(base, inputs, *lora_a, *lora_b, lora_indices_tensor):
+    more = () if adapter_weights is None else (adapter_weights,)
+    if not is_compiling() and runs_plainly(base, inputs, *lora_a, *lora_b, lora_indices_tensor, *more):
         # What the native kernel does not ask for is checked all the same.
         if ranks is None and takes_native(base) and base.layout is torch.strided:
             added = base.clone(memory_format=torch.contiguous_format)
-            if TRY_ADD_LORA([added], *operands, [0] * len(offsets), offsets, scaling):
+            try_add = TRY_ADD_SEVERAL if more else TRY_ADD_LORA
+            if try_add([added], *operands, [0] * len(offsets), offsets, scaling, *more):
                 return added
-        return _lora_linear(base, *operands, offsets, scaling, ranks)
-    result: Tensor = LORA_LINEAR(base, *operands, offsets, scaling, ranks)
+        return _lora_linear(base, *operands, offsets, scaling, ranks, *more)
+    result: Tensor = LORA_LINEAR(base, *operands, offsets, scaling, ranks, *more)
     return result
 
 
@@ -107,18 +120,20 @@ def add_lora_eagerly(
     columns: int,
     ranks: Tensor | None,
     tiles: Tensor | None = None,
+    adapter_weights: Tensor | None = None,
 ) -> bool:
     """Add one slice's LoRA in place, unchecked, if nothing looks at calls of ops; whether it was done.
 
     For layers, which know that their operands fit: one call, and a quarter of the time that two public ops take.
     """
-    if is_compiling() or not runs_plainly(output, inputs, lora_a, lora_b, indices):
+    more = () if adapter_weights is None else (adapter_weights,)
+    if is_compiling() or not runs_plainly(output, inputs, lora_a, lora_b, indices, *more):
         return False
     b = lora_b if lora_b.shape[1] == columns else lora_b[:, :columns]
     operands = [output], inputs, [lora_a], [b], indices, [0], [0], 1.0
-    if takes_native(output) and TRY_ADD_LORA(*operands):
+    if takes_native(output) and (TRY_ADD_SEVERAL if more else TRY_ADD_LORA)(*operands, *more):
         return True
-    ADD_LORA(*operands, ranks=ranks, tiles=tiles)
+    ADD_LORA(*operands, ranks=ranks, tiles=tiles, adapter_weights=adapter_weights)
     return True
 
 
@@ -152,8 +167,10 @@ def _lora_linears(
     slice_offsets: Sequence[int],
     scaling: float = 1.0,
     ranks: Tensor | None = None,
+    adapter_weights: Tensor | None = None,
 ) -> list[Tensor]:
-    checks.check_lora_linears(bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_outputs, slice_offsets, ranks)
+    operands = bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_outputs, slice_offsets
+    checks.check_lora_linears(*operands, ranks, adapter_weights)
     results = [base.clone(memory_format=torch.contiguous_format) for base in bases]
     stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
     dtype = accumulator(*results, inputs, *stacks_a, *stacks_b)
@@ -171,6 +188,7 @@ def _lora_linears(
             [slice_offsets[s] for s in mine],
             scaling,
             ranks=ranks,
+            adapter_weights=adapter_weights,
         )
     for result, total in zip(results, sums, strict=True):
         if total is not result:
@@ -188,8 +206,10 @@ def _fake_lora_linears(
     slice_offsets: Sequence[int],
     scaling: float = 1.0,
     ranks: Tensor | None = None,
+    adapter_weights: Tensor | None = None,
 ) -> list[Tensor]:
-    checks.check_lora_linears(bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_outputs, slice_offsets, ranks)
+    operands = bases, inputs, lora_a, lora_b, lora_indices_tensor, slice_outputs, slice_offsets
+    checks.check_lora_linears(*operands, ranks, adapter_weights)
     return [torch.empty_like(base, memory_format=torch.contiguous_format) for base in bases]
 
 
@@ -205,9 +225,10 @@ def _with_one_base(several: Callable[..., list[Tensor]]) -> Callable[..., Tensor
         slice_offsets: Sequence[int],
         scaling: float = 1.0,
         ranks: Tensor | None = None,
+        adapter_weights: Tensor | None = None,
     ) -> Tensor:
-        outputs, weights = [0] * len(slice_offsets), (lora_a, lora_b)
-        (result,) = several([base], inputs, *weights, lora_indices_tensor, outputs, slice_offsets, scaling, ranks)
+        places, more = ([0] * len(slice_offsets), slice_offsets), (ranks, adapter_weights)
+        (result,) = several([base], inputs, lora_a, lora_b, lora_indices_tensor, *places, scaling, *more)
         return result
 
     return one
@@ -222,46 +243,63 @@ def _setup_one(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _setup_several(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _bases, rows, lora_a, lora_b, indices, ctx.slice_outputs, ctx.slice_offsets, ctx.scaling, _ranks = inputs
-    ctx.save_for_backward(rows, indices, *lora_a, *lora_b)
+    _bases, rows, lora_a, lora_b, indices, ctx.slice_outputs, ctx.slice_offsets, ctx.scaling, _ranks, factors = inputs
+    ctx.slices, more = len(lora_a), () if factors is None else (factors,)
+    ctx.save_for_backward(rows, indices, *lora_a, *lora_b, *more)
 
 
 def _backward_one(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    # While compiling, torch drops trailing arguments that equal their default, and wants no gradient for them.
-    return (grad, *_gradients(ctx, [grad]), *[None] * (len(ctx.needs_input_grad) - 4))
+    return (grad, *_gradients(ctx, [grad]))
 
 
 def _backward_several(ctx: Any, grads_out: list[Tensor]) -> tuple[Any, ...]:
-    return (grads_out, *_gradients(ctx, grads_out), *[None] * (len(ctx.needs_input_grad) - 4))
+    return (grads_out, *_gradients(ctx, grads_out))
 
 
-def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The gradients of inputs, of each A and of each B.
+def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The gradients of all arguments but the bases.
 
-    One slice: with `h = scaling * A[i] x`, `grad_h = B[i]^T grad` goes on to `x` and `A`, and `grad h^T` to `B`.
+    One slice: with `h = scaling * A[i] x`, `grad_h = B[i]^T grad` goes on to `x` and `A`, and `grad h^T` to `B`. With
+    adapter weights each row counts M times, as one of each adapter: `w h` is in the place of h, and `w grad_h` in that
+    of `grad_h`; the gradient of w is `grad_h . h`.
     """
-    rows, indices, *weights = ctx.saved_tensors
-    slices = len(ctx.slice_offsets)
+    inputs, indices, *rest = ctx.saved_tensors
+    weights, factors = rest[: 2 * ctx.slices], rest[2 * ctx.slices :]
+    several = factors[0].shape[1] if factors else 1
+    rows, indices = repeated(inputs, several), indices.reshape(-1) if factors else indices
     grad_rows = rows.new_zeros(rows.shape, dtype=accumulator(*grads_out, rows, *weights))
+    grad_factors = grad_rows.new_zeros(rows.shape[0])
     grads_a: list[Tensor] = []
     grads_b: list[Tensor] = []
-    for s in range(slices):
-        stored_a, stored_b, offset = weights[s], weights[slices + s], ctx.slice_offsets[s]
+    for s in range(ctx.slices):
+        stored_a, stored_b, offset = weights[s], weights[ctx.slices + s], ctx.slice_offsets[s]
         grad = grads_out[ctx.slice_outputs[s]]
         a, b = without_slice_dim(stored_a), without_slice_dim(stored_b)
         dtype = accumulator(grad, rows, a, b)
-        grad_slice = grad[:, offset : offset + b.shape[1]].to(dtype)
+        grad_slice = repeated(grad[:, offset : offset + b.shape[1]].to(dtype), several)
         hidden = ctx.scaling * SLOT_PRODUCTS(rows, a, indices).to(dtype)
-        grad_hidden = ctx.scaling * SLOT_PRODUCTS(grad_slice, b.transpose(1, 2), indices)
-        from_slice = SLOT_PRODUCTS(grad_hidden, a.transpose(1, 2), indices)
+        grad_hidden = SLOT_PRODUCTS(grad_slice, b.transpose(1, 2), indices)
         has_adapter = ((indices >= 0) & (indices < a.shape[0]))[:, None]
+        if factors:
+            grad_factors = grad_factors + torch.where(has_adapter, hidden * grad_hidden, 0.0).sum(1)
+            factor = factors[0].reshape(-1, 1).to(dtype)
+            hidden, grad_hidden = hidden * factor, grad_hidden * factor
+        grad_hidden = ctx.scaling * grad_hidden
+        from_slice = SLOT_PRODUCTS(grad_hidden, a.transpose(1, 2), indices)
         grad_rows = grad_rows + torch.where(has_adapter, from_slice, 0.0)
         grads_a.append(OUTER_BY_SLOT(grad_hidden, rows.to(dtype), indices, a.shape[0]).reshape(stored_a.shape))
         grads_b.append(OUTER_BY_SLOT(grad_slice, hidden, indices, b.shape[0]).reshape(stored_b.shape))
+    if factors:
+        grad_rows = grad_rows.view(inputs.shape[0], several, inputs.shape[1]).sum(1)
+    # While compiling, torch drops trailing arguments that equal their default, and wants no gradient for them.
+    others: list[Any] = [None] * (len(ctx.needs_input_grad) - 4)
+    if factors:
+        others[-1] = grad_factors.view(factors[0].shape).to(factors[0].dtype)
     return (
-        grad_rows.to(rows.dtype),
-        [grad.to(a.dtype) for grad, a in zip(grads_a, weights[:slices], strict=True)],
-        [grad.to(b.dtype) for grad, b in zip(grads_b, weights[slices:], strict=True)],
+        grad_rows.to(inputs.dtype),
+        [grad.to(a.dtype) for grad, a in zip(grads_a, weights[: ctx.slices], strict=True)],
+        [grad.to(b.dtype) for grad, b in zip(grads_b, weights[ctx.slices :], strict=True)],
+        *others,
     )
 
 

@@ -58,13 +58,21 @@ def lora_linear(
     slice_offsets: Sequence[int],
     scaling: float = 1.0,
     ranks: Tensor | None = None,
+    adapter_weights: Tensor | None = None,
 ) -> Tensor:
-    """`base` with every slice's `B[i] @ (scaling * A[i] @ inputs[t])` added to its columns; ranks say what is zero."""
+    """`base` with every slice's `B[i] @ (scaling * A[i] @ inputs[t])` added to its columns; ranks say what is zero.
+
+    With weights it is added for each of a row's M adapters, times the weight of that.
+    """
+    several = [lora_indices] if adapter_weights is None else list(lora_indices.unbind(1))
+    factors = [None] if adapter_weights is None else list(adapter_weights.double().unbind(1))
     result = base.double()
     for a, b, offset in zip(lora_a, lora_b, slice_offsets, strict=True):
-        hidden = result.new_zeros(len(inputs), a.shape[-2])
-        hidden = bgmv_shrink(hidden, inputs, a, lora_indices, scaling)
-        result = bgmv_expand_slice(result, hidden, b, lora_indices, offset, b.shape[-2])
+        for indices, factor in zip(several, factors, strict=True):
+            hidden = result.new_zeros(len(inputs), a.shape[-2])
+            hidden = bgmv_shrink(hidden, inputs, a, indices, scaling)
+            hidden = hidden if factor is None else hidden * factor[:, None]
+            result = bgmv_expand_slice(result, hidden, b, indices, offset, b.shape[-2])
     return result.to(base.dtype)
 
 

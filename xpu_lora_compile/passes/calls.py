@@ -101,7 +101,7 @@ class LoraNode:
 
     @property
     def indices(self) -> Node:
-        """The slot of each row, `[T]`: as they came, or as the vendor's ops want them."""
+        """The slot of each row, `[T]`, or `[T, M]`: as they came, or as the vendor's ops want them."""
         return cast("Node", self._first("lora_indices_tensor", "indices", "valid"))
 
     @property
@@ -132,6 +132,11 @@ class LoraNode:
         return cast("bool", self._first("add_inputs", "add", default=True))
 
     @property
+    def adapter_weights(self) -> Node | None:
+        """The factor of each of a row's adapters, `[T, M]`; None where a row has one adapter at most."""
+        return self._given.get("adapter_weights")
+
+    @property
     def ranks(self) -> Node | None:
         """The rank of each slot's adapter, if the call says it."""
         return self._given.get("ranks")
@@ -150,7 +155,9 @@ class LoraNode:
         slots = (a or b)[0].shape[0]
         targets, inputs = [value_of(output) for output in outputs or self.outputs], value_of(self.inputs)
         places = self.slice_outputs[slices], self.slice_offsets[slices]
-        return LoraCall(targets, inputs, a, b, RowRouting(value_of(self.indices), slots), *places, self.scaling)
+        weights = None if self.adapter_weights is None else value_of(self.adapter_weights)
+        routing = RowRouting(value_of(self.indices), slots, adapter_weights=weights)
+        return LoraCall(targets, inputs, a, b, routing, *places, self.scaling)
 
 
 def overload_of(node: Node) -> torch._ops.OpOverload:

@@ -59,6 +59,7 @@ def fuse_base(graph: Graph, rewrite: Rewrite) -> None:
 def _wants(call: LoraNode) -> bool:
     return (
         computes_base(value_of(call.inputs).device.type)
+        and call.adapter_weights is None
         and "tiles" in call.prepared
         and all(isinstance(offset, int) for offset in call.slice_offsets)
     )

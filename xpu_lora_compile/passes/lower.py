@@ -104,7 +104,7 @@ def _lower_half(lora: LoraNode, rewrite: Rewrite, memory: Memory) -> None:
 
 
 def _refusal(call: LoraNode) -> str:
-    operands = (*call.outputs, call.inputs, *call.lora_a, *call.lora_b)
+    operands = (*call.outputs, call.inputs, *call.lora_a, *call.lora_b, *_weights_of(call))
     if any(value_of(operand).requires_grad for operand in operands):
         return "it carries gradients"
     slots = [value_of(a).shape[0] for a in call.lora_a]
@@ -113,8 +113,13 @@ def _refusal(call: LoraNode) -> str:
     return ""
 
 
+def _weights_of(call: LoraNode) -> tuple[Node, ...]:
+    return () if call.adapter_weights is None else (call.adapter_weights,)
+
+
 def _lower(lora: LoraNode, rewrite: Rewrite, memory: Memory) -> None:
-    node, bases, others = lora.node, lora.outputs, (lora.inputs, *lora.lora_a, *lora.lora_b, lora.indices)
+    node, bases = lora.node, lora.outputs
+    others = (lora.inputs, *lora.lora_a, *lora.lora_b, lora.indices, *_weights_of(lora))
     is_single = lora.op is LORA_LINEAR
     results: list[Tensor] = [value_of(node)] if is_single else value_of(node)
     written_back = _written_back(node, bases)
@@ -159,15 +164,17 @@ def _emit(lora: LoraNode, outputs: list[Node], rewrite: Rewrite, memory: Memory)
         "slice_offsets": lora.slice_offsets,
         "scaling": lora.scaling,
         "ranks": lora.ranks if kernel.reads_ranks else None,
+        "adapter_weights": lora.adapter_weights,
     }
     if _is_visible(kernel, lora.node, call, rewrite):
         op, prepares, options = kernel.visible_ops["add_lora"], kernel.visible_prepares, kernel.visible_options(call)
     else:
         op, prepares, options = kernel.op, kernel.prepares, kernel.options()
     given |= options
-    if prepares:
+    # What is prepared, and what reaches further than the call, is of one adapter a row.
+    if prepares and lora.adapter_weights is None:
         given |= _prepared(_op(prepares), lora, options, memory)
-    if kernel.takes_wholes:
+    if kernel.takes_wholes and lora.adapter_weights is None:
         given |= {"indices": _whole(lora.indices), "packed": _packed(lora.lora_a, call)}
     return _insert(lora.node, op, given)
 
@@ -175,7 +182,10 @@ def _emit(lora: LoraNode, outputs: list[Node], rewrite: Rewrite, memory: Memory)
 def _insert(node: Node, op: str, given: dict[str, Any]) -> Node:
     """Put a call of an op in front of a node, with those of the arguments that its schema names."""
     args, optional = [], {}
-    for argument in _op(op)._schema.arguments:
+    arguments = _op(op)._schema.arguments
+    if given.get("adapter_weights") is not None and all(argument.name != "adapter_weights" for argument in arguments):
+        raise AssertionError(f"{op} has no adapter_weights: a kernel that takes_several needs such an op")
+    for argument in arguments:
         if not argument.has_default_value():
             args.append(given[argument.name])
         elif given.get(argument.name) is not None:

@@ -62,7 +62,7 @@ def share_input(graph: Graph, rewrite: Rewrite) -> None:
 
 
 def _find_groups(graph: Graph) -> list[list[Node]]:
-    """Calls on the same input, indices and scaling, between which nothing writes to those."""
+    """Calls on the same input, indices, weights and scaling, between which nothing writes to those."""
     groups: list[list[Node]] = []
     opened: dict[Any, tuple[set[int], list[Node]]] = {}
     calls = {call.node: call for call in lora_calls(graph, LORA_LINEAR)}
@@ -75,13 +75,14 @@ def _find_groups(graph: Graph) -> list[list[Node]]:
                 del opened[key]
         if node in calls:
             call = calls[node]
-            inputs, indices, ranks = call.inputs, call.indices, call.ranks
+            shared = call.inputs, call.indices, call.ranks, call.adapter_weights
             # The same elements, detached, get no gradient.
-            of_inputs = region_of(value_of(inputs)), value_of(inputs).requires_grad
-            key = of_inputs, region_of(value_of(indices)), call.scaling, ranks and region_of(value_of(ranks))
+            key = (
+                *(node and (region_of(value_of(node)), value_of(node).requires_grad) for node in shared),
+                call.scaling,
+            )
             if key not in opened:
-                read = storages_of(inputs) | storages_of(indices) | (storages_of(ranks) if ranks else set())
-                opened[key] = read, []
+                opened[key] = set().union(*(storages_of(node) for node in shared if node)), []
                 groups.append(opened[key][1])
             opened[key][1].append(node)
     return groups
@@ -116,7 +117,9 @@ def _merge(members: list[Node]) -> None:
     """Put one call in the place of the first; its results in the place of theirs."""
     first = members[0]
     calls = [LoraNode(call) for call in members]
-    ranks = calls[0].ranks
+    optional = [calls[0].ranks, calls[0].adapter_weights]
+    while optional and optional[-1] is None:
+        optional.pop()
     merged = insert_before(
         first,
         LORA_LINEARS,
@@ -129,7 +132,7 @@ def _merge(members: list[Node]) -> None:
             [position for position, call in enumerate(calls) for _ in call.lora_a],
             [offset for call in calls for offset in call.slice_offsets],
             calls[0].scaling,
-            *([ranks] if ranks is not None else []),
+            *optional,
         ),
         [value_of(call) for call in members],
     )

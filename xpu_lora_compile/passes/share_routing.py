@@ -29,6 +29,8 @@ def share_routing(graph: Graph, rewrite: Rewrite) -> None:
     What kernels derive from the rows (`route`: masks, the order by slot, where each slot starts) is put in once a
     graph by `lower`, for all calls that have the same rows.
 
+    The same of the weights of several adapters for a row, where the op that gives them reads the same tensors.
+
     Left alone: indices that are computed from floating point, whose memory something writes to, or that are returned.
 
     Runs on: graphs of Dynamo and of `torch.export`, before functionalization.
@@ -40,6 +42,9 @@ def share_routing(graph: Graph, rewrite: Rewrite) -> None:
     wanted: set[Node] = set()
     for call in lora_calls(graph, *SHRINKS, *EXPANDS, LORA_LINEAR, LORA_LINEARS):
         wanted |= _ancestry(call.indices)
+        if call.adapter_weights is not None and not value_of(call.adapter_weights).requires_grad:
+            # What they are looked up from may be computed in any way.
+            wanted.add(call.adapter_weights)
     first: dict[Hashable, Node] = {}
     doubles: list[Node] = []
     for node in graph.nodes:

@@ -58,6 +58,10 @@ class BatchRouting:
     Attributes:
         sequence_slots: `[batch]`, int64, -1 for the base model; of a packed batch one for each token. None outside of
             all blocks.
+        adapters_per_row: M, how many adapters a row may have.
+        mix_slots: `[N, M]`, int64, where rows have several adapters: the slots of each mix, -1 where it has fewer; the
+            last is that of the base model. The slots of sequences are then numbers of mixes, -1 for the base model.
+        mix_weights: `[N, M]`, float32: the weights of the same.
         ranks: `[K]`, int32: the highest rank of each slot's adapter, 0 where it is empty; None on a CPU, whose kernel
             asks for none.
         block: the `use` block that says so. It notes the layers that were `called`, and those whose weight was `read`.
@@ -73,6 +77,9 @@ class BatchRouting:
         self.sequence_slots: Tensor | None = None
         # What two blocks have in common in which calls that look alike are alike.
         self._pointed_at: Hashable = None
+        self.adapters_per_row = 1
+        self.mix_slots: Tensor | None = None
+        self.mix_weights: Tensor | None = None
         self.ranks: Tensor | None = None
         self.block: Any = None
         self.uniform = self.named = False
@@ -198,6 +205,12 @@ class BatchRouting:
         if slots.device.type == "cpu":
             self._rows_of_call[layer.lora_name, shape] = rows
         return rows
+
+    def mixes_of(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """The slots and the weights of rows, `[T, M]` each, of which `rows_of` gave the numbers."""
+        assert self.mix_slots is not None  # noqa: S101 - for the type checker
+        assert self.mix_weights is not None  # noqa: S101
+        return self.mix_slots[numbers], self.mix_weights[numbers]
 
     def owners_of(self, layer: Any, inputs: Tensor, features: int) -> Tensor | None:
         """The number of each row's sequence; None where all have the same adapter, so that nobody asked."""
