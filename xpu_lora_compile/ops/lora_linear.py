@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from xpu_lora_compile.errors import ShapeError
 from xpu_lora_compile.kernels import takes_native
 from xpu_lora_compile.kernels.call import accumulator
-from xpu_lora_compile.kernels.native import TRY_ADD_LORA
+from xpu_lora_compile.kernels.native import NATIVE_BACKWARD, TRY_ADD_LORA
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.checks import without_slice_dim
 from xpu_lora_compile.ops.internal import ADD_LORA, OUTER_BY_SLOT, SLOT_PRODUCTS
@@ -218,24 +218,50 @@ def _backward_several(ctx: Any, grads_out: list[Tensor]) -> tuple[Any, ...]:
     return (grads_out, *_gradients(ctx, grads_out), *[None] * (len(ctx.needs_input_grad) - 4))
 
 
-def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The gradients of inputs, of each A and of each B.
+def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Any, Any, Any]:
+    """The gradients of inputs, of each A and of each B, as far as they are wanted."""
+    rows, indices, *weights = ctx.saved_tensors
+    slices = len(ctx.slice_offsets)
+    lora_a, lora_b = weights[:slices], weights[slices:]
+    _, needs_inputs, needs_a, needs_b, *_ = ctx.needs_input_grad
+    needs_weights = any((*needs_a, *needs_b))
+    call = grads_out, rows, lora_a, lora_b, indices, ctx.slice_outputs, ctx.slice_offsets, ctx.scaling
+    if takes_native_backward(*grads_out, rows, *weights) and len({len(a) for a in lora_a}) == 1:
+        made = NATIVE_BACKWARD(*call, None, [], [], needs_inputs, needs_weights)
+        grad_rows = made.pop(0) if needs_inputs else None
+        return grad_rows, made[:slices] or [None] * slices, made[slices:] or [None] * slices
+    return _portable_gradients(*call)
+
+
+def takes_native_backward(*operands: Tensor) -> bool:
+    """Return whether the native kernel computes the gradients of a call with these operands."""
+    return takes_native(operands[0]) and accumulator(*operands) is torch.float32
+
+
+def _portable_gradients(
+    grads_out: Sequence[Tensor],
+    rows: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    indices: Tensor,
+    slice_outputs: Sequence[int],
+    slice_offsets: Sequence[int],
+    scaling: float,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The same by plain products.
 
     One slice: with `h = scaling * A[i] x`, `grad_h = B[i]^T grad` goes on to `x` and `A`, and `grad h^T` to `B`.
     """
-    rows, indices, *weights = ctx.saved_tensors
-    slices = len(ctx.slice_offsets)
-    grad_rows = rows.new_zeros(rows.shape, dtype=accumulator(*grads_out, rows, *weights))
+    grad_rows = rows.new_zeros(rows.shape, dtype=accumulator(*grads_out, rows, *lora_a, *lora_b))
     grads_a: list[Tensor] = []
     grads_b: list[Tensor] = []
-    for s in range(slices):
-        stored_a, stored_b, offset = weights[s], weights[slices + s], ctx.slice_offsets[s]
-        grad = grads_out[ctx.slice_outputs[s]]
+    for stored_a, stored_b, output, offset in zip(lora_a, lora_b, slice_outputs, slice_offsets, strict=True):
+        grad = grads_out[output]
         a, b = without_slice_dim(stored_a), without_slice_dim(stored_b)
         dtype = accumulator(grad, rows, a, b)
         grad_slice = grad[:, offset : offset + b.shape[1]].to(dtype)
-        hidden = ctx.scaling * SLOT_PRODUCTS(rows, a, indices).to(dtype)
-        grad_hidden = ctx.scaling * SLOT_PRODUCTS(grad_slice, b.transpose(1, 2), indices)
+        hidden = scaling * SLOT_PRODUCTS(rows, a, indices).to(dtype)
+        grad_hidden = scaling * SLOT_PRODUCTS(grad_slice, b.transpose(1, 2), indices)
         from_slice = SLOT_PRODUCTS(grad_hidden, a.transpose(1, 2), indices)
         has_adapter = ((indices >= 0) & (indices < a.shape[0]))[:, None]
         grad_rows = grad_rows + torch.where(has_adapter, from_slice, 0.0)
@@ -243,8 +269,8 @@ def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Tensor, list[Tens
         grads_b.append(OUTER_BY_SLOT(grad_slice, hidden, indices, b.shape[0]).reshape(stored_b.shape))
     return (
         grad_rows.to(rows.dtype),
-        [grad.to(a.dtype) for grad, a in zip(grads_a, weights[:slices], strict=True)],
-        [grad.to(b.dtype) for grad, b in zip(grads_b, weights[slices:], strict=True)],
+        [grad.to(a.dtype) for grad, a in zip(grads_a, lora_a, strict=True)],
+        [grad.to(b.dtype) for grad, b in zip(grads_b, lora_b, strict=True)],
     )
 
 
