@@ -96,7 +96,7 @@ def test_three_adapters_in_one_batch_learn_as_each_does_alone_with_peft(
     bank.trainable(list(folders))
     optimizers = {name: OPTIMIZERS[optimizer](bank.parameters(name)) for name in folders}
     names = [name for name in folders for _ in range(2)]
-    batches = {name: [_tokens(100 * seed + step) for step in range(20)] for seed, name in enumerate(folders)}
+    batches = {name: [_tokens(100 * seed + step % 3) for step in range(20)] for seed, name in enumerate(folders)}
     run = torch.compile(model, backend="xpu_lora") if compiled else model
     losses: dict[str, list[float]] = {name: [] for name in folders}
     for step in range(20):
@@ -110,7 +110,7 @@ def test_three_adapters_in_one_batch_learn_as_each_does_alone_with_peft(
             optimizers[name].zero_grad()
     for name, folder in folders.items():
         wanted = _pefts_losses(folder, batches[name], OPTIMIZERS[optimizer])
-        assert abs(wanted[0] - wanted[-1]) > 0.05
+        assert abs(wanted[0] - wanted[-1]) > 0.02
         torch.testing.assert_close(torch.tensor(losses[name]), torch.tensor(wanted), rtol=2e-4, atol=2e-4)
 
 
@@ -447,7 +447,7 @@ def test_training_is_refused_where_it_would_go_wrong(
         bank.trainable(["pirate"])
     bank.trainable(["pirate"])
     with pytest.raises(ArtifactError, match="carry no gradients"):
-        xlc.export(model, tmp_path / "file.pt2", example_inputs=(_tokens(0),))
+        xlc.export(model, tmp_path / "file.pt2", (_tokens(0),))
     with pytest.raises(AdapterError, match="names of linear modules of the bank"):
         bank.add("new", target_modules=["nothing"])
     weight = bank.parameters("pirate")[0]
