@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,20 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support.cases import DEVICE, same_bits
-from support.peft_folders import loaded_by_peft, quiet, save_adapter, tiny_llama
+from support.peft_folders import edit_config, edited_weights, loaded_by_peft, quiet, save_adapter, tiny_llama
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.adapters.bank import AdapterBank
-from xpu_lora_compile.errors import AdapterError, ArtifactError, BankInUseError, UnknownAdapterError, UnsupportedAdapterError
+from xpu_lora_compile.errors import (
+    AdapterError,
+    ArtifactError,
+    BankInUseError,
+    UnknownAdapterError,
+    UnsupportedAdapterError,
+)
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 # Different ranks, scalings that are no powers of two, and different modules.
@@ -41,16 +48,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root, made = tmp_path_factory.mktemp("adapters"), {}
     for seed, (name, lora) in enumerate(ADAPTERS.items()):
         made[name] = save_adapter(root / name, seed=seed, **lora)
-        with _edited(made[name]) as tensors:
+        with edited_weights(made[name]) as tensors:
             for tensor in tensors.values():
                 tensor *= 0.1
     return made
-
-
-def _edited(folder: Path) -> Any:
-    from support.peft_folders import edited_weights
-
-    return edited_weights(folder)
 
 
 def _tokens(seed: int, rows: int = 2) -> Tensor:
@@ -177,9 +178,10 @@ def test_peft_loads_what_is_saved_with_the_same_outputs(
         saved = loaded_by_peft(tmp_path / name, tiny_llama().to(DEVICE)).eval()
         with torch.no_grad():
             torch.testing.assert_close(saved(tokens).logits, wanted[name])
-        assert load_file(tmp_path / name / "adapter_model.safetensors").keys() == load_file(
-            folders[name] / "adapter_model.safetensors"
-        ).keys()
+        assert (
+            load_file(tmp_path / name / "adapter_model.safetensors").keys()
+            == load_file(folders[name] / "adapter_model.safetensors").keys()
+        )
     again, second = _attached({name: tmp_path / name for name in folders})
     for name in folders:
         with torch.no_grad(), second.use([name] * 2):
@@ -343,10 +345,6 @@ def test_a_base_of_bfloat16_trains_adapters_of_float32(folders: dict[str, Path])
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="another generator")
 def test_dropout_is_pefts(folders: dict[str, Path], tmp_path: Path) -> None:
-    from support.peft_folders import edit_config
-
-    import shutil
-
     folder = tmp_path / "dropped"
     shutil.copytree(folders["pirate"], folder)
     edit_config(folder, lora_dropout=0.4)
@@ -429,19 +427,17 @@ def test_models_that_are_no_llama_get_pefts_gradients(
 
 
 @pytest.fixture
-def attached(folders: dict[str, Path]) -> Iterator[tuple[nn.Module, AdapterBank]]:
-    yield _attached(folders)
+def attached(folders: dict[str, Path]) -> tuple[nn.Module, AdapterBank]:
+    return _attached(folders)
 
 
-def test_training_is_refused_where_it_would_go_wrong(
-    attached: tuple[nn.Module, AdapterBank], tmp_path: Path
-) -> None:
+def test_training_is_refused_where_it_would_go_wrong(attached: tuple[nn.Module, AdapterBank], tmp_path: Path) -> None:
     model, bank = attached
     with pytest.raises(UnknownAdapterError):
         bank.trainable(["nobody"])
     with pytest.raises(AdapterError, match=r"Write trainable\(\['pirate'\]\)"):
         bank.trainable("pirate")
-    with pytest.raises(AdapterError, match="Call bank.trainable"):
+    with pytest.raises(AdapterError, match=r"Call bank\.trainable"):
         bank.parameters("pirate")
     with bank.use(["pirate"]), pytest.raises(BankInUseError):
         bank.trainable(["pirate"])

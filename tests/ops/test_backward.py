@@ -21,7 +21,7 @@ EPS = {F32: 2.0**-23, BF16: 2.0**-8, F16: 2.0**-10}
 
 
 def _random_case(seed: int) -> Case:
-    pick = random.Random(seed)  # noqa: S311
+    pick = random.Random(seed)
     size = lambda most: pick.choice([1, 2, 3, pick.randint(1, most)])  # noqa: E731
     width = size(70)
     return Case(
@@ -93,12 +93,14 @@ def test_two_hundred_random_contracts_agree_with_float64(block: int) -> None:
             assert ((got.double() - right).abs() <= allowed).all(), (seed, str(case))
 
 
-def _mixed(T: int = 96, *, dtype: torch.dtype = F32, K: int = 8, D: int = 100, R: int = 12, W: int = 70) -> list[Tensor]:
+def _mixed(
+    rows: int = 96, *, dtype: torch.dtype = F32, slots: int = 8, features: int = 100, width: int = 70
+) -> list[Tensor]:
     """Inputs, gradient, A, B and indices of a batch whose rows belong to eight adapters, in no order."""
-    generator = torch.Generator().manual_seed(T + K)
-    x, grad = (torch.randn(T, size, generator=generator).to(dtype) for size in (D, W))
-    a, b = torch.randn(K, R, D, generator=generator), torch.randn(K, W, R, generator=generator)
-    return [x, grad, a.to(dtype), b.to(dtype), torch.randint(-1, min(8, K), (T,), generator=generator)]
+    generator, rank = torch.Generator().manual_seed(rows + slots), 12
+    x, grad = (torch.randn(rows, size, generator=generator).to(dtype) for size in (features, width))
+    a, b = (torch.randn(slots, *size, generator=generator) for size in ((rank, features), (width, rank)))
+    return [x, grad, a.to(dtype), b.to(dtype), torch.randint(-1, min(8, slots), (rows,), generator=generator)]
 
 
 def _trained(x: Tensor, grad: Tensor, a: Tensor, b: Tensor, indices: Tensor, slots: list[int]) -> list[Tensor]:
@@ -130,7 +132,7 @@ def test_an_adapter_has_the_same_gradients_alone_as_with_seven_others(dtype: tor
 
 @on_cpu
 def test_the_number_of_threads_changes_no_bit() -> None:
-    operands = _mixed(T=400, D=300, W=200)
+    operands = _mixed(400, features=300, width=200)
     before = torch.get_num_threads()
     try:
         found = []
@@ -159,7 +161,7 @@ def test_nan_of_another_tenant_reaches_nothing(poisoned: str) -> None:
 
 
 def test_only_trained_slots_get_gradients_and_each_of_its_own_rank() -> None:
-    x, grad, a, b, indices = (tensor.to(DEVICE) for tensor in _mixed(K=64))
+    x, grad, a, b, indices = (tensor.to(DEVICE) for tensor in _mixed(slots=64))
     whole = _trained(x, grad, a, b, indices, list(range(64)))
     x.requires_grad_()
     views = a[5, :3].detach().requires_grad_(), b[5, :60, :3].detach().requires_grad_()
@@ -172,7 +174,7 @@ def test_only_trained_slots_get_gradients_and_each_of_its_own_rank() -> None:
 
 
 def test_a_slot_that_no_row_uses_gets_zeros() -> None:
-    x, grad, a, b, indices = (tensor.to(DEVICE) for tensor in _mixed(K=10))
+    x, grad, a, b, indices = (tensor.to(DEVICE) for tensor in _mixed(slots=10))
     a[9], b[9] = torch.nan, torch.nan
     _, of_a, of_b = _trained(x, grad, a, b, indices, [9])
     assert not of_a.any()
@@ -197,7 +199,8 @@ def test_plain_products_agree_with_the_native_kernel(by_rank: bool) -> None:
 def test_gradients_of_trained_slots_are_right() -> None:
     generator = torch.Generator().manual_seed(0)
     base, x, a, b = (
-        torch.randn(shape, generator=generator, dtype=F64).to(DEVICE) for shape in ((6, 5), (6, 4), (3, 2, 4), (3, 5, 2))
+        torch.randn(shape, generator=generator, dtype=F64).to(DEVICE)
+        for shape in ((6, 5), (6, 4), (3, 2, 4), (3, 5, 2))
     )
     indices, scalings = torch.tensor([0, 2, -1, 1, 2, 0], device=DEVICE), torch.tensor([0.5, 2.0, -1.5], device=DEVICE)
 
@@ -211,7 +214,7 @@ def test_gradients_of_trained_slots_are_right() -> None:
 
 
 def test_trained_linear_passes_opcheck() -> None:
-    x, grad, a, b, indices = (tensor.to(DEVICE) for tensor in _mixed(T=9))
+    x, grad, a, b, indices = (tensor.to(DEVICE) for tensor in _mixed(9))
     x.requires_grad_()
     views = [[stack[slot].detach().requires_grad_() for slot in (1, 4)] for stack in (a, b)]
     scalings = torch.ones(8, device=DEVICE)
@@ -221,14 +224,14 @@ def test_trained_linear_passes_opcheck() -> None:
 @on_cpu
 @pytest.mark.parametrize("slots", [[], [1, 4]])
 def test_the_backward_op_passes_opcheck(slots: list[int]) -> None:
-    x, grad, a, b, indices = _mixed(T=9)
+    x, grad, a, b, indices = _mixed(9)
     ranks = [3] * len(slots)
     opcheck(NATIVE_BACKWARD, ([grad], x, [a], [b], indices, [0], [0], 1.0, None, slots, ranks, True, True))
 
 
 @on_cpu
 def test_operands_that_do_not_fit_are_refused() -> None:
-    x, grad, a, b, indices = _mixed(T=9)
+    x, grad, a, b, indices = _mixed(9)
     with pytest.raises(RuntimeError, match="do not fit together"):
         NATIVE_BACKWARD([grad[:5]], x, [a], [b], indices, [0], [0], 1.0, None, [], [], True, True)
     with pytest.raises(RuntimeError, match="do not fit together"):

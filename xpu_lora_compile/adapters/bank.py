@@ -23,8 +23,8 @@ from xpu_lora_compile.adapters.needs import folder_path
 from xpu_lora_compile.adapters.staging import Staged, Staging, clear, short_turns
 from xpu_lora_compile.adapters.training import (
     Loaded,
-    Training,
     TrainedSlots,
+    Training,
     fresh_tensors,
     save_adapter,
     shortest_rule,
@@ -313,7 +313,9 @@ class AdapterBank:
         with self._lock:
             self._check_modules()
             if self._blocks:
-                raise BankInUseError("trainable", "a bank that is not in use", "a `use` block", "Leave the block first.")
+                raise BankInUseError(
+                    "trainable", "a bank that is not in use", "a `use` block", "Leave the block first."
+                )
             slots = {name: self._slot_of(name) for name in names}
             for name in slots:
                 self._training.check_can_be_trained(name, self._loaded[name])

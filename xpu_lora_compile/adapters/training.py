@@ -184,10 +184,8 @@ class Training:
                 a, b = layer.places(layer.lora_a[slot], layer.lora_b[slot], pair.shape_a, pair.shape_b)
                 b.copy_(_unscaled(b, pair.scaling))
                 layer.lora_training.add(slot, a, b, pair.scaling, loaded.dropout)
-                for key, parameter in zip(
-                    _keys(pair, "linear"), (layer.lora_training.a[-1], layer.lora_training.b[-1]), strict=True
-                ):
-                    parameters[key] = parameter
+                made = layer.lora_training.a[-1], layer.lora_training.b[-1]
+                parameters |= zip(_keys(pair, "linear"), made, strict=True)
         self._parameters[name], self._loaded[name] = parameters, (slot, loaded)
         self._places[name] = [parameter.data_ptr() for parameter in parameters.values()]
 
@@ -254,7 +252,10 @@ def _unscaled(b: Tensor, scaling: float) -> Tensor:
 
 def _keys(pair: Pair, kind: str) -> list[str]:
     """The names that PEFT gives to A and B of a module, which it may have called otherwise in the file."""
-    return [f"{PREFIX}{parse_key(key).module}.{part}" for key, part in zip((pair.key_a, pair.key_b), _PARTS[kind], strict=True)]
+    return [
+        f"{PREFIX}{parse_key(key).module}.{part}"
+        for key, part in zip((pair.key_a, pair.key_b), _PARTS[kind], strict=True)
+    ]
 
 
 def save_adapter(

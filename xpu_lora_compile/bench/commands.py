@@ -206,9 +206,7 @@ def bench_train(
     with reported(), measure.pinned(threads):
         show.check(device, [dtype], [batch, tokens, rank, slots, *counts], json)
         with show.progress() as advance:
-            run = train.run(
-                shape, dtype, device, batch, tokens, rank, slots, counts, layers, rounds, advance
-            )
+            run = train.run(shape, dtype, device, batch, tokens, rank, slots, counts, layers, rounds, advance)
         show.print_run(run, "a step", "model", train.PEFT, {run.what: run.timings}, json)
 
 

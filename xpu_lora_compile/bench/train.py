@@ -1,4 +1,4 @@
-"""`xpu-lora bench train`: a step of training, forward and backward: the base model, PEFT's one adapter, and ours mixed."""
+"""`xpu-lora bench train`: a step of training: the base model, PEFT's one adapter, and several of ours in one batch."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def run(
     if shape not in SHAPES:
         raise BenchError("bench train: --shape", ", ".join(SHAPES), repr(shape), "Choose one of these.")
     if max(adapters) > slots:
-        raise BenchError("bench train: --slots", f"at least {max(adapters)}", str(slots), "Give a slot to each adapter.")
+        raise BenchError(
+            "bench train: --slots", f"at least {max(adapters)}", str(slots), "Give a slot to each adapter."
+        )
     try:
         from peft import PeftModel
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -145,7 +147,7 @@ def _base_step(model: Any, ids: Tensor) -> Callable[[], Mapping[str, Tensor]]:
 
     def step() -> Mapping[str, Tensor]:
         embedded.grad = None
-        compiled(inputs_embeds=embedded, labels=ids, use_cache=False).loss.backward()
+        _backward(compiled(inputs_embeds=embedded, labels=ids, use_cache=False).loss)
         return {}
 
     return step
@@ -158,7 +160,7 @@ def _pefts_step(peft: Any, ids: Tensor) -> Callable[[], Mapping[str, Tensor]]:
     def step() -> Mapping[str, Tensor]:
         for weight in trained.values():
             weight.grad = None
-        compiled(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        _backward(compiled(input_ids=ids, labels=ids, use_cache=False).loss)
         return {name.replace(".default", ""): _gradient(weight) for name, weight in trained.items()}
 
     return step
@@ -179,10 +181,14 @@ def _our_step(
         for weight in trained.values():
             weight.grad = None
         with bank.use(chosen):
-            compiled(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            _backward(compiled(input_ids=ids, labels=ids, use_cache=False).loss)
         return {name: _gradient(weight) for name, weight in trained.items() if weight.grad is not None}
 
     return step
+
+
+def _backward(loss: Tensor) -> None:
+    torch.autograd.backward(loss)
 
 
 def _gradient(weight: Tensor) -> Tensor:

@@ -267,8 +267,8 @@ def _fake_backward(
     return made + [b.new_empty(rank, width).t() if by_rank else b.new_empty(width, rank) for rank in ranks]
 
 
-# Of `lora_linear`: the gradient of the inputs if it is wanted, then those of each A, and of each B if they are wanted. Of
-# one slice whose `slots` are trained: those of the first `ranks` ranks of each of these slots, and of no other.
+# Gradients of `lora_linear`: of the inputs if they are wanted, then of each A, and of each B if they are wanted. Where
+# some `slots` of one slice are trained: of the first `ranks` ranks of each of these slots, and of no other.
 NATIVE_BACKWARD = _define(
     "native_backward(Tensor[] grads, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b, Tensor indices, "
     "int[] slice_outputs, int[] slice_offsets, float scaling, Tensor? scalings, int[] slots, int[] ranks, "

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from xpu_lora_compile.adapters.checkpoint import ModuleSizes
+from xpu_lora_compile.adapters.training import TrainedSlots
 from xpu_lora_compile.errors import AttachError, counted
 from xpu_lora_compile.kernels.call import accumulator
-from xpu_lora_compile.adapters.training import TrainedSlots
 from xpu_lora_compile.ops import TRAINED_LINEAR, bgmv_expand, bgmv_shrink, lora_linear
 from xpu_lora_compile.ops.lora_linear import add_lora_eagerly
 from xpu_lora_compile.rows.routing import BatchRouting

@@ -124,7 +124,7 @@ def check_trained(
     trained_a: Sequence[Tensor],
     trained_b: Sequence[Tensor],
 ) -> None:
-    """Check the slots of `trained_linear` that are trained: scalings `[K]`, and for each slot A `[r, D]`, B `[W, r]`."""
+    """Check what `trained_linear` has of slots: scalings `[K]`, and of each that is trained A `[r, D]`, B `[W, r]`."""
     op, (count, ranks, features), width = "trained_linear", lora_a.shape, lora_b.shape[1]
     if scalings.shape != (count,) or scalings.dtype != torch.float32:
         got = f"{_dtype(scalings)} {_shape(scalings)}"
