@@ -12,8 +12,8 @@ from xpu_lora_compile.ops import LORA_LINEAR
 from xpu_lora_compile.passes.calls import EXPANDS, LORA_OPS, ROUTINGS, SHRINKS, WHOLE, LoraNode
 from xpu_lora_compile.torch_internals import name_of, schemas_of
 
-# Parts of kernels, which no graph of our passes has: what a composite op becomes, what eager calls try, gradients. And the
-# op of layers that are trained, which the passes leave as it is, and which is not inspected.
+# Parts of kernels, which no graph of our passes has: what a composite op becomes, what eager calls try, gradients. And
+# the op of layers that are trained, which the passes leave as it is, and which is not inspected.
 PARTS = {
     "native_add_slices",
     "native_add_packed",

@@ -20,20 +20,8 @@ struct Gradient {
 // Registers of a tile of sums: N vectors of M rows.
 constexpr int TILE_N = 2, TILE_M = LANES == 16 ? 12 : 6;
 constexpr int64_t TILE_COLUMNS = TILE_N * LANES;
-// Rows whose columns of one tile stay in the nearest cache while all ranks pass over them.
+// Rows whose columns of one tile stay near while all ranks pass over them.
 constexpr int64_t ROWS_AT_ONCE = 128;
-
-// sums[m][n] += left[m] right[n]
-template <int M>
-struct Tile {
-    Floats sums[M][TILE_N] = {};
-
-    template <typename Left>
-    void add(Left left, const Floats* right) {
-        for (int m = 0; m < M; m++)
-            for (int n = 0; n < TILE_N; n++) sums[m][n] = multiply_add(left(m) - Floats{}, right[n], sums[m][n]);
-    }
-};
 
 // The `columns` first of a tile's columns, with zeros behind them.
 template <typename X>
@@ -58,49 +46,66 @@ void store_columns(const Floats* values, int64_t columns, Out* to) {
     for (int64_t c = 0; c < columns; c++) round_to(padded[c], to[c]);
 }
 
-// sums[r] += sum over rows of left[row][r] rows[row], for all ranks and the columns of one tile; sums [ranks, a tile].
+// sums[m] += sum over rows of left[row][m] rows[row], of M ranks and the columns of one tile; sums [M, a tile].
+template <int M, bool WHOLE, typename X>
+void add_outer_products(const float* left, int64_t left_stride, const X* const* rows, int64_t count, int64_t offset,
+                        int64_t columns, float* to) {
+    // Each by itself: an array that is copied as a whole stays in memory (GCC 12).
+    Floats sums[M][TILE_N];
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < TILE_N; n++) sums[m][n] = load<LANES>(to + m * TILE_COLUMNS + n * LANES);
+    for (int64_t row = 0; row < count; row++) {
+        const X* here = rows[row] + offset;
+        Floats right[TILE_N];
+        if constexpr (WHOLE)
+            for (int n = 0; n < TILE_N; n++) right[n] = load<LANES>(here + n * LANES);
+        else
+            load_columns(here, columns, right);
+        const float* from = left + row * left_stride;
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < TILE_N; n++) sums[m][n] = multiply_add(from[m] - Floats{}, right[n], sums[m][n]);
+    }
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < TILE_N; n++) store(sums[m][n], to + m * TILE_COLUMNS + n * LANES);
+}
+
+// The same of all ranks, as many at once as there are registers for.
 template <typename X>
-void add_outer_products(const float* left, int64_t left_stride, int64_t ranks, const X* const* rows, int64_t count,
-                        int64_t offset, int64_t columns, float* sums) {
+void add_outer_products_of(const float* left, int64_t left_stride, int64_t ranks, const X* const* rows, int64_t count,
+                           int64_t offset, int64_t columns, float* sums) {
     int64_t pieces = (ranks + TILE_M - 1) / TILE_M;
     for (int64_t first = 0; first < count; first += ROWS_AT_ONCE) {
-        int64_t last = smaller(first + ROWS_AT_ONCE, count);
+        int64_t taken = smaller(ROWS_AT_ONCE, count - first);
         for (int64_t piece = 0; piece < pieces; piece++) {
             int64_t r = piece * ranks / pieces;
             with_count<TILE_M>((piece + 1) * ranks / pieces - r, [&](auto rank_count) {
                 constexpr int M = decltype(rank_count)::value;
-                Tile<M> tile;
-                std::memcpy(tile.sums, sums + r * TILE_COLUMNS, sizeof tile.sums);
-                for (int64_t row = first; row < last; row++) {
-                    Floats right[TILE_N];
-                    load_columns(rows[row] + offset, columns, right);
-                    const float* from = left + row * left_stride + r;
-                    tile.add([&](int m) { return from[m]; }, right);
-                }
-                std::memcpy(sums + r * TILE_COLUMNS, tile.sums, sizeof tile.sums);
+                auto* add = columns == TILE_COLUMNS ? add_outer_products<M, true, X> : add_outer_products<M, false, X>;
+                add(left + first * left_stride + r, left_stride, rows + first, taken, offset, columns,
+                    sums + r * TILE_COLUMNS);
             });
         }
     }
 }
 
-// output[m] = sum over r of left[m][r] weights[r] for the columns of one tile, where the weights lie side by side.
-template <typename Out>
-void multiply_by_tile(const float* left, int64_t ranks, const float* weights, int64_t count, Out* const* outputs,
-                      int64_t offset, int64_t columns) {
-    for (int64_t row = 0; row < count;) {
-        int64_t taken = smaller(count - row, TILE_M);
-        with_count<TILE_M>(taken, [&](auto row_count) {
-            constexpr int M = decltype(row_count)::value;
-            Tile<M> tile;
-            const float* from = left + row * ranks;
-            for (int64_t r = 0; r < ranks; r++) {
-                Floats right[TILE_N];
-                std::memcpy(right, weights + r * TILE_COLUMNS, sizeof right);
-                tile.add([&](int m) { return from[m * ranks + r]; }, right);
-            }
-            for (int m = 0; m < M; m++) store_columns(tile.sums[m], columns, outputs[row + m] + offset);
-        });
-        row += taken;
+// output[m] = sum over r of left[m][r] weights[r], of M rows and the columns of one tile; weights [ranks, a tile].
+template <int M, typename Out>
+void multiply_by_tile(const float* left, int64_t ranks, const float* weights, Out* const* outputs, int64_t offset,
+                      int64_t columns) {
+    Floats sums[M][TILE_N] = {};
+    for (int64_t r = 0; r < ranks; r++) {
+        Floats right[TILE_N];
+        for (int n = 0; n < TILE_N; n++) right[n] = load<LANES>(weights + r * TILE_COLUMNS + n * LANES);
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < TILE_N; n++)
+                sums[m][n] = multiply_add(left[m * ranks + r] - Floats{}, right[n], sums[m][n]);
+    }
+    for (int m = 0; m < M; m++) {
+        Out* to = outputs[m] + offset;
+        if (columns == TILE_COLUMNS)
+            for (int n = 0; n < TILE_N; n++) store(sums[m][n], to + n * LANES);
+        else
+            store_columns(sums[m], columns, to);
     }
 }
 
@@ -136,8 +141,8 @@ struct Backward {
             widest = larger(widest, slices[s].width);
             products += slices[s].rank * (batch.features * (needs_weights ? 3 : 1) + slices[s].width * 2);
         }
-        // Eight ranks of weights whose columns lie apart; or a tile of columns of all ranks.
-        scratch_size = larger(8 * widest, ranks * TILE_COLUMNS);
+        // Eight ranks of weights whose columns lie apart; or columns of all ranks.
+        scratch_size = larger(8 * widest, ranks * inputs_columns());
         int64_t rows = groups.order.size();
         of_hidden.reset(new float[rows * ranks]);
         if (needs_weights) hidden.reset(new float[rows * ranks]);
@@ -220,10 +225,15 @@ struct Backward {
             }
     }
 
-    // So many columns that all threads get some: whole tiles.
+    // So many columns that all threads get some: whole lines of memory.
     int64_t columns_for(int64_t columns, int64_t slots) const {
         int64_t least = slots ? (4 * threads + slots - 1) / slots : 1;
-        return larger(1, (columns / larger(1, least) + TILE_COLUMNS - 1) / TILE_COLUMNS) * TILE_COLUMNS;
+        return larger(1, (columns / larger(1, least) + 63) / 64) * 64;
+    }
+
+    // Columns of dX whose weights, of all ranks, stay in the nearest cache while rows pass over them.
+    int64_t inputs_columns() const {
+        return larger(1, smaller(256, 4096 / larger(1, ranks)) / TILE_COLUMNS) * TILE_COLUMNS;
     }
 
     void clear_rows() {
@@ -235,17 +245,28 @@ struct Backward {
     }
 
     void inputs_part(const Rows& rows, int64_t from, int64_t to) {
-        float* tile = my_scratch();
+        float* weights = my_scratch();
         with_dtype(of_inputs_dtype, [&](auto out) {
             using Out = decltype(out);
-            std::vector<Out*> outputs;
-            for (int64_t row = rows.first; row < rows.last; row++)
-                outputs.push_back(static_cast<Out*>(of_inputs) + groups.order[row] * of_inputs_stride);
-            for (int64_t column = from; column < to; column += TILE_COLUMNS) {
-                int64_t columns = smaller(TILE_COLUMNS, to - column);
-                for (int64_t s = 0; s < batch.slices; s++) pack_a(s, rows.slot, column, columns, tile);
-                multiply_by_tile(of_hidden.get() + rows.first * ranks, ranks, tile, rows.last - rows.first,
-                                 outputs.data(), column, columns);
+            int64_t step = inputs_columns();
+            for (int64_t start = from; start < to; start += step) {
+                int64_t end = smaller(start + step, to);
+                for (int64_t column = start; column < end; column += TILE_COLUMNS)
+                    for (int64_t s = 0; s < batch.slices; s++)
+                        pack_a(s, rows.slot, column, smaller(TILE_COLUMNS, end - column),
+                               weights + (column - start) * ranks);
+                for (int64_t row = rows.first; row < rows.last; row += TILE_M) {
+                    int64_t taken = smaller(rows.last - row, TILE_M);
+                    Out* outputs[TILE_M];
+                    for (int64_t m = 0; m < taken; m++)
+                        outputs[m] = static_cast<Out*>(of_inputs) + groups.order[row + m] * of_inputs_stride;
+                    with_count<TILE_M>(taken, [&](auto count) {
+                        for (int64_t column = start; column < end; column += TILE_COLUMNS)
+                            multiply_by_tile<decltype(count)::value>(of_hidden.get() + row * ranks, ranks,
+                                                                     weights + (column - start) * ranks, outputs,
+                                                                     column, smaller(TILE_COLUMNS, end - column));
+                    });
+                }
             }
         });
     }
@@ -285,8 +306,8 @@ struct Backward {
             for (int64_t column = from; column < to; column += TILE_COLUMNS) {
                 int64_t columns = smaller(TILE_COLUMNS, to - column);
                 std::memset(sums, 0, sizeof(float) * target.ranks * TILE_COLUMNS);
-                add_outer_products(left, ranks, target.ranks, pointers.data(), rows.last - rows.first, column, columns,
-                                   sums);
+                add_outer_products_of(left, ranks, target.ranks, pointers.data(), rows.last - rows.first, column,
+                                      columns, sums);
                 write(target, sums, column, columns);
             }
         });
