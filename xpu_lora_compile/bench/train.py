@@ -143,7 +143,7 @@ def _in_dtype(peft: Any, dtype: torch.dtype) -> Any:
 
 def _base_step(model: Any, ids: Tensor) -> Callable[[], Mapping[str, Tensor]]:
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-    compiled = torch.compile(model)
+    compiled: Any = torch.compile(model)
 
     def step() -> Mapping[str, Tensor]:
         embedded.grad = None
@@ -155,7 +155,7 @@ def _base_step(model: Any, ids: Tensor) -> Callable[[], Mapping[str, Tensor]]:
 
 def _pefts_step(peft: Any, ids: Tensor) -> Callable[[], Mapping[str, Tensor]]:
     trained = {name: weight for name, weight in peft.named_parameters() if weight.requires_grad}
-    compiled = torch.compile(peft)
+    compiled: Any = torch.compile(peft)
 
     def step() -> Mapping[str, Tensor]:
         for weight in trained.values():
@@ -174,7 +174,7 @@ def _our_step(
         bank.load(name, root / name)
     bank.trainable(names)
     trained = {f"{name}: {key}": weight for name in names for key, weight in bank.named_parameters(name).items()}
-    compiled = torch.compile(model, backend="xpu_lora")
+    compiled: Any = torch.compile(model, backend="xpu_lora")
     chosen = [names[row * len(names) // len(ids)] for row in range(len(ids))]
 
     def step() -> Mapping[str, Tensor]:
