@@ -16,6 +16,7 @@ import serve_many_adapters
 import smollm2
 import torch
 import train_adapters
+import train_many
 from safetensors import safe_open
 from support.first_layers import first_layers, save_first_layers
 from torch._inductor.utils import run_and_get_code
@@ -170,6 +171,18 @@ def test_an_adapter_can_be_trained_and_loaded(tmp_path: Path, monkeypatch: pytes
     bank = xlc.attach(smollm2.load_model(), slots=1, max_rank=8, target_modules=["q_proj", "v_proj"])
     bank.load("pirate", tmp_path / "pirate")
     assert bank.names == ("pirate",)
+
+
+def test_three_styles_are_trained_in_one_batch_with_pefts_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_many.py", "--steps", "2", "--out", str(tmp_path)])
+    monkeypatch.setattr(train_many, "load_model", lambda: first_layers(LAYERS))
+    assert train_many.main() == 0
+    assert "tokens/s" in capsys.readouterr().out
+    assert (tmp_path / "losses.png").stat().st_size > 10_000
+    bank = xlc.attach(first_layers(LAYERS), adapters={name: tmp_path / name for name in train_many.RANKS})
+    assert bank.names == ("pirate", "haiku", "telegram")
 
 
 def test_a_thousand_assignments_of_adapters_compile_once(

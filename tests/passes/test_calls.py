@@ -12,8 +12,17 @@ from xpu_lora_compile.ops import LORA_LINEAR
 from xpu_lora_compile.passes.calls import EXPANDS, LORA_OPS, ROUTINGS, SHRINKS, WHOLE, LoraNode
 from xpu_lora_compile.torch_internals import name_of, schemas_of
 
-# Parts of kernels, which no graph of our passes has: what a composite op becomes, what eager calls try, gradients.
-PARTS = {"native_add_slices", "native_add_packed", "native_add_several", "slot_products", "outer_by_slot"}
+# Parts of kernels, which no graph of our passes has: what a composite op becomes, what eager calls try, gradients. And
+# the op of layers that are trained, which the passes leave as it is, and which is not inspected.
+PARTS = {
+    "native_add_slices",
+    "native_add_packed",
+    "native_add_several",
+    "slot_products",
+    "outer_by_slot",
+    "native_backward",
+    "trained_linear",
+}
 
 
 def test_every_op_that_adds_lora_is_known_to_whoever_reads_graphs() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import itemgetter
+from pathlib import Path
 from types import MethodType
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -16,10 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from xpu_lora_compile.adapters.checkpoint import ModuleSizes, opened_checkpoint
-from xpu_lora_compile.adapters.config import read_config
+from xpu_lora_compile.adapters.config import is_targeted, read_config
+from xpu_lora_compile.adapters.files import few
 from xpu_lora_compile.adapters.names import BaseModel, Host, plain_name
 from xpu_lora_compile.adapters.needs import folder_path
 from xpu_lora_compile.adapters.staging import PagedLayer, StackedLayer, Staged, Staging, clear, short_turns
+from xpu_lora_compile.adapters.training import (
+    Loaded,
+    TrainableLayer,
+    Training,
+    fresh_tensors,
+    save_adapter,
+    shortest_rule,
+    write_folder,
+)
 from xpu_lora_compile.errors import (
     AdapterError,
     BankInUseError,
@@ -28,6 +40,7 @@ from xpu_lora_compile.errors import (
     NoFreeSlotError,
     UnknownAdapterError,
     UnreachedLayerError,
+    UnsupportedAdapterError,
     counted,
 )
 from xpu_lora_compile.kernels import reads_ranks
@@ -157,6 +170,8 @@ class AdapterBank:
         self._counts = [0] * slots
         self._max_rank = max_rank
         self._staging = Staging()
+        self._loaded: dict[str, Loaded] = {}
+        self._training = Training(cast("Mapping[str, TrainableLayer]", self._stacked), slots)
         # Slots that are being filled, and the name that each will have.
         self._filling: dict[int, str] = {}
         # Those of the layers, when an adapter was last loaded.
@@ -259,6 +274,128 @@ class AdapterBank:
                 self._staging.staged(checkpoint, layers, mixtures) as staged,
             ):
                 self._store(name, staged)
+                self._loaded[name] = Loaded.of(path, checkpoint)
+
+    def add(
+        self,
+        name: str,
+        *,
+        r: int = 8,
+        lora_alpha: float = 8,
+        target_modules: str | Collection[str] | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+    ) -> None:
+        """Put a new adapter into a free slot, which changes nothing until it is trained: A is random, and B zeros.
+
+        Args:
+            name: how `use`, `trainable` and `drop` will call it.
+            r: its rank. This and the next four are PEFT's names.
+            lora_alpha: its strength: what A and B make is multiplied by `lora_alpha / r`.
+            target_modules: which modules of the bank, by PEFT's rules; by default all linear ones, but for the output
+                embedding.
+            lora_dropout: how much of what comes to A is dropped while the model is in training mode.
+            use_rslora: multiply by `lora_alpha / sqrt(r)`.
+
+        Raises:
+            AdapterError: as `load`; or no module of the bank matches.
+        """
+        rule = "all-linear" if target_modules is None else target_modules
+        sites = self.sites
+        chosen = [
+            module
+            for module, site in sites.items()
+            if is_targeted(module, rule, plain_linear=site.kind == "linear" and not site.padded)
+        ]
+        if not chosen or any(sites[module].kind != "linear" for module in chosen):
+            got = f"{target_modules!r}, which matches {few(chosen) if chosen else 'none of them'}"
+            wanted = f"names of linear modules of the bank, such as {few(list(sites))}"
+            remedy = "Pass some of these names, or attach with more target_modules."
+            raise AdapterError(f"add {name!r}: target_modules", wanted, got, remedy)
+        others = (plain_name(other) for other, _ in self._model.named_modules())
+        values = {
+            "peft_type": "LORA",
+            "base_model_name_or_path": getattr(self._model, "name_or_path", "") or None,
+            "r": r,
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+            "use_rslora": use_rslora,
+            "target_modules": shortest_rule(chosen, (other for other in others if other not in chosen)),
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            write_folder(Path(folder), values, fresh_tensors(dict.fromkeys(chosen, r), sites))
+            self.load(name, folder)
+
+    def save(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Write an adapter as PEFT does, with `adapter_config.json` and `adapter_model.safetensors`.
+
+        Args:
+            name: of the adapter.
+            folder: made if it is not there.
+
+        Raises:
+            UnknownAdapterError: the bank has no such adapter.
+            UnsupportedAdapterError: it has more than A and B, such as DoRA or biases.
+        """
+        with self._lock:
+            slot = self._slot_of(name)
+            self._training.check()
+            layers = cast("Mapping[str, TrainableLayer]", self._stacked)
+            is_scaled = not self._training.is_trained(name)
+            save_adapter(Path(folder), self._loaded[name], slot, layers, is_scaled=is_scaled)
+
+    def trainable(self, names: Sequence[str]) -> None:
+        """Train these adapters, and no others: `parameters` has what an optimizer takes.
+
+        The parameters of an adapter that is trained already stay the same. The base model's are left as they are: call
+        `model.requires_grad_(False)` if these are not to be trained, too. The graphs of a compiled model depend on
+        which adapters are trained.
+
+        Args:
+            names: of adapters in the bank, of A and B of linear layers alone; none to end all training.
+
+        Raises:
+            UnknownAdapterError: the bank has no adapter of a name.
+            UnsupportedAdapterError: an adapter has LoRA on embeddings, or more than A and B, such as DoRA.
+            BankInUseError: a `use` block is open.
+        """
+        if isinstance(names, str):
+            raise AdapterError("trainable", "a list of names", repr(names), f"Write trainable([{names!r}]).")
+        if names and self._adapters_per_row > 1:
+            got, remedy = f"adapters_per_row={self._adapters_per_row}", "Attach without adapters_per_row to train."
+            raise UnsupportedAdapterError("trainable", "a bank with one adapter for a row", got, remedy)
+        with self._lock:
+            self._check_modules()
+            if self._blocks:
+                raise BankInUseError(
+                    "trainable", "a bank that is not in use", "a `use` block", "Leave the block first."
+                )
+            slots = {name: self._slot_of(name) for name in names}
+            for name in slots:
+                self._training.check_can_be_trained(name, self._loaded[name])
+            self._training.drop_stale()
+            for name in self._training.names:
+                if name not in slots:
+                    self._training.stop(name)
+            for name, slot in slots.items():
+                if not self._training.is_trained(name):
+                    self._training.start(name, slot, self._loaded[name])
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """Return the parameters of an adapter that is trained: A and B of each module, as PEFT has them.
+
+        Each is a view of the adapter's slot. An optimizer of its own for each adapter gives each its own learning rate
+        and state; `clip_grad_norm_` clips each alone. An adapter that no row of a `use` block names gets no gradient
+        there: its `grad` stays as it was.
+
+        Raises:
+            AdapterError: the adapter is not trained.
+        """
+        return list(self._training.parameters_of(name).values())
+
+    def named_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """Return the same, by PEFT's names, such as `base_model.model.….q_proj.lora_A.weight`."""
+        return dict(self._training.parameters_of(name))
 
     def _store(self, name: str, staged: Staged) -> None:
         """Fill a free slot, and give it its name once all is there."""
@@ -300,6 +437,9 @@ class AdapterBank:
             # What blocks have left on other streams may still read the slot.
             for stream, event in self._readers.items():
                 torch.cuda.current_stream(stream.device).wait_event(event)
+            if self._training.is_trained(name):
+                self._training.stop(name)
+            self._loaded.pop(name, None)
             self._clear(slot)
             self._note_readers()
             self._slots[slot] = None
@@ -344,6 +484,7 @@ class AdapterBank:
             AdapterError: a module has been replaced, or its forward hooked, since `attach`.
         """
         block = self._open(names, lengths, parts or {})
+        without_gradients = self._training.without_gradients(block.names)
         token = self._routing.mine.set(block)
         unreached: list[str] = []
         try:
@@ -352,6 +493,9 @@ class AdapterBank:
             found = set().union(*(routing.unreached(block) for routing in self._routings.values()))
             unreached = sorted(found - traced)
         finally:
+            # A compiled graph has zeros for those that no row uses, with which an optimizer would do a step.
+            for parameter in without_gradients:
+                parameter.grad = None
             with self._lock:
                 self._note_readers()
                 self._blocks.remove(block)
@@ -373,6 +517,8 @@ class AdapterBank:
             if self._blocks:
                 raise BankInUseError("detach", "a bank that is not in use", "a `use` block", "Leave the block first.")
             self._check_modules(for_detach=True)
+            for name in self._training.names:
+                self._training.stop(name)
             for layer in self._layers.values():
                 layer.restore()
             for undo in self._undo:
@@ -386,6 +532,7 @@ class AdapterBank:
     def _open(self, names: Any, lengths: Any, parts: Any) -> Block:
         with self._lock:
             self._check_modules()
+            self._training.check()
             rows = {"": _checked_rows("use", names, lengths, self._adapters_per_row)}
             for part, given in _checked_parts(parts).items():
                 name = self._name_of_part(part)

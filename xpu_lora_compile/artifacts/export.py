@@ -201,7 +201,11 @@ def _layers_of(model: nn.Module) -> dict[str, LoraLayer]:
         got = f"a bank with adapters_per_row={routing.main.adapters_per_row}"
         remedy = "Attach without adapters_per_row and export that; serve several adapters for a row from Python."
         raise ArtifactError(where, "one adapter for a row, the only thing that a file holds", got, remedy)
-    trained = [name for name, layer in layers.items() if layer.lora_a.requires_grad or layer.lora_b.requires_grad]
+    trained = [
+        name
+        for name, layer in layers.items()
+        if layer.lora_training or layer.lora_a.requires_grad or layer.lora_b.requires_grad
+    ]
     if trained:
         remedy = "Save the adapter, load it into a bank, and export the model of that bank."
         raise ArtifactError(where, "adapters that carry no gradients", f"some that do, of {few(trained)}", remedy)

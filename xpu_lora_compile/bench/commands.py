@@ -239,6 +239,34 @@ def bench_model(
         show.print_run(run, "a decoding step", "model", model.BASE, {run.what: run.timings}, json)
 
 
+@bench.command("train")
+def bench_train(
+    shape: Annotated[str, typer.Option(help="smollm2, or llama-8b (8 of its layers).")] = "smollm2",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Of each sequence.")] = 64,
+    rank: Rank = 16,
+    slots: Slots = 8,
+    adapters: Annotated[
+        list[int] | None, typer.Option(help="Trained in one batch; several times for several. By default 1, 4 and 8.")
+    ] = None,
+    layers: Annotated[int, typer.Option(min=0, help="Of the model; 0 for all.")] = 0,
+    rounds: Annotated[int, typer.Option(min=2, help="Steps of each.")] = 10,
+    threads: Threads = 2,
+    json: Json = None,
+) -> None:
+    """A step of training, forward and backward: the base model, PEFT's one adapter, and our adapters in one batch."""
+    from xpu_lora_compile.bench import measure, show, train
+
+    counts = adapters or [1, 4, 8]
+    with reported(), measure.pinned(threads):
+        show.check(device, [dtype], [batch, tokens, rank, slots, *counts], json)
+        with show.progress() as advance:
+            run = train.run(shape, dtype, device, batch, tokens, rank, slots, counts, layers, rounds, advance)
+        show.print_run(run, "a step", "model", train.PEFT, {run.what: run.timings}, json)
+
+
 @bench.command("vllm")
 def bench_vllm(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",

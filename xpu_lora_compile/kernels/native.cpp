@@ -4,11 +4,14 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <string>
 
-#include "native_kernels.h"
+#include "native_backward.h"
 
 namespace {
 
@@ -57,6 +60,12 @@ bool are_weights(const at::Tensor& tensor, int64_t columns) {
            tensor.size(0) >= 1 && tensor.size(-1) == columns;
 }
 
+// [K], a factor of each slot.
+bool are_factors(const at::Tensor& tensor, int64_t slots) {
+    return is_dense(tensor) && tensor.scalar_type() == at::kFloat && tensor.dim() == 1 && tensor.size(0) == slots &&
+           tensor.is_contiguous();
+}
+
 int64_t dtype_of(const at::Tensor& tensor) {
     return tensor.scalar_type() == at::kFloat ? 0 : tensor.scalar_type() == at::kBFloat16 ? 1 : 2;
 }
@@ -103,7 +112,8 @@ at::Tensor columns_of(const at::Tensor& output, int64_t offset, int64_t columns)
 using Kernel = void (*)(const Batch&, const Slice*);
 
 void run(Kernel kernel, const at::Tensor& inputs, const at::Tensor& indices, int64_t slots, const Slice* slices,
-         int64_t count, double scaling, bool add, const at::Tensor* factors = nullptr) {
+         int64_t count, double scaling, bool add, const float* scalings = nullptr,
+         const at::Tensor* factors = nullptr) {
     at::Tensor x = with_columns_side_by_side(inputs), index = indices.contiguous();
     Batch batch{x.size(0),
                 x.size(1),
@@ -116,7 +126,8 @@ void run(Kernel kernel, const at::Tensor& inputs, const at::Tensor& indices, int
                 x.const_data_ptr(),
                 dtype_of(x),
                 x.stride(0),
-                scaling};
+                scaling,
+                scalings};
     at::Tensor each;
     if (factors) {
         each = factors->to(at::kFloat).contiguous();
@@ -126,10 +137,10 @@ void run(Kernel kernel, const at::Tensor& inputs, const at::Tensor& indices, int
     kernel(batch, slices);
 }
 
-// With factors both they and the indices are [T, M].
+// With factors both they and the indices are [T, M]. Scalings are of the slots, [K].
 bool add_lora(at::TensorList outputs, const at::Tensor& inputs, at::TensorList lora_a, at::TensorList lora_b,
               const at::Tensor& indices, at::IntArrayRef slice_outputs, at::IntArrayRef slice_offsets, double scaling,
-              const at::Tensor* factors) {
+              const at::Tensor* factors, const at::Tensor* scalings) {
     size_t count = lora_a.size();
     if (count == 0 || lora_b.size() != count || slice_outputs.size() != count || slice_offsets.size() != count ||
         !(factors ? are_factors(*factors, indices) : are_indices(indices)) || !are_rows(inputs, indices))
@@ -150,10 +161,11 @@ bool add_lora(at::TensorList outputs, const at::Tensor& inputs, at::TensorList l
                 return false;
         slices[s] = {weights_of(a), weights_of(b), a.size(-2), b.size(-2), nullptr, 0, 0};
     }
+    if (scalings && !are_factors(*scalings, lora_a[0].size(0))) return false;
     std::vector<Target> targets(outputs.begin(), outputs.end());
     for (size_t s = 0; s < count; s++) targets[slice_outputs[s]].give_to(slices[s], slice_offsets[s]);
     run(factors ? add_several : add_slices, inputs, indices, lora_a[0].size(0), slices.data(), count, scaling, true,
-        factors);
+        scalings ? scalings->const_data_ptr<float>() : nullptr, factors);
     for (const Target& target : targets) target.finish();
     return true;
 }
@@ -161,13 +173,13 @@ bool add_lora(at::TensorList outputs, const at::Tensor& inputs, at::TensorList l
 bool try_add_lora(at::TensorList outputs, const at::Tensor& inputs, at::TensorList lora_a, at::TensorList lora_b,
                   const at::Tensor& indices, at::IntArrayRef slice_outputs, at::IntArrayRef slice_offsets,
                   double scaling) {
-    return add_lora(outputs, inputs, lora_a, lora_b, indices, slice_outputs, slice_offsets, scaling, nullptr);
+    return add_lora(outputs, inputs, lora_a, lora_b, indices, slice_outputs, slice_offsets, scaling, nullptr, nullptr);
 }
 
 bool try_add_several(at::TensorList outputs, const at::Tensor& inputs, at::TensorList lora_a, at::TensorList lora_b,
                      const at::Tensor& indices, at::IntArrayRef slice_outputs, at::IntArrayRef slice_offsets,
                      double scaling, const at::Tensor& factors) {
-    return add_lora(outputs, inputs, lora_a, lora_b, indices, slice_outputs, slice_offsets, scaling, &factors);
+    return add_lora(outputs, inputs, lora_a, lora_b, indices, slice_outputs, slice_offsets, scaling, &factors, nullptr);
 }
 
 void add_several_in_place(at::TensorList outputs, const at::Tensor& inputs, at::TensorList lora_a,
@@ -175,6 +187,114 @@ void add_several_in_place(at::TensorList outputs, const at::Tensor& inputs, at::
                           at::IntArrayRef slice_offsets, double scaling, const at::Tensor& factors) {
     TORCH_CHECK(try_add_several(outputs, inputs, lora_a, lora_b, indices, slice_outputs, slice_offsets, scaling, factors),
                 "xpu_lora::native_add_several: operands that do not fit together");
+}
+
+bool try_add_scaled(at::TensorList outputs, const at::Tensor& inputs, at::TensorList lora_a, at::TensorList lora_b,
+                    const at::Tensor& indices, at::IntArrayRef slice_outputs, at::IntArrayRef slice_offsets,
+                    double scaling, const at::Tensor& scalings) {
+    return add_lora(outputs, inputs, lora_a, lora_b, indices, slice_outputs, slice_offsets, scaling, nullptr, &scalings);
+}
+
+// For each slot, whether any row uses it.
+std::vector<bool> used_slots(const at::Tensor& indices, int64_t slots) {
+    at::Tensor index = indices.contiguous();
+    std::vector<bool> used(slots);
+    auto look = [&](auto* place) {
+        for (int64_t t = 0; t < index.size(0); t++)
+            if (place[t] >= 0 && place[t] < slots) used[place[t]] = true;
+    };
+    if (index.scalar_type() == at::kLong)
+        look(index.const_data_ptr<int64_t>());
+    else
+        look(index.const_data_ptr<int32_t>());
+    return used;
+}
+
+// The gradient of each slot of a stack `[K, rows, columns]`, as the kernel wants it: of B, rows and columns change places.
+void gradients_of(const at::Tensor& gradient, bool is_b, int64_t slots, Gradient* to) {
+    int64_t rows = gradient.dim() - 2;
+    for (int64_t k = 0; k < slots; k++) {
+        void* data = static_cast<char*>(gradient.mutable_data_ptr()) + k * gradient.stride(0) * gradient.element_size();
+        to[k] = is_b ? Gradient{data, dtype_of(gradient), gradient.size(rows + 1), gradient.stride(rows + 1), gradient.stride(rows)}
+                     : Gradient{data, dtype_of(gradient), gradient.size(rows), gradient.stride(rows), gradient.stride(rows + 1)};
+    }
+}
+
+// dX first, if it is wanted; then the gradient of each A, and of each B: of the whole stacks; or, where some slots of one
+// slice are trained, of as many ranks of each of these.
+std::vector<at::Tensor> backward(at::TensorList grads, const at::Tensor& inputs, at::TensorList lora_a,
+                                 at::TensorList lora_b, const at::Tensor& indices, at::IntArrayRef slice_outputs,
+                                 at::IntArrayRef slice_offsets, double scaling,
+                                 const std::optional<at::Tensor>& scalings, at::IntArrayRef trained,
+                                 at::IntArrayRef ranks, bool needs_inputs, bool needs_weights) {
+    size_t count = lora_a.size();
+    bool fits = count > 0 && lora_b.size() == count && slice_outputs.size() == count && slice_offsets.size() == count &&
+                are_indices(indices) && are_rows(inputs, indices) && trained.size() == ranks.size();
+    int64_t slots = fits ? lora_a[0].size(0) : 0;
+    // Rows whose columns lie side by side; of an expanded gradient, too.
+    std::vector<at::Tensor> rows;
+    for (const at::Tensor& grad : grads) {
+        fits = fits && are_rows(grad, indices);
+        if (fits) rows.push_back(with_columns_side_by_side(grad));
+    }
+    std::vector<Slice> slices(count);
+    for (size_t s = 0; fits && s < count; s++) {
+        const at::Tensor &a = lora_a[s], &b = lora_b[s];
+        fits = are_weights(a, inputs.size(1)) && are_weights(b, a.size(-2)) && a.size(0) == slots && b.size(0) == slots &&
+               slice_outputs[s] >= 0 && slice_outputs[s] < int64_t(rows.size()) &&
+               has_columns(rows[slice_outputs[s]], slice_offsets[s], b.size(-2));
+        if (!fits) break;
+        const at::Tensor& grad = rows[slice_outputs[s]];
+        slices[s] = {weights_of(a), weights_of(b), a.size(-2), b.size(-2), nullptr, dtype_of(grad), grad.stride(0)};
+        slices[s].output = static_cast<char*>(const_cast<void*>(grad.const_data_ptr())) +
+                           slice_offsets[s] * grad.element_size();
+    }
+    for (size_t j = 0; fits && j < trained.size(); j++)
+        fits = count == 1 && trained[j] >= 0 && trained[j] < slots && ranks[j] >= 0 && ranks[j] <= slices[0].rank;
+    fits = fits && (!scalings || are_factors(*scalings, slots));
+    TORCH_CHECK(fits, "xpu_lora::native_backward: operands that do not fit together");
+
+    std::vector<at::Tensor> results;
+    if (needs_inputs) results.push_back(at::empty(inputs.sizes(), inputs.options()));
+    std::vector<Gradient> of_a, of_b;
+    if (needs_weights) {
+        std::vector<bool> used = used_slots(indices, slots);
+        of_a.resize(count * slots);
+        of_b.resize(count * slots);
+        for (bool is_b : {false, true}) {
+            if (!trained.empty()) {
+                for (size_t j = 0; j < trained.size(); j++) {
+                    // Laid out as the slot's own memory.
+                    const at::Tensor& all = (is_b ? lora_b : lora_a)[0];
+                    int64_t length = all.size(is_b ? -2 : -1);
+                    bool by_rank = !is_b || all.stride(-2) == 1;
+                    at::Tensor made = by_rank ? at::empty({ranks[j], length}, all.options())
+                                              : at::empty({length, ranks[j]}, all.options());
+                    if (!used[trained[j]]) made.zero_();
+                    int64_t of_rank = made.stride(by_rank ? 0 : 1), of_column = made.stride(by_rank ? 1 : 0);
+                    (is_b ? of_b : of_a)[trained[j]] = {made.mutable_data_ptr(), dtype_of(made), ranks[j], of_rank, of_column};
+                    results.push_back(is_b && by_rank ? made.t() : made);
+                }
+                continue;
+            }
+            bool all_used = std::find(used.begin(), used.end(), false) == used.end();
+            for (size_t s = 0; s < count; s++) {
+                at::Tensor made = at::empty_like(is_b ? lora_b[s] : lora_a[s]);
+                if (!all_used) made.zero_();
+                gradients_of(made, is_b, slots, (is_b ? of_b : of_a).data() + s * slots);
+                results.push_back(made);
+            }
+        }
+    }
+    at::Tensor x = with_columns_side_by_side(inputs), index = indices.contiguous();
+    Batch batch{x.size(0), x.size(1), slots, int64_t(count), at::get_num_threads(), false, index.const_data_ptr(),
+                int64_t(index.element_size()), x.const_data_ptr(), dtype_of(x), x.stride(0), scaling,
+                scalings ? scalings->const_data_ptr<float>() : nullptr};
+    void* of_inputs = needs_inputs ? results[0].mutable_data_ptr() : nullptr;
+    Backward(batch, slices.data(), needs_weights ? of_a.data() : nullptr, of_b.data(), of_inputs,
+             needs_inputs ? dtype_of(results[0]) : 0, inputs.size(1))
+        .run();
+    return results;
 }
 
 bool are_all_negative(const at::Tensor& indices, int64_t count) {
@@ -322,6 +442,8 @@ torch::Library* registered() {
     on_cpu("native_add_slices", add_slices_in_place);
     on_cpu("native_add_packed", add_packed_in_place);
     on_cpu("native_try_add_lora", try_add_lora);
+    on_cpu("native_try_add_scaled", try_add_scaled);
+    on_cpu("native_backward", backward);
     on_cpu("native_try_shrink", try_shrink);
     on_cpu("native_try_expand", try_expand);
     on_cpu("native_shrink", shrink);

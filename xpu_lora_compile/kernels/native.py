@@ -23,7 +23,7 @@ from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator
 from xpu_lora_compile.torch_internals import has_kernel_for, schema_of
 
 _HERE = Path(__file__).parent
-_SOURCES = (_HERE / "native.cpp", _HERE / "native_kernels.h", _HERE / "native_tiles.h")
+_SOURCES = (_HERE / "native.cpp", _HERE / "native_backward.h", _HERE / "native_kernels.h", _HERE / "native_tiles.h")
 # -O3 unrolls the loops over registers: with -O2 the sums are spilled, and it takes twice the time (GCC 12, AVX2).
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp")
 
@@ -142,19 +142,19 @@ def _compiled() -> compiled.Loaded:
 _AGAIN: ContextVar[bool] = ContextVar("again", default=False)
 
 
-def _define(schema: str) -> Any:
+def _define(schema: str, fake: Any = None) -> Any:
     """An op that loads the library when it is first called, say by code that Inductor had cached."""
     name = schema.split("(", 1)[0]
     tries = schema.endswith("bool")
 
-    def load_and_call_again(*args: Any) -> bool | None:
+    def load_and_call_again(*args: Any) -> Any:
         if not _AGAIN.get():
             if why := problem():
                 remedy = "Mend it, or compile the model without the cache."
                 raise KernelError(f"xpu_lora::{name}", "a compiler", why, remedy)
             token = _AGAIN.set(True)
             try:
-                return op(*args)  # type: ignore[no-any-return]
+                return op(*args)
             finally:
                 _AGAIN.reset(token)
         # Tensors elsewhere, sparse ones and the like, for which the library has nothing.
@@ -170,7 +170,7 @@ def _define(schema: str) -> Any:
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     op: Any = getattr(torch.ops.xpu_lora, name).default
     _LIBRARY.impl(name, load_and_call_again, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"xpu_lora::{name}", lambda *_: False if tries else None, lib=_LIBRARY)
+    torch.library.register_fake(f"xpu_lora::{name}", fake or (lambda *_: False if tries else None), lib=_LIBRARY)
     return op
 
 
@@ -248,3 +248,43 @@ NATIVE_EXPAND = _define(f"native_expand({_OPERANDS}, int offset, int columns, bo
 # As TRY_ADD_LORA for rows with several adapters: indices and weights are `[T, M]`; and the same for compiled code.
 TRY_ADD_SEVERAL = _define(f"native_try_add_several({_LISTS}, Tensor adapter_weights) -> bool")
 NATIVE_ADD_SEVERAL = _define(f"native_add_several({_LISTS}, Tensor adapter_weights) -> ()")
+
+# As `native_try_add_lora`, where each slot's rank vectors have a factor of their own besides, `[K]`, float32.
+TRY_ADD_SCALED = _define(f"native_try_add_scaled({_LISTS}, Tensor scalings) -> bool")
+
+
+def _fake_backward(
+    grads: Sequence[Tensor],
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    indices: Tensor,
+    slice_outputs: Sequence[int],
+    slice_offsets: Sequence[int],
+    scaling: float,
+    scalings: Tensor | None,
+    slots: Sequence[int],
+    ranks: Sequence[int],
+    needs_inputs: bool,
+    needs_weights: bool,
+) -> list[Tensor]:
+    made = [inputs.new_empty(inputs.shape)] if needs_inputs else []
+    if not needs_weights:
+        return made
+    if not slots:
+        return [*made, *map(torch.empty_like, (*lora_a, *lora_b))]
+    (a,), (b,) = lora_a, lora_b
+    made += [a.new_empty(rank, a.shape[-1]) for rank in ranks]
+    by_rank = b.stride(-2) == 1
+    width = b.shape[-2]
+    return made + [b.new_empty(rank, width).t() if by_rank else b.new_empty(width, rank) for rank in ranks]
+
+
+# Gradients of `lora_linear`: of the inputs if they are wanted, then of each A, and of each B if they are wanted. Where
+# some `slots` of one slice are trained: of the first `ranks` ranks of each of these slots, and of no other.
+NATIVE_BACKWARD = _define(
+    "native_backward(Tensor[] grads, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b, Tensor indices, "
+    "int[] slice_outputs, int[] slice_offsets, float scaling, Tensor? scalings, int[] slots, int[] ranks, "
+    "bool needs_inputs, bool needs_weights) -> Tensor[]",
+    _fake_backward,
+)

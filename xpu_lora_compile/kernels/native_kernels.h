@@ -228,9 +228,18 @@ struct Batch {
     const void* inputs;
     int64_t inputs_dtype, inputs_stride;
     double scaling;
+    // Factors of the slots, besides; nothing where all are 1.
+    const float* scalings = nullptr;
     // Where rows have several adapters: how many, and the factor of each. Indices and factors are [rows, per_row].
     int64_t per_row = 1;
     const float* factors = nullptr;
+
+    // The same call as the rows of one slot see it.
+    Batch of_slot(int64_t slot) const {
+        Batch mine = *this;
+        if (scalings) mine.scaling *= scalings[slot];
+        return mine;
+    }
 };
 
 // Columns of the output that one task works on at most, and rows of a slot that it takes through A together.
@@ -520,8 +529,9 @@ void shrink_by_tiles(const Batch& batch, const int64_t* order, int64_t rows, con
 #endif
 
 // The rank vectors of some rows of one slot, of ranks `from` to `to`.
-void shrink_part(const Batch& batch, const Slice& slice, const Groups& groups, const Rows& rows, int64_t from, int64_t to,
+void shrink_part(const Batch& all, const Slice& slice, const Groups& groups, const Rows& rows, int64_t from, int64_t to,
                  float* hidden, float* scratch) {
+    Batch batch = all.of_slot(rows.slot);
     const Weights& a = slice.a;
     const int64_t* order = groups.order.data() + rows.first;
     int64_t count = rows.last - rows.first;

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from xpu_lora_compile.adapters.checkpoint import ModuleSizes
+from xpu_lora_compile.adapters.training import TrainedSlots
 from xpu_lora_compile.errors import AttachError, counted
 from xpu_lora_compile.kernels import preferred_on
 from xpu_lora_compile.kernels.call import accumulator
-from xpu_lora_compile.ops import bgmv_expand, bgmv_shrink, lora_linear
+from xpu_lora_compile.ops import TRAINED_LINEAR, bgmv_expand, bgmv_shrink, lora_linear
 from xpu_lora_compile.ops.lora_linear import add_lora_eagerly
 from xpu_lora_compile.rows.routing import BatchRouting
 from xpu_lora_compile.rows.tracing import note_read
@@ -42,6 +43,7 @@ class LoraLayer(nn.Module):
         lora_features: how many of the last dimensions of its input are no rows; `forward` says the same to the routing.
         lora_in_place: whether the base class makes a new tensor for each call, to which LoRA may be added in place.
         lora_takes_one_input: whether it is called with its input alone.
+        lora_training: the slots that are trained, whose B is without scaling meanwhile; None where none is.
     """
 
     lora_site: ModuleSizes
@@ -53,6 +55,7 @@ class LoraLayer(nn.Module):
     lora_features = 1
     lora_in_place = True
     lora_takes_one_input = True
+    lora_training: TrainedSlots | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, for calls by keyword
         """The base layer's output, with each row's adapter added while a `bank.use` block runs."""
@@ -65,12 +68,25 @@ class LoraLayer(nn.Module):
         output = self.without_lora(rows) if self.lora_in_place else self._rows_of_base(self.without_lora(input))
         shape = (*input.shape[:-1], output.shape[1])
         lora_a, lora_b = self.lora_a, self.lora_b
+        if self.lora_training is not None:
+            columns = min(lora_b.shape[1], output.shape[1])
+            return self._with_training(self.lora_training, output, rows, indices, columns).view(shape)
         # What a CPU's kernel does not ask for need not be an input of its graphs.
         ranks = None if rows.device.type == "cpu" else routing.ranks
         if self.lora_in_place:
             return added_in_place(output, rows, lora_a, lora_b, indices, ranks).view(shape)
         b = lora_b.narrow(1, 0, min(lora_b.shape[1], output.shape[1]))
         return lora_linear(output, rows, [lora_a], [b], indices, [0], ranks=ranks).view(shape)
+
+    def _with_training(
+        self, training: TrainedSlots, output: Tensor, rows: Tensor, indices: Tensor, columns: int
+    ) -> Tensor:
+        """The output with LoRA, some of whose slots are trained: with dropout, and gradients for their parameters."""
+        if self.training and training.rates:
+            rows = training.dropped(rows, indices)
+        b = self.lora_b.narrow(1, 0, columns)
+        trained = list(training.slots), list(training.a), list(training.b)
+        return cast("Tensor", TRAINED_LINEAR(output, rows, self.lora_a, b, indices, training.scalings, *trained))
 
     def without_lora(self, input: Tensor) -> Tensor:  # noqa: A002
         """The base layer's output."""
@@ -156,6 +172,7 @@ class LoraLayer(nn.Module):
         """Become again the module it was before LoRA."""
         for name in ("lora_a", "lora_b", "lora_routing", "lora_name", "lora_site"):
             delattr(self, name)
+        vars(self).pop("lora_training", None)
         self.become_base()
 
     def become_base(self) -> None:

@@ -26,6 +26,7 @@ from xpu_lora_compile.ops.internal import (
 )
 from xpu_lora_compile.ops.lora_linear import LORA_LINEAR, LORA_LINEARS, lora_linear
 from xpu_lora_compile.ops.moe import moe_lora_linear
+from xpu_lora_compile.ops.trained_linear import TRAINED_LINEAR
 
 __all__ = [
     "ADD_LORA",
@@ -43,6 +44,7 @@ __all__ = [
     "ROUTE",
     "ROUTE_TILES",
     "SHRINK",
+    "TRAINED_LINEAR",
     "TRITON_ADD_LORA",
     "TRITON_EXPAND_SLICE",
     "TRITON_ROUTE_TILES",

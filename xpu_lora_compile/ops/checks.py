@@ -121,6 +121,39 @@ def check_lora_linears(
         _check_ranks(op, ranks, indices, lora_a)
 
 
+def check_trained(
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scalings: Tensor,
+    slots: Sequence[int],
+    trained_a: Sequence[Tensor],
+    trained_b: Sequence[Tensor],
+) -> None:
+    """Check what `trained_linear` has of slots: scalings `[K]`, and of each that is trained A `[r, D]`, B `[W, r]`."""
+    op, (count, ranks, features), width = "trained_linear", lora_a.shape, lora_b.shape[1]
+    if scalings.shape != (count,) or scalings.dtype != torch.float32:
+        got = f"{_dtype(scalings)} {_shape(scalings)}"
+        raise ShapeError(f"{op}: scalings", f"float32 [{count}], one a slot", got, "Stack one factor for each slot.")
+    if not len(slots) == len(trained_a) == len(trained_b) or len(set(slots)) < len(slots):
+        got = f"{len(slots)} slots, {len(trained_a)} A and {len(trained_b)} B"
+        raise ShapeError(op, "for each slot one A and one B, and each slot once", got, "Pass lists of the same length.")
+    for slot, a, b in zip(slots, trained_a, trained_b, strict=True):
+        if (
+            not 0 <= slot < count
+            or a.shape != (len(a), features)
+            or b.shape[1:] != (len(a),)
+            or len(b) > width
+            or len(a) > ranks
+            or (a.dtype, b.dtype) != (lora_a.dtype, lora_b.dtype)
+        ):
+            raise ShapeError(
+                f"{op}: slot {slot}",
+                f"A [r, {features}] and B [W, r], W at most {width} and r at most {ranks}, of a slot below {count}",
+                f"A {_dtype(a)} {_shape(a)} and B {_dtype(b)} {_shape(b)}",
+                "Pass views of the slot's A and B.",
+            )
+
+
 def refuse_gradients(op: str, output: Tensor, inputs: Tensor, weights: Tensor, replaces: bool) -> None:
     """Raise where a mutating op would lose a gradient, or hand on a wrong one, without a word.
 

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from xpu_lora_compile.errors import ShapeError
 from xpu_lora_compile.kernels import preferred_on, takes_native
 from xpu_lora_compile.kernels.call import accumulator, repeated
-from xpu_lora_compile.kernels.native import TRY_ADD_LORA, TRY_ADD_SEVERAL
+from xpu_lora_compile.kernels.native import NATIVE_BACKWARD, TRY_ADD_LORA, TRY_ADD_SEVERAL
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.checks import without_slice_dim
 from xpu_lora_compile.ops.internal import ADD_LORA, OUTER_BY_SLOT, ROUTE_TILES, SLOT_PRODUCTS
@@ -257,49 +257,77 @@ def _backward_several(ctx: Any, grads_out: list[Tensor]) -> tuple[Any, ...]:
 
 
 def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Any, ...]:
-    """The gradients of all arguments but the bases.
+    """The gradients of all arguments but the bases, as far as they are wanted."""
+    rows, indices, *rest = ctx.saved_tensors
+    weights, factors = rest[: 2 * ctx.slices], rest[2 * ctx.slices :]
+    lora_a, lora_b = weights[: ctx.slices], weights[ctx.slices :]
+    _, needs_inputs, needs_a, needs_b, *_ = ctx.needs_input_grad
+    # While compiling, torch drops trailing arguments that equal their default, and wants no gradient for them.
+    others: list[Any] = [None] * (len(ctx.needs_input_grad) - 4)
+    call = grads_out, rows, lora_a, lora_b, indices, ctx.slice_outputs, ctx.slice_offsets, ctx.scaling
+    is_native = takes_native_backward(*grads_out, rows, *weights) and len({len(a) for a in lora_a}) == 1
+    if is_native and not factors:
+        made = NATIVE_BACKWARD(*call, None, [], [], needs_inputs, any((*needs_a, *needs_b)))
+        grad_rows = made.pop(0) if needs_inputs else None
+        return grad_rows, made[: ctx.slices] or [None] * ctx.slices, made[ctx.slices :] or [None] * ctx.slices, *others
+    *found, grad_factors = _portable_gradients(*call, factors[0] if factors else None)
+    if factors:
+        others[-1] = grad_factors
+    return *found, *others
+
+
+def takes_native_backward(*operands: Tensor) -> bool:
+    """Return whether the native kernel computes the gradients of a call with these operands."""
+    return takes_native(operands[0]) and accumulator(*operands) is torch.float32
+
+
+def _portable_gradients(
+    grads_out: Sequence[Tensor],
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    indices: Tensor,
+    slice_outputs: Sequence[int],
+    slice_offsets: Sequence[int],
+    scaling: float,
+    factors: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]:
+    """The same by plain products; last the gradient of the adapters' weights, where rows have several.
 
     One slice: with `h = scaling * A[i] x`, `grad_h = B[i]^T grad` goes on to `x` and `A`, and `grad h^T` to `B`. With
     adapter weights each row counts M times, as one of each adapter: `w h` is in the place of h, and `w grad_h` in that
     of `grad_h`; the gradient of w is `grad_h . h`.
     """
-    inputs, indices, *rest = ctx.saved_tensors
-    weights, factors = rest[: 2 * ctx.slices], rest[2 * ctx.slices :]
-    several = factors[0].shape[1] if factors else 1
-    rows, indices = repeated(inputs, several), indices.reshape(-1) if factors else indices
-    grad_rows = rows.new_zeros(rows.shape, dtype=accumulator(*grads_out, rows, *weights))
+    several = 1 if factors is None else factors.shape[1]
+    rows, indices = repeated(inputs, several), indices if factors is None else indices.reshape(-1)
+    grad_rows = rows.new_zeros(rows.shape, dtype=accumulator(*grads_out, rows, *lora_a, *lora_b))
     grad_factors = grad_rows.new_zeros(rows.shape[0])
     grads_a: list[Tensor] = []
     grads_b: list[Tensor] = []
-    for s in range(ctx.slices):
-        stored_a, stored_b, offset = weights[s], weights[ctx.slices + s], ctx.slice_offsets[s]
-        grad = grads_out[ctx.slice_outputs[s]]
+    for stored_a, stored_b, output, offset in zip(lora_a, lora_b, slice_outputs, slice_offsets, strict=True):
+        grad = grads_out[output]
         a, b = without_slice_dim(stored_a), without_slice_dim(stored_b)
         dtype = accumulator(grad, rows, a, b)
         grad_slice = repeated(grad[:, offset : offset + b.shape[1]].to(dtype), several)
-        hidden = ctx.scaling * SLOT_PRODUCTS(rows, a, indices).to(dtype)
+        hidden = scaling * SLOT_PRODUCTS(rows, a, indices).to(dtype)
         grad_hidden = SLOT_PRODUCTS(grad_slice, b.transpose(1, 2), indices)
         has_adapter = ((indices >= 0) & (indices < a.shape[0]))[:, None]
-        if factors:
+        if factors is not None:
             grad_factors = grad_factors + torch.where(has_adapter, hidden * grad_hidden, 0.0).sum(1)
-            factor = factors[0].reshape(-1, 1).to(dtype)
+            factor = factors.reshape(-1, 1).to(dtype)
             hidden, grad_hidden = hidden * factor, grad_hidden * factor
-        grad_hidden = ctx.scaling * grad_hidden
+        grad_hidden = scaling * grad_hidden
         from_slice = SLOT_PRODUCTS(grad_hidden, a.transpose(1, 2), indices)
         grad_rows = grad_rows + torch.where(has_adapter, from_slice, 0.0)
         grads_a.append(OUTER_BY_SLOT(grad_hidden, rows.to(dtype), indices, a.shape[0]).reshape(stored_a.shape))
         grads_b.append(OUTER_BY_SLOT(grad_slice, hidden, indices, b.shape[0]).reshape(stored_b.shape))
-    if factors:
+    if factors is not None:
         grad_rows = grad_rows.view(inputs.shape[0], several, inputs.shape[1]).sum(1)
-    # While compiling, torch drops trailing arguments that equal their default, and wants no gradient for them.
-    others: list[Any] = [None] * (len(ctx.needs_input_grad) - 4)
-    if factors:
-        others[-1] = grad_factors.view(factors[0].shape).to(factors[0].dtype)
     return (
         grad_rows.to(inputs.dtype),
-        [grad.to(a.dtype) for grad, a in zip(grads_a, weights[: ctx.slices], strict=True)],
-        [grad.to(b.dtype) for grad, b in zip(grads_b, weights[ctx.slices :], strict=True)],
-        *others,
+        [grad.to(a.dtype) for grad, a in zip(grads_a, lora_a, strict=True)],
+        [grad.to(b.dtype) for grad, b in zip(grads_b, lora_b, strict=True)],
+        None if factors is None else grad_factors.view(factors.shape).to(factors.dtype),
     )
 
 

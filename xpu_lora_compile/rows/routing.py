@@ -414,6 +414,9 @@ class BatchRouting:
         if self.uniform and not self._must_serve_others(inputs.device):
             return UNIFORM
         known = self._proof.get(key)
+        if known is None and self._depth == 0 and torch.is_grad_enabled() and current_backward() is not None:
+            # A checkpoint runs a part again that no `Entry` hooks, as a block of a list of blocks.
+            known = self._shown.get(key)
         # Not of a layer that is called by itself afterwards.
         compiled = self._compiled and (self._depth > 0 or current_backward() is not None)
         if known is None and compiled:

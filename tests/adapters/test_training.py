@@ -1,0 +1,510 @@
+"""Adapters trained in a bank: as PEFT trains each alone, with any optimizer, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from support.cases import DEVICE, same_bits
+from support.mixtures import mixture, save_fused
+from support.peft_folders import edit_config, edited_weights, loaded_by_peft, quiet, save_adapter, tiny_llama
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+import xpu_lora_compile as xlc
+from xpu_lora_compile.adapters.bank import AdapterBank
+from xpu_lora_compile.errors import (
+    AdapterError,
+    ArtifactError,
+    BankInUseError,
+    UnknownAdapterError,
+    UnsupportedAdapterError,
+)
+
+TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+# Different ranks, scalings that are no powers of two, and different modules.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "pirate": {"r": 4, "lora_alpha": 6, "target_modules": TARGETS},
+    "haiku": {"r": 3, "lora_alpha": 10, "target_modules": ["q_proj", "v_proj"], "use_rslora": True},
+    "telegram": {"r": 5, "lora_alpha": 7, "target_modules": ["v_proj", "down_proj"], "rank_pattern": {"v_proj": 2}},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of each adapter, which PEFT wrote, with small random weights."""
+    root, made = tmp_path_factory.mktemp("adapters"), {}
+    for seed, (name, lora) in enumerate(ADAPTERS.items()):
+        made[name] = save_adapter(root / name, seed=seed, **lora)
+        with edited_weights(made[name]) as tensors:
+            for tensor in tensors.values():
+                tensor *= 0.1
+    return made
+
+
+def _tokens(seed: int, rows: int = 2) -> Tensor:
+    return torch.randint(0, 70, (rows, 9), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def _loss(model: Callable[..., Any], tokens: Tensor, **given: Any) -> Tensor:
+    """The loss of each row."""
+    logits = model(tokens, **given).logits[:, :-1].float()
+    return cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
+
+
+def _attached(folders: dict[str, Path], **given: Any) -> tuple[nn.Module, AdapterBank]:
+    model = tiny_llama().to(DEVICE).requires_grad_(False)
+    return model, xlc.attach(model, adapters=folders, slots=5, max_rank=6, target_modules=TARGETS, **given)
+
+
+def _pefts_losses(folder: Path, batches: list[Tensor], optimizer: Callable[[Any], Any]) -> list[float]:
+    with quiet():
+        model = PeftModel.from_pretrained(tiny_llama().to(DEVICE), folder, is_trainable=True)
+    steps, losses = optimizer([weight for weight in model.parameters() if weight.requires_grad]), []
+    for tokens in batches:
+        loss = _loss(model, tokens).mean()
+        steps.zero_grad()
+        loss.backward()
+        steps.step()
+        losses.append(loss.item())
+    return losses
+
+
+OPTIMIZERS = {
+    "sgd": lambda weights: torch.optim.SGD(weights, lr=0.3, momentum=0.9),
+    "adamw": lambda weights: torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_three_adapters_in_one_batch_learn_as_each_does_alone_with_peft(
+    folders: dict[str, Path], optimizer: str, compiled: bool
+) -> None:
+    model, bank = _attached(folders)
+    bank.trainable(list(folders))
+    optimizers = {name: OPTIMIZERS[optimizer](bank.parameters(name)) for name in folders}
+    names = [name for name in folders for _ in range(2)]
+    batches = {name: [_tokens(100 * seed + step % 3) for step in range(20)] for seed, name in enumerate(folders)}
+    run = torch.compile(model, backend="xpu_lora") if compiled else model
+    losses: dict[str, list[float]] = {name: [] for name in folders}
+    for step in range(20):
+        tokens = torch.cat([batches[name][step] for name in folders])
+        with bank.use(names):
+            of_rows = _loss(run, tokens).view(3, 2).mean(1)
+            of_rows.sum().backward()
+        for name, loss in zip(folders, of_rows.tolist(), strict=True):
+            losses[name].append(loss)
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+    for name, folder in folders.items():
+        wanted = _pefts_losses(folder, batches[name], OPTIMIZERS[optimizer])
+        assert abs(wanted[0] - wanted[-1]) > 0.02
+        torch.testing.assert_close(torch.tensor(losses[name]), torch.tensor(wanted), rtol=2e-4, atol=2e-4)
+
+
+def _train(model: Callable[..., Any], bank: AdapterBank, names: list[str | None], steps: int = 3) -> None:
+    trained = [name for name in dict.fromkeys(names) if name is not None]
+    optimizers = [torch.optim.SGD(bank.parameters(name), lr=0.5) for name in trained]
+    for step in range(steps):
+        with bank.use(names):
+            _loss(model, _tokens(step, len(names))).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_a_slot_that_is_not_trained_keeps_its_bits(folders: dict[str, Path]) -> None:
+    model, bank = _attached(folders)
+    before = {name: value.clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
+    bank.trainable(["haiku"])
+    _train(model, bank, ["haiku", None])
+    slot = bank.names.index("haiku")
+    changed = 0
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if name.endswith(("lora_a", "lora_b")):
+            others = [k for k in range(len(value)) if k != slot]
+            assert same_bits(value[others], before[name][others])
+            changed += not same_bits(value[slot], before[name][slot])
+        else:
+            assert same_bits(value, before[name])
+    assert changed >= 2 * 4
+
+
+def test_an_untrained_adapter_serves_in_the_batch_of_a_trained_one(folders: dict[str, Path]) -> None:
+    model, bank = _attached(folders)
+    tokens = _tokens(0, 4)
+    names = ["pirate", "haiku", None, "telegram"]
+    with torch.no_grad(), bank.use(names):
+        before = model(tokens).logits
+    bank.trainable(["haiku"])
+    with torch.no_grad(), bank.use(names):
+        torch.testing.assert_close(model(tokens).logits, before)
+    with bank.use(names):
+        torch.testing.assert_close(model(tokens).logits, before)
+    bank.trainable([])
+    with torch.no_grad(), bank.use(names):
+        torch.testing.assert_close(model(tokens).logits, before)
+
+
+@pytest.mark.parametrize("while_trained", [True, False])
+def test_peft_loads_what_is_saved_with_the_same_outputs(
+    folders: dict[str, Path], tmp_path: Path, while_trained: bool
+) -> None:
+    model, bank = _attached(folders)
+    bank.trainable(list(folders))
+    _train(model, bank, list(folders))
+    tokens = _tokens(7)
+    wanted = {}
+    for name in folders:
+        with torch.no_grad(), bank.use([name] * 2):
+            wanted[name] = model(tokens).logits
+    if not while_trained:
+        bank.trainable([])
+    for name in folders:
+        bank.save(name, tmp_path / name)
+        saved = loaded_by_peft(tmp_path / name, tiny_llama().to(DEVICE)).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(saved(tokens).logits, wanted[name])
+        assert (
+            load_file(tmp_path / name / "adapter_model.safetensors").keys()
+            == load_file(folders[name] / "adapter_model.safetensors").keys()
+        )
+    again, second = _attached({name: tmp_path / name for name in folders})
+    for name in folders:
+        with torch.no_grad(), second.use([name] * 2):
+            torch.testing.assert_close(again(tokens).logits, wanted[name])
+
+
+def test_what_is_saved_without_training_is_what_was_loaded(folders: dict[str, Path], tmp_path: Path) -> None:
+    _, bank = _attached(folders)
+    bank.save("pirate", tmp_path)
+    for file in (folders["pirate"], tmp_path):
+        assert json.loads((file / "adapter_config.json").read_text())["r"] == 4
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (folders["pirate"], tmp_path))
+    for key, value in before.items():
+        torch.testing.assert_close(after[key], value, rtol=1e-6, atol=0)
+
+
+def test_a_new_adapter_changes_nothing_until_it_is_trained(tmp_path: Path) -> None:
+    model = tiny_llama().to(DEVICE).requires_grad_(False)
+    tokens = _tokens(3)
+    with torch.no_grad():
+        base = model(tokens).logits
+    bank = xlc.attach(model, slots=2, max_rank=8)
+    bank.add("new", r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], lora_dropout=0.0)
+    with torch.no_grad(), bank.use(["new", "new"]):
+        assert same_bits(model(tokens).logits, base)
+    bank.trainable(["new"])
+    names = list(bank.named_parameters("new"))
+    assert len(names) == 8
+    assert names[0] == "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert [parameter.shape for parameter in bank.parameters("new")[:2]] == [(4, 32), (32, 4)]
+    _train(model, bank, ["new", "new"])
+    with torch.no_grad(), bank.use(["new", "new"]):
+        trained = model(tokens).logits
+    assert not torch.allclose(trained, base, atol=1e-3)
+    bank.save("new", tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded_by_peft(tmp_path, tiny_llama().to(DEVICE))(tokens).logits, trained)
+
+
+def test_all_linear_modules_get_a_new_adapter_as_with_peft(tmp_path: Path) -> None:
+    model = tiny_llama().to(DEVICE)
+    bank = xlc.attach(model, slots=2, max_rank=8, target_modules="all-linear")
+    bank.add("new")
+    bank.save("new", tmp_path)
+    with quiet():
+        peft_model = get_peft_model(tiny_llama(), LoraConfig(r=8, target_modules="all-linear"))
+        peft_model.save_pretrained(tmp_path / "peft")
+    ours, pefts = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "peft"))
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in pefts.items()}
+    for key, value in ours.items():
+        assert value.std().item() == pytest.approx(pefts[key].std().item(), rel=0.2)
+
+
+def test_each_adapter_has_its_own_learning_rate_and_weight_decay(folders: dict[str, Path]) -> None:
+    model, bank = _attached(folders)
+    bank.trainable(["pirate", "haiku"])
+    before = {name: [p.detach().clone() for p in bank.parameters(name)] for name in ("pirate", "haiku")}
+    optimizers = [
+        torch.optim.AdamW(bank.parameters("pirate"), lr=0.0, weight_decay=0.5),
+        torch.optim.AdamW(bank.parameters("haiku"), lr=0.1, weight_decay=0.0),
+    ]
+    with bank.use(["pirate", "haiku"]):
+        _loss(model, _tokens(0)).sum().backward()
+    norm = nn.utils.clip_grad_norm_(bank.parameters("haiku"), 1e-3)
+    assert norm > 1e-3
+    assert sum(p.grad.square().sum() for p in bank.parameters("pirate")) > 1e-5
+    for optimizer in optimizers:
+        optimizer.step()
+    assert all(same_bits(p, b) for p, b in zip(bank.parameters("pirate"), before["pirate"], strict=True))
+    assert not any(same_bits(p, b) for p, b in zip(bank.parameters("haiku"), before["haiku"], strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_an_adapter_that_no_row_uses_gets_no_gradient(folders: dict[str, Path], compiled: bool) -> None:
+    model, bank = _attached(folders)
+    run = torch.compile(model, backend="xpu_lora") if compiled else model
+    bank.trainable(["pirate", "haiku"])
+    with bank.use(["pirate", None]):
+        _loss(run, _tokens(0)).sum().backward()
+    assert all(p.grad is not None for p in bank.parameters("pirate"))
+    assert all(p.grad is None for p in bank.parameters("haiku"))
+    with bank.use(["haiku", None]):
+        _loss(run, _tokens(0)).sum().backward()
+    kept = [p.grad.clone() for p in bank.parameters("haiku")]
+    with bank.use(["pirate", None]):
+        _loss(run, _tokens(0)).sum().backward()
+    assert all(same_bits(p.grad, was) for p, was in zip(bank.parameters("haiku"), kept, strict=True))
+
+
+def test_gradients_add_up_over_small_batches(folders: dict[str, Path]) -> None:
+    model, bank = _attached(folders)
+    bank.trainable(list(folders))
+    names, tokens = [*folders, "pirate"], _tokens(1, 4)
+    with bank.use(names):
+        _loss(model, tokens).sum().backward()
+    whole = {name: [p.grad.clone() for p in bank.parameters(name)] for name in folders}
+    for name in folders:
+        for parameter in bank.parameters(name):
+            parameter.grad = None
+    for first in (0, 2):
+        with bank.use(names[first : first + 2]):
+            _loss(model, tokens[first : first + 2]).sum().backward()
+    for name in folders:
+        for parameter, wanted in zip(bank.parameters(name), whole[name], strict=True):
+            torch.testing.assert_close(parameter.grad, wanted)
+
+
+def test_parameters_of_one_that_is_trained_already_stay_the_same(folders: dict[str, Path]) -> None:
+    model, bank = _attached(folders)
+    bank.trainable(["pirate"])
+    before = bank.parameters("pirate")
+    bank.trainable(["haiku", "pirate"])
+    assert all(left is right for left, right in zip(before, bank.parameters("pirate"), strict=True))
+    bank.trainable(["pirate"])
+    assert all(left is right for left, right in zip(before, bank.parameters("pirate"), strict=True))
+    _train(model, bank, ["pirate", "haiku"][:1] * 2)
+    bank.drop("pirate")
+    assert "pirate" not in bank.names
+    bank.load("pirate", folders["pirate"])
+    with pytest.raises(AdapterError, match="trained are none"):
+        bank.parameters("pirate")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_change_no_gradient(folders: dict[str, Path], reentrant: bool) -> None:
+    gradients = []
+    for checkpoints in (False, True):
+        model, bank = _attached(folders)
+        bank.trainable(list(folders))
+        model.train()
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        with bank.use(list(folders)):
+            _loss(model, _tokens(2, 3), use_cache=False).sum().backward()
+        gradients.append([p.grad for name in folders for p in bank.parameters(name)])
+    for got, wanted in zip(*gradients, strict=True):
+        assert wanted.any()
+        torch.testing.assert_close(got, wanted)
+
+
+def test_autocast_trains_with_gradients_close_to_those_of_float32(folders: dict[str, Path]) -> None:
+    gradients = []
+    for enabled in (False, True):
+        model, bank = _attached(folders)
+        bank.trainable(list(folders))
+        with bank.use(list(folders)), torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled):
+            _loss(model, _tokens(2, 3)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for name in folders for p in bank.parameters(name)]))
+        assert gradients[-1].dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.995
+
+
+def test_a_base_of_bfloat16_trains_adapters_of_float32(folders: dict[str, Path]) -> None:
+    model = tiny_llama().to(DEVICE, torch.bfloat16).requires_grad_(False)
+    bank = xlc.attach(model, adapters=folders, dtype=torch.float32)
+    bank.trainable(list(folders))
+    _train(model, bank, list(folders))
+    assert {p.dtype for name in folders for p in bank.parameters(name)} == {torch.float32}
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="another generator")
+def test_dropout_is_pefts(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "dropped"
+    shutil.copytree(folders["pirate"], folder)
+    edit_config(folder, lora_dropout=0.4)
+    with quiet():
+        peft_model = PeftModel.from_pretrained(tiny_llama(), folder, is_trainable=True)
+    model, bank = _attached({"dropped": folder, "haiku": folders["haiku"]})
+    bank.trainable(["dropped"])
+    tokens = _tokens(4)
+
+    def losses(run: Any) -> Tensor:
+        torch.manual_seed(5)
+        return _loss(run, tokens).detach()
+
+    for training in (True, False):
+        peft_model.train(training)
+        model.train(training)
+        with bank.use(["dropped"] * 2):
+            torch.testing.assert_close(losses(model), losses(peft_model))
+    model.train()
+    with bank.use(["haiku", None]):
+        with torch.no_grad():
+            dropped = losses(model)
+        model.eval()
+        assert same_bits(losses(model), dropped)
+
+
+def test_nan_in_another_tenant_changes_no_bit_of_a_gradient(folders: dict[str, Path]) -> None:
+    gradients = []
+    for poisoned in (False, True):
+        model, bank = _attached(folders)
+        bank.trainable(["pirate", "haiku"])
+        if poisoned:
+            with torch.no_grad():
+                bank.parameters("haiku")[0].fill_(torch.nan)
+        with bank.use(["pirate", "haiku"]):
+            _loss(model, _tokens(0)).sum().backward()
+        gradients.append([p.grad for p in bank.parameters("pirate")])
+        assert any(p.grad.isnan().any() for p in bank.parameters("haiku")) == poisoned
+    assert all(same_bits(left, right) for left, right in zip(*gradients, strict=True))
+
+
+def _gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 70, "n_positions": 64}
+    return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).eval()
+
+
+def _bert() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return BertForSequenceClassification(BertConfig(**sizes, vocab_size=70)).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"), [(_gpt2, ["c_attn", "c_proj"]), (_bert, ["query", "value", "dense"])], ids=["gpt2", "bert"]
+)
+def test_models_that_are_no_llama_get_pefts_gradients(
+    make: Callable[[], nn.Module], targets: list[str], tmp_path: Path
+) -> None:
+    folder = save_adapter(tmp_path / "one", model=make(), target_modules=targets)
+    tokens = _tokens(0)
+    with quiet():
+        peft_model = PeftModel.from_pretrained(make().to(DEVICE), folder, is_trainable=True)
+    peft_model(tokens).logits.square().sum().backward()
+    model = make().to(DEVICE).requires_grad_(False)
+    bank = xlc.attach(model, adapters={"one": folder})
+    bank.trainable(["one"])
+    with bank.use(["one"] * 2):
+        model(tokens).logits.square().sum().backward()
+    wanted = {
+        name.replace(".default", ""): weight.grad
+        for name, weight in peft_model.named_parameters()
+        if weight.requires_grad and "lora_" in name
+    }
+    ours = bank.named_parameters("one")
+    assert ours.keys() == wanted.keys()
+    for name, parameter in ours.items():
+        scale = wanted[name].abs().max().item()
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.fixture
+def attached(folders: dict[str, Path]) -> tuple[nn.Module, AdapterBank]:
+    return _attached(folders)
+
+
+def test_training_is_refused_where_it_would_go_wrong(attached: tuple[nn.Module, AdapterBank], tmp_path: Path) -> None:
+    model, bank = attached
+    with pytest.raises(UnknownAdapterError):
+        bank.trainable(["nobody"])
+    with pytest.raises(AdapterError, match=r"Write trainable\(\['pirate'\]\)"):
+        bank.trainable("pirate")
+    with pytest.raises(AdapterError, match=r"Call bank\.trainable"):
+        bank.parameters("pirate")
+    with bank.use(["pirate"]), pytest.raises(BankInUseError):
+        bank.trainable(["pirate"])
+    bank.trainable(["pirate"])
+    with pytest.raises(ArtifactError, match="carry no gradients"):
+        xlc.export(model, tmp_path / "file.pt2", (_tokens(0),))
+    with pytest.raises(AdapterError, match="names of linear modules of the bank"):
+        bank.add("new", target_modules=["nothing"])
+    weight = bank.parameters("pirate")[0]
+    weight.data = weight.data.clone()
+    with pytest.raises(AdapterError, match="other memory"):
+        bank.use(["pirate"]).__enter__()
+
+
+def test_a_model_that_is_moved_while_adapters_are_trained_is_refused(
+    attached: tuple[nn.Module, AdapterBank],
+) -> None:
+    model, bank = attached
+    bank.trainable(["pirate"])
+    model.to(torch.bfloat16)
+    with pytest.raises(AdapterError, match="was moved"):
+        bank.use(["pirate"]).__enter__()
+    with pytest.raises(AdapterError, match="was moved"):
+        bank.save("pirate", "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("lora", "why"),
+    [({"use_dora": True}, "use_dora=True"), ({"target_modules": ["embed_tokens"]}, "embed_tokens")],
+    ids=["dora", "embedding"],
+)
+def test_adapters_of_more_than_linear_layers_are_refused(tmp_path: Path, lora: dict[str, Any], why: str) -> None:
+    folder = save_adapter(tmp_path / "more", **{"target_modules": ["q_proj"], **lora})
+    bank = xlc.attach(tiny_llama(), adapters={"more": folder})
+    with pytest.raises(UnsupportedAdapterError, match=why):
+        bank.trainable(["more"])
+
+
+def test_weights_that_change_between_forward_and_backward_are_an_error(
+    attached: tuple[nn.Module, AdapterBank],
+) -> None:
+    model, bank = attached
+    bank.trainable(["pirate"])
+    with bank.use(["pirate"]):
+        loss = _loss(model, _tokens(0, 1)).sum()
+        with torch.no_grad():
+            bank.parameters("pirate")[0].add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_detach_ends_training(attached: tuple[nn.Module, AdapterBank]) -> None:
+    model, bank = attached
+    bank.trainable(["pirate"])
+    bank.detach()
+    assert not any("lora" in key for module in model.modules() for key in vars(module))
+
+
+def test_what_training_does_not_take_is_refused(tmp_path: Path) -> None:
+    """Several adapters for a row, and LoRA on experts, which a saved folder would leave out."""
+    several = xlc.attach(tiny_llama(), adapters_per_row=2)
+    several.add("a", r=2)
+    with pytest.raises(UnsupportedAdapterError, match=r"adapters_per_row=2. Attach without adapters_per_row"):
+        several.trainable(["a"])
+    bank = xlc.attach(mixture("Mixtral"), adapters={"experts": save_fused("Mixtral", tmp_path / "experts", 0)})
+    for refused in (lambda: bank.trainable(["experts"]), lambda: bank.save("experts", tmp_path / "out")):
+        with pytest.raises(UnsupportedAdapterError, match=r"LoRA on the experts' model.layers.0.mlp.experts"):
+            refused()
+    assert not (tmp_path / "out").exists()

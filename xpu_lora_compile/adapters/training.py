@@ -1,0 +1,318 @@
+"""Adapters of a bank that are trained: their parameters, which are views of their slots, and the folders of both kinds.
+
+    bank.trainable([...]) -> TrainedSlots of each layer, read by its forward -> gradients -> any optimizer -> the slots
+
+A slot holds B with the scaling of its adapter multiplied in. One that is trained holds B as PEFT does, and the op
+multiplies by the scaling, so that an optimizer takes the same steps as with PEFT.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from xpu_lora_compile.adapters.checkpoint import WEIGHTS_FILE, Checkpoint, Extras, ModuleSizes, Pair
+from xpu_lora_compile.adapters.config import CONFIG_FILE, is_targeted
+from xpu_lora_compile.adapters.files import few
+from xpu_lora_compile.adapters.names import PREFIX, parse_key
+from xpu_lora_compile.errors import AdapterError, UnsupportedAdapterError
+
+# Fields of adapter_config.json for which a slot holds more than A and B.
+_MORE_THAN_A_AND_B = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
+_PARTS = {"linear": ("lora_A.weight", "lora_B.weight"), "embedding": ("lora_embedding_A", "lora_embedding_B")}
+
+
+class TrainedSlots:
+    """The slots of one layer that are trained.
+
+    Attributes:
+        slots: their numbers.
+        a: of each of them A, `[r, D]`, a view of the slot.
+        b: likewise B, `[W, r]`, without scaling.
+        scalings: `[K]`, float32: the scaling of each slot that is trained, and 1 of all others, which B has in it.
+        rates: of dropout, each once; none where nothing is dropped.
+    """
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        self.slots: tuple[int, ...] = ()
+        self.a: tuple[nn.Parameter, ...] = ()
+        self.b: tuple[nn.Parameter, ...] = ()
+        self.scalings = torch.ones(slots, device=device)
+        self.rates: tuple[float, ...] = ()
+        # Position of each slot's rate, or -1.
+        self._rate = torch.full((slots,), -1, device=device)
+
+    def add(self, slot: int, a: Tensor, b: Tensor, scaling: float, rate: float) -> None:
+        """Train a slot, whose A and B these are, and which has not been trained yet."""
+        self.slots += (slot,)
+        self.a += (nn.Parameter(a.detach()),)
+        self.b += (nn.Parameter(b.detach()),)
+        self.scalings[slot] = scaling
+        if rate:
+            self.rates = tuple(dict.fromkeys((*self.rates, rate)))
+            self._rate[slot] = self.rates.index(rate)
+
+    def remove(self, slot: int) -> None:
+        """Train a slot no more."""
+        keep = [position for position, other in enumerate(self.slots) if other != slot]
+        self.slots = tuple(self.slots[position] for position in keep)
+        self.a, self.b = (tuple(parameters[position] for position in keep) for parameters in (self.a, self.b))
+        self.scalings[slot], self._rate[slot] = 1.0, -1
+
+    def dropped(self, rows: Tensor, indices: Tensor) -> Tensor:
+        """Rows `[T, D]` with some elements of those of trained slots set to 0, as PEFT does before A."""
+        rate_of = torch.where(indices >= 0, self._rate[indices.clamp(min=0)], -1)[:, None]
+        for position, rate in enumerate(self.rates):
+            rows = torch.where(rate_of == position, nn.functional.dropout(rows, rate), rows)
+        return rows
+
+
+class TrainableLayer(Protocol):
+    """What a layer offers whose slots may be trained."""
+
+    lora_site: ModuleSizes
+    lora_a: Tensor
+    lora_b: Tensor
+    lora_training: TrainedSlots | None
+
+    def places(
+        self, slot_a: Tensor, slot_b: Tensor, shape_a: tuple[int, int], shape_b: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Views of one slot's memory that an adapter's A and B of these shapes fill."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was in the folder of an adapter besides the values.
+
+    Args:
+        values: of adapter_config.json.
+        pairs: the A and B of each module, by the module's name.
+        extras: what it has of modules besides.
+        experts: the parameters of experts that it has LoRA on.
+    """
+
+    values: Mapping[str, Any]
+    pairs: Mapping[str, Pair]
+    extras: Mapping[str, Extras]
+    experts: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, folder: Path, checkpoint: Checkpoint) -> Loaded:
+        """Remember a folder that has been checked."""
+        values = json.loads((folder / CONFIG_FILE).read_bytes())
+        return cls(values, dict(checkpoint.pairs), dict(checkpoint.extras), tuple(checkpoint.experts))
+
+    @property
+    def dropout(self) -> float:
+        """How much of what comes to A is dropped while training."""
+        return float(self.values.get("lora_dropout") or 0.0)
+
+    def check_is_plain(self, where: str, what: str) -> None:
+        """Refuse an adapter that has more than A and B.
+
+        Raises:
+            UnsupportedAdapterError: it has.
+        """
+        more = [f"{name}={self.values[name]!r}" for name in _MORE_THAN_A_AND_B if self.values.get(name)]
+        if self.values.get("bias", "none") != "none":
+            more.append(f"bias={self.values['bias']!r}")
+        if self.experts:
+            more.append(f"LoRA on the experts' {few(self.experts)}")
+        if more:
+            remedy = "Use PEFT for it, or train an adapter without these."
+            raise UnsupportedAdapterError(where, f"an adapter of A and B alone, to {what}", ", ".join(more), remedy)
+
+
+class Training:
+    """Which adapters of a bank are trained.
+
+    Args:
+        layers: of the bank, by plain name.
+        slots: K.
+    """
+
+    def __init__(self, layers: Mapping[str, TrainableLayer], slots: int) -> None:
+        self._layers = layers
+        self._slots = slots
+        # Of each adapter the parameters, by PEFT's names.
+        self._parameters: dict[str, dict[str, nn.Parameter]] = {}
+        self._loaded: dict[str, tuple[int, Loaded]] = {}
+        # The stacks that the parameters are views of, and where each parameter lies.
+        self._stacks: dict[str, tuple[Tensor, Tensor]] = {}
+        self._places: dict[str, list[int]] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that are trained."""
+        return tuple(self._parameters)
+
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        """Return the parameters of an adapter, by PEFT's names.
+
+        Raises:
+            AdapterError: it is not trained.
+        """
+        if name not in self._parameters:
+            got = f"one that is not; trained are {', '.join(self.names) or 'none'}"
+            raise AdapterError(f"parameters of {name!r}", "an adapter that is trained", got, "Call bank.trainable().")
+        return self._parameters[name]
+
+    def check_can_be_trained(self, name: str, loaded: Loaded) -> None:
+        """Raise UnsupportedAdapterError where an adapter has more than A and B of linear layers."""
+        where = f"train {name!r}"
+        loaded.check_is_plain(where, "be trained")
+        tables = [module for module in loaded.pairs if self._layers[module].lora_site.kind == "embedding"]
+        if tables:
+            remedy = "Train an adapter without LoRA on embeddings, or this one with PEFT."
+            raise UnsupportedAdapterError(where, "LoRA on linear layers", few(tables), remedy)
+
+    def start(self, name: str, slot: int, loaded: Loaded) -> None:
+        """Train an adapter, which can be and is not trained yet."""
+        parameters: dict[str, nn.Parameter] = {}
+        # A parameter that is made in inference mode could not be trained.
+        with torch.inference_mode(False), torch.no_grad():
+            for module, pair in loaded.pairs.items():
+                layer = self._layers[module]
+                if layer.lora_training is None:
+                    layer.lora_training = TrainedSlots(self._slots, layer.lora_a.device)
+                    self._stacks[module] = layer.lora_a, layer.lora_b
+                a, b = layer.places(layer.lora_a[slot], layer.lora_b[slot], pair.shape_a, pair.shape_b)
+                b.copy_(_unscaled(b, pair.scaling))
+                layer.lora_training.add(slot, a, b, pair.scaling, loaded.dropout)
+                made = layer.lora_training.a[-1], layer.lora_training.b[-1]
+                parameters |= zip(_keys(pair, "linear"), made, strict=True)
+        self._parameters[name], self._loaded[name] = parameters, (slot, loaded)
+        self._places[name] = [parameter.data_ptr() for parameter in parameters.values()]
+
+    def stop(self, name: str) -> None:
+        """Train an adapter no more: its B gets its scaling again."""
+        slot, loaded = self._loaded.pop(name)
+        for parameter in self._parameters.pop(name).values():
+            parameter.grad = None
+        del self._places[name]
+        with torch.inference_mode(False), torch.no_grad():
+            for module, pair in loaded.pairs.items():
+                layer = self._layers[module]
+                _, b = layer.places(layer.lora_a[slot], layer.lora_b[slot], pair.shape_a, pair.shape_b)
+                b.copy_(b.to(torch.float32) * pair.scaling)
+                training = layer.lora_training
+                if training is not None:
+                    training.remove(slot)
+                    if not training.slots:
+                        layer.lora_training = None
+                        del self._stacks[module]
+
+    def check(self) -> None:
+        """Raise AdapterError where parameters are no longer what the layers read: the model has been moved, say."""
+        for module, (a, b) in self._stacks.items():
+            layer = self._layers[module]
+            if layer.lora_a is not a or layer.lora_b is not b:
+                raise _moved(module, "a model that stays where it is while adapters are trained", "one that was moved")
+        for name, parameters in self._parameters.items():
+            for (key, parameter), place in zip(parameters.items(), self._places[name], strict=True):
+                if parameter.data_ptr() != place:
+                    raise _moved(f"{name!r}: {key}", "a parameter that is a view of its slot", "other memory")
+
+    def drop_stale(self) -> None:
+        """Train nothing where `check` would raise."""
+        try:
+            self.check()
+        except AdapterError:
+            for name in self.names:
+                self.stop(name)
+
+    def without_gradients(self, names: set[str | None]) -> list[nn.Parameter]:
+        """Return the parameters of all other adapters than these that have no gradient."""
+        return [
+            parameter
+            for name, parameters in self._parameters.items()
+            if name not in names
+            for parameter in parameters.values()
+            if parameter.grad is None
+        ]
+
+    def is_trained(self, name: str) -> bool:
+        """Whether an adapter is trained, so that its B is without scaling."""
+        return name in self._parameters
+
+
+def _moved(where: str, wanted: str, got: str) -> AdapterError:
+    remedy = "Call bank.trainable() again, and make new optimizers of the parameters that it gives."
+    return AdapterError(f"bank.trainable: {where}", wanted, got, remedy)
+
+
+def _unscaled(b: Tensor, scaling: float) -> Tensor:
+    return b if scaling in (0, 1) else b.to(torch.float32) / scaling
+
+
+def _keys(pair: Pair, kind: str) -> list[str]:
+    """The names that PEFT gives to A and B of a module, which it may have called otherwise in the file."""
+    return [
+        f"{PREFIX}{parse_key(key).module}.{part}"
+        for key, part in zip((pair.key_a, pair.key_b), _PARTS[kind], strict=True)
+    ]
+
+
+def save_adapter(
+    folder: Path, loaded: Loaded, slot: int, layers: Mapping[str, TrainableLayer], *, is_scaled: bool
+) -> None:
+    """Write the adapter of a slot as PEFT does.
+
+    Args:
+        folder: made if it is not there.
+        loaded: of the adapter, of A and B alone.
+        slot: that it is in.
+        layers: of the bank, by plain name.
+        is_scaled: whether B has the scaling in it.
+
+    Raises:
+        UnsupportedAdapterError: it has more than A and B.
+    """
+    loaded.check_is_plain(f"save {folder}", "be saved")
+    tensors: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for module, pair in loaded.pairs.items():
+            layer = layers[module]
+            a, b = layer.places(layer.lora_a[slot], layer.lora_b[slot], pair.shape_a, pair.shape_b)
+            b = _unscaled(b, pair.scaling).to(b.dtype) if is_scaled else b
+            for key, value in zip(_keys(pair, layer.lora_site.kind), (a, b), strict=True):
+                tensors[key] = value.detach().cpu().contiguous().clone()
+    write_folder(folder, loaded.values, tensors)
+
+
+def write_folder(folder: Path, values: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write both files of a PEFT folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(json.dumps(dict(values), indent=2, sort_keys=True) + "\n")
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def fresh_tensors(ranks: Mapping[str, int], sites: Mapping[str, ModuleSizes]) -> dict[str, Tensor]:
+    """A and B of an adapter that changes nothing yet, as PEFT makes them: A uniform, B zeros.
+
+    Args:
+        ranks: of each module that gets LoRA.
+        sites: of the bank.
+    """
+    tensors: dict[str, Tensor] = {}
+    for module, rank in ranks.items():
+        a = torch.empty(rank, sites[module].in_features)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.zeros(sites[module].out_features, rank)
+    return tensors
+
+
+def shortest_rule(modules: Sequence[str], others: Iterator[str]) -> list[str]:
+    """Return target_modules that name these modules and none of the others: the ends of their names, if that does."""
+    ends = sorted({module.rpartition(".")[2] for module in modules})
+    return sorted(modules) if any(is_targeted(other, ends) for other in others) else ends
