@@ -329,6 +329,18 @@ def out_of_sight(function: Any, *args: Any) -> None:
         set_eval_frame(callback)
 
 
+@run_by_python
+def look_away() -> Any:
+    """Have Dynamo look at nothing from now on; returns what `look_again` takes."""
+    return set_eval_frame(None)
+
+
+@run_by_python
+def look_again(sight: Any) -> None:
+    """Have Dynamo look as it did before `look_away`."""
+    set_eval_frame(sight)
+
+
 # Questions that traced code asks, each with the function that answers it.
 _QUESTIONS: list[tuple[Any, Any]] = []
 

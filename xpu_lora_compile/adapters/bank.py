@@ -298,10 +298,7 @@ class AdapterBank:
             found = set().union(*(routing.unreached(block) for routing in self._routings.values()))
             unreached = sorted(found - traced)
         finally:
-            with self._lock:
-                self._note_readers()
-                self._blocks.remove(block)
-                self._route(self._blocks[-1] if self._blocks else None)
+            self._close(block)
             # A generator may be closed in another context than the one it was started in.
             with suppress(ValueError):
                 self._routing.mine.reset(token)
@@ -351,13 +348,20 @@ class AdapterBank:
             self._blocks.append(block)
             return block
 
+    def _close(self, block: Block) -> None:
+        with self._lock:
+            self._note_readers()
+            self._blocks.remove(block)
+            self._route(self._blocks[-1] if self._blocks else None)
+
     def _route(self, block: Block | None) -> None:
         """Point the layers at the slots of a block; None outside all blocks."""
         if block is None:
             for routing in self._routings.values():
                 routing.point(None)
             return
-        self._share(set(block.rows))
+        if len(self._routings) > 1 or len(block.rows) > 1:
+            self._share(set(block.rows))
         slots = {part: self._slots_on_device(part, block.slots_of_tokens(part)) for part in block.rows}
         for part, routing in self._routings.items():
             if part in slots:

@@ -28,6 +28,7 @@ from xpu_lora_compile.layers import HOSTS
 from xpu_lora_compile.layers.declared import Declared
 from xpu_lora_compile.layers.extras import ExtraLayer, empty_extras, extra_class, room_of
 from xpu_lora_compile.layers.host import Host, LoraLayer, have_hook_call
+from xpu_lora_compile.layers.peft import attach_live, is_peft_model
 from xpu_lora_compile.layers.targets import carriers_in, find_heads, find_targets, find_tied
 from xpu_lora_compile.rows.routing import BatchRouting, Entry, LostRouting
 from xpu_lora_compile.torch_internals import prepare_for_tracing
@@ -94,6 +95,26 @@ def attach(
     """
     model = _unwrapped(model)
     _check_classes(linear_classes)
+    if is_peft_model(model) and all(map(_is_lost, _layers_in(model))):
+        if _layers_in(model):
+            detach(model)
+        return attach_live(
+            model,
+            attach,
+            adapters=adapters,
+            slots=slots,
+            max_rank=max_rank,
+            target_modules=None if isinstance(target_modules, _Unsaid) else target_modules,
+            exclude_modules=exclude_modules,
+            vocab_size=vocab_size,
+            dtype=dtype,
+            linear_classes=linear_classes,
+            use_dora=use_dora,
+            lora_bias=lora_bias,
+            bias=bias,
+            modules_to_save=modules_to_save,
+            trainable_token_indices=trainable_token_indices,
+        )
     adapters = _check_arguments(
         model, adapters, target_modules, exclude_modules, dtype, slots=slots, max_rank=max_rank, vocab_size=vocab_size
     )
@@ -288,7 +309,7 @@ def detach(model: nn.Module) -> None:
     Raises:
         AttachError: the model has no LoRA, or has a bank, whose `detach` does it.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers = _layers_in(model)
     if not layers or not all(isinstance(layer.lora_routing, LostRouting) for layer in layers):
         got, remedy = (
             ("a model with a bank", "Call `bank.detach()`.") if layers else ("a plain model", "Use it as it is.")
@@ -359,9 +380,9 @@ def _check_arguments(
     if slots is not None and slots < len(adapters):
         remedy = f"Pass slots={len(adapters)}, or leave it out."
         raise AttachError("attach: slots", f"a slot for each of {len(adapters)} adapters", str(slots), remedy)
-    if hasattr(model, "peft_config"):
-        remedy = "Load the model without adapters, or take them off: model = peft_model.unload()."
-        raise AttachError("attach: model", "the plain base model", "one that PEFT has wrapped", remedy)
+    if hasattr(model, "peft_config") and not _layers_in(model):
+        remedy = "Attach to the whole PeftModel; or take PEFT off the model: model = peft_model.unload()."
+        raise AttachError("attach: model", "a PeftModel, or a plain model", "a model with PEFT's layers inside", remedy)
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise AttachError(
             "attach: model", "a model with its weights", "one that FSDP has cut up", "Load it without FSDP."
@@ -375,7 +396,7 @@ def _check_arguments(
             raise AttachError(f"attach: {name}", "a regular expression", f"{rule!r}: {problem}", remedy)
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise AttachError("attach: dtype", "float32, bfloat16 or float16", str(dtype), "Leave it out for the model's.")
-    if any(isinstance(module, LoraLayer) for module in model.modules() if not _is_lost(module)):
+    if not all(map(_is_lost, _layers_in(model))):
         raise AttachError("attach", "a model without LoRA", "one that has it", "Call `bank.detach()` first.")
     return adapters
 
@@ -392,6 +413,10 @@ def _check_room(use_dora: object, lora_bias: object, bias: object, modules_to_sa
     ):
         remedy = 'Pass a list such as ["score"].'
         raise AttachError("attach: modules_to_save", "a list of names", repr(modules_to_save), remedy)
+
+
+def _layers_in(model: nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def _is_lost(module: nn.Module) -> bool:
