@@ -317,7 +317,12 @@ def test_parts_of_the_model_called_by_themselves_are_pefts() -> None:
 
 @pytest.mark.parametrize(
     "lora",
-    [{"use_dora": True}, {"lora_bias": True}, {"use_rslora": True, "rank_pattern": {"q_proj": 5}}, {"bias": "lora_only"}],
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 5}},
+        {"bias": "lora_only"},
+    ],
     ids=str,
 )
 def test_kinds_of_lora(lora: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""PeftModels that are tiny and loaded, for tests of banks that serve them, and what PEFT can do to them while they run."""
+"""PeftModels that are tiny and loaded, for tests of banks that serve them; and what PEFT can do to them meanwhile."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class LiveConfig(AdapterConfig):
     scalings: Mapping[str, float] = field(default_factory=dict)
     saved: frozenset[str] = frozenset()
 
-    def targets(self, name: str, *, plain_linear: bool = True) -> bool:  # noqa: ARG002
+    def targets(self, name: str, *, plain_linear: bool = True) -> bool:
         """As `AdapterConfig.targets`."""
         return name in self.ranks
 
@@ -90,7 +90,7 @@ class TensorsInMemory(TensorFile):
         """As `TensorFile.part`."""
         return self._tensors[key].detach()
 
-    def tensor(self, key: str, dtype: torch.dtype) -> Tensor:  # noqa: ARG002
+    def tensor(self, key: str, dtype: torch.dtype) -> Tensor:
         """As `TensorFile.tensor`."""
         return self._tensors[key].detach().reshape(-1)
 

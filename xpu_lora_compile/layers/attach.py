@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,17 +22,17 @@ from xpu_lora_compile.adapters.checkpoint import ModuleSizes
 from xpu_lora_compile.adapters.config import ALL_LINEAR, BIASES, pattern_problem
 from xpu_lora_compile.adapters.names import BaseModel, output_embedding, plain_name
 from xpu_lora_compile.adapters.needs import naming, needs_of
-from xpu_lora_compile.errors import AttachError, UnmatchedTensorError
+from xpu_lora_compile.errors import AttachError, LoraError, UnmatchedTensorError
 from xpu_lora_compile.generation import follow_generation, generating_methods
 from xpu_lora_compile.kernels import preferred_on
 from xpu_lora_compile.layers import HOSTS
 from xpu_lora_compile.layers.declared import Declared
 from xpu_lora_compile.layers.extras import ExtraLayer, empty_extras, extra_class, room_of
 from xpu_lora_compile.layers.host import Host, LoraLayer, have_hook_call
-from xpu_lora_compile.layers.peft import attach_live, is_peft_model
+from xpu_lora_compile.layers.peft import REFUSED, attach_live, is_peft_model, taken_over, untaken_in_call
 from xpu_lora_compile.layers.targets import carriers_in, find_heads, find_targets, find_tied
 from xpu_lora_compile.rows.routing import BatchRouting, Entry, LostRouting
-from xpu_lora_compile.torch_internals import prepare_for_tracing
+from xpu_lora_compile.torch_internals import ONCE_IT_RAN, prepare_for_tracing
 
 
 class _Unsaid(str):
@@ -304,11 +305,14 @@ def _have_parents_call(model: nn.Module, layers: Mapping[str, nn.Module]) -> lis
 
 
 def detach(model: nn.Module) -> None:
-    """Take LoRA out of a copied or unpickled model, which belongs to no bank.
+    """Take LoRA out of a copied or unpickled model, which belongs to no bank; or out of one that PEFT has loaded.
 
     Raises:
         AttachError: the model has no LoRA, or has a bank, whose `detach` does it.
     """
+    if bank := taken_over(model):
+        bank.detach()
+        return
     layers = _layers_in(model)
     if not layers or not all(isinstance(layer.lora_routing, LostRouting) for layer in layers):
         got, remedy = (
@@ -413,6 +417,29 @@ def _check_room(use_dora: object, lora_bias: object, bias: object, modules_to_sa
     ):
         remedy = 'Pass a list such as ["score"].'
         raise AttachError("attach: modules_to_save", "a list of names", repr(modules_to_save), remedy)
+
+
+def _take_over_what_is_compiled() -> Callable[[], None] | None:
+    """Return what has a bank serve the PeftModel in a call of which the backend is asked for code; None without one.
+
+    The backend gets a graph when Dynamo has read PEFT's Python, and made guards of names and numbers that it found. So
+    that graph runs once, as it is, and the model is taken over after it.
+    """
+    model = untaken_in_call()
+    return None if model is None else partial(_take_over, model)
+
+
+def _take_over(model: nn.Module) -> None:
+    if _layers_in(model):
+        return
+    try:
+        attach(model)
+    except LoraError as error:
+        warnings.warn(f"xpu_lora_compile compiles PEFT's own LoRA: {error}", stacklevel=2)
+        REFUSED.add(model)
+
+
+ONCE_IT_RAN.append(_take_over_what_is_compiled)
 
 
 def _layers_in(model: nn.Module) -> list[LoraLayer]:

@@ -2,16 +2,18 @@
 
     PeftModel.forward, .generate --Live.open--> slots of the adapters of this call --PEFT's layer--> its base layer
 
-`attach` puts LoRA on the modules inside of PEFT's layers. A call of the model looks at PEFT's state, outside of compiled
-code: which adapters are active, or named by `adapter_names`, and whether their weights and scaling are still what their
-slots hold. Then it opens a block of the bank. In a block a layer of PEFT's calls the module inside, and outside of all
-blocks it computes as before. So whatever a bank does not do (training, merged adapters) is done by PEFT itself.
+`attach` puts LoRA on the modules inside of PEFT's layers. A call of the model looks at PEFT's state, outside of
+compiled code: which adapters are active, or named by `adapter_names`, and whether their weights and scaling are still
+what their slots hold. Then it opens a block of the bank. In a block a layer of PEFT's calls the module inside, and
+outside of all blocks it computes as before. So what a bank does not do (training, merged adapters) PEFT does itself.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Token
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from xpu_lora_compile.adapters.bank import AdapterBank, Block, Rows
+from xpu_lora_compile.adapters.bank import AdapterBank, Block
 from xpu_lora_compile.adapters.checkpoint import opened_checkpoint
 from xpu_lora_compile.adapters.files import few
 from xpu_lora_compile.adapters.live import adapter_in, factors, has_tokens, is_in
@@ -105,7 +107,7 @@ class _TakenLayer(_Taken):
 
 
 def _noted(name: str) -> property:
-    """A dictionary of factors, of which the values may be changed by whoever asks for it, in ways that leave no trace."""
+    """A dictionary of an adapter's weights: code that asks for it may change them in ways that leave no trace."""
 
     def get(self: Any) -> Any:
         if not is_compiling():
@@ -149,7 +151,8 @@ class _TakenModel(_Taken):
         if is_compiling():
             # Traced as a part of other code, where no block can be opened.
             return super().forward(*args, **kwargs)
-        live, opened, sight = self.lora_live, [], look_away()
+        opened: list[Opened] = []
+        live, sight = self.lora_live, look_away()
         try:
             if not live.open(opened, args, kwargs):
                 look_again(sight)
@@ -209,15 +212,16 @@ class _TakenTuner(_Taken):
         """As PEFT's; in a block of the bank the beginning and the end of a call."""
         if is_compiling():
             return super().forward(*args, **kwargs)
-        sights, result = self.lora_live.sights, None
-        sight = sights.pop() if sights else None
+        live, result = self.lora_live, None
+        sight = live.sights.pop() if live.sights else None
         if sight is not None:
             look_again(sight)
-        self.lora_entry.before(self, args, kwargs)
+        self.lora_entry.before(live.base, args, kwargs)
         try:
-            result = super().forward(*args, **kwargs)
+            # All that PEFT does; it is the base model's code that Dynamo sees, whoever calls it.
+            result = live.base.forward(*args, **kwargs)
         finally:
-            self.lora_entry.after(self, args, result)
+            self.lora_entry.after(live.base, args, result)
             if sight is not None:
                 look_away()
         return result
@@ -242,7 +246,7 @@ def _taken_class(kind: type[nn.Module], mixin: type[_Taken]) -> type[nn.Module]:
         for name in _VALUES.get(mixin, ()):
             members[name] = _noted(name)
         # Of the same metaclass as PEFT's, which has abstract classes.
-        _TAKEN[kind] = cast("type[nn.Module]", type(kind)(kind.__name__, (mixin, kind), members))
+        _TAKEN[kind] = cast("Any", type(kind))(kind.__name__, (mixin, kind), members)
     return _TAKEN[kind]
 
 
@@ -299,10 +303,6 @@ class _Held:
             if scaling.get(name) != factor:
                 return False
         return self.versions == [_version(value) for value in self.values]
-
-    def requires_grad(self) -> bool:
-        """Whether something of it is being trained."""
-        return any([value.requires_grad for value in self.values])
 
 
 def _version(value: Tensor) -> tuple[int, int]:
@@ -489,7 +489,7 @@ class Live:
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str | None]:
         """For each sequence what PEFT would give it: an adapter, the sum of some, or none."""
-        if any([layer.training for layer in self.layers.values()]) or kwargs.get("alora_offsets") is not None:
+        if any(layer.training for layer in self.layers.values()) or kwargs.get("alora_offsets") is not None:
             raise _LeftToPeft(None)
         configs = self._configs_now()
         if len(configs) != len(self._configs) or any(a is not b for a, b in zip(configs, self._configs, strict=True)):
@@ -776,6 +776,31 @@ def attach_live(peft_model: Any, attach: Callable[..., AdapterBank], **given: An
     with live.unwrapped():
         bank = attach(live.base, **given)
     return live.take(bank)
+
+
+def taken_over(model: nn.Module) -> LiveBank | None:
+    """Return the bank that serves a model of PEFT's; None for other models."""
+    return model.lora_live.bank if isinstance(model, _TakenModel) else None
+
+
+# Models that the backend could not take over, for which it compiles what PEFT computes.
+REFUSED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def untaken_in_call() -> nn.Module | None:
+    """Return the PeftModel with LoRA that is being called, if no bank serves it and nothing of it is being trained."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl":
+            model: Any = frame.f_locals.get("self")
+            if is_peft_model(model) and not isinstance(model, _TakenModel):
+                trains = model.training or (
+                    torch.is_grad_enabled() and any(value.requires_grad for value in model.parameters())
+                )
+                is_lora = _is_a(model.base_model, _LORA_MODEL)
+                return None if trains or not is_lora or model in REFUSED else cast("nn.Module", model)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 def _check_layers(live: Live, hosts: Sequence[Host]) -> None:
