@@ -128,8 +128,8 @@ def cost_of_a_look(model: Any, names: list[str]) -> float:
     def look(_: int) -> None:
         opened: list[Any] = []
         with torch.no_grad():
-            model.lora_live.open(opened, (), inputs, False)
-            model.lora_live.close(opened, False)
+            model.lora_live.open(opened, (), inputs)
+            model.lora_live.close(opened)
 
     return statistics.median([measure({"look": look}, "cpu", 0.3)["look"].median / 1e6 for _ in range(3)])
 

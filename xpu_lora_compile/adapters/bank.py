@@ -335,18 +335,22 @@ class AdapterBank:
                 packed = isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], list | tuple)
                 self._check_part(part, name)
                 rows[name] = _checked_rows(f"use: parts[{part!r}]", *(given if packed else (given, None)))
-            if self._blocks and self._blocks[-1] is not self._routing.mine.get():
-                raise BankInUseError(
-                    "use",
-                    "a bank that nobody else uses",
-                    "a `use` block of another thread or task",
-                    "Wait for its end.",
-                )
-            block = Block(rows)
-            block.resolve(self._slot_of)
-            self._route(block)
-            self._blocks.append(block)
-            return block
+            return self._enter(rows)
+
+    def _enter(self, rows: dict[str, Rows]) -> Block:
+        """Open a block, whose names have been checked."""
+        if self._blocks and self._blocks[-1] is not self._routing.mine.get():
+            raise BankInUseError(
+                "use",
+                "a bank that nobody else uses",
+                "a `use` block of another thread or task",
+                "Wait for its end.",
+            )
+        block = Block(rows)
+        block.resolve(self._slot_of)
+        self._route(block)
+        self._blocks.append(block)
+        return block
 
     def _close(self, block: Block) -> None:
         with self._lock:

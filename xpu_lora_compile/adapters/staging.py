@@ -285,6 +285,8 @@ class Staging:
                         run(fill, block, checkpoint, members)
                         run(_check, checkpoint, members, block.flat)
                         for name, layer in members.items():
+                            if not layer.lora_extras:
+                                continue
                             extras[device] += run(_extras_of, checkpoint, name, layer)
                     ready.setdefault(device, []).append((stacks, block))
         except BaseException:

@@ -29,7 +29,7 @@ from xpu_lora_compile.layers import HOSTS
 from xpu_lora_compile.layers.declared import Declared
 from xpu_lora_compile.layers.extras import ExtraLayer, empty_extras, extra_class, room_of
 from xpu_lora_compile.layers.host import Host, LoraLayer, have_hook_call
-from xpu_lora_compile.layers.peft import REFUSED, attach_live, is_peft_model, taken_over, untaken_in_call
+from xpu_lora_compile.layers.peft import UNTAKEN, attach_live, checked_live, is_peft_model, taken_over, untaken_in_call
 from xpu_lora_compile.layers.targets import carriers_in, find_heads, find_targets, find_tied
 from xpu_lora_compile.rows.routing import BatchRouting, Entry, LostRouting
 from xpu_lora_compile.torch_internals import ONCE_IT_RAN, prepare_for_tracing
@@ -62,7 +62,9 @@ def attach(
 
     Args:
         model: changed in place; `bank.detach()` undoes it. Outside `bank.use` it computes what it did before. Of what
-            torch.compile, DataParallel or DDP returned, the model inside is changed.
+            torch.compile, DataParallel or DDP returned, the model inside is changed. A PeftModel goes on taking its
+            adapters from PEFT; then `slots`, `max_rank`, `dtype` and room are by default what its adapters have, and
+            modules are PEFT's.
         adapters: PEFT folders to load at once, by the names that `use` and `drop` will call them. The arguments below
             that are left out are then read from the folders; where one folder cannot be loaded, the model stays as it
             was.
@@ -76,8 +78,9 @@ def attach(
         vocab_size: rows of the vocabulary that the adapters were trained with, where the model's has been padded
             since: LoRA on the output embedding then covers the first `vocab_size` logits. By default the most rows
             that one of `adapters` has, or all of the model's without any.
-        dtype: of the stored adapters; by default that in which each module computes: of its weight, or where that is
-            quantized, what the module or its bias says, or most of the model's numbers have.
+        dtype: of the stored adapters, to which those of files are rounded; PEFT keeps float32. By default that in
+            which each module computes: of its weight, or where that is quantized, what the module or its bias says, or
+            most of the model's numbers have.
         linear_classes: further classes of modules that map `[..., in_features]` to `[..., out_features]`, have both
             numbers as attributes, and are called by their parents.
         use_dora: whether slots have room for DoRA, which costs a gather and a product for each module. This and the
@@ -426,17 +429,27 @@ def _take_over_what_is_compiled() -> Callable[[], None] | None:
     that graph runs once, as it is, and the model is taken over after it.
     """
     model = untaken_in_call()
-    return None if model is None else partial(_take_over, model)
+    try:
+        return None if model is None else partial(_take_over, checked_live(model).model)
+    except LoraError as error:
+        _say_untaken(cast("nn.Module", model), error)
+        return None
 
 
 def _take_over(model: nn.Module) -> None:
-    if _layers_in(model):
+    if _layers_in(model) or model in UNTAKEN:
         return
     try:
         attach(model)
     except LoraError as error:
-        warnings.warn(f"xpu_lora_compile compiles PEFT's own LoRA: {error}", stacklevel=2)
-        REFUSED.add(model)
+        _say_untaken(model, error)
+
+
+def _say_untaken(model: nn.Module, error: LoraError) -> None:
+    UNTAKEN.add(model)
+    warnings.warn(
+        f"the backend xpu_lora compiles what PEFT computes, and recompiles as PEFT does: {error}", stacklevel=2
+    )
 
 
 ONCE_IT_RAN.append(_take_over_what_is_compiled)

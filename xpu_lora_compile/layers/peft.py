@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Token
+from operator import attrgetter, is_
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from xpu_lora_compile.adapters.bank import AdapterBank, Block
+from xpu_lora_compile.adapters.bank import AdapterBank, Block, Rows
 from xpu_lora_compile.adapters.checkpoint import opened_checkpoint
 from xpu_lora_compile.adapters.files import few
 from xpu_lora_compile.adapters.live import adapter_in, factors, has_tokens, is_in
@@ -33,7 +34,7 @@ from xpu_lora_compile.adapters.needs import naming
 from xpu_lora_compile.errors import AdapterError, AttachError, LoraError, UnknownAdapterError
 from xpu_lora_compile.layers import HOSTS, host_of
 from xpu_lora_compile.layers.declared import Declared
-from xpu_lora_compile.layers.host import Host, full_name, have_hook_call, routing_of
+from xpu_lora_compile.layers.host import full_name, have_hook_call, routing_of
 from xpu_lora_compile.rows.inputs import leaves
 from xpu_lora_compile.rows.routing import Entry
 from xpu_lora_compile.torch_internals import look_again, look_away, prepare_for_tracing, run_by_python
@@ -139,7 +140,31 @@ class _TakenTokens(_TakenHead):
         return cast("nn.Module", cast("nn.Module", self._modules["token_adapter"])._modules["base_layer"])
 
 
-class _TakenModel(_Taken):
+class _TakenHolder(_Taken):
+    """A module of PEFT's that holds the whole model."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As that of any module; whoever asks may change them in ways that leave no trace."""
+        self.lora_live.note_touch()
+        return super().named_parameters(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As that of any module; whoever asks may change the values in ways that leave no trace."""
+        self.lora_live.note_touch()
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As that of any module, which may exchange parameters."""
+        self.lora_live.note_touch()
+        return super().load_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As that of any module, which may exchange parameters."""
+        self.lora_live.note_touch()
+        return super()._apply(*args, **kwargs)
+
+
+class _TakenModel(_TakenHolder):
     """A PeftModel, of which `forward` and `generate` open a block of the bank."""
 
     @run_by_python
@@ -191,18 +216,8 @@ class _TakenModel(_Taken):
         with self.lora_live.unchanged():
             return super().get_layer_status()  # type: ignore[misc]
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """As that of any module; whoever asks may change them in ways that leave no trace."""
-        self.lora_live.note_touch()
-        return super().named_parameters(*args, **kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As that of any module; whoever asks may change the values in ways that leave no trace."""
-        self.lora_live.note_touch()
-        return super().state_dict(*args, **kwargs)
-
-
-class _TakenTuner(_Taken):
+class _TakenTuner(_TakenHolder):
     """What a PeftModel calls with the inputs of the base model, and what calls its forward past the hooks."""
 
     lora_entry: Entry
@@ -255,59 +270,58 @@ def _plain_class(kind: type[Any]) -> type[Any]:
 
 
 class _Held:
-    """What an adapter was when its slot was filled."""
+    """What an adapter was when its slot was filled. Each call asks whether it is so still: the loops are C's.
+
+    Whether PEFT holds the same tensors still is not asked: to exchange one, code asks a layer for its dictionary, or
+    gives the adapter another config, or calls a method of the model; all three are noted.
+    """
 
     def __init__(
         self, layers: Iterable[Any], wrappers: Iterable[Any], names: Sequence[str], configs: Sequence[Any]
     ) -> None:
         self.configs = configs
         self.touches = 0
-        # What a dictionary is to hold.
-        self.links: list[tuple[dict[str, Any], str, Any]] = []
-        self.scalings: list[tuple[Mapping[str, Any], str, float]] = []
-        self.values: list[Tensor] = []
+        self._scalings: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._tensors: list[Tensor] = []
         for layer in layers:
             for name in names:
                 if is_in(layer, name):
-                    self.scalings.append((layer.scaling, name, float(layer.scaling[name])))
+                    self._scalings.append(layer.scaling)
+                    self._names.append(name)
                     for part in _FACTORS:
-                        self._link(layer._modules[part], name)
+                        self._note(layer._modules[part], name)
         for wrapper in wrappers:
-            holder = (
-                wrapper.token_adapter.trainable_tokens_delta
-                if has_tokens(wrapper)
-                else wrapper._modules["modules_to_save"]
-            )
+            modules = wrapper._modules
+            has_rows = has_tokens(wrapper)
+            holder = modules["token_adapter"].trainable_tokens_delta if has_rows else modules["modules_to_save"]
             for name in names:
-                self._link(holder, name)
-        self.versions = [_version(value) for value in self.values]
+                self._note(holder, name)
+        self._factors = list(map(_GET, self._scalings, self._names))
+        # Scaling that is a tensor may change in place.
+        self._tensors += [factor for factor in self._factors if isinstance(factor, Tensor)]
+        # Those that were made in inference mode have no version.
+        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._versions, self._places = self._now()
 
-    def _link(self, holder: nn.Module, name: str) -> None:
+    def _note(self, holder: nn.Module, name: str) -> None:
         if (value := holder._parameters.get(name)) is not None:
-            self.links.append((holder._parameters, name, value))
-            self.values.append(value)
+            self._tensors.append(value)
         elif (module := holder._modules.get(name)) is not None:
-            self.links.append((holder._modules, name, module))
-            for inner in module.modules():
-                for key, parameter in inner._parameters.items():
-                    if parameter is not None:
-                        self.links.append((cast("dict[str, Any]", inner._parameters), key, parameter))
-                        self.values.append(parameter)
+            for inner in module.modules() if module._modules else (module,):
+                self._tensors += [value for value in inner._parameters.values() if value is not None]
+
+    def _now(self) -> tuple[list[int], list[int]]:
+        # In place a change counts; where `data` is replaced, the memory is another.
+        return list(map(_VERSION, self._counted)), list(map(Tensor.data_ptr, self._tensors))
 
     def is_current(self) -> bool:
         """Whether it is the same still, but for changes that leave no trace."""
-        for holder, key, value in self.links:
-            if holder.get(key) is not value:
-                return False
-        for scaling, name, factor in self.scalings:
-            if scaling.get(name) != factor:
-                return False
-        return self.versions == [_version(value) for value in self.values]
+        factors = map(_GET, self._scalings, self._names)
+        return all(map(is_, factors, self._factors)) and self._now() == (self._versions, self._places)
 
 
-def _version(value: Tensor) -> tuple[int, int]:
-    """What changes with a tensor's values: in place, or as its `data` is replaced."""
-    return (0 if value.is_inference() else value._version), value.data_ptr()
+_VERSION, _GET = attrgetter("_version"), dict.get
 
 
 def _tops(base: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
@@ -336,7 +350,8 @@ class Live:
 
     def __init__(self, peft_model: Any) -> None:
         self.model = peft_model
-        self.base: nn.Module = peft_model.base_model.model
+        self.tuner: Any = peft_model.base_model
+        self.base: nn.Module = self.tuner.model
         self.layers, self.wrappers, self._places = self._found()
         self.bank: LiveBank = None  # type: ignore[assignment]
         self.plain: BaseModel = None  # type: ignore[assignment]
@@ -404,8 +419,8 @@ class Live:
         bank._edges = [
             (parent, key, cast("nn.Module", parent._modules[key]), path) for parent, key, _, path in bank._edges
         ]
-        self._become(self.model.base_model, _TakenTuner)
-        vars(self.model.base_model)["lora_entry"] = Entry("", bank._routing)
+        self._become(self.tuner, _TakenTuner)
+        vars(self.tuner)["lora_entry"] = Entry("", bank._routing)
         bank._routing.serves_all = True
         self._configs = self._configs_now()
         prepare_for_tracing()
@@ -449,7 +464,7 @@ class Live:
             self._is_touching = before
 
     def _configs_now(self) -> list[Any]:
-        return [*self.model.base_model.peft_config.values()]
+        return [*self.tuner.peft_config.values()]
 
     # A call of the model.
 
@@ -491,6 +506,8 @@ class Live:
         """For each sequence what PEFT would give it: an adapter, the sum of some, or none."""
         if any(layer.training for layer in self.layers.values()) or kwargs.get("alora_offsets") is not None:
             raise _LeftToPeft(None)
+        if any(parent._modules.get(key) is not wrapper for parent, key, wrapper, _ in self._places):
+            raise _LeftToPeft("some of its layers have been replaced since `attach`. Call bank.detach().")
         configs = self._configs_now()
         if len(configs) != len(self._configs) or any(a is not b for a, b in zip(configs, self._configs, strict=True)):
             self._configs = configs
@@ -499,14 +516,14 @@ class Live:
             raise _LeftToPeft(
                 f"it has put layers around {few(self._strangers)} since `attach`. Call bank.detach(), and attach again."
             )
-        active = self.model.base_model.active_adapters
+        active = self.tuner.active_adapters
         is_disabled = self._state(active)
         names = kwargs.get("adapter_names")
         if names is None:
             count, name = _batch_size(args, kwargs, self.base), None if is_disabled else self._together(active)
             rows = [name] * count
         elif not isinstance(names, list | tuple) or any(
-            name != _BASE and name not in self.model.base_model.peft_config for name in names
+            name != _BASE and name not in self.tuner.peft_config for name in names
         ):
             # PEFT says what is wrong.
             raise _LeftToPeft(None)
@@ -552,8 +569,8 @@ class Live:
 
     def _apart(self, name: str) -> list[str]:
         """The adapters of such a name."""
-        configs = self.model.base_model.peft_config
-        return [name] if name in configs else list(self.model.base_model.active_adapters)
+        configs = self.tuner.peft_config
+        return [name] if name in configs else list(self.tuner.active_adapters)
 
     def _trains(self, name: str | None) -> bool:
         if name is None:
@@ -589,7 +606,7 @@ class Live:
             raise _LeftToPeft(str(error)) from error
 
     def _known(self) -> Mapping[str, Any]:
-        return cast("Mapping[str, Any]", self.model.base_model.peft_config)
+        return cast("Mapping[str, Any]", self.tuner.peft_config)
 
     def _parts(self, name: str) -> Sequence[str]:
         held = self._held.get(name)
@@ -690,8 +707,9 @@ class LiveBank(AdapterBank):
 
     def open_for_call(self, names: list[str | None]) -> Opened:
         """Open a block for one call of the model, as `use` does."""
-        block = super()._open(names, None, {})
-        return block, self._routing.mine.set(block)
+        with self._lock:
+            block = self._enter({"": Rows(tuple(names))})
+            return block, self._routing.mine.set(block)
 
     def close_after_call(self, block: Block, token: Token[Any]) -> None:
         """Close it."""
@@ -760,17 +778,11 @@ def attach_live(peft_model: Any, attach: Callable[..., AdapterBank], **given: An
     Raises:
         AttachError: PEFT has adapters of another kind in it, or on modules that carry none here.
     """
-    if not _is_a(peft_model.base_model, _LORA_MODEL):
-        got = f"one with {type(peft_model.base_model).__name__}"
-        remedy = "Make LoRA of its adapters: xlc.convert(model, folder, out, rank); or take them off, with unload()."
-        raise AttachError("attach: model", "a PeftModel with LoRA", got, remedy)
     for name in ("adapters", "target_modules", "exclude_modules", "vocab_size"):
         if given.pop(name):
             remedy = "Leave it out. Load adapters with peft_model.load_adapter(folder, name)."
             raise AttachError(f"attach: {name}", "nothing for a PeftModel, which has its own", "a value", remedy)
-    live = Live(peft_model)
-    classes = given["linear_classes"]
-    _check_layers(live, (*HOSTS, Declared(tuple(classes))) if classes else HOSTS)
+    live = checked_live(peft_model, given["linear_classes"])
     for name, value in _needs(live).items():
         given[name] = value if given.get(name) is None else given[name]
     with live.unwrapped():
@@ -784,7 +796,7 @@ def taken_over(model: nn.Module) -> LiveBank | None:
 
 
 # Models that the backend could not take over, for which it compiles what PEFT computes.
-REFUSED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+UNTAKEN: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def untaken_in_call() -> nn.Module | None:
@@ -798,24 +810,38 @@ def untaken_in_call() -> nn.Module | None:
                     torch.is_grad_enabled() and any(value.requires_grad for value in model.parameters())
                 )
                 is_lora = _is_a(model.base_model, _LORA_MODEL)
-                return None if trains or not is_lora or model in REFUSED else cast("nn.Module", model)
+                return None if trains or not is_lora or model in UNTAKEN else cast("nn.Module", model)
         frame = frame.f_back  # type: ignore[assignment]
     return None
 
 
-def _check_layers(live: Live, hosts: Sequence[Host]) -> None:
+def checked_live(peft_model: Any, linear_classes: Iterable[type[nn.Module]] = ()) -> Live:
+    """Look through a PeftModel, and change nothing.
+
+    Raises:
+        AttachError: as `attach_live`.
+    """
+    if not _is_a(peft_model.base_model, _LORA_MODEL):
+        got = f"one with {type(peft_model.base_model).__name__}"
+        remedy = "Make LoRA of its adapters: xlc.convert(model, folder, out, rank); or take them off, with unload()."
+        raise AttachError("attach: model", "a PeftModel with LoRA", got, remedy)
+    live, classes = Live(peft_model), tuple(linear_classes)
+    hosts = (*HOSTS, Declared(classes)) if classes else HOSTS
     if not live.layers:
         remedy = "Add or load an adapter first."
         raise AttachError("attach: model", "a PeftModel with layers of LoRA", "one without any", remedy)
     strange = [
-        f"{name} ({type(inside).__name__})"
-        for (name, layer), inside in ((item, item[1]._modules["base_layer"]) for item in live.layers.items())
-        if not _is_a(layer, _LORA_LAYER) or hasattr(layer, "parameter_name") or host_of(inside, hosts) is None
+        f"{name} ({type(layer._modules['base_layer']).__name__})"
+        for name, layer in live.layers.items()
+        if not _is_a(layer, _LORA_LAYER)
+        or hasattr(layer, "parameter_name")
+        or host_of(layer._modules["base_layer"], hosts) is None
     ]
     if strange:
         names = " or ".join(host.name for host in hosts)
         remedy = "Serve this model with PEFT; or load its adapters into the plain model, with exclude_modules=."
         raise AttachError("attach: model", f"LoRA on {names} modules", f"LoRA on {few(strange)}", remedy)
+    return live
 
 
 def _needs(live: Live) -> dict[str, Any]:
