@@ -1,7 +1,7 @@
 """A model that PEFT has loaded, with another adapter for each row: PEFT's eager batch against ours on the same weights.
 
-    python -m benchmarks.live_peft                                     # SmolLM2-135M's shape on the CPU, two threads
-    python -m benchmarks.live_peft --device cuda --dtype bfloat16 --size 8b --layers 8
+    python benchmarks/live_peft.py                                     # SmolLM2-135M's shape on the CPU, two threads
+    python benchmarks/live_peft.py --device cuda --dtype bfloat16 --size 8b --layers 8
 
 Calls of the model with `adapter_names=`, of a prompt and of one token for each row; numbers are compared with PEFT's
 before anything is timed. On CUDA the compiled contender is captured, too.

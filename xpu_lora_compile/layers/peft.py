@@ -480,7 +480,7 @@ class Live:
             return True
         try:
             rows = self._rows(args, kwargs)
-            self._fill(set(rows) - {None})
+            self._fill([name for name in dict.fromkeys(rows) if name is not None])
         except _LeftToPeft as reason:
             if is_in_block:
                 got = reason.args[0] or "names, a mode or arguments that only PEFT takes"
@@ -591,7 +591,7 @@ class Live:
 
     # Slots.
 
-    def _fill(self, names: set[Any]) -> None:
+    def _fill(self, names: list[str]) -> None:
         """Have the slots of these adapters hold what PEFT's layers hold.
 
         Raises:
@@ -682,10 +682,12 @@ class LiveBank(AdapterBank):
         self.live._touches += 1
 
     def _open(self, names: Any, lengths: Any, parts: Any) -> Block:
-        wanted = set(leaves(names))
-        for given in parts.values() if isinstance(parts, Mapping) else ():
-            wanted |= set(leaves(given[0] if isinstance(given, tuple) and len(given) == 2 else given))
-        adapters = {name for name in wanted if isinstance(name, str)}
+        given = parts.values() if isinstance(parts, Mapping) else ()
+        wanted = [
+            *leaves(names),
+            *leaves([its[0] if isinstance(its, tuple) and len(its) == 2 else its for its in given]),
+        ]
+        adapters = list(dict.fromkeys(name for name in wanted if isinstance(name, str)))
         known = self.live._known()
         for name in adapters:
             if name not in known:
@@ -724,14 +726,14 @@ class LiveBank(AdapterBank):
                     super().drop(name)
                     self.live._held.pop(name, None)
 
-    def make_room(self, names: set[str]) -> None:
+    def make_room(self, names: list[str]) -> None:
         """Empty so many slots as these adapters need, which are not there; those first that were not used for longest.
 
         Raises:
             NoFreeSlotError: there are not so many.
         """
         with self._lock:
-            in_use = names.union(*(block.names for block in self._blocks))
+            in_use = set(names).union(*(block.names for block in self._blocks))
             missing = [name for name in names if name not in self._slots]
             idle = [name for name in self.live._held if name in self._slots and name not in in_use]
             free = self._slots.count(None)
