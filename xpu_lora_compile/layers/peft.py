@@ -161,7 +161,7 @@ class _TakenHolder(_Taken):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """As that of any module, which may exchange parameters."""
         self.lora_live.note_touch()
-        return super()._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 class _TakenModel(_TakenHolder):
