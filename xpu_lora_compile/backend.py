@@ -25,6 +25,7 @@ from xpu_lora_compile.inductor_internals import (
 )
 from xpu_lora_compile.kernels import forced_kernel
 from xpu_lora_compile.passes import Launch, checked_launch, fuel, rewrite
+from xpu_lora_compile.torch_internals import ONCE_IT_RAN
 
 # Our own options, each with the values it takes; the first is the default.
 OPTIONS = {"xpu_lora.execute": ("inductor", "eager"), "xpu_lora.launch": ("auto", "inductor", "op")}
@@ -74,8 +75,24 @@ def xpu_lora(
             ", ".join(config),
             "Leave out one or the other.",
         )
+    if then := next(filter(None, (ask() for ask in ONCE_IT_RAN)), None):
+        return _run_once(graph_module, then)
     rewrite(graph_module, launch=_settled(launch, config))
     return graph_module.forward if execute == "eager" else generate_code(graph_module, example_inputs, config)
+
+
+def _run_once(graph_module: GraphModule, then: Callable[[], None]) -> Callable[..., Any]:
+    """Run a graph as it is, which no later call comes to, and do something after it.
+
+    Not before: Dynamo checks the guards of a graph that it has made, and what is done may change what they ask for.
+    """
+
+    def run(*args: Any) -> Any:
+        result = graph_module.forward(*args)
+        then()
+        return result
+
+    return run
 
 
 def generate_code(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import repeat
 from operator import getitem, is_
@@ -329,6 +329,22 @@ def out_of_sight(function: Any, *args: Any) -> None:
     finally:
         set_eval_frame(callback)
 
+
+@run_by_python
+def look_away() -> Any:
+    """Have Dynamo look at nothing from now on; returns what `look_again` takes."""
+    return set_eval_frame(None)
+
+
+@run_by_python
+def look_again(sight: Any) -> None:
+    """Have Dynamo look as it did before `look_away`."""
+    set_eval_frame(sight)
+
+
+# Called before a graph is compiled by the backend, for what is to be done once the graph has run; each returns that or
+# None. What stands on the backend puts its own here.
+ONCE_IT_RAN: list[Callable[[], Callable[[], None] | None]] = []
 
 # Questions that traced code asks, each with the function that answers it.
 _QUESTIONS: list[tuple[Any, Any]] = []

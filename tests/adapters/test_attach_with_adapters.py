@@ -261,7 +261,7 @@ def test_adapters_of_peft_can_be_taken_off_as_the_refusal_says() -> None:
     with quiet():
         wrapped = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
         with pytest.raises(AttachError, match=r"peft_model\.unload\(\)"):
-            xlc.attach(compiled(wrapped))
+            xlc.attach(compiled(wrapped.get_base_model()))
         assert len(xlc.attach(wrapped.unload()).sites) == 14
 
 

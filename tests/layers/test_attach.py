@@ -68,7 +68,7 @@ def test_the_stacks_dtype_can_be_chosen(tmp_path: Path) -> None:
 
 def wrapped_by_peft() -> nn.Module:
     with quiet():
-        return get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+        return get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).get_base_model()
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def wrapped_by_peft() -> nn.Module:
         (tiny_llama(), {"dtype": torch.int32}, "float32, bfloat16 or float16"),
         (tiny_llama(), {"target_modules": None}, "a list of names or a string"),
         (tiny_llama(), {"vocab_size": 60}, "an output embedding among target_modules"),
-        (wrapped_by_peft(), {}, "plain base model"),
+        (wrapped_by_peft(), {}, "wanted a PeftModel, or a plain model"),
     ],
     ids=["regex", "slots", "rank", "vocabulary", "dtype", "target", "no-head", "peft"],
 )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoHaConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from support.image_models import llava, llava_batch, qwen2_vl, qwen2_vl_batch
 from support.mixtures import mixture
 from support.peft_folders import quiet, save_adapter, tiny_llama
@@ -103,6 +103,16 @@ def small_mixture() -> nn.Module:
     return mixture("Mixtral")
 
 
+def peft_llama(*names: str) -> nn.Module:
+    """What PEFT makes of `llama`, with random adapters of these names on q and v."""
+    with quiet():
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model = get_peft_model(tiny_llama(), config, adapter_name=names[0])
+        for name in names[1:]:
+            model.add_adapter(name, config)
+    return model.eval()
+
+
 def save_loha(folder: str) -> None:
     """Have PEFT write a LoHa adapter for q and v of `llama`."""
     with quiet():
@@ -121,6 +131,7 @@ HELPERS = {
     for function in (
         llama,
         small_mixture,
+        peft_llama,
         token_ids,
         save_adapters,
         save_loha,

@@ -342,7 +342,7 @@ class AdapterBank:
             self._training.check()
             layers = cast("Mapping[str, TrainableLayer]", self._stacked)
             is_scaled = not self._training.is_trained(name)
-            save_adapter(Path(folder), self._loaded[name], slot, layers, is_scaled=is_scaled)
+            save_adapter(Path(folder), self._loaded_as(name), slot, layers, is_scaled=is_scaled)
 
     def trainable(self, names: Sequence[str]) -> None:
         """Train these adapters, and no others: `parameters` has what an optimizer takes.
@@ -372,7 +372,7 @@ class AdapterBank:
                 )
             slots = {name: self._slot_of(name) for name in names}
             for name in slots:
-                self._training.check_can_be_trained(name, self._loaded[name])
+                self._training.check_can_be_trained(name, self._loaded_as(name))
             self._training.drop_stale()
             for name in self._training.names:
                 if name not in slots:
@@ -396,6 +396,15 @@ class AdapterBank:
     def named_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Return the same, by PEFT's names, such as `base_model.model.….q_proj.lora_A.weight`."""
         return dict(self._training.parameters_of(name))
+
+    def _loaded_as(self, name: str) -> Loaded:
+        """What was in the folder of an adapter."""
+        if name not in self._loaded:
+            remedy = "Train and save it with PEFT: peft_model.save_pretrained(folder)."
+            raise UnsupportedAdapterError(
+                f"adapter {name!r}", "one that this bank has loaded", "one of a PeftModel", remedy
+            )
+        return self._loaded[name]
 
     def _store(self, name: str, staged: Staged) -> None:
         """Fill a free slot, and give it its name once all is there."""
@@ -496,10 +505,7 @@ class AdapterBank:
             # A compiled graph has zeros for those that no row uses, with which an optimizer would do a step.
             for parameter in without_gradients:
                 parameter.grad = None
-            with self._lock:
-                self._note_readers()
-                self._blocks.remove(block)
-                self._route(self._blocks[-1] if self._blocks else None)
+            self._close(block)
             # A generator may be closed in another context than the one it was started in.
             with suppress(ValueError):
                 self._routing.mine.reset(token)
@@ -540,18 +546,28 @@ class AdapterBank:
                 self._check_part(part, name)
                 entries, its_lengths = given if packed else (given, None)
                 rows[name] = _checked_rows(f"use: parts[{part!r}]", entries, its_lengths, self._adapters_per_row)
-            if self._blocks and self._blocks[-1] is not self._routing.mine.get():
-                raise BankInUseError(
-                    "use",
-                    "a bank that nobody else uses",
-                    "a `use` block of another thread or task",
-                    "Wait for its end.",
-                )
-            block = Block(rows, self._adapters_per_row)
-            block.resolve(self._slot_of)
-            self._route(block)
-            self._blocks.append(block)
-            return block
+            return self._enter(rows)
+
+    def _enter(self, rows: dict[str, Rows]) -> Block:
+        """Open a block, whose names have been checked."""
+        if self._blocks and self._blocks[-1] is not self._routing.mine.get():
+            raise BankInUseError(
+                "use",
+                "a bank that nobody else uses",
+                "a `use` block of another thread or task",
+                "Wait for its end.",
+            )
+        block = Block(rows, self._adapters_per_row)
+        block.resolve(self._slot_of)
+        self._route(block)
+        self._blocks.append(block)
+        return block
+
+    def _close(self, block: Block) -> None:
+        with self._lock:
+            self._note_readers()
+            self._blocks.remove(block)
+            self._route(self._blocks[-1] if self._blocks else None)
 
     def _route(self, block: Block | None) -> None:
         """Point the layers at the slots of a block; None outside all blocks."""
@@ -561,7 +577,8 @@ class AdapterBank:
                 # Weights with gradients keep all that they were computed from.
                 routing.mix_slots = routing.mix_weights = None
             return
-        self._share(set(block.rows))
+        if len(self._routings) > 1 or len(block.rows) > 1:
+            self._share(set(block.rows))
         slots = {part: self._slots_on_device(part, block.slots_of_tokens(part)) for part in block.rows}
         for part, routing in self._routings.items():
             if part in slots:

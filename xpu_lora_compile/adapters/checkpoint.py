@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -159,11 +159,7 @@ class Checkpoint:
 
     def tensor(self, key: str, shape: tuple[int, ...]) -> Tensor:
         """A or B, which may be the file itself, mapped into memory: to be read only, and copied soon."""
-        dtype, (start, end) = DTYPES[self.file.dtype(key)], self.file.span(key)
-        values = self.file.bytes_of(start, end)
-        # safetensors itself writes no such file.
-        values = values.clone() if start % dtype.itemsize else values
-        return values.view(dtype).view(shape)
+        return self.file.tensor(key, DTYPES[self.file.dtype(key)]).view(shape)
 
     def read(self, name: str, dtype: torch.dtype) -> LoraWeights:
         """Read the weights of one module.
@@ -201,7 +197,7 @@ class Checkpoint:
         return self._read_finite(key, tuple(self.file.shape(key)), scaling, dtype).to(dtype)
 
     def _read_finite(self, key: str, shape: tuple[int, ...], scaling: float, dtype: torch.dtype) -> Tensor:
-        tensor = self.tensor(key, shape).to(torch.float32, copy=True)
+        tensor = self.tensor(key, shape).to("cpu", torch.float32, copy=True)
         where = f"{self.file.path}: {key}"
         if not are_finite(tensor):
             raise NonFiniteWeightError(where, "finite values", "NaN or infinity", _DIVERGED)
@@ -240,13 +236,13 @@ def read_checkpoint(
 
 @contextmanager
 def opened_checkpoint(
-    folder: Path, config: AdapterConfig, sites: Mapping[str, ModuleSizes], base: BaseModel, max_rank: int
+    folder: Path | TensorFile, config: AdapterConfig, sites: Mapping[str, ModuleSizes], base: BaseModel, max_rank: int
 ) -> Iterator[Checkpoint]:
     """Open the weights of a PEFT folder, for every site that the config targets.
 
     Args:
-        folder: what PEFT's `save_pretrained` wrote.
-        config: the config of the same folder.
+        folder: what PEFT's `save_pretrained` wrote; or the tensors of an adapter, by the names that PEFT would write.
+        config: the config of the same adapter.
         sites: the modules that the bank covers, by name.
         base: the model. PEFT saves copies of its embedding and lm_head along with an adapter on these modules, and
             trainers add others; a copy that equals the first rows of the model's own is ignored.
@@ -260,13 +256,13 @@ def opened_checkpoint(
             for which the sites have no room.
         AdapterShapeError: a tensor has another shape or dtype than its module takes.
     """
-    path = folder / WEIGHTS_FILE
+    path = folder / WEIGHTS_FILE if isinstance(folder, Path) else folder.path
     parameters = {name: site for name, site in sites.items() if site.kind == "experts"}
     sites = {name: site for name, site in sites.items() if site.kind != "experts"}
     targeted = _targeted(config, sites, base)
     _check_ranks(path, config, targeted, max_rank)
     _check_room(path, config, sites, targeted)
-    with opened_safetensors(path) as file:
+    with opened_safetensors(path) if isinstance(folder, Path) else nullcontext(folder) as file:
         parsed = {key: parse_key(key) for key in file.keys()}  # noqa: SIM118 - no dictionary
         if part := base.part_of(parsed.values()):
             config = replace(config, part=part)

@@ -49,6 +49,9 @@ def shown(value: object) -> str:
 class TensorFile:
     """A safetensors file that is open, its header checked; values are read when they are asked for."""
 
+    # Whether the tensors lie in memory already, and there is no file.
+    in_memory = False
+
     def __init__(
         self, path: Path, raw: FileIO, opened: Any, mapped: Tensor, header: Mapping[str, Any], start: int
     ) -> None:
@@ -89,6 +92,14 @@ class TensorFile:
                 str(self.path), f"at least {end} bytes", f"{there}", "Copy or download the file again."
             )
         return self._mapped[start:end]
+
+    def tensor(self, key: str, dtype: torch.dtype) -> Tensor:
+        """The values of a tensor, flat, which may be the file itself: to be read only, and copied soon."""
+        start, end = self.span(key)
+        values = self.bytes_of(start, end)
+        # safetensors itself writes no such file.
+        values = values.clone() if start % dtype.itemsize else values
+        return values.view(dtype)
 
 
 @contextmanager

@@ -333,7 +333,11 @@ class Staging:
             # A tensor made in inference mode could not be changed outside of it.
             with torch.inference_mode(False), torch.no_grad():
                 for (device, dtype), members in groups.items():
-                    fill = _fill_on_cuda if device.type == "cuda" else _fill_one_by_one
+                    fill = (
+                        _fill_on_cuda if device.type == "cuda" and not checkpoint.file.in_memory else _fill_one_by_one
+                    )
+                    if device.type == "cuda" and checkpoint.file.in_memory:
+                        side_stream(device).wait_stream(torch.cuda.current_stream(device))
                     run = with_few_cores if device.type == "cpu" else _here
                     stacks = [stack for layer in members.values() for stack in (layer.lora_a, layer.lora_b)]
                     with torch.cuda.stream(side_stream(device)) if device.type == "cuda" else nullcontext():
@@ -344,6 +348,8 @@ class Staging:
                         run(fill, block, checkpoint, members)
                         run(_check, checkpoint, members, block.flat)
                         for name, layer in members.items():
+                            if not layer.lora_extras:
+                                continue
                             extras[device] += run(_extras_of, checkpoint, name, layer)
                     ready.setdefault(device, []).append((stacks, block))
                 for name, mixture in mixtures.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,17 +22,18 @@ from xpu_lora_compile.adapters.checkpoint import ModuleSizes
 from xpu_lora_compile.adapters.config import ALL_LINEAR, BIASES, pattern_problem
 from xpu_lora_compile.adapters.names import BaseModel, output_embedding, plain_name
 from xpu_lora_compile.adapters.needs import naming, needs_of
-from xpu_lora_compile.errors import AttachError, UnmatchedTensorError
+from xpu_lora_compile.errors import AttachError, LoraError, UnmatchedTensorError
 from xpu_lora_compile.generation import follow_generation, generating_methods
 from xpu_lora_compile.layers import HOSTS
 from xpu_lora_compile.layers.declared import Declared
 from xpu_lora_compile.layers.experts import Experts, become_layer, empty_pages
 from xpu_lora_compile.layers.extras import ExtraLayer, empty_extras, extra_class, room_of
 from xpu_lora_compile.layers.host import Host, LoraLayer, empty_b, have_hook_call
+from xpu_lora_compile.layers.peft import UNTAKEN, attach_live, checked_live, is_peft_model, taken_over, untaken_in_call
 from xpu_lora_compile.layers.several import several_class
 from xpu_lora_compile.layers.targets import carriers_in, find_experts, find_heads, find_targets, find_tied
 from xpu_lora_compile.rows.routing import BatchRouting, Entry, LostRouting
-from xpu_lora_compile.torch_internals import free_memory, prepare_for_tracing
+from xpu_lora_compile.torch_internals import ONCE_IT_RAN, free_memory, prepare_for_tracing
 
 
 class _Unsaid(str):
@@ -64,7 +66,9 @@ def attach(
 
     Args:
         model: changed in place; `bank.detach()` undoes it. Outside `bank.use` it computes what it did before. Of what
-            torch.compile, DataParallel or DDP returned, the model inside is changed.
+            torch.compile, DataParallel or DDP returned, the model inside is changed. A PeftModel goes on taking its
+            adapters from PEFT; then `slots`, `max_rank`, `dtype` and room are by default what its adapters have, and
+            modules are PEFT's.
         adapters: PEFT folders to load at once, by the names that `use` and `drop` will call them. The arguments below
             that are left out are then read from the folders; where one folder cannot be loaded, the model stays as it
             was.
@@ -80,8 +84,9 @@ def attach(
         vocab_size: rows of the vocabulary that the adapters were trained with, where the model's has been padded
             since: LoRA on the output embedding then covers the first `vocab_size` logits. By default the most rows
             that one of `adapters` has, or all of the model's without any.
-        dtype: of the stored adapters; by default that in which each module computes: of its weight, or where that is
-            quantized, what the module or its bias says, or most of the model's numbers have.
+        dtype: of the stored adapters, to which those of files are rounded; PEFT keeps float32. By default that in
+            which each module computes: of its weight, or where that is quantized, what the module or its bias says, or
+            most of the model's numbers have.
         linear_classes: further classes of modules that map `[..., in_features]` to `[..., out_features]`, have both
             numbers as attributes, and are called by their parents.
         use_dora: whether slots have room for DoRA, which costs a gather and a product for each module. This and the
@@ -105,6 +110,29 @@ def attach(
     """
     model = _unwrapped(model)
     _check_classes(linear_classes)
+    if is_peft_model(model) and all(map(_is_lost, _layers_in(model))):
+        if _layers_in(model):
+            detach(model)
+        return attach_live(
+            model,
+            attach,
+            adapters=adapters,
+            slots=slots,
+            max_rank=max_rank,
+            target_modules=None if isinstance(target_modules, _Unsaid) else target_modules,
+            exclude_modules=exclude_modules,
+            vocab_size=vocab_size,
+            dtype=dtype,
+            linear_classes=linear_classes,
+            use_dora=use_dora,
+            lora_bias=lora_bias,
+            bias=bias,
+            modules_to_save=modules_to_save,
+            trainable_token_indices=trainable_token_indices,
+            target_parameters=target_parameters,
+            expert_pages=expert_pages,
+            adapters_per_row=adapters_per_row,
+        )
     adapters = _check_arguments(
         model,
         adapters,
@@ -390,12 +418,15 @@ def _have_parents_call(model: nn.Module, layers: Mapping[str, nn.Module]) -> lis
 
 
 def detach(model: nn.Module) -> None:
-    """Take LoRA out of a copied or unpickled model, which belongs to no bank.
+    """Take LoRA out of a copied or unpickled model, which belongs to no bank; or out of one that PEFT has loaded.
 
     Raises:
         AttachError: the model has no LoRA, or has a bank, whose `detach` does it.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if bank := taken_over(model):
+        bank.detach()
+        return
+    layers = _layers_in(model)
     if not layers or not all(isinstance(layer.lora_routing, LostRouting) for layer in layers):
         got, remedy = (
             ("a model with a bank", "Call `bank.detach()`.") if layers else ("a plain model", "Use it as it is.")
@@ -466,9 +497,9 @@ def _check_arguments(
     if slots is not None and slots < len(adapters):
         remedy = f"Pass slots={len(adapters)}, or leave it out."
         raise AttachError("attach: slots", f"a slot for each of {len(adapters)} adapters", str(slots), remedy)
-    if hasattr(model, "peft_config"):
-        remedy = "Load the model without adapters, or take them off: model = peft_model.unload()."
-        raise AttachError("attach: model", "the plain base model", "one that PEFT has wrapped", remedy)
+    if hasattr(model, "peft_config") and not _layers_in(model):
+        remedy = "Attach to the whole PeftModel; or take PEFT off the model: model = peft_model.unload()."
+        raise AttachError("attach: model", "a PeftModel, or a plain model", "a model with PEFT's layers inside", remedy)
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise AttachError(
             "attach: model", "a model with its weights", "one that FSDP has cut up", "Load it without FSDP."
@@ -482,7 +513,7 @@ def _check_arguments(
             raise AttachError(f"attach: {name}", "a regular expression", f"{rule!r}: {problem}", remedy)
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise AttachError("attach: dtype", "float32, bfloat16 or float16", str(dtype), "Leave it out for the model's.")
-    if any(isinstance(module, LoraLayer) for module in model.modules() if not _is_lost(module)):
+    if not all(map(_is_lost, _layers_in(model))):
         raise AttachError("attach", "a model without LoRA", "one that has it", "Call `bank.detach()` first.")
     return adapters
 
@@ -499,6 +530,43 @@ def _check_room(use_dora: object, lora_bias: object, bias: object, modules_to_sa
     ):
         remedy = 'Pass a list such as ["score"].'
         raise AttachError("attach: modules_to_save", "a list of names", repr(modules_to_save), remedy)
+
+
+def _take_over_what_is_compiled() -> Callable[[], None] | None:
+    """Return what has a bank serve the PeftModel in a call of which the backend is asked for code; None without one.
+
+    The backend gets a graph when Dynamo has read PEFT's Python, and made guards of names and numbers that it found. So
+    that graph runs once, as it is, and the model is taken over after it.
+    """
+    model = untaken_in_call()
+    try:
+        return None if model is None else partial(_take_over, checked_live(model).model)
+    except LoraError as error:
+        _say_untaken(cast("nn.Module", model), error)
+        return None
+
+
+def _take_over(model: nn.Module) -> None:
+    if _layers_in(model) or model in UNTAKEN:
+        return
+    try:
+        attach(model)
+    except LoraError as error:
+        _say_untaken(model, error)
+
+
+def _say_untaken(model: nn.Module, error: LoraError) -> None:
+    UNTAKEN.add(model)
+    warnings.warn(
+        f"the backend xpu_lora compiles what PEFT computes, and recompiles as PEFT does: {error}", stacklevel=2
+    )
+
+
+ONCE_IT_RAN.append(_take_over_what_is_compiled)
+
+
+def _layers_in(model: nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def _is_lost(module: nn.Module) -> bool:

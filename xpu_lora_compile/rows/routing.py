@@ -70,6 +70,7 @@ class BatchRouting:
         lengths: of the sequences of a packed batch, in tokens; else None.
         main_input: the model's main input, where the model says so.
         mine: the innermost block of this thread or asyncio task; others start without one.
+        serves_all: whether what is compiled in a block whose sequences have the same adapter is to serve all blocks.
         main: the model's, where this is that of a part.
     """
 
@@ -82,7 +83,7 @@ class BatchRouting:
         self.mix_weights: Tensor | None = None
         self.ranks: Tensor | None = None
         self.block: Any = None
-        self.uniform = self.named = False
+        self.uniform = self.named = self.serves_all = False
         self.lengths: tuple[int, ...] | None = None
         self.main_input = main_input
         self.part = part
@@ -245,7 +246,7 @@ class BatchRouting:
             return
         if self.block is not self.mine.get():
             self.check_caller()
-        if not self.named and self.sequence_slots.device.type == "cpu":
+        if not self.named and self.sequence_slots.device.type == "cpu" and not (compiled and self.serves_all):
             return
         if torch.is_grad_enabled() and current_backward() is not None:
             # A checkpoint runs a part of the model again: its layers get their rows as they did before.
@@ -274,7 +275,8 @@ class BatchRouting:
         batched = self._batched(module, inputs)
         if not batched and not (self.uniform and self._may_be_batch(inputs)):
             self._raise_batch_size(module, inputs)
-        if self.uniform and not self._must_serve_others(self.sequence_slots.device):
+        serves_others = self._must_serve_others(self.sequence_slots.device) or (compiled and self.serves_all)
+        if self.uniform and not serves_others:
             return
         kind = self._kind(module, prefix, inputs, batched)
         sizes = tuple(tuple(value.shape) for _, value in inputs if isinstance(value, Tensor))
