@@ -29,20 +29,22 @@ SMALL = ops.Point("float32", 5, 64, (48, 32), 4, 3)
 @pytest.fixture(scope="module")
 def run() -> ops.OpsRun:
     done: list[str] = []
-    result = ops.run([SMALL, ops.Point("bfloat16", 3, 32, (32,), 4, 3)], "cpu", 0.01, done.append)
+    result = ops.run([SMALL, ops.Point("bfloat16", 3, 32, (32,), 4, 3)], "cpu", 0.01, done.append, 2)
     assert done == ["float32 64x48+32 R4 K3 T5", "bfloat16 32x32 R4 K3 T3"]
     return result
 
 
 def test_every_contender_is_timed_at_every_point(run: ops.OpsRun) -> None:
     names = {*ops.OURS, *ops.PLAIN, "vLLM's form"}
+    several = {f"{ops.SEVERAL}2", f"{ops.SEVERAL}2 by as many calls"}
     for result in run.results:
-        assert set(result.timings) == names
+        assert set(result.timings) == names | several
         assert all(timing.median > 0 and timing.runs >= 3 for timing in result.timings.values())
         assert 1e8 < result.bandwidth < 1e13
         assert 0 < result.floor < 10
         assert result.peak_memory > 0
     assert {f"{name} / ours" for name in names - set(ops.OURS)} < set(run.summary)
+    assert {f"{name} / one, compiled" for name in several} < set(run.summary)
     assert any(name.startswith("an eager call") for name in run.summary)
     assert "torch" in run.machine
 
