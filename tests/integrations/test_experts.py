@@ -211,6 +211,7 @@ def refused(**differs: Any) -> str:
     from xpu_lora_compile.integrations.vllm_experts import _refuse
 
     parallel = {"use_ep": False, "is_sequence_parallel": False, "use_all2all_kernels": False, "dp_size": 1}
+    parallel["tp_size"] = 1
     moe: dict[str, Any] = {"is_act_and_mul": True, "activation": SimpleNamespace(value="silu"), "swiglu_limit": None}
     moe["moe_parallel_config"] = SimpleNamespace(**{key: differs.get(key, value) for key, value in parallel.items()})
     config = SimpleNamespace(lora_config=SimpleNamespace(fully_sharded_loras=False, enable_moe_shared_loras=False))
@@ -225,6 +226,7 @@ def test_deployments_that_it_does_not_compute_are_refused_with_the_way_out() -> 
     for option in ("use_ep", "is_sequence_parallel", "use_all2all_kernels"):
         assert "layers.3.experts: wanted a CPU's experts in one process" in refused(**{option: True})
     assert "got data parallelism. Start vLLM without it" in refused(dp_size=2)
+    assert "got tensor parallelism. Start vLLM without it" in refused(tp_size=2)
     assert "got silu. Serve this model on another device" in refused(is_act_and_mul=False)
     assert "silu with a limit of 7.0" in refused(swiglu_limit=7.0)
     oai = refused(activation=SimpleNamespace(value="swigluoai"))

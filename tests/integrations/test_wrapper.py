@@ -507,11 +507,18 @@ def test_generated_code_gets_a_layers_weights_as_one_tensor_and_the_indices_as_t
     assert "reinterpret_tensor" not in call
 
 
-def test_lora_of_mixtures_of_experts_is_vllms_own() -> None:
+def test_lora_of_experts_that_processes_share_is_vllms_own() -> None:
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     from xpu_lora_compile.integrations.vllm_punica import XpuLoraPunicaWrapper
 
     assert issubclass(XpuLoraPunicaWrapper, PunicaWrapperCPU)
-    for name in ("add_lora_fused_moe", "moe_lora_align_block_size", "add_lora_w13", "add_lora_w2"):
+    for name in ("add_lora_fused_moe", "moe_lora_align_block_size"):
         assert getattr(XpuLoraPunicaWrapper, name) is getattr(PunicaWrapperCPU, name)
+    # A CPU's has none.
+    experts, a, b = torch.zeros(2, 1, dtype=torch.int32), torch.zeros(3, 4, 8, 24), torch.zeros(3, 4, 16, 8)
+    operands = (torch.zeros(2, 1, 16), torch.zeros(2, 24), (a,), (b,), experts, torch.ones(2, 1))
+    for expert_map, fully_sharded in ((torch.arange(4), False), (None, True)):
+        rest = (None, None, 2, 1, 3, torch.ones(4), 4, 1, 1, fully_sharded, False)
+        with pytest.raises(NotImplementedError):
+            wrapper_for([1, 0], 3).add_lora_w13(*operands, expert_map, *rest, add_inputs=True)

@@ -99,15 +99,14 @@ def _refuse(prefix: str, moe: Any, config: Any) -> None:
     """Fail where the experts of this deployment cannot have LoRA on a CPU.
 
     Raises:
-        AttachError: they are shared among processes by experts, not gated, or their LoRA is to be in another form.
+        AttachError: they are shared among processes, not gated, or their LoRA is to be in another form.
     """
     parallel, lora = moe.moe_parallel_config, config.lora_config
     found = [text for name, text in _UNSHARED.items() if getattr(parallel, name)]
-    if parallel.dp_size > 1:
-        found.append("data parallelism")
+    found += [f"{kind} parallelism" for kind in ("data", "tensor") if getattr(parallel, f"{kind[0]}p_size") > 1]
     if found:
         raise AttachError(
-            prefix, "a CPU's experts in one process, or in several by their columns", found[0],
+            prefix, "a CPU's experts in one process", found[0],
             f"Start vLLM without it. {_REMEDY}",
         )  # fmt: skip
     for option in ("fully_sharded_loras", "enable_moe_shared_loras"):

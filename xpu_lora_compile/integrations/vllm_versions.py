@@ -163,7 +163,7 @@ INTERFACES: Interfaces = {
         "is_lora_enabled activation swiglu_limit intermediate_size moe_parallel_config"
     ),
     (f"{_FUSED_MOE}/config.py", "FusedMoEParallelConfig"): {
-        **_there("use_ep dp_size is_sequence_parallel"),
+        **_there("use_ep dp_size tp_size is_sequence_parallel"),
         "use_all2all_kernels": "self",
     },
     ("model_executor/models/whisper.py", "WhisperCrossAttention"): {},
