@@ -9,11 +9,13 @@ an adapter takes memory for the experts that it changes, and to the op a page is
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from itertools import groupby
+from types import FunctionType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -276,7 +278,9 @@ class Experts(Host):
 
     def takes_class(self, kind: type[nn.Module]) -> bool:
         """Return whether it is a class whose forward the decorator of transformers has made, or that of Llama 4."""
-        is_made = getattr(kind.forward, "__globals__", {}).get("__name__") == _MOE
+        # That of a module of TorchScript cannot be asked for.
+        forward = inspect.getattr_static(kind, "forward", None)
+        is_made = isinstance(forward, FunctionType) and forward.__globals__.get("__name__") == _MOE
         return is_made or full_name(kind) == _LLAMA_4
 
     def layer(self, module: nn.Module) -> type[LoraLayer]:
