@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 import warnings
 from collections import Counter
@@ -199,12 +200,18 @@ def outcome_of(variant: Callable[[Oracle], Result], oracle: Oracle) -> Result:
 def attached(oracle: Oracle) -> tuple[nn.Module, xlc.AdapterBank]:
     """Return a copy of the base model with a bank that holds both adapters."""
     model = copy.deepcopy(oracle.base)
+    # Where PEFT puts LoRA on the parameters of experts, its config says so; gate and up together have twice the rank.
+    parameters = json.loads((oracle.folders["b"] / "adapter_config.json").read_text()).get("target_parameters")
     bank = xlc.attach(
         model,
         target_modules=oracle.targets,
         exclude_modules=oracle.exclude or (),
+        # Where PEFT puts LoRA on the parameters of experts, its config says so.
+        target_parameters=json.loads((oracle.folders["b"] / "adapter_config.json").read_text()).get(
+            "target_parameters"
+        ),
         slots=3,
-        max_rank=max(RANKS.values()),
+        max_rank=max(RANKS.values()) * (2 if parameters else 1),
     )
     # The slots are not in the order of the names in a batch.
     bank.load("b", oracle.folders["b"])

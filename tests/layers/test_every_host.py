@@ -23,6 +23,7 @@ from xpu_lora_compile.errors import AttachError, UnsupportedAdapterError
 from xpu_lora_compile.layers import HOSTS, Host, host_of
 from xpu_lora_compile.layers.experts import Experts
 from xpu_lora_compile.layers.host import LoraLayer, full_name
+from xpu_lora_compile.layers.router import Router
 from xpu_lora_compile.rows.routing import BatchRouting
 
 
@@ -56,8 +57,8 @@ EXAMPLES = {
 SLOTS, RANK = 2, 3
 
 
-# Experts have two parameters with LoRA, and a test file of their own.
-@pytest.fixture(params=[host for host in HOSTS if not isinstance(host, Experts)], ids=lambda host: host.name)
+# Experts and routers are of models of transformers, and have a test file of their own.
+@pytest.fixture(params=[host for host in HOSTS if not isinstance(host, Experts | Router)], ids=lambda host: host.name)
 def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Host:
     torch._dynamo.reset()
     host: Host = request.param

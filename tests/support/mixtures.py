@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def save_fused(
         "target_modules": ["q_proj", "o_proj"] if family != "DeepseekV3" else ["o_proj"],
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
     }
-    peft = get_peft_model(mixture(family), LoraConfig(**settings | lora))  # type: ignore[arg-type]
+    with _quiet():
+        peft = get_peft_model(mixture(family), LoraConfig(**settings | lora))  # type: ignore[arg-type]
     weights = {name: weight for name, weight in peft.named_parameters() if "lora_" in name}
     generator = torch.Generator().manual_seed(seed)
     for weight in weights.values():
@@ -188,14 +190,20 @@ def _as_peft(prefix: str, a: Tensor, b: Tensor, *, swaps: bool) -> dict[str, Ten
     }
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PEFT does not count parameters among what a pattern names."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+        warnings.filterwarnings("ignore", "The following alpha_pattern keys", RuntimeWarning)
+        yield
+
+
 def logits_by_peft(family: str, folder: Path | None, tokens: Tensor) -> Tensor:
     """Return what PEFT computes for one adapter alone, or the base model without one."""
     model: Any = mixture(family)
     if folder is not None:
-        with warnings.catch_warnings():
-            # PEFT does not count parameters among what a pattern names.
-            warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
-            warnings.filterwarnings("ignore", "The following alpha_pattern keys", RuntimeWarning)
+        with _quiet():
             model = PeftModel.from_pretrained(model, folder).eval()
     with torch.no_grad():
         logits: Tensor = model(tokens).logits

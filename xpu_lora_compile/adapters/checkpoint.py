@@ -62,6 +62,7 @@ class ModuleSizes:
             `TOKENS`, for rows of some tokens.
         experts: E, where it is a parameter of experts.
         swaps: whether PEFT's A is of what the experts give, and B of what they take.
+        by_name: whether "all-linear" leaves it out.
         most_rank: R of its pages in the bank, where that is known.
         halves: how the rows of gate and up lie in it, "one after the other" or "in turn"; or "" where it has one alone.
     """
@@ -74,6 +75,7 @@ class ModuleSizes:
     experts: int = 0
     halves: str = ""
     swaps: bool = False
+    by_name: bool = False
     most_rank: int = 0
 
 
@@ -385,7 +387,7 @@ def _saves(config: AdapterConfig, name: str, base: BaseModel) -> bool:
 
 def _is_plain(site: ModuleSizes) -> bool:
     # What "all-linear" covers: PEFT leaves out the output embedding, the one linear layer along the vocabulary.
-    return site.kind == "linear" and not site.padded
+    return site.kind == "linear" and not site.padded and not site.by_name
 
 
 def _check_ranks(path: Path, config: AdapterConfig, targeted: Iterable[str], max_rank: int) -> None:

@@ -17,6 +17,7 @@ from xpu_lora_compile.layers.gptqmodel import GptqModel
 from xpu_lora_compile.layers.host import Host, has_other_forward
 from xpu_lora_compile.layers.hqq import Hqq
 from xpu_lora_compile.layers.linear import Linear
+from xpu_lora_compile.layers.router import Router
 from xpu_lora_compile.layers.transformers_fp8 import TransformersFp8
 
 HOSTS: tuple[Host, ...] = (
@@ -28,6 +29,7 @@ HOSTS: tuple[Host, ...] = (
     TransformersFp8(),
     GptqModel(),
     Experts(),
+    Router(),
 )
 
 

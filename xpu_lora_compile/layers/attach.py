@@ -182,9 +182,11 @@ def attach(
         if trainable_token_indices is None:
             trainable_token_indices = needs.trainable_token_indices
     slots, max_rank = slots or max(8, len(adapters)), max_rank or 16
-    mixtures = find_experts(model, target_parameters or (), hosts)
-    no_modules = bool(mixtures) and target_modules == ""
+    by_parameter = find_experts(model, target_parameters or (), hosts)
+    mixtures = {name: found for name, found in by_parameter.items() if isinstance(found[0], Experts)}
+    no_modules = bool(by_parameter) and target_modules == ""
     targets = {} if no_modules else find_targets(model, head, target_modules, exclude_modules, hosts)
+    targets |= {name: (host, module) for name, (host, module, _) in by_parameter.items() if name not in mixtures}
     for name in [name for name, (host, _) in targets.items() if isinstance(host, Experts)]:
         host, module = targets.pop(name)
         mixtures[name] = host, module, tuple(host.parameter_sites(module))

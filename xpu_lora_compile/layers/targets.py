@@ -39,7 +39,8 @@ def find_targets(
         host, _ = carriers.get(name, (None, module))
         if host is None:
             return isinstance(module, nn.Linear) or _is_declared(module, hosts)
-        return host.site(module).kind == "linear"
+        site = host.site(module)
+        return site.kind == "linear" and not site.by_name
 
     matched = {
         name: module
@@ -101,7 +102,9 @@ def _refuse_several_names(model: nn.Module, matched: Mapping[str, nn.Module]) ->
 def find_experts(
     model: nn.Module, target_parameters: Collection[str], hosts: Sequence[Host] = HOSTS
 ) -> dict[str, tuple[Host, nn.Module, tuple[str, ...]]]:
-    """Return the mixtures of experts with parameters that these names name, and which: by name.
+    """Return the modules with parameters that these names name, and which: by name.
+
+    Those of mixtures of experts carry LoRA each for themselves; the weight of another module is the module.
 
     Raises:
         AttachError: a name names no parameter that can carry LoRA for itself.
@@ -110,6 +113,8 @@ def find_experts(
     parameters = [
         (name, parameter) for name, (host, module) in carriers.items() for parameter in host.parameter_sites(module)
     ]
+    # To PEFT a weight of one product is that of one expert.
+    parameters += [(name, "weight") for name, (host, module) in carriers.items() if host.site(module).kind == "linear"]
     chosen: set[tuple[str, str]] = set()
     for target in target_parameters:
         # As PEFT looks them up.
@@ -120,6 +125,7 @@ def find_experts(
         ]
         if not found:
             able = sorted({f"{plain_name(name).rpartition('.')[2]}.{parameter}" for name, parameter in parameters})
+            able.sort(key=lambda name: name.endswith(".weight"))
             raise AttachError(
                 "attach: target_parameters",
                 f"names of parameters such as {', '.join(able[:4])}" if able else "parameters with weights of experts",
@@ -130,7 +136,7 @@ def find_experts(
             )
         chosen.update(found)
     of_module = {
-        name: tuple(parameter for parameter in host.parameter_sites(module) if (name, parameter) in chosen)
+        name: tuple(parameter for parameter in (*host.parameter_sites(module), "weight") if (name, parameter) in chosen)
         for name, (host, module) in carriers.items()
     }
     return {name: (*carriers[name], names) for name, names in of_module.items() if names}
