@@ -57,7 +57,7 @@ EXAMPLES = {
 SLOTS, RANK = 2, 3
 
 
-# Experts and routers are of models of transformers, and have a test file of their own.
+# Experts and routers are of models of transformers, and have test files of their own.
 @pytest.fixture(params=[host for host in HOSTS if not isinstance(host, Experts | Router)], ids=lambda host: host.name)
 def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Host:
     torch._dynamo.reset()

@@ -109,38 +109,6 @@ def test_every_form_of_a_file_is_the_same_adapter(family: str, tmp_path: Path, t
         assert_rows(logits(model, tokens), dict.fromkeys(names, wanted), names)
 
 
-@pytest.mark.parametrize(
-    ("family", "router"),
-    [("Mixtral", "gate"), ("Qwen3Moe", "gate"), ("DeepseekV3", "gate"), ("GptOss", "router")],
-)
-def test_routers_choose_by_each_rows_own_adapter(family: str, router: str, tmp_path: Path, tokens: Tensor) -> None:
-    parameters = [f"mlp.{router}.weight", "experts.gate_up_proj", "experts.down_proj"]
-    folders = {
-        name: save_fused(family, tmp_path / name, seed, target_parameters=parameters) for seed, name in enumerate("ab")
-    }
-    model = mixture(family)
-    bank = xlc.attach(model, adapters=folders)
-    assert any(name.endswith(f".{router}") for name in bank.sites)
-    names: list[str | None] = ["b", None, "a", "b"]
-    wanted = {name: logits_by_peft(family, folders.get(name), tokens) for name in (*"ab", None)}
-    with bank.use(names):
-        assert_rows(logits(model, tokens), wanted, names)
-    bank.detach()
-    assert torch.equal(logits(model, tokens), logits(mixture(family), tokens))
-
-
-def test_what_peft_calls_all_linear_is_taken_and_compiled(tmp_path: Path, tokens: Tensor) -> None:
-    """On a Mixtral PEFT adds experts and the router by itself, gate and up with twice the rank."""
-    folder = save_fused("Mixtral", tmp_path, 0, target_modules="all-linear", target_parameters=None)
-    model = mixture("Mixtral")
-    bank = xlc.attach(model, adapters={"a": folder})
-    assert {"q_proj", "gate", "gate_up_proj"} <= {name.rpartition(".")[2] for name in bank.sites}
-    wanted = {name: logits_by_peft("Mixtral", folder if name else None, tokens) for name in ("a", None)}
-    compiled, names = torch.compile(model, backend="xpu_lora", fullgraph=True), ["a", None, "a", None]
-    with bank.use(names):
-        assert_rows(logits(compiled, tokens), wanted, names)
-
-
 def test_peft_reads_the_names_of_single_experts_as_we_do(tmp_path: Path, tokens: Tensor) -> None:
     folder = save_forms("Mixtral", tmp_path, seed=3)["single"]
     model = mixture("Mixtral")

@@ -1,0 +1,66 @@
+"""LoRA on routers, which choose experts by each row's own adapter: next to PEFT for each adapter alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.mixtures import logits_by_peft, mixture, save_fused
+from torch import Tensor
+
+import xpu_lora_compile as xlc
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(1, 64, (4, 6), generator=torch.Generator().manual_seed(7))
+
+
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(tokens).logits
+    return result
+
+
+def assert_rows(got: Tensor, wanted: dict[str | None, Tensor], names: list[str | None]) -> None:
+    for row, name in enumerate(names):
+        torch.testing.assert_close(got[row], wanted[name][row], atol=2e-6, rtol=1e-5, msg=f"row {row}, {name}")
+
+
+@pytest.mark.parametrize(
+    ("family", "router"),
+    [("Mixtral", "gate"), ("Qwen3Moe", "gate"), ("DeepseekV3", "gate"), ("GptOss", "router")],
+)
+def test_routers_choose_by_each_rows_own_adapter(family: str, router: str, tmp_path: Path, tokens: Tensor) -> None:
+    parameters = [f"mlp.{router}.weight", "experts.gate_up_proj", "experts.down_proj"]
+    folders = {
+        name: save_fused(family, tmp_path / name, seed, target_parameters=parameters) for seed, name in enumerate("ab")
+    }
+    model = mixture(family)
+    bank = xlc.attach(model, adapters=folders)
+    assert any(name.endswith(f".{router}") for name in bank.sites)
+    names: list[str | None] = ["b", None, "a", "b"]
+    wanted = {name: logits_by_peft(family, folders.get(name), tokens) for name in (*"ab", None)}
+    with bank.use(names):
+        assert_rows(logits(model, tokens), wanted, names)
+    bank.detach()
+    assert torch.equal(logits(model, tokens), logits(mixture(family), tokens))
+
+
+def test_what_peft_calls_all_linear_is_taken_and_compiled(tmp_path: Path, tokens: Tensor) -> None:
+    """On a Mixtral PEFT adds experts and the router by itself, gate and up with twice the rank."""
+    folder = save_fused("Mixtral", tmp_path, 0, target_modules="all-linear", target_parameters=None)
+    model = mixture("Mixtral")
+    bank = xlc.attach(model, adapters={"a": folder})
+    assert {"q_proj", "gate", "gate_up_proj"} <= {name.rpartition(".")[2] for name in bank.sites}
+    wanted = {name: logits_by_peft("Mixtral", folder if name else None, tokens) for name in ("a", None)}
+    compiled, names = torch.compile(model, backend="xpu_lora", fullgraph=True), ["a", None, "a", None]
+    with bank.use(names):
+        assert_rows(logits(compiled, tokens), wanted, names)
