@@ -54,7 +54,7 @@ class SliceError(ContractError):
 
 
 class LostGradientError(LoraError, RuntimeError):
-    """A mutating op was given inputs or weights that require grad, which it cannot carry."""
+    """An op cannot carry a gradient: it writes in place, or the gradient is that of a gradient."""
 
 
 class OptionError(LoraError, ValueError):

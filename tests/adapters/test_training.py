@@ -25,6 +25,7 @@ from xpu_lora_compile.errors import (
     AdapterError,
     ArtifactError,
     BankInUseError,
+    LostGradientError,
     UnknownAdapterError,
     UnsupportedAdapterError,
 )
@@ -508,3 +509,30 @@ def test_what_training_does_not_take_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedAdapterError, match=r"LoRA on the experts' model.layers.0.mlp.experts"):
             refused()
     assert not (tmp_path / "out").exists()
+
+
+def test_blocks_inside_of_blocks_and_other_terms_keep_their_gradients() -> None:
+    model: Any = tiny_llama()
+    bank = xlc.attach(model)
+    for name in ("outer", "inner", "penalty"):
+        bank.add(name, r=2)
+    bank.trainable(["outer", "inner", "penalty"])
+    tokens = torch.randint(3, 60, (2, 5))
+    with bank.use(["outer"] * 2):
+        model(tokens).logits.pow(2).sum().backward()
+        with bank.use(["inner"] * 2):
+            model(tokens).logits.pow(2).sum().backward()
+        sum(weight.pow(2).sum() for weight in bank.parameters("penalty")).backward()
+    for name in ("outer", "inner", "penalty"):
+        assert any(weight.grad is not None and weight.grad.any() for weight in bank.parameters(name)), name
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    model: Any = tiny_llama()
+    bank = xlc.attach(model)
+    bank.add("a", r=2)
+    for trained in (["a"], []):
+        bank.trainable(trained)
+        embedded = model.get_input_embeddings()(torch.randint(3, 60, (2, 5))).detach().requires_grad_()
+        with bank.use(["a"] * 2), pytest.raises(LostGradientError, match=r"first derivatives; got create_graph=True"):
+            torch.autograd.grad(model(inputs_embeds=embedded).logits.sum(), embedded, create_graph=True)

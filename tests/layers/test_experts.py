@@ -248,6 +248,34 @@ def test_where_both_sizes_fit_the_file_is_refused(tmp_path: Path) -> None:
         xlc.attach(model, adapters={"a": folder})
 
 
+def test_adapters_without_experts_of_a_layer_are_served_beside_others(tmp_path: Path, tokens: Tensor) -> None:
+    def drop_first_layer(weights: dict[str, torch.nn.Parameter]) -> None:
+        for name, weight in weights.items():
+            if ".layers.0.mlp.experts." in name and "lora_B" in name:
+                weight.data.zero_()
+
+    folders = {
+        "experts": save_fused("Qwen3Moe", tmp_path / "experts", 0),
+        "plain": save_fused("Qwen3Moe", tmp_path / "plain", 1, target_parameters=None),
+        "second": save_fused("Qwen3Moe", tmp_path / "second", 2, drop_first_layer),
+    }
+    model = mixture("Qwen3Moe")
+    bank = xlc.attach(model, adapters=folders)
+    names: list[str | None] = ["plain", "experts", None, "second"]
+    wanted = {name: logits_by_peft("Qwen3Moe", folders.get(name), tokens) for name in (*folders, None)}
+    with bank.use(names):
+        assert_rows(logits(model, tokens), wanted, names)
+
+
+def test_half_of_an_expert_is_refused(tmp_path: Path) -> None:
+    folder = save_forms("Mixtral", tmp_path, seed=3)["single"]
+    with edited_weights(folder) as tensors:
+        for factor in "AB":
+            del tensors[f"base_model.model.model.layers.0.mlp.experts.1.w1.lora_{factor}.weight"]
+    with pytest.raises(AdapterError, match=r"gate and up of each expert.*got up alone of expert 1"):
+        xlc.attach(mixture("Mixtral"), adapters={"a": folder})
+
+
 def test_an_implementation_that_is_not_ours_is_refused_in_a_block(tmp_path: Path, tokens: Tensor) -> None:
     model: Any = mixture("Mixtral")
     bank = xlc.attach(model, adapters={"a": save_fused("Mixtral", tmp_path, 0)})

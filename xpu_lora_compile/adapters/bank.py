@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import threading
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from xpu_lora_compile.adapters.checkpoint import ModuleSizes, opened_checkpoint
 from xpu_lora_compile.adapters.config import is_targeted, read_config
-from xpu_lora_compile.adapters.files import few
+from xpu_lora_compile.adapters.files import few, shown
 from xpu_lora_compile.adapters.names import BaseModel, Host, plain_name
 from xpu_lora_compile.adapters.needs import folder_path
 from xpu_lora_compile.adapters.staging import PagedLayer, StackedLayer, Staged, Staging, clear, short_turns
@@ -49,6 +48,7 @@ from xpu_lora_compile.terminal import wrapped
 from xpu_lora_compile.torch_internals import is_capturing
 
 NO_ADAPTER = -1
+_LARGEST_WEIGHT = torch.finfo(torch.float32).max
 
 # Adapters of one row, each with its weight: a number, or a tensor of one. As `use` has checked it.
 Mix: TypeAlias = tuple[tuple[str, float | Tensor], ...]
@@ -503,8 +503,10 @@ class AdapterBank:
             unreached = sorted(found - traced)
         finally:
             # A compiled graph has zeros for those that no row uses, with which an optimizer would do a step.
+            # What an inner block or another term of the loss has given stays.
             for parameter in without_gradients:
-                parameter.grad = None
+                if parameter.grad is not None and not parameter.grad.any():
+                    parameter.grad = None
             self._close(block)
             # A generator may be closed in another context than the one it was started in.
             with suppress(ValueError):
@@ -889,12 +891,15 @@ def _checked_mix(where: str, entry: Any, adapters_per_row: int) -> Any:
         if isinstance(weight, Tensor):
             # On an accelerator to ask for the number would be to wait for it.
             is_one = weight.numel() == 1 and weight.is_floating_point()
-            is_right = is_one and (weight.device.type != "cpu" or bool(weight.isfinite().all()))
+            is_right = is_one and (weight.device.type != "cpu" or bool(weight.detach().float().isfinite().all()))
         else:
-            is_right = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
+            is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            # As they are stored; a NaN is no number that compares.
+            is_right = is_number and abs(weight) <= _LARGEST_WEIGHT
         if not is_right:
             remedy = 'Write numbers, as {"pirate": 0.7, "haiku": 0.3}, or float tensors of one element.'
-            raise BatchError(f"{where}: weight of {name!r}", "a finite number", repr(weight), remedy)
+            wanted = "a number that float32 holds"
+            raise BatchError(f"{where}: weight of {name!r}", wanted, shown(weight), remedy)
     return tuple((name, weight if isinstance(weight, Tensor) else float(weight)) for name, weight in entry.items())
 
 

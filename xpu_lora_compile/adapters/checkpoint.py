@@ -295,6 +295,11 @@ def _check_experts(
 ) -> None:
     """Check that the bank has room for the LoRA on experts, and the file all that its config names."""
     path = file.path
+    if experts and (config.use_dora or config.lora_bias):
+        got = "use_dora" if config.use_dora else "lora_bias"
+        raise UnsupportedAdapterError(
+            str(path.parent), "plain LoRA on experts, as PEFT has it", got, "Train the adapter again without it."
+        )
     for pair in experts.values():
         for piece in pair.pieces:
             _check_dtype(file, piece.key_a)

@@ -280,6 +280,13 @@ def _pair(file: File, name: str, pieces: Sequence[Piece], site: ExpertsSite) -> 
             remedy = "Leave one of them out of the file."
             raise UnmatchedTensorError(str(file.path), f"one form of LoRA on {name}", few([piece.key_a]), remedy)
         halves[piece.half] = piece.rank
+    every = set().union(*ranks.values())
+    if torn := [expert for expert, halves in ranks.items() if set(halves) != every]:
+        got = f"{' and '.join(sorted(ranks[torn[0]]))} alone of expert {torn[0]}"
+        remedy = "The file is incomplete: copy it again."
+        raise UnmatchedTensorError(
+            str(file.path), f"{' and '.join(sorted(every))} of each expert, of {name}", got, remedy
+        )
     if len(ranks) > 1 and None in ranks:
         remedy = "Leave one of them out of the file."
         got = "LoRA on single experts, and on all"

@@ -125,6 +125,8 @@ class Loaded:
         more = [f"{name}={self.values[name]!r}" for name in _MORE_THAN_A_AND_B if self.values.get(name)]
         if self.values.get("bias", "none") != "none":
             more.append(f"bias={self.values['bias']!r}")
+        if any(pair.scaling == 0 for pair in self.pairs.values()):
+            more.append("lora_alpha=0, with which a slot holds no B")
         if self.experts:
             more.append(f"LoRA on the experts' {few(self.experts)}")
         if more:

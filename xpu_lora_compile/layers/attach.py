@@ -146,6 +146,9 @@ def attach(
         adapters_per_row=adapters_per_row,
     )
     _check_room(use_dora, lora_bias, bias, modules_to_save)
+    if isinstance(target_parameters, str):
+        remedy = f"Pass a list: [{target_parameters!r}]."
+        raise AttachError("attach: target_parameters", "a list of names", repr(target_parameters), remedy)
     if trainable_token_indices is not None and not (
         type(trainable_token_indices) is int and trainable_token_indices >= 0
     ):

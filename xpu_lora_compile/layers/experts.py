@@ -178,7 +178,7 @@ class ExpertsLayer(LoraLayer):
                     f"{pages - len(taken)} of {pages}",
                     "Drop an adapter, or attach with more: xlc.attach(model, expert_pages=...).",
                 )
-            place = torch.tensor(free, device=table.device)
+            place = torch.tensor(free, dtype=torch.int64, device=table.device)
             for name in self.lora_parameters:
                 for factor, stack in zip("ab", (0, 1), strict=True):
                     buffer = cast("Tensor", self._buffers[f"lora_{factor}_{name}"])

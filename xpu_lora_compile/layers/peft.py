@@ -281,12 +281,17 @@ class _Held:
     ) -> None:
         self.configs = configs
         self.touches = 0
+        self._owners: list[Any] = []
         self._scalings: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._tensors: list[Tensor] = []
+        # Where each of them is kept.
+        self._homes: list[dict[str, Any]] = []
+        self._keys: list[str] = []
         for layer in layers:
             for name in names:
                 if is_in(layer, name):
+                    self._owners.append(layer)
                     self._scalings.append(layer.scaling)
                     self._names.append(name)
                     for part in _FACTORS:
@@ -298,6 +303,7 @@ class _Held:
             for name in names:
                 self._note(holder, name)
         self._factors = list(map(_GET, self._scalings, self._names))
+        self._parameters = list(self._tensors)
         # Scaling that is a tensor may change in place.
         self._tensors += [factor for factor in self._factors if isinstance(factor, Tensor)]
         # Those that were made in inference mode have no version.
@@ -306,10 +312,17 @@ class _Held:
 
     def _note(self, holder: nn.Module, name: str) -> None:
         if (value := holder._parameters.get(name)) is not None:
-            self._tensors.append(value)
+            self._note_parameter(holder, name, value)
         elif (module := holder._modules.get(name)) is not None:
             for inner in module.modules() if module._modules else (module,):
-                self._tensors += [value for value in inner._parameters.values() if value is not None]
+                for key, value in inner._parameters.items():
+                    if value is not None:
+                        self._note_parameter(inner, key, value)
+
+    def _note_parameter(self, module: nn.Module, key: str, value: Tensor) -> None:
+        self._tensors.append(value)
+        self._homes.append(module._parameters)
+        self._keys.append(key)
 
     def _now(self) -> tuple[list[int], list[int]]:
         # In place a change counts; where `data` is replaced, the memory is another.
@@ -317,11 +330,15 @@ class _Held:
 
     def is_current(self) -> bool:
         """Whether it is the same still, but for changes that leave no trace."""
-        factors = map(_GET, self._scalings, self._names)
-        return all(map(is_, factors, self._factors)) and self._now() == (self._versions, self._places)
+        return (
+            all(map(is_, map(_SCALING, self._owners), self._scalings))
+            and all(map(is_, map(_GET, self._scalings, self._names), self._factors))
+            and all(map(is_, map(_GET, self._homes, self._keys), self._parameters))
+            and self._now() == (self._versions, self._places)
+        )
 
 
-_VERSION, _GET = attrgetter("_version"), dict.get
+_VERSION, _SCALING, _GET = attrgetter("_version"), attrgetter("scaling"), dict.get
 
 
 def _tops(base: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
@@ -506,6 +523,10 @@ class Live:
         """For each sequence what PEFT would give it: an adapter, the sum of some, or none."""
         if any(layer.training for layer in self.layers.values()) or kwargs.get("alora_offsets") is not None:
             raise _LeftToPeft(None)
+        # Dropout alone may be in training mode, to draw several answers.
+        drops = (layer._modules["lora_dropout"]._modules.values() for layer in self.layers.values())
+        if any(drop.training for of_layer in drops for drop in of_layer):
+            raise _LeftToPeft(None)
         if any(parent._modules.get(key) is not wrapper for parent, key, wrapper, _ in self._places):
             raise _LeftToPeft("some of its layers have been replaced since `attach`. Call bank.detach().")
         configs = self._configs_now()
@@ -522,7 +543,7 @@ class Live:
         if names is None:
             count, name = _batch_size(args, kwargs, self.base), None if is_disabled else self._together(active)
             rows = [name] * count
-        elif not isinstance(names, list | tuple) or any(
+        elif not (names and isinstance(names, list | tuple)) or any(
             name != _BASE and name not in self.tuner.peft_config for name in names
         ):
             # PEFT says what is wrong.
@@ -575,13 +596,14 @@ class Live:
     def _trains(self, name: str | None) -> bool:
         if name is None:
             return False
-        names = self._apart(name)
+        names = set(self._apart(name))
         return any(
-            factor.requires_grad
-            for layer in self.layers.values()
-            for its in names
-            if is_in(layer, its)
-            for factor in factors(layer, its)[1:3]
+            parameter.requires_grad
+            for module in (*self.layers.values(), *self.wrappers.values())
+            for part, child in module._modules.items()
+            if child is not None and part not in ("base_layer", "original_module")
+            for path, parameter in child.named_parameters()
+            if not names.isdisjoint(path.split("."))
         )
 
     def _look_for_strangers(self) -> None:

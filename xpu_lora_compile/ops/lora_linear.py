@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from xpu_lora_compile.errors import ShapeError
+from xpu_lora_compile.errors import LostGradientError, ShapeError
 from xpu_lora_compile.kernels import preferred_on, takes_native
 from xpu_lora_compile.kernels.call import accumulator, repeated
 from xpu_lora_compile.kernels.native import NATIVE_BACKWARD, TRY_ADD_LORA, TRY_ADD_SEVERAL
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.checks import without_slice_dim
 from xpu_lora_compile.ops.internal import ADD_LORA, OUTER_BY_SLOT, ROUTE_TILES, SLOT_PRODUCTS
-from xpu_lora_compile.torch_internals import runs_plainly
+from xpu_lora_compile.torch_internals import is_traced, runs_plainly
 
 
 def lora_linear(
@@ -258,6 +258,7 @@ def _backward_several(ctx: Any, grads_out: list[Tensor]) -> tuple[Any, ...]:
 
 def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Any, ...]:
     """The gradients of all arguments but the bases, as far as they are wanted."""
+    check_is_first_order()
     rows, indices, *rest = ctx.saved_tensors
     weights, factors = rest[: 2 * ctx.slices], rest[2 * ctx.slices :]
     lora_a, lora_b = weights[: ctx.slices], weights[ctx.slices :]
@@ -274,6 +275,22 @@ def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Any, ...]:
     if factors:
         others[-1] = grad_factors
     return *found, *others
+
+
+def check_is_first_order() -> None:
+    """Refuse gradients of gradients, which these formulas would leave LoRA out of.
+
+    Raises:
+        LostGradientError: a backward pass is recorded, to be differentiated again.
+    """
+    # What is compiled is traced with gradients on, and torch itself refuses a second derivative there.
+    if torch.is_grad_enabled() and not is_compiling() and not is_traced():
+        raise LostGradientError(
+            "lora_linear: backward",
+            "first derivatives",
+            "create_graph=True",
+            "Leave it out, or compute this term outside of the `use` block.",
+        )
 
 
 def takes_native_backward(*operands: Tensor) -> bool:

@@ -18,7 +18,7 @@ from xpu_lora_compile.kernels.native import NATIVE_BACKWARD, TRY_ADD_SCALED
 from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.internal import SLOT_PRODUCTS
-from xpu_lora_compile.ops.lora_linear import takes_native_backward
+from xpu_lora_compile.ops.lora_linear import check_is_first_order, takes_native_backward
 
 
 def _trained_linear(
@@ -90,6 +90,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    check_is_first_order()
     rows, lora_a, lora_b, indices, scalings = ctx.saved_tensors
     _, needs_inputs, *_, needs_a, needs_b = ctx.needs_input_grad
     needs_weights = any((*needs_a, *needs_b))
