@@ -99,7 +99,8 @@ def server(tmp_path: Path, padded_model: Path) -> Iterator[str]:
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process:  # noqa: S603
         address = f"http://127.0.0.1:{port}"
         try:
-            for _ in range(180):
+            # A busy machine takes minutes.
+            for _ in range(420):
                 assert process.poll() is None, log.read_text()[-3000:]
                 try:
                     urllib.request.urlopen(f"{address}/health", timeout=1)  # noqa: S310
@@ -112,6 +113,11 @@ def server(tmp_path: Path, padded_model: Path) -> Iterator[str]:
             yield address
         finally:
             process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                # A server that is starting may not listen.
+                process.kill()
 
 
 def test_three_clients_at_once_each_hear_their_own_adapter(server: str, prompts: Any, peft_tokens: Any) -> None:
