@@ -129,11 +129,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(padded_model: Path) -> Engine:
     """Two slots, two adapters in memory; prompts in pieces, prefixes cached; compiled, as by default."""
     from torch._dynamo.utils import counters
+    from vllm.compilation.counter import compilation_counter
 
     import xpu_lora_compile as xlc
 
     # Other engines of this process may have been compiled before.
-    before = counters["stats"]["unique_graphs"]
+    before, compiled = counters["stats"]["unique_graphs"], compilation_counter.num_aot_compiles
     with xlc.record_decisions() as decisions:
         made = Engine(
             padded_model,
@@ -145,15 +146,17 @@ def engine(padded_model: Path) -> Engine:
             block_size=32,
         )
     made.decisions, made.graphs = decisions, counters["stats"]["unique_graphs"] - before
+    made.compilations = compilation_counter.num_aot_compiles - compiled
     return made
 
 
 class Engine:
     """An engine of vLLM in this process, greedy, in float32."""
 
-    # Of its compilation, and how many graphs that were.
+    # Of its compilation, how many graphs that were, and how many vLLM counts.
     decisions: list[Any]
     graphs: int
+    compilations: int
 
     def __init__(self, model: Path, **options: Any) -> None:
         from vllm import LLM
