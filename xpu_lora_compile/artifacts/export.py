@@ -187,9 +187,11 @@ def _layers_of(model: nn.Module) -> dict[str, LoraLayer]:
         raise ArtifactError(where, "one row of slots", "parts that have had names of their own", remedy)
     if model.training:
         raise ArtifactError(where, "a model in evaluation mode", "one in training mode", "Call model.eval() first.")
-    if mixtures := [name for name, layer in layers.items() if hasattr(layer, "lora_pages")]:
+    if mixtures := [name for name, layer in layers.items() if hasattr(layer, "lora_pages") or layer.lora_site.by_name]:
         remedy = "Serve adapters on experts from Python, with bank.use; or attach without them, and export that."
-        raise ArtifactError(where, "slots for A and B of single modules", f"pages of experts, {few(mixtures)}", remedy)
+        raise ArtifactError(
+            where, "slots for A and B of single modules", f"LoRA on experts or routers, {few(mixtures)}", remedy
+        )
     if roomy := [name for name, layer in layers.items() if layer.lora_extras]:
         got = f"a bank with room for more, on {few(roomy)}"
         remedy = (
@@ -698,7 +700,7 @@ def _module(name: str, layer: LoraLayer) -> Module:
         constant = ".".join(filter(None, ("model", name, buffer)))
         stacks.append(Stack(constant, list(stack.shape), list(stack.stride())))
     a, b = stacks
-    sizes = {key: value for key, value in dataclasses.asdict(layer.lora_site).items() if key != "room"}
+    sizes = {key: getattr(layer.lora_site, key) for key in ("kind", "in_features", "out_features", "padded")}
     return Module(**sizes, dtype=name_of_dtype(layer.lora_a.dtype), a=a, b=b)
 
 
