@@ -676,11 +676,12 @@ def free_memory(device: torch.device) -> int | None:
     """Return how many bytes a device has free, those included that PyTorch keeps for later; None where nobody says."""
     if device.type in ("cuda", "xpu"):
         module = getattr(torch, device.type)
-        if not module.is_available():
-            # A model on fake tensors.
+        try:
+            free: int = module.mem_get_info(device)[0]
+            kept: int = module.memory_reserved(device) - module.memory_allocated(device)
+        except (AssertionError, RuntimeError):
+            # A build without that device, for a model on fake tensors; or a driver that does not say.
             return None
-        free: int = module.mem_get_info(device)[0]
-        kept: int = module.memory_reserved(device) - module.memory_allocated(device)
         return free + kept
     if device.type == "cpu":
         try:
