@@ -679,8 +679,8 @@ def free_memory(device: torch.device) -> int | None:
         try:
             free: int = module.mem_get_info(device)[0]
             kept: int = module.memory_reserved(device) - module.memory_allocated(device)
-        except (AssertionError, RuntimeError):
-            # A build without that device, for a model on fake tensors; or a driver that does not say.
+        except (AssertionError, AttributeError, RuntimeError):
+            # A build without that device, for a model on fake tensors; a torch or a driver that does not say.
             return None
         return free + kept
     if device.type == "cpu":
