@@ -119,7 +119,14 @@ def machine(*groups: dict[str, str], properties: Any = B580) -> Iterator[Xpu]:
 
 
 def _add_lora_eagerly(
-    output: Tensor, inputs: Tensor, lora_a: Tensor, lora_b: Tensor, indices: Tensor, columns: int, ranks: Tensor | None
+    output: Tensor,
+    inputs: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    indices: Tensor,
+    columns: int,
+    ranks: Tensor | None,
+    tiles: Tensor | None = None,
 ) -> bool:
     """Add a layer's LoRA by one whole call, as on all accelerators; on a CPU it may be a shrink and an expand."""
     if is_compiling():
