@@ -509,6 +509,10 @@ def test_what_training_does_not_take_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedAdapterError, match=r"LoRA on the experts' model.layers.0.mlp.experts"):
             refused()
     assert not (tmp_path / "out").exists()
+    router = save_fused("Mixtral", tmp_path / "router", 0, target_parameters=["mlp.gate.weight"])
+    bank = xlc.attach(mixture("Mixtral"), adapters={"router": router})
+    with pytest.raises(UnsupportedAdapterError, match=r"LoRA on linear layers; got model.layers.0.mlp.gate"):
+        bank.trainable(["router"])
 
 
 def test_blocks_inside_of_blocks_and_other_terms_keep_their_gradients() -> None:

@@ -176,6 +176,10 @@ class Training:
         if tables:
             remedy = "Train an adapter without LoRA on embeddings, or this one with PEFT."
             raise UnsupportedAdapterError(where, "LoRA on linear layers", few(tables), remedy)
+        # Their layers add LoRA in a way of their own, and know nothing of slots without scaling.
+        if routers := [module for module in loaded.pairs if self._layers[module].lora_site.by_name]:
+            remedy = "Train an adapter without LoRA on routers, or this one with PEFT."
+            raise UnsupportedAdapterError(where, "LoRA on linear layers", few(routers), remedy)
 
     def start(self, name: str, slot: int, loaded: Loaded) -> None:
         """Train an adapter, which can be and is not trained yet."""
