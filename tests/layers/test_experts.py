@@ -11,7 +11,17 @@ import torch
 import transformers
 from peft import PeftModel
 from support.artifacts import save_files
-from support.mixtures import FAMILIES, experts_of, logits_by_peft, mixture, save_forms, save_fused
+from support.mixtures import (
+    FAMILIES,
+    assert_rows,
+    experts_of,
+    logits,
+    logits_by_peft,
+    mixture,
+    save_forms,
+    save_fused,
+    token_ids,
+)
 from support.peft_folders import edited_weights
 from torch import Tensor
 
@@ -27,18 +37,7 @@ def _fresh_dynamo() -> None:
 
 @pytest.fixture
 def tokens() -> Tensor:
-    return torch.randint(1, 64, (4, 6), generator=torch.Generator().manual_seed(7))
-
-
-def logits(model: Any, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(tokens).logits
-    return result
-
-
-def assert_rows(got: Tensor, wanted: dict[str | None, Tensor], names: list[str | None]) -> None:
-    for row, name in enumerate(names):
-        torch.testing.assert_close(got[row], wanted[name][row], atol=2e-6, rtol=1e-5, msg=f"row {row}, {name}")
+    return token_ids()
 
 
 @pytest.mark.sweep

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from support.mixtures import logits_by_peft, mixture, save_fused
+from support.mixtures import assert_rows, logits, logits_by_peft, mixture, save_fused, token_ids
 from torch import Tensor
 
 import xpu_lora_compile as xlc
@@ -20,18 +19,7 @@ def _fresh_dynamo() -> None:
 
 @pytest.fixture
 def tokens() -> Tensor:
-    return torch.randint(1, 64, (4, 6), generator=torch.Generator().manual_seed(7))
-
-
-def logits(model: Any, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(tokens).logits
-    return result
-
-
-def assert_rows(got: Tensor, wanted: dict[str | None, Tensor], names: list[str | None]) -> None:
-    for row, name in enumerate(names):
-        torch.testing.assert_close(got[row], wanted[name][row], atol=2e-6, rtol=1e-5, msg=f"row {row}, {name}")
+    return token_ids()
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,22 @@ def logits_by_peft(family: str, folder: Path | None, tokens: Tensor) -> Tensor:
     if folder is not None:
         with _quiet():
             model = PeftModel.from_pretrained(model, folder).eval()
+    return logits(model, tokens)
+
+
+def token_ids() -> Tensor:
+    """Tokens for four sequences."""
+    return torch.randint(1, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(7))
+
+
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    """What a model computes, without gradients."""
     with torch.no_grad():
-        logits: Tensor = model(tokens).logits
-    return logits
+        result: Tensor = model(tokens).logits
+    return result
+
+
+def assert_rows(got: Tensor, wanted: dict[str | None, Tensor], names: list[str | None]) -> None:
+    """Assert that each row is that of the adapter of its name."""
+    for row, name in enumerate(names):
+        torch.testing.assert_close(got[row], wanted[name][row], atol=2e-6, rtol=1e-5, msg=f"row {row}, {name}")
