@@ -52,3 +52,12 @@ def test_what_peft_calls_all_linear_is_taken_and_compiled(tmp_path: Path, tokens
     compiled, names = torch.compile(model, backend="xpu_lora", fullgraph=True), ["a", None, "a", None]
     with bank.use(names):
         assert_rows(logits(compiled, tokens), wanted, names)
+
+
+def test_a_bank_with_room_for_dora_has_plain_lora_on_routers(tmp_path: Path, tokens: Tensor) -> None:
+    folder = save_fused("GptOss", tmp_path, 0, target_parameters=["mlp.router.weight"])
+    model = mixture("GptOss")
+    bank = xlc.attach(model, adapters={"a": folder}, use_dora=True, bias="all")
+    wanted = {name: logits_by_peft("GptOss", folder if name else None, tokens) for name in ("a", None)}
+    with bank.use(["a", None, "a", None]):
+        assert_rows(logits(model, tokens), wanted, ["a", None, "a", None])

@@ -189,6 +189,9 @@ def room_of(
     Raises:
         AttachError: DoRA takes a weight that nobody can read.
     """
+    if host.site(module).by_name:
+        # PEFT has plain LoRA alone on parameters, and a router returns more than its product.
+        return frozenset()
     if use_dora and not host.has_weight:
         raise AttachError(
             "attach: use_dora",
