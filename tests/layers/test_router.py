@@ -61,3 +61,12 @@ def test_a_bank_with_room_for_dora_has_plain_lora_on_routers(tmp_path: Path, tok
     wanted = {name: logits_by_peft("GptOss", folder if name else None, tokens) for name in ("a", None)}
     with bank.use(["a", None, "a", None]):
         assert_rows(logits(model, tokens), wanted, ["a", None, "a", None])
+
+
+def test_a_new_adapter_on_all_linear_modules_leaves_routers_out(tmp_path: Path) -> None:
+    folder = save_fused("Mixtral", tmp_path, 0, target_parameters=["mlp.gate.weight"])
+    bank = xlc.attach(mixture("Mixtral"), adapters={"a": folder})
+    bank.add("b", r=2)
+    bank.trainable(["b"])
+    assert not any(".gate." in name for name in bank.named_parameters("b"))
+    assert bank.named_parameters("b")

@@ -78,6 +78,11 @@ class ModuleSizes:
     by_name: bool = False
     most_rank: int = 0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether "all-linear" covers it: PEFT leaves out the output embedding, the one along the vocabulary."""
+        return self.kind == "linear" and not self.padded and not self.by_name
+
 
 @dataclass(frozen=True)
 class LoraWeights:
@@ -369,7 +374,7 @@ def modules_in_checkpoint(
 
 
 def _targeted(config: AdapterConfig, sites: Mapping[str, ModuleSizes], base: BaseModel) -> dict[str, ModuleSizes]:
-    return {name: site for name, site in sites.items() if _targets(config, name, _is_plain(site), base)}
+    return {name: site for name, site in sites.items() if _targets(config, name, site.is_plain, base)}
 
 
 def _targets(config: AdapterConfig, name: str, plain_linear: bool, base: BaseModel) -> bool:
@@ -388,11 +393,6 @@ def _saves(config: AdapterConfig, name: str, base: BaseModel) -> bool:
     return config.ensure_weight_tying and any(
         name in group and any(config.saves(other) for other in group) for group in base.tied
     )
-
-
-def _is_plain(site: ModuleSizes) -> bool:
-    # What "all-linear" covers: PEFT leaves out the output embedding, the one linear layer along the vocabulary.
-    return site.kind == "linear" and not site.padded and not site.by_name
 
 
 def _check_ranks(path: Path, config: AdapterConfig, targeted: Iterable[str], max_rank: int) -> None:

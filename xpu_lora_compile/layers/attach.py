@@ -26,7 +26,7 @@ from xpu_lora_compile.errors import AttachError, LoraError, UnmatchedTensorError
 from xpu_lora_compile.generation import follow_generation, generating_methods
 from xpu_lora_compile.layers import HOSTS
 from xpu_lora_compile.layers.declared import Declared
-from xpu_lora_compile.layers.experts import Experts, become_layer, empty_pages
+from xpu_lora_compile.layers.experts import Experts, become_layer, count_pages, empty_pages
 from xpu_lora_compile.layers.extras import ExtraLayer, empty_extras, extra_class, room_of
 from xpu_lora_compile.layers.host import Host, LoraLayer, empty_b, have_hook_call
 from xpu_lora_compile.layers.peft import UNTAKEN, attach_live, checked_live, is_peft_model, taken_over, untaken_in_call
@@ -154,7 +154,7 @@ def attach(
     ):
         got, remedy = repr(trainable_token_indices), "Write trainable_token_indices=4 for adapters with up to 4."
         raise AttachError("attach: trainable_token_indices", "the most tokens of one adapter", got, remedy)
-    experts_rank = max_rank
+    experts_rank = max_rank or 16
     if any(map(_is_lost, model.modules())):
         detach(model)
     hosts = (*HOSTS, Declared(tuple(linear_classes))) if linear_classes else HOSTS
@@ -219,8 +219,7 @@ def attach(
     prepare_for_tracing()
     carriers = targets | {name: (host, module) for name, (host, module, _) in mixtures.items()}
     _check_devices({name: host.device(module) for name, (host, module) in carriers.items()})
-    wanted_rank = experts_rank or max_rank
-    _check_memory(carriers, sites, mixtures, slots, max_rank, wanted_rank, expert_pages, dtype)
+    _check_memory(carriers, sites, mixtures, slots, max_rank, experts_rank, expert_pages, dtype)
     # All memory is taken before the first module changes.
     stacks = {
         name: _empty_stacks(
@@ -240,7 +239,7 @@ def attach(
             module,
             parameters,
             slots,
-            wanted_rank,
+            experts_rank,
             expert_pages,
             dtype or host.dtype(module) or _dtype_of(model),
         )
@@ -342,7 +341,7 @@ def _check_memory(
             values = slots * rank * (sites[name].in_features + sites[name].out_features)
         else:
             chosen = [host.parameter_sites(module)[parameter] for parameter in mixtures[name][2]]
-            count = slots * chosen[0].experts if pages is None else min(pages, slots * chosen[0].experts)
+            count = count_pages(slots, chosen[0].experts, pages)
             values = count * experts_rank * sum(site.in_features + site.out_features for site in chosen)
             of_experts += values * size
         wanted[device] = wanted.get(device, 0) + values * size

@@ -331,6 +331,11 @@ def _is_computed_in(weight: Tensor) -> bool:
     return weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
+def count_pages(slots: int, experts: int, pages: int | None) -> int:
+    """Return P, where a caller wants so many pages: more than one for each expert of each slot have no use."""
+    return slots * experts if pages is None else min(pages, slots * experts)
+
+
 def empty_pages(
     host: Experts,
     module: nn.Module,
@@ -353,7 +358,7 @@ def empty_pages(
     """
     device, sites = host.device(module), host.parameter_sites(module)
     experts = next(iter(sites.values())).experts
-    count = slots * experts if pages is None else min(pages, slots * experts)
+    count = count_pages(slots, experts, pages)
     # A buffer made in inference mode could not be written outside of it.
     with torch.inference_mode(False):
         buffers: dict[str, Tensor] = {}

@@ -39,8 +39,7 @@ def find_targets(
         host, _ = carriers.get(name, (None, module))
         if host is None:
             return isinstance(module, nn.Linear) or _is_declared(module, hosts)
-        site = host.site(module)
-        return site.kind == "linear" and not site.by_name
+        return host.site(module).is_plain
 
     matched = {
         name: module
