@@ -49,6 +49,16 @@ def _plugin() -> None:
     register()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _group_of_experts() -> None:
+    """vLLM makes groups of processes once a process, and where the first model has no experts, none for these."""
+    from vllm.distributed import parallel_state
+
+    if parallel_state.model_parallel_is_initialized() and parallel_state._EP is None:
+        # Of one process, as all groups of these engines.
+        parallel_state._EP = parallel_state._TP
+
+
 def made(kind: str) -> Any:
     """A random model of two layers in which every projection shows."""
     from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
