@@ -184,6 +184,33 @@ def test_training_is_left_to_peft() -> None:
             assert torch.equal(parameter.grad, grads[name])
 
 
+def test_dropout_that_is_in_training_mode_is_left_to_peft_with_a_warning() -> None:
+    model, oracle, _ = pair("qwen2", lora_dropout=0.5)
+    results = []
+    for each in (model, oracle):
+        for layer in lora_layers(each).values():
+            layer.lora_dropout.train()
+        torch.manual_seed(0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            results.append(logits(each))
+        assert [str(warning.message) for warning in caught if "eval()" in str(warning.message)] or each is oracle
+    assert torch.equal(*results)
+    assert_same(logits(model.eval()), logits(oracle.eval()))
+
+
+def test_an_adapter_without_dropout_that_is_added_to_a_model_in_eval_mode_is_served() -> None:
+    model, oracle, _ = pair("qwen2")
+    for each in (model, oracle):
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            each.add_adapter("more", LoraConfig(**{**MODELS["qwen2"][1], "r": 2, "init_lora_weights": False}))
+        each.set_adapter("more", inference_mode=True)
+    called = calls_of_layers(model)
+    assert_same(logits(model), logits(oracle))
+    assert called
+
+
 def test_a_step_of_an_optimizer_is_followed() -> None:
     model, oracle, _ = pair("qwen2")
     before = logits(model)

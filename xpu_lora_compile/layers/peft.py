@@ -523,10 +523,11 @@ class Live:
         """For each sequence what PEFT would give it: an adapter, the sum of some, or none."""
         if any(layer.training for layer in self.layers.values()) or kwargs.get("alora_offsets") is not None:
             raise _LeftToPeft(None)
-        # Dropout alone may be in training mode, to draw several answers.
+        # Dropout alone may be in training mode, to draw several answers. (Without dropout PEFT has an Identity here, which
+        # is in training mode in each adapter that it adds.)
         drops = (layer._modules["lora_dropout"]._modules.values() for layer in self.layers.values())
-        if any(drop.training for of_layer in drops for drop in of_layer):
-            raise _LeftToPeft(None)
+        if any(drop.training and not isinstance(drop, nn.Identity) for of_layer in drops for drop in of_layer):
+            raise _LeftToPeft("dropout of an adapter is in training mode. Call peft_model.eval().")
         if any(parent._modules.get(key) is not wrapper for parent, key, wrapper, _ in self._places):
             raise _LeftToPeft("some of its layers have been replaced since `attach`. Call bank.detach().")
         configs = self._configs_now()
