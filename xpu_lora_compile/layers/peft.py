@@ -523,8 +523,8 @@ class Live:
         """For each sequence what PEFT would give it: an adapter, the sum of some, or none."""
         if any(layer.training for layer in self.layers.values()) or kwargs.get("alora_offsets") is not None:
             raise _LeftToPeft(None)
-        # Dropout alone may be in training mode, to draw several answers. (Without dropout PEFT has an Identity here, which
-        # is in training mode in each adapter that it adds.)
+        # Dropout alone may be in training mode, to draw several answers. Without dropout PEFT has an Identity here, in
+        # training mode in each adapter that it adds.
         drops = (layer._modules["lora_dropout"]._modules.values() for layer in self.layers.values())
         if any(drop.training and not isinstance(drop, nn.Identity) for of_layer in drops for drop in of_layer):
             raise _LeftToPeft("dropout of an adapter is in training mode. Call peft_model.eval().")
