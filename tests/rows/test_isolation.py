@@ -168,7 +168,9 @@ REGULAR = [
     *(BatchFirst, Flattened, TimeFirst, TimeFirstFlattened, Windows, Doubled, DoubledAndFlattened, Repeated, Attention),
     *(Pooled, LastToken, Queries, Mixture),
 ]
-REFUSED = [MixtureOfLayers, Reversed, Sorted, Mixed]
+# Orders that hold for one call, which is followed each time; compiled graphs serve others, too.
+PICKED = [MixtureOfLayers, Reversed, Sorted]
+REFUSED = [Mixed]
 
 
 class Chain(nn.Sequential):
@@ -248,7 +250,7 @@ OTHERS: list[str | None] = ["b", "d", None, "c"]
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("kind", REGULAR)
+@pytest.mark.parametrize("kind", [*REGULAR, *PICKED])
 def test_each_row_has_its_own_adapter_alone(kind: type[nn.Module]) -> None:
     model, bank = attached([BatchFirst, kind])
     for batch, tokens in SIZES:
@@ -296,8 +298,10 @@ def test_each_row_has_its_own_adapter_alone_in_compiled_code(kind: type[nn.Modul
     assert_rows_are_isolated(run, bank, x, NAMES[:3], OTHERS[:3])
 
 
-@pytest.mark.parametrize("execution", ["eager", "compiled"])
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize(
+    ("kind", "execution"),
+    [*((kind, "eager") for kind in REFUSED), *((kind, "compiled") for kind in [*REFUSED, *PICKED])],
+)
 def test_a_model_whose_rows_cannot_be_told_is_refused(kind: type[nn.Module], execution: str) -> None:
     torch._dynamo.reset()
     model, bank = attached([BatchFirst, kind])
@@ -309,7 +313,7 @@ def test_a_model_whose_rows_cannot_be_told_is_refused(kind: type[nn.Module], exe
             run(torch.randn(3, 3, D))
 
 
-KINDS = st.lists(st.sampled_from([*REGULAR, *REFUSED]), min_size=1, max_size=3)
+KINDS = st.lists(st.sampled_from([*REGULAR, *PICKED, *REFUSED]), min_size=1, max_size=3)
 NAME = st.sampled_from([*ADAPTERS, None])
 BATCHES = st.lists(st.tuples(st.lists(NAME, min_size=1, max_size=4), st.integers(1, 5)), min_size=1, max_size=3)
 thoroughly = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)

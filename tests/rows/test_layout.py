@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xpu_lora_compile.rows.layout import UNSAID, Layout, fit
+from xpu_lora_compile.rows.layout import UNSAID, Layout, Picked, fit
 from xpu_lora_compile.rows.owners import GUESS, MIXED, SHARED, UNKNOWN, along, compress, constant
 
 BATCH_FIRST = Layout(0, 1, 1)
@@ -24,7 +24,7 @@ def owners_of(*rows: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32)
 
 
-def rows(layout: Layout, *shape: int, slots: Tensor = SLOTS) -> list[int]:
+def rows(layout: Layout | Picked, *shape: int, slots: Tensor = SLOTS) -> list[int]:
     return layout.rows(slots, shape).tolist()
 
 
@@ -113,19 +113,14 @@ def test_several_tokens_a_row() -> None:
     assert rows(layout, 4, 2, slots=TOKENS) == [7, 7, 5, 5, 5, 5, 9, 9]
 
 
-def test_tokens_of_two_sequences_in_one_row_are_refused() -> None:
-    assert isinstance(fit(owners_of(0, 1, 1, 2), [4], 3, [3, 3, 2]), str)
+# Orders that hold for one call alone.
 
 
-def test_packed_tokens_that_were_dropped_are_refused() -> None:
-    assert isinstance(fit(OF_TOKENS[1:], [7], 3, LENGTHS), str)
-
-
-def test_packed_tokens_of_sequences_that_changed_places_are_refused() -> None:
-    assert isinstance(fit(OF_TOKENS.flip(0), [8], 3, LENGTHS), str)
-
-
-# What is refused.
+def test_packed_tokens_that_were_dropped_or_changed_places_are_picked() -> None:
+    for line in (OF_TOKENS[1:], OF_TOKENS.flip(0), OF_TOKENS[[0, 3, 5, 7, 6, 1]]):
+        layout = fit(line, [len(line)], 3, LENGTHS)
+        assert isinstance(layout, Picked)
+        assert rows(layout, len(line), slots=TOKENS) == [[7, 5, 9][owner] for owner in line]
 
 
 @pytest.mark.parametrize(
@@ -143,12 +138,29 @@ def test_packed_tokens_of_sequences_that_changed_places_are_refused() -> None:
     ],
     ids=str,
 )
-def test_an_irregular_order_is_refused(line: list[int]) -> None:
-    assert fit(owners_of(*line), [len(line)], 3) == "the sequences lie in no regular order"
+def test_rows_in_an_irregular_order_are_picked(line: list[int]) -> None:
+    layout = fit(owners_of(*line), [len(line)], 3)
+    assert isinstance(layout, Picked)
+    assert layout.why == "the sequences lie in no regular order"
+    assert rows(layout, len(line)) == [[7, 5, 9][owner] for owner in line]
 
 
-def test_a_diagonal_order_is_refused() -> None:
-    assert isinstance(fit(torch.tensor([[0, 1, 2], [1, 2, 0], [2, 0, 1]], dtype=torch.int32), [3, 3], 3), str)
+def test_rows_that_values_order_are_picked_even_where_they_lie_well() -> None:
+    layout = fit(along(0, 2, 3), [3, 2], 3, by_data=True)
+    assert isinstance(layout, Picked)
+    assert rows(layout, 3, 2) == [7, 7, 5, 5, 9, 9]
+
+
+def test_a_diagonal_order_is_picked() -> None:
+    diagonal = torch.tensor([[0, 1, 2], [1, 2, 0], [2, 0, 1]], dtype=torch.int32)
+    assert rows(fit(diagonal, [3, 3], 3), 3, 3) == [7, 5, 9, 5, 9, 7, 9, 7, 5]
+
+
+def test_rows_of_one_sequence_alone_are_picked() -> None:
+    assert rows(fit(constant(1, 2), [3, 3], 3), 3, 3) == [5] * 9
+
+
+# What is refused.
 
 
 def test_one_mixed_row_is_enough_to_be_refused() -> None:
@@ -164,10 +176,6 @@ def test_a_size_that_happens_to_fit_says_nothing(size: int) -> None:
 def test_one_row_of_nobody_leaves_the_order_unknown() -> None:
     assert isinstance(fit(owners_of(0, SHARED, 2), [3], 3), str)
     assert isinstance(fit(owners_of(0, UNKNOWN, 2), [3], 3), str)
-
-
-def test_a_row_of_one_sequence_alone_is_refused() -> None:
-    assert isinstance(fit(constant(1, 2), [3, 3], 3), str)
 
 
 # Columns that are not known, and guesses.
@@ -262,9 +270,12 @@ def test_random_owners_in_a_regular_order_are_found_again(
 def test_whatever_is_found_gives_every_row_to_its_owner(batch: int, line: list[int]) -> None:
     assume(max(line) < batch)
     owners = owners_of(*line)
-    layout = fit(owners, [len(line)], batch)
-    if isinstance(layout, Layout):
-        assert layout.rows(torch.arange(batch), [len(line)]).tolist() == line
+    for by_data in (False, True):
+        layout = fit(owners, [len(line)], batch, by_data=by_data)
+        if min(line) < 0:
+            assert isinstance(layout, str)
+        else:
+            assert layout.rows(torch.arange(batch), [len(line)]).tolist() == line
 
 
 @thoroughly
@@ -276,7 +287,7 @@ def test_random_packed_owners_are_found_again(lengths: list[int], rows_a_token: 
     layout = fit(line, [len(line)], len(lengths), lengths)
     if tokens_a_row == 2 and rows_a_token == 3:
         # Three rows for two tokens.
-        assert isinstance(layout, str)
+        assert isinstance(layout, Picked)
         return
     assert isinstance(layout, Layout)
     assert layout.takes(len(line), sum(lengths))

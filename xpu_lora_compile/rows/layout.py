@@ -1,4 +1,4 @@
-"""Layout: how a layer's rows come from the sequences, as a rule that holds for other sizes too."""
+"""How a layer's rows come from the sequences: a `Layout` holds for other sizes too, `Picked` for one call alone."""
 
 from __future__ import annotations
 
@@ -61,10 +61,28 @@ class Layout(NamedTuple):
         return line.view(places).expand(list(shape)).reshape(-1)
 
 
+class Picked(NamedTuple):
+    """Rows in an order that holds for this call alone: values may decide it, as where a router picks rows for experts.
+
+    Args:
+        places: `[T]`, int64: for each row where its slot is among those of the sequences.
+        why: they have no layout.
+    """
+
+    places: Tensor
+    why: str
+
+    def rows(self, slots: Tensor, shape: Sequence[int]) -> Tensor:
+        """As `Layout.rows`."""
+        return slots[self.places.to(slots.device)]
+
+
 UNSAID = "nobody said whose rows these are"
 
 
-def fit(owners: Tensor, shape: Sequence[int], batch: int, lengths: Sequence[int] | None = None) -> Layout | str:
+def fit(
+    owners: Tensor, shape: Sequence[int], batch: int, lengths: Sequence[int] | None = None, *, by_data: bool = False
+) -> Layout | Picked | str:
     """The layout of rows with these owners, or what is wrong with them.
 
     Args:
@@ -72,6 +90,7 @@ def fit(owners: Tensor, shape: Sequence[int], batch: int, lengths: Sequence[int]
         shape: of the same.
         batch: the number of sequences, at least 2.
         lengths: of the sequences in a packed batch, in tokens.
+        by_data: whether values decide the order of the rows.
     """
     if bool((owners == MIXED).any()):
         return "several sequences are mixed in a row"
@@ -81,6 +100,8 @@ def fit(owners: Tensor, shape: Sequence[int], batch: int, lengths: Sequence[int]
     if not bool((owners >= 0).any()):
         return UNSAID if unknown else "these rows belong to no sequence: all share them"
     owners = torch.where(owners < 0, -1, owners)
+    if by_data:
+        return _picked(owners, shape, batch, lengths, "the model computes by an index which rows these are")
     for dimension, size in enumerate(shape):
         line = compress(fold(owners, [at for at in range(owners.dim()) if at != dimension])).flatten()
         if len(line) != size or bool((line < 0).any()):
@@ -88,7 +109,18 @@ def fit(owners: Tensor, shape: Sequence[int], batch: int, lengths: Sequence[int]
         layout = _fit_packed(line, dimension, lengths) if lengths else _fit_line(line, dimension, size, batch)
         if layout:
             return layout
-    return "the sequences lie in no regular order"
+    return _picked(owners, shape, batch, lengths, "the sequences lie in no regular order")
+
+
+def _picked(owners: Tensor, shape: Sequence[int], batch: int, lengths: Sequence[int] | None, why: str) -> Picked | str:
+    if not bool(((owners >= 0) & (owners < batch)).all()):
+        return why
+    places = owners.expand(list(shape)).reshape(-1).long()
+    if lengths:
+        # Each token has a slot: that of the sequence's first one is as good as any.
+        sizes = torch.tensor(lengths)
+        places = (sizes.cumsum(0) - sizes)[places]
+    return Picked(places, why)
 
 
 def _fit_line(line: Tensor, dimension: int, size: int, batch: int) -> Layout | None:

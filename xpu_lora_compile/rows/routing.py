@@ -31,7 +31,7 @@ from xpu_lora_compile.rows.inputs import (
     shape_of_mask,
 )
 from xpu_lora_compile.rows.inputs import described as described_as
-from xpu_lora_compile.rows.layout import UNSAID, Layout
+from xpu_lora_compile.rows.layout import UNSAID, Layout, Picked
 from xpu_lora_compile.rows.owners import GUESS, UNKNOWN, along, constant
 from xpu_lora_compile.rows.watch import Watch
 from xpu_lora_compile.torch_internals import (
@@ -114,6 +114,9 @@ class BatchRouting:
         self._proofs: dict[Hashable, dict[tuple[str, int], Layout]] = {}
         # What the call that is followed has shown so far, by layer and the dimensions of its rows.
         self._found: dict[tuple[str, int], Layout] = {}
+        # In this block: layers whose rows the model picks, and in the call that is followed, as `_found`.
+        self._picked: set[str] = set()
+        self._picked_now: set[tuple[str, int]] = set()
         # The same of all calls that have succeeded, by what they had in common, as a number, or whatever they had (-1);
         # None where two disagree.
         self._anywhere: dict[tuple[int, str, int], Layout | None] = {}
@@ -147,7 +150,7 @@ class BatchRouting:
     def point(self, slots: Tensor | None, block: Any = None, lengths: tuple[int, ...] | None = None) -> None:
         """Have layers use these slots from now on; None outside of all blocks."""
         self._abandon()
-        self._rows, self._rows_of_call, self._shown = {}, {}, {}
+        self._rows, self._rows_of_call, self._shown, self._picked = {}, {}, {}, set()
         self.block, self.lengths = block, lengths
         self.uniform = slots is not None and len(set(block.slots_of(self.part))) == 1
         self.named = slots is not None and any(slot >= 0 for slot in block.slots_of(self.part))
@@ -201,6 +204,8 @@ class BatchRouting:
                 layer.lora_name, inputs, "torch.func or vmap hides a dimension", "Call the model on the whole batch."
             )
         layout = self._layout(layer, inputs, features)
+        if isinstance(layout, Picked):
+            return layout.rows(slots, shape)
         rows = slots[:1].expand(shape.numel()) if layout is UNIFORM else self._by(layout, slots, shape, layer)
         # On other devices graphs may be captured, which must compute the rows anew in each replay.
         if slots.device.type == "cpu":
@@ -286,7 +291,7 @@ class BatchRouting:
         if is_known or compiled:
             # Where Dynamo is at work, the graph shows what a watch would.
             return
-        self._proof, self._found = dict(self._stale.get(kind, {})), {}
+        self._proof, self._found, self._picked_now = dict(self._stale.get(kind, {})), {}, set()
         self._watch = Watch(len(self.lengths or self.sequence_slots), self.lengths)
         self._mark(self._watch, inputs, batched)
         self._watch.start()
@@ -355,7 +360,7 @@ class BatchRouting:
                         self._kinds_that_look.add(kind)
                         self._looked_at = None
                         kind = kind, _masks_of(named_inputs(module, args, kwargs))
-                    if kind is not None and not watch.looked_at_values:
+                    if kind is not None and not watch.looked_at_values and not self._picked_now:
                         is_open = any(layout[1:] != (1, 1) for layout in self._proof.values())
                         if len(self._proofs) >= MOST_PROOFS:
                             self._proofs.clear()
@@ -363,12 +368,20 @@ class BatchRouting:
                     for (name, rows), layout in self._found.items():
                         for number in {self.running, -1}:
                             if self._anywhere.setdefault((number, name, rows), layout) not in (layout, None):
-                                self._anywhere[number, name, rows] = None
-                                self.doubts[number] = self.doubts.get(number, 0) + 1
+                                self._doubt(number, name, rows)
+                    for name, rows in self._picked_now:
+                        for number in {self.running, -1}:
+                            self._doubt(number, name, rows)
             finally:
                 watch.forget()
         # What follows is no part of this call.
         self._proof = {}
+
+    def _doubt(self, number: int, name: str, rows: int) -> None:
+        """Calls of a number give a layer rows in several ways: code that relies on one of them is not used again."""
+        if self._anywhere.get((number, name, rows), UNIFORM) is not None:
+            self._anywhere[number, name, rows] = None
+            self.doubts[number] = self.doubts.get(number, 0) + 1
 
     def note_read(self, layer: Any) -> None:
         """The weight of a layer is read in eager code, by the layer or by something else."""
@@ -401,7 +414,7 @@ class BatchRouting:
 
     # Eager calls.
 
-    def _layout(self, layer: Any, inputs: Tensor, features: int) -> Layout:
+    def _layout(self, layer: Any, inputs: Tensor, features: int) -> Layout | Picked:
         key = layer.lora_name, inputs.dim()
         if self._watch is not None:
             found = self._watch.layout_of(inputs, features)
@@ -409,6 +422,10 @@ class BatchRouting:
                 if self.uniform:
                     return UNIFORM
                 raise self.unproved(layer.lora_name, inputs, found)
+            if isinstance(found, Picked):
+                self._picked.add(layer.lora_name)
+                self._picked_now.add((layer.lora_name, inputs.dim() - features))
+                return found
             if self._proof.setdefault(key, found) != found:
                 raise self.unproved(layer.lora_name, inputs, "one call of the model gives it rows in two orders")
             self._found[layer.lora_name, inputs.dim() - features] = found
@@ -431,6 +448,9 @@ class BatchRouting:
             why = "torch.compile left it to Python, and no call that was followed has reached it"
             rows = inputs.shape[: inputs.dim() - features]
             raise self.unproved(layer.lora_name, inputs, *self.why_unknown(layer.lora_name, rows, self.running, why))
+        if layer.lora_name in self._picked and torch.is_grad_enabled() and current_backward() is not None:
+            why = "the model picks its rows by values, and a checkpoint runs it again"
+            raise self.unproved(layer.lora_name, inputs, why, "Switch gradient checkpointing off for this model.")
         if self._entered is not None:
             self._follow_again()
             why = "earlier calls with such inputs did not reach it, so that their rows were not followed to it"

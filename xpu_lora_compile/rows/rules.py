@@ -624,6 +624,8 @@ def written(step: Step) -> Tensor:
         # A number is written where an index says.
         asked = [step.owners(index) for index in rest if index.dim() == target.dim()]
         return merge([owners, *(fold(owners, [step.argument("dim", 0)]) for owners in asked)])
+    if not source.numel():
+        return owners
     given = step.owners(source)
     is_owned = bool(((owners >= 0) & (owners < GUESS)).all())
     if not bool(((given >= 0) & (given < GUESS) | (given == MIXED)).any()):
@@ -638,11 +640,14 @@ def written(step: Step) -> Tensor:
     moves = any(owners.shape[at] > 1 for at in dims) or any(
         given.shape[at - target.dim() + given.dim()] > 1 for at in dims if at - target.dim() + given.dim() >= 0
     )
-    if not moves and given.dim() == owners.dim():
+    unread = any(is_fake(index) for index in indices)
+    # Rows of one sequence alone that are written into nobody's places leave the others nobody's.
+    is_part = given.numel() == 1 and not is_owned and not unread
+    if not moves and not is_part and given.dim() == owners.dim():
         # Whatever the index says, rows stay with their owners.
         return merge([owners, given])
     step.by_data |= any(step.may_change(index) for index in indices)
-    if any(is_fake(index) for index in indices):
+    if unread:
         step.by_data = True
         return constant(UNKNOWN, target.dim())
     before = owners.expand(target.shape).clone()
@@ -690,10 +695,13 @@ def _accumulated(target: Tensor, name: str, dimension: int, index: Tensor, sourc
     """The owner of what is added up in each place."""
     if bool((source == MIXED).any()):
         return torch.full_like(target, MIXED)
-    add = "scatter_reduce_" if name.startswith("scatter") else "index_reduce_"
+    if name.startswith("index"):
+        # `index_reduce` warns that it is in beta.
+        index = index.view([-1 if at == dimension % source.dim() else 1 for at in range(source.dim())])
+        index = index.expand(source.shape)
     highest, lowest = torch.full_like(target, SHARED), torch.full_like(target, GUESS)
-    getattr(highest, add)(dimension, index, source, "amax")
-    getattr(lowest, add)(dimension, index, torch.where(source < 0, GUESS, source), "amin")
+    highest.scatter_reduce_(dimension, index, source, "amax")
+    lowest.scatter_reduce_(dimension, index, torch.where(source < 0, GUESS, source), "amin")
     return torch.where(highest < 0, SHARED, torch.where(lowest == highest, highest, MIXED))
 
 

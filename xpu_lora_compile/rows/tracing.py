@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from xpu_lora_compile.errors import counted
 from xpu_lora_compile.rows.inputs import named_inputs, parameters
-from xpu_lora_compile.rows.layout import UNSAID, Layout
+from xpu_lora_compile.rows.layout import UNSAID, Layout, Picked
 from xpu_lora_compile.rows.owners import UNKNOWN, constant
 from xpu_lora_compile.rows.rules import library_op
 from xpu_lora_compile.rows.watch import Watch
@@ -261,7 +261,9 @@ class Trace:
         if self.watch.batch < 2 and not self.routing.lengths:
             return 0, 1, 0
         with without_tracing():
-            return self.watch.layout_of(value, features)
+            found = self.watch.layout_of(value, features)
+        # A graph serves other calls, too.
+        return found.why if isinstance(found, Picked) else found
 
     def advance(self) -> None:
         """Follow what has been added to the graph."""

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from xpu_lora_compile.rows import rules
-from xpu_lora_compile.rows.layout import Layout, fit
+from xpu_lora_compile.rows.layout import Layout, Picked, fit
 from xpu_lora_compile.rows.owners import GUESS, MIXED, SHARED, UNKNOWN, Owned, compress, constant, fold
 from xpu_lora_compile.torch_internals import decomposed, is_composite, without_modes
 
@@ -78,8 +78,8 @@ class Watch(TorchDispatchMode):
         marks = vars(tensor).get(_ATTRIBUTE)
         return None if marks is None else marks.get(id(self))
 
-    def layout_of(self, inputs: Tensor, features: int) -> Layout | str:
-        """The layout of a layer's input, or what is wrong with it.
+    def layout_of(self, inputs: Tensor, features: int) -> Layout | Picked | str:
+        """The layout of a layer's input, whose rows they are in this call alone, or what is wrong with it.
 
         Args:
             inputs: of the layer.
@@ -91,9 +91,7 @@ class Watch(TorchDispatchMode):
         rows = inputs.dim() - features
         owners = fold(owned.owners, range(rows, inputs.dim()))
         owners = owners.reshape(owners.shape[:rows])
-        found = fit(owners, inputs.shape[:rows], self.batch, self.lengths)
-        if isinstance(found, Layout) and owned.by_data:
-            found = "the model computes by an index which rows these are"
+        found = fit(owners, inputs.shape[:rows], self.batch, self.lengths, by_data=owned.by_data)
         if isinstance(found, str):
             return f"{found} ({owned.cause})" if owned.cause else found
         # Whoever the rows were guessed to belong to: they are theirs once they have got their adapter.
