@@ -196,17 +196,17 @@ class Launch:
 
     def operand(self, name: str) -> Any:
         """The argument of a parameter of the kernel."""
-        return self.operands[getattr(_kernels(), self.kernel).arg_names.index(name)]
+        return self.operands[triton_launch.kernel_named(self.kernel).arg_names.index(name)]
 
     def constants(self) -> dict[str, Any]:
         """What is compiled into the kernel, by name: its constexprs and Triton's options."""
-        function = getattr(_kernels(), self.kernel)
+        function = triton_launch.kernel_named(self.kernel)
         names = [function.arg_names[at] for at in function.constexprs]
         return {name: self.operand(name) for name in names} | self.options
 
     def compiled(self) -> Any:
         """Triton's compiled kernel, for the device of the block that this is called in."""
-        return getattr(_kernels(), self.kernel).warmup(*self.operands, grid=self.grid, **self.options)
+        return triton_launch.kernel_named(self.kernel).warmup(*self.operands, grid=self.grid, **self.options)
 
 
 @contextmanager
@@ -237,9 +237,3 @@ def launches_of(run: Callable[[], object], sizes: Sizes | None = None) -> list[L
     finally:
         triton_launch._launch = real
     return noted
-
-
-def _kernels() -> Any:
-    from xpu_lora_compile.kernels import triton_kernels
-
-    return triton_kernels
