@@ -70,7 +70,6 @@ class GradientSizes(NamedTuple):
     columns: int = 128
     sum_columns: int = 64
     sum_rows: int = 64
-    sum_stages: int = 3
     warps: int = 4
 
 
@@ -81,7 +80,7 @@ def gradient_sizes_for(device: str, dtype: torch.dtype) -> GradientSizes:
         if dtype == torch.float32:
             return GradientSizes(ranks=16, columns=32, sum_columns=32, sum_rows=16, warps=8)
         return GradientSizes(ranks=16, columns=64, sum_rows=32)
-    return GradientSizes(sum_rows=32) if dtype == torch.float32 else GradientSizes()
+    return GradientSizes(sum_rows=16) if dtype == torch.float32 else GradientSizes()
 
 
 # Each call asks four times.

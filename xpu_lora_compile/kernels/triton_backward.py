@@ -62,12 +62,29 @@ def inputs_gradient_kernel(
     tl.store(place, _rounded(total, gradient.dtype.element_ty), mask=is_row[:, None] & (n < features)[None, :])
 
 
+@triton.jit
+def _members(members, start, end, CHUNK: tl.constexpr):
+    """The next CHUNK rows of a slot; -1 beyond its end."""
+    lane = start + tl.arange(0, CHUNK)
+    return tl.load(members + lane, mask=lane < end, other=-1)
+
+
+@triton.jit
+def _factors(hidden, h_row, r, rank, x, x_row, x_column, n, columns, rows):
+    """`[R, rows]` of the rank vectors, and `[rows, columns]` of what they are multiplied with; zero in no row."""
+    is_row = rows >= 0
+    at = tl.where(is_row, rows, 0).to(tl.int64)
+    left = tl.load(hidden + r[:, None] + at[None, :] * h_row, mask=(r < rank)[:, None] & is_row[None, :], other=0.0)
+    place = x + at[:, None] * x_row + n.to(tl.int64)[None, :] * x_column
+    return left, tl.load(place, mask=is_row[:, None] & (n < columns)[None, :], other=0.0)
+
+
 @triton.jit(do_not_specialize=["tile_count"])
 def weights_gradient_kernel(
     targets, t_slot, t_rank, t_column, hidden, h_row, x, x_row, x_column,
     tiles, tile_count, block_count, slots, ranks, columns, scalings,
     HAS_SCALINGS: tl.constexpr, SOME: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr, SCAN: tl.constexpr,
-    BR: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Program (a slot and a block of columns, a block of ranks): that part of the slot's dA, or of its dB^T.
 
@@ -97,23 +114,21 @@ def weights_gradient_kernel(
         count += tl.sum(is_mine.to(tl.int32))
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     n = tl.program_id(0) % block_count * BN + tl.arange(0, BN)
-    column = n.to(tl.int64)[None, :]
     members = tiles + tile_count + first * BM
+    end = count * BM
     total = tl.zeros([BR, BN], tl.float32)
-    for start in tl.range(0, count * BM, CHUNK, num_stages=STAGES):
-        lane = start + tl.arange(0, CHUNK)
-        rows = tl.load(members + lane, mask=lane < count * BM, other=-1)
-        is_row = rows >= 0
-        at = tl.where(is_row, rows, 0).to(tl.int64)
-        left = tl.load(
-            hidden + r[:, None] + at[None, :] * h_row, mask=(r < rank)[:, None] & is_row[None, :], other=0.0
-        )
-        right = tl.load(
-            x + at[:, None] * x_row + column * x_column, mask=is_row[:, None] & (n < columns)[None, :], other=0.0
-        )
+    # Rows are known two steps ahead, and what they hold is read one step ahead.
+    rows = _members(members, 0, end, CHUNK)
+    left, right = _factors(hidden, h_row, r, rank, x, x_row, x_column, n, columns, rows)
+    rows = _members(members, CHUNK, end, CHUNK)
+    for start in range(0, end, CHUNK):
+        next_left, next_right = _factors(hidden, h_row, r, rank, x, x_row, x_column, n, columns, rows)
+        rows = _members(members, start + 2 * CHUNK, end, CHUNK)
         total = _rank_product(left, right, total)
+        left = next_left
+        right = next_right
     if HAS_SCALINGS:
         # Without rows it is 0, whatever that is scaled by.
         total = tl.where(count == 0, 0.0, total * tl.load(scalings + slot))
-    place = target + r.to(tl.int64)[:, None] * rank_stride + column * column_stride
+    place = target + r.to(tl.int64)[:, None] * rank_stride + n.to(tl.int64)[None, :] * column_stride
     tl.store(place, _rounded(total, target.dtype.element_ty), mask=(r < rank)[:, None] & (n < columns)[None, :])

@@ -207,6 +207,5 @@ def _sum_by_slot(
             _SCAN,
             block,
             sizes.sum_columns,
-            sizes.sum_stages,
             num_warps=sizes.warps,
         )
