@@ -15,6 +15,7 @@ from xpu_lora_compile.kernels.triton_launch import Triton
 GROUPS = every_launch()
 # float16 for one of the two, since it takes minutes.
 TRIED = [(device, group) for device in ("pvc", "bmg") for group in GROUPS if (device, group[-4:]) != ("pvc", "fp16")]
+ROUTING = ("route_kernel", "route_alone_kernel", "route_sorted_kernel")
 # Triton (3.3) makes no use of the matrix engine of a device whose sub-groups may be of 8.
 WITH_MATRIX_ENGINE = ("pvc", "bmg", "lnl")
 
@@ -27,10 +28,8 @@ def compiled(launch: Launch, device: str, **options: Any) -> dict[str, Any]:
 
 
 def test_every_kernel_is_asked_for() -> None:
-    kernels = [
-        "route_kernel",
-        *(f"{name}, {of}" for name in ("expand_kernel", "shrink_kernel") for of in ("bf16", "fp16", "fp32")),
-    ]
+    multiplying = "expand_kernel", "shrink_kernel", "inputs_gradient_kernel", "weights_gradient_kernel"
+    kernels = [*ROUTING, *(f"{name}, {of}" for name in multiplying for of in ("bf16", "fp16", "fp32"))]
     assert sorted(GROUPS) == sorted(kernels)
 
 
@@ -41,7 +40,7 @@ def test_every_size_compiles(device: str, group: str) -> None:
         assert stages["spv"][:4] == b"\x03\x02\x23\x07", launch.constants()
         # Sums are always taken in the same order.
         assert "atomicrmw" not in stages["llir"], launch.constants()
-        if "fp32" not in group and launch.kernel != "route_kernel":
+        if "fp32" not in group and launch.kernel not in ROUTING:
             assert "matrix_mad" in stages["llir"], launch.constants()
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from xpu_lora_compile.kernels import triton_launch
+from xpu_lora_compile.kernels import triton_gradients, triton_launch
 from xpu_lora_compile.kernels.sizes import Sizes
 
 # What torch.xpu.get_device_properties() says, as far as Triton asks. `architecture` 0: it then asks no ocloc.
@@ -212,16 +212,17 @@ class Launch:
 @contextmanager
 def sized_for_xpu(sizes: Sizes | None = None) -> Iterator[None]:
     """Have tensors on a CPU be given the sizes of tiles that those on an Intel GPU are given, or these."""
-    real = triton_launch.sizes_for
+    real, real_of_gradients = triton_launch.sizes_for, triton_gradients.gradient_sizes_for
 
     def sizes_for(rows: int, rank: int, width: int, _device: str = "", kind: str = "plain") -> Sizes:
         return sizes or real(rows, rank, width, "xpu", kind)
 
     triton_launch.sizes_for = sizes_for
+    triton_gradients.gradient_sizes_for = lambda _device, dtype: real_of_gradients("xpu", dtype)
     try:
         yield
     finally:
-        triton_launch.sizes_for = real
+        triton_launch.sizes_for, triton_gradients.gradient_sizes_for = real, real_of_gradients
 
 
 def launches_of(run: Callable[[], object], sizes: Sizes | None = None) -> list[Launch]:
