@@ -25,6 +25,8 @@ ROWS, RANKS = (8, 300, 2048), (16, 32, 64)
 # Whole pieces of D, pieces that end within a step, one piece, less than one; and rows that no block load can read.
 FEATURES = (4096, 1008, 256, 100, 1001)
 PACKED = (1024, 256, 256)
+# The kernels that multiply nothing.
+ROUTING = ("route_kernel", "route_alone_kernel", "route_sorted_kernel")
 
 
 def lora_call(

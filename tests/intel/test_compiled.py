@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from intel.calls import every_launch, lora_call
+from intel.calls import ROUTING, every_launch, lora_call
 from intel.toolchain import DEVICES, Launch, compiling_for, launches_of
 
 from xpu_lora_compile.kernels.triton_launch import Triton
@@ -15,7 +15,6 @@ from xpu_lora_compile.kernels.triton_launch import Triton
 GROUPS = every_launch()
 # float16 for one of the two, since it takes minutes.
 TRIED = [(device, group) for device in ("pvc", "bmg") for group in GROUPS if (device, group[-4:]) != ("pvc", "fp16")]
-ROUTING = ("route_kernel", "route_alone_kernel", "route_sorted_kernel")
 # Triton (3.3) makes no use of the matrix engine of a device whose sub-groups may be of 8.
 WITH_MATRIX_ENGINE = ("pvc", "bmg", "lnl")
 

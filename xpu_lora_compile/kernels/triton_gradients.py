@@ -142,6 +142,8 @@ def _write_inputs(
     # One block of ranks for all slices; where one multiplies float32, all have tiles of that.
     dtype = torch.float32 if torch.float32 in {a.dtype for a in lora_a} else lora_a[0].dtype
     sizes = gradient_sizes_for(gradient.device.type, dtype)
+    if not features:
+        return
     blocks = -(-features // sizes.columns)
     form.launch(
         "inputs_gradient_kernel",
@@ -176,6 +178,8 @@ def _sum_by_slot(
     form: Form,
 ) -> None:
     """Write the sums of `hidden[t] rows[t]^T` over the rows of each slot, of all `count` slots or of some at a time."""
+    if not targets.columns:
+        return
     sizes = gradient_sizes_for(rows.device.type, rows.dtype)
     blocks = -(-targets.columns // sizes.sum_columns)
     for start in range(0, len(targets.tensors), SLOTS_AT_ONCE):
