@@ -1,15 +1,20 @@
-"""The Triton kernels of gradients: in Triton's interpreter on a CPU, compiled where XPU_LORA_TEST_DEVICE names a GPU."""
+"""The Triton kernels of gradients: compiled where XPU_LORA_TEST_DEVICE names a GPU, interpreted on a CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from kernels.test_visible import said_by_the_driver
 from support.cases import BF16, DEVICE, F16, F32, F64, I32, I64, same_bits
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch.fx import GraphModule
 
 from xpu_lora_compile import lora_linear
 from xpu_lora_compile.kernels import force_kernel, takes_triton_backward, triton_gradients, triton_launch
@@ -201,6 +206,27 @@ def test_autograd_takes_the_kernels_and_not_plain_products(layer: str, monkeypat
     assert launched == ["route_kernel", *sums, *sums, "inputs_gradient_kernel"]
 
 
+def test_a_graph_of_the_backward_pass_has_one_call() -> None:
+    texts: list[str] = []
+
+    def noted(module: GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
+        texts.append(str(module.graph))
+        return make_boxed_func(module.forward)
+
+    def function(base: Tensor, x: Tensor, a: Tensor, b: Tensor, indices: Tensor) -> Tensor:
+        return lora_linear(base, x, [a], [b], indices, [0], 0.75)
+
+    torch._dynamo.reset()
+    call = Call(Shape(T=3))
+    leaves = [tensor.requires_grad_() for tensor in (call.x, *call.a, *call.b)]
+    with force_kernel("triton"):
+        compiled: Any = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=noted))
+        got = torch.autograd.grad(compiled(call.bases[0], *leaves, call.indices), leaves, call.grads)
+    torch.testing.assert_close(got, tuple(call.gradients()))
+    # On a GPU AOT has put the launches in its place.
+    assert [text.count("xpu_lora.triton_backward") for text in texts] == [0, int(triton_launch.is_interpreting())]
+
+
 def test_what_the_kernels_cannot_compute_is_left_to_plain_products() -> None:
     x, a, b = torch.ones(2, 3), torch.ones(4, 1, 3), torch.ones(4, 5, 1)
     call = [torch.ones(2, 5)], x, [a], [b]
@@ -323,12 +349,30 @@ def test_the_op_is_what_its_schema_says(slots: list[int]) -> None:
     torch.library.opcheck(TRITON_BACKWARD, (*operands, True, True), test_utils=tests)
 
 
+# What Inductor makes of the op, without a GPU.
+
+
+def test_inductor_launches_the_kernels_and_copies_nothing(tmp_path: Path) -> None:
+    """Where the number of rows is symbolic."""
+    report = said_by_the_driver("cuda", tmp_path, "gradients")
+    # The routing, four a slice, dX; once for two slices, and once for trained slots.
+    assert report["launches"] == report["runs"] == (1 + 4 * 2 + 1) + (1 + 4 + 1)
+    assert report["python"] == report["copies"] == []
+    assert sorted(report["compiled"]) == [
+        "inputs_gradient_kernel_0_1_without_scalings_flat",
+        "inputs_gradient_kernel_0_flat",
+        "route_kernel_flat",
+        "shrink_kernel_0_without_ranks_flat",
+        "weights_gradient_kernel_0_1_flat",
+        "weights_gradient_kernel_0_without_scalings_flat",
+    ]
+    assert all(report["compiled"].values())
+
+
 def test_without_features_there_are_no_gradients_of_them() -> None:
     x, a, b = torch.ones(3, 0, device=DEVICE), torch.ones(2, 2, 0, device=DEVICE), torch.ones(2, 4, 2, device=DEVICE)
     leaves = [tensor.requires_grad_() for tensor in (x, a, b)]
     with force_kernel("triton"):
-        result = lora_linear(
-            torch.ones(3, 4, device=DEVICE), x, [a], [b], torch.tensor([0, 1, -1], device=DEVICE), [0]
-        )
+        result = lora_linear(torch.ones(3, 4, device=DEVICE), x, [a], [b], torch.tensor([0, 1, -1], device=DEVICE), [0])
         of_x, of_a, of_b = torch.autograd.grad(result.sum(), leaves)
     assert (of_x.shape, of_a.shape, of_b.tolist()) == (x.shape, a.shape, torch.zeros(2, 4, 2).tolist())

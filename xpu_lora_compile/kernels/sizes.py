@@ -77,9 +77,8 @@ def gradient_sizes_for(device: str, dtype: torch.dtype) -> GradientSizes:
     """The sizes by what is multiplied by rank vectors: A, the inputs or the gradients."""
     if device == "xpu":
         # As `_xpu_sizes`: all is to stay in 128 registers.
-        if dtype == torch.float32:
-            return GradientSizes(ranks=16, columns=32, sum_columns=32, sum_rows=16, warps=8)
-        return GradientSizes(ranks=16, columns=64, sum_rows=32)
+        sizes = GradientSizes(ranks=16, columns=64, sum_columns=32, sum_rows=16)
+        return sizes._replace(columns=32, warps=8) if dtype == torch.float32 else sizes
     return GradientSizes(sum_rows=16) if dtype == torch.float32 else GradientSizes()
 
 

@@ -2,7 +2,8 @@
 
 Inductor takes no tuples of pointers. For each structure of a kernel's tuples (how many slices, which of them share an
 output) there is one flat form, whose text is generated here: it packs its arguments into tuples and hands them to the
-kernel of `triton_kernels` or `triton_backward`, which Triton then compiles as a function inside of it. So there is one text of each kernel.
+kernel of `triton_kernels` or `triton_backward`, which Triton then compiles as a function inside of it. So there is one
+text of each kernel.
 """
 
 # Triton ships no types.

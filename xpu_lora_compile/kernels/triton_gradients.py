@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile.kernels.routing import RowRouting
-from xpu_lora_compile.kernels.sizes import MANY, GradientSizes, gradient_sizes_for
+from xpu_lora_compile.kernels.sizes import MANY, gradient_sizes_for
 from xpu_lora_compile.kernels.triton_launch import Form, Hidden, fill_tiles, rank_block, shrink_into
 from xpu_lora_compile.kernels.triton_visible import Launch
 from xpu_lora_compile.torch_internals import number_of
@@ -22,7 +22,7 @@ HEIGHT = 32
 # How many trained slots one launch takes.
 SLOTS_AT_ONCE = 8
 # How many tiles a program looks at at once for those of its slot.
-_SCAN = 1024
+_SCAN = 256
 
 
 def backward(

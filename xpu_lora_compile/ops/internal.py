@@ -304,10 +304,10 @@ def _triton_backward(
     needs_inputs: bool,
     needs_weights: bool,
 ) -> list[Tensor]:
-    stacks = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
+    stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
     places = slice_outputs, slice_offsets, scaling
     wanted = scalings, slots, ranks, needs_inputs, needs_weights
-    made = triton_gradients.backward(launch, grads, inputs, *stacks, indices, *places, *wanted)
+    made = triton_gradients.backward(launch, grads, inputs, stacks_a, stacks_b, indices, *places, *wanted)
     if slots or not needs_weights:
         return made
     first = len(made) - 2 * len(lora_a)
