@@ -196,6 +196,8 @@ def test_autograd_takes_the_kernels_and_not_plain_products(layer: str, monkeypat
             one = torch.full((2,), 0.75, device=DEVICE)
             views = [[stack[1].detach().requires_grad_()] for stack in (call.a[0], call.b[0])]
             outputs = TRAINED_LINEAR(call.bases[0], call.x, call.a[0], call.b[0], call.indices, one, [1], *views)
+            added = call.x, call.a, call.b, call.indices, call.places[1], 0.75
+            torch.testing.assert_close(outputs, reference.lora_linear(call.bases[0], *added))
             leaves = [call.x, *views[0], *views[1]]
             of_x, of_a, of_b = call.gradients()
             expected = [of_x, of_a[1], of_b[1]]

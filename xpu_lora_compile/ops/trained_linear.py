@@ -17,7 +17,7 @@ from xpu_lora_compile.kernels.call import accumulator, without_autocast
 from xpu_lora_compile.kernels.native import TRY_ADD_SCALED
 from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.ops import checks
-from xpu_lora_compile.ops.internal import SLOT_PRODUCTS
+from xpu_lora_compile.ops.internal import SLOT_PRODUCTS, expand
 from xpu_lora_compile.ops.lora_linear import check_is_first_order, fused_backward
 
 
@@ -50,10 +50,9 @@ def _trained_linear(
     call = [result], inputs, [lora_a], [lora_b], indices, [0], [0], 1.0
     if takes_native(result) and TRY_ADD_SCALED(*call, scalings):
         return result
-    has_adapter, factors = _factors(indices, scalings, accumulator(base, inputs, lora_a, lora_b))
+    _, factors = _factors(indices, scalings, accumulator(base, inputs, lora_a, lora_b))
     hidden = SLOT_PRODUCTS(inputs, lora_a, indices) * factors
-    columns = result[:, : lora_b.shape[1]]
-    columns.copy_(torch.where(has_adapter, SLOT_PRODUCTS(hidden, lora_b, indices) + columns, columns))
+    expand(result[:, : lora_b.shape[1]], hidden, lora_b, indices, add=True)
     return result
 
 
