@@ -305,9 +305,8 @@ def _triton_backward(
     needs_weights: bool,
 ) -> list[Tensor]:
     stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
-    places = slice_outputs, slice_offsets, scaling
-    wanted = scalings, slots, ranks, needs_inputs, needs_weights
-    made = triton_gradients.backward(launch, grads, inputs, stacks_a, stacks_b, indices, *places, *wanted)
+    rest = slice_outputs, slice_offsets, scaling, scalings, slots, ranks, needs_inputs, needs_weights
+    made = triton_gradients.backward(launch, grads, inputs, stacks_a, stacks_b, indices, *rest)
     if slots or not needs_weights:
         return made
     first = len(made) - 2 * len(lora_a)
