@@ -109,7 +109,7 @@ def with_gaps(tensor: Tensor) -> Tensor:
 def routed(rows: int, slots: int, dtype: torch.dtype = I64) -> Tensor:
     """Slots, and every kind of index that is none."""
     none = [-1, slots, torch.iinfo(dtype).max, torch.iinfo(dtype).min]
-    mixed = [(t * 7 + t // 5) % (slots + 1) for t in range(rows)]
+    mixed = [(t * 7 + t // 3) % (slots + 1) for t in range(rows)]
     return torch.tensor([none[t % 4] if i == slots else i for t, i in enumerate(mixed)], dtype=dtype, device=DEVICE)
 
 
