@@ -12,9 +12,11 @@ import torch
 from intel.toolchain import Launch, launches_of
 from torch import Tensor
 
+from xpu_lora_compile.kernels import triton_launch
 from xpu_lora_compile.kernels.call import LoraCall
 from xpu_lora_compile.kernels.routing import RowRouting
-from xpu_lora_compile.kernels.triton_launch import Triton
+from xpu_lora_compile.kernels.triton_gradients import backward
+from xpu_lora_compile.kernels.triton_launch import Triton, route
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # T of tiles of 16 rows and of 32, the latter with pieces of D one by one and in pairs; and R of one block of 16 ranks,
@@ -23,6 +25,8 @@ ROWS, RANKS = (8, 300, 2048), (16, 32, 64)
 # Whole pieces of D, pieces that end within a step, one piece, less than one; and rows that no block load can read.
 FEATURES = (4096, 1008, 256, 100, 1001)
 PACKED = (1024, 256, 256)
+# The kernels that multiply nothing.
+ROUTING = ("route_kernel", "route_alone_kernel", "route_sorted_kernel")
 
 
 def lora_call(
@@ -69,11 +73,31 @@ def _runs() -> Iterator[Callable[[], None]]:
             yield partial(kernel.expand, replace(call, inputs=inputs, lora_a=[], add=add))
 
 
+def _runs_of_routing() -> Iterator[Callable[[], object]]:
+    """What routes rows among so many slots that they are pages of experts."""
+    for rows, slots in ((300, 100_000), (20_000, 1_000)):
+        yield partial(route, torch.zeros(rows, dtype=torch.int64), slots)
+
+
+def _gradients(call: LoraCall, scalings: Tensor | None, slots: list[int], ranks: list[int]) -> None:
+    """Ask for all gradients of a call, of all slots or of some."""
+    places = call.slice_outputs, call.slice_offsets, call.scaling
+    operands = call.outputs, call.inputs, call.lora_a, call.lora_b, call.routing.indices, *places
+    backward(triton_launch._launch, *operands, scalings, slots, ranks, True, True)
+
+
+def _runs_of_gradients() -> Iterator[Callable[[], None]]:
+    for dtype, rank, features in itertools.product(DTYPES.values(), RANKS, (4096, 1001)):
+        yield partial(_gradients, lora_call(300, rank, dtype, features), None, [], [])
+        one = lora_call(300, rank, dtype, features, widths=(1024,))
+        yield partial(_gradients, one, torch.ones(8), [1, 5], [rank, 8])
+
+
 @cache
 def every_launch() -> dict[str, list[Launch]]:
     """The launches by kernel and dtype, "shrink_kernel, bf16": one for each set of constants and dtypes."""
     found: dict[Any, tuple[str, Launch]] = {}
-    for run in _runs():
+    for run in (*_runs(), *_runs_of_routing(), *_runs_of_gradients()):
         for launch in launches_of(run):
             key = launch.kernel, str(launch.constants()), str([_dtype(operand) for operand in launch.operands])
             found.setdefault(key, (_group(launch), launch))
@@ -91,7 +115,8 @@ def _dtype(operand: Any) -> Any:
 
 
 def _group(launch: Launch) -> str:
-    """The kernel, and the dtype of A or B."""
-    stacks = [operand[0] for operand in launch.operands if isinstance(operand, tuple)]
-    dtypes = [stack.dtype for stack in stacks if isinstance(stack, Tensor) and stack.dim() == 3]
+    """The kernel, and the dtype of A or B, or of their gradients."""
+    weights = {"shrink_kernel": "a", "expand_kernel": "b", "inputs_gradient_kernel": "a"}
+    name = weights.get(launch.kernel, "targets" if launch.kernel == "weights_gradient_kernel" else "")
+    dtypes = [launch.operand(name)[0].dtype] if name else []
     return ", ".join([launch.kernel, *(name for name, dtype in DTYPES.items() if dtype in dtypes)])

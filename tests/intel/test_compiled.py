@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from intel.calls import every_launch, lora_call
+from intel.calls import ROUTING, every_launch, lora_call
 from intel.toolchain import DEVICES, Launch, compiling_for, launches_of
 
 from xpu_lora_compile.kernels.triton_launch import Triton
@@ -27,10 +27,8 @@ def compiled(launch: Launch, device: str, **options: Any) -> dict[str, Any]:
 
 
 def test_every_kernel_is_asked_for() -> None:
-    kernels = [
-        "route_kernel",
-        *(f"{name}, {of}" for name in ("expand_kernel", "shrink_kernel") for of in ("bf16", "fp16", "fp32")),
-    ]
+    multiplying = "expand_kernel", "shrink_kernel", "inputs_gradient_kernel", "weights_gradient_kernel"
+    kernels = [*ROUTING, *(f"{name}, {of}" for name in multiplying for of in ("bf16", "fp16", "fp32"))]
     assert sorted(GROUPS) == sorted(kernels)
 
 
@@ -41,7 +39,7 @@ def test_every_size_compiles(device: str, group: str) -> None:
         assert stages["spv"][:4] == b"\x03\x02\x23\x07", launch.constants()
         # Sums are always taken in the same order.
         assert "atomicrmw" not in stages["llir"], launch.constants()
-        if "fp32" not in group and launch.kernel != "route_kernel":
+        if "fp32" not in group and launch.kernel not in ROUTING:
             assert "matrix_mad" in stages["llir"], launch.constants()
 
 

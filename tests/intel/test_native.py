@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from intel.calls import DTYPES, every_launch, lora_call
+from intel.calls import DTYPES, ROUTING, every_launch, lora_call
 from intel.native import Native, Tools, found_tools, native
 from intel.toolchain import Launch, compiling_for, launches_of
 
@@ -47,7 +47,7 @@ def test_no_size_spills(device: str, group: str, tools: Tools) -> None:
     for launch in GROUPS[group]:
         made = native_of(launch, device, tools)
         assert (made.spilled, made.registers) == (0, REGISTERS), launch.constants()
-        if "fp32" not in group and launch.kernel != "route_kernel":
+        if "fp32" not in group and launch.kernel not in ROUTING:
             assert made.dpas, launch.constants()
         if launch.constants().get("BLOCKS") and launch.constants().get("ONE_BLOCK", True):
             assert made.blocks, launch.constants()

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from xpu_lora_compile.kernels import triton_launch
+from xpu_lora_compile.kernels import triton_gradients, triton_launch
 from xpu_lora_compile.kernels.sizes import Sizes
 
 # What torch.xpu.get_device_properties() says, as far as Triton asks. `architecture` 0: it then asks no ocloc.
@@ -196,32 +196,33 @@ class Launch:
 
     def operand(self, name: str) -> Any:
         """The argument of a parameter of the kernel."""
-        return self.operands[getattr(_kernels(), self.kernel).arg_names.index(name)]
+        return self.operands[triton_launch.kernel_named(self.kernel).arg_names.index(name)]
 
     def constants(self) -> dict[str, Any]:
         """What is compiled into the kernel, by name: its constexprs and Triton's options."""
-        function = getattr(_kernels(), self.kernel)
+        function = triton_launch.kernel_named(self.kernel)
         names = [function.arg_names[at] for at in function.constexprs]
         return {name: self.operand(name) for name in names} | self.options
 
     def compiled(self) -> Any:
         """Triton's compiled kernel, for the device of the block that this is called in."""
-        return getattr(_kernels(), self.kernel).warmup(*self.operands, grid=self.grid, **self.options)
+        return triton_launch.kernel_named(self.kernel).warmup(*self.operands, grid=self.grid, **self.options)
 
 
 @contextmanager
 def sized_for_xpu(sizes: Sizes | None = None) -> Iterator[None]:
     """Have tensors on a CPU be given the sizes of tiles that those on an Intel GPU are given, or these."""
-    real = triton_launch.sizes_for
+    real, real_of_gradients = triton_launch.sizes_for, triton_gradients.gradient_sizes_for
 
     def sizes_for(rows: int, rank: int, width: int, _device: str = "", kind: str = "plain") -> Sizes:
         return sizes or real(rows, rank, width, "xpu", kind)
 
     triton_launch.sizes_for = sizes_for
+    triton_gradients.gradient_sizes_for = lambda _device, dtype: real_of_gradients("xpu", dtype)
     try:
         yield
     finally:
-        triton_launch.sizes_for = real
+        triton_launch.sizes_for, triton_gradients.gradient_sizes_for = real, real_of_gradients
 
 
 def launches_of(run: Callable[[], object], sizes: Sizes | None = None) -> list[Launch]:
@@ -237,9 +238,3 @@ def launches_of(run: Callable[[], object], sizes: Sizes | None = None) -> list[L
     finally:
         triton_launch._launch = real
     return noted
-
-
-def _kernels() -> Any:
-    from xpu_lora_compile.kernels import triton_kernels
-
-    return triton_kernels

@@ -640,12 +640,15 @@ class Driver:
 
 driver.set_active(Driver())
 from dataclasses import replace
-from xpu_lora_compile.kernels import triton_kernels, triton_launch
+from xpu_lora_compile.kernels import triton_gradients, triton_kernels, triton_launch
 from xpu_lora_compile.kernels.call import LoraCall
 from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.kernels.sizes import Sizes, sizes_for
 
 made = {}
+
+
+real = triton_launch.kernel_named
 
 
 class Compiled:
@@ -654,20 +657,13 @@ class Compiled:
 
     def __getitem__(self, grid):
         def compile(*args, **kwargs):
-            kernel = getattr(triton_kernels, self.name).warmup(*args, grid=grid, **kwargs)
+            kernel = real(self.name).warmup(*args, grid=grid, **kwargs)
             made.setdefault(self.name, []).append((kernel.asm["ptx"], kernel.metadata.shared))
 
         return compile
 
 
-class Kernels:
-    pass
-
-
-routes = ("route_kernel", "route_alone_kernel", "route_sorted_kernel")
-for name in (*routes, "shrink_kernel", "expand_kernel", "linear_kernel"):
-    setattr(Kernels, name, Compiled(name))
-triton_launch._kernels = lambda: Kernels
+triton_launch.kernel_named = Compiled
 triton_launch._has_pdl = lambda device: int(sys.argv[1]) >= 90 and triton_kernels.CAN_OVERLAP
 
 def compile_all(rows, dtype, R, widths, has_base):
@@ -685,6 +681,8 @@ def compile_all(rows, dtype, R, widths, has_base):
     if has_base:
         weights = [torch.empty(w, D, dtype=dtype) for w in widths]
         kernel.linear_with_lora(replace(call, outputs=()), weights, [None] * len(widths))
+        operands = outputs[:1], x, a[:1], b[:1], indices, [0], [0], 0.5
+        triton_gradients.backward(triton_launch._launch, *operands, None, [], [], True, True)
 
 
 for rows, dtype, *rest in json.loads(sys.argv[2]):
@@ -730,8 +728,9 @@ def test_float32_fits_the_shared_memory_of_smaller_gpus(call: tuple[Any, ...], t
 
 def test_all_kernels_compile_for_a_gpu(ptx: dict[str, list[str]]) -> None:
     numbers = {name: len(codes) for name, codes in ptx.items()}
-    routes = {"route_kernel": 2, "route_alone_kernel": 1, "route_sorted_kernel": 1}
-    assert numbers == {**routes, "shrink_kernel": 5, "expand_kernel": 6, "linear_kernel": 1}
+    routes = {"route_kernel": 3, "route_alone_kernel": 1, "route_sorted_kernel": 1}
+    gradients = {"inputs_gradient_kernel": 1, "weights_gradient_kernel": 2}
+    assert numbers == {**routes, **gradients, "shrink_kernel": 7, "expand_kernel": 6, "linear_kernel": 1}
 
 
 def test_no_kernel_has_atomic_instructions(ptx: dict[str, list[str]]) -> None:
@@ -742,7 +741,7 @@ def test_no_kernel_has_atomic_instructions(ptx: dict[str, list[str]]) -> None:
 
 
 def test_tensor_cores_sum_in_one_order_whatever_the_tile(ptx: dict[str, list[str]]) -> None:
-    for name in ("shrink_kernel", "expand_kernel"):
+    for name in ("shrink_kernel", "expand_kernel", "inputs_gradient_kernel", "weights_gradient_kernel"):
         for code in ptx[name]:
             assert "mma.sync" in code
             assert "wgmma" not in code

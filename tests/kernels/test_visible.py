@@ -249,13 +249,13 @@ def test_sizes_are_tuned_for_t_where_it_is_known() -> None:
 # What Inductor makes of the ops, without a GPU; in a process that compiles instead of interpreting.
 
 
-def said_by_the_driver(what: str, folder: Path) -> dict[str, Any]:
+def said_by_the_driver(what: str, folder: Path, *others: str) -> dict[str, Any]:
     if DEVICE.type != "cpu":
         pytest.skip("it needs no device")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
     script = Path(__file__).parents[1] / "support" / "visible_driver.py"
-    command = [sys.executable, str(script), what]
+    command = [sys.executable, str(script), what, *others]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
     assert ran.returncode == 0, ran.stderr
     found: dict[str, Any] = json.loads(ran.stdout)

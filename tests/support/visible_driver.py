@@ -219,48 +219,69 @@ def compiles(name: str, text: str, folder: Path) -> bool:
     spec.loader.exec_module(module)
     kernel = getattr(module, name)
     # bfloat16 for what is not said otherwise.
-    types = {"tiles": torch.int32, "ranks": torch.int32, "indices": torch.int64, "hidden": torch.float32}
+    types = {"tiles": torch.int32, "ranks": torch.int32, "indices": torch.int64}
+    types |= {"hidden": torch.float32, "scalings": torch.float32}
     values: dict[str, Any] = {
-        "BY_ROW": False, "CHUNK": 64, "BM": 16, "BR": 16, "BK": 64, "BN": 64, "STAGES": 2, "HAS_RANKS": True,
+        "BY_ROW": False, "CHUNK": 64, "BM": 16, "BR": 16, "BK": 64, "BN": 64, "STAGES": 2,
         "PIECE": 256, "PIECES": 1, "EACH": 1, "PUBLIC": False, "EVEN": False, "PDL": False, "SLICES": 3, "GROUP": 1,
         "SUMS": 1, "PAIRS": False, "SCALE": True, "ADD": True, "FILL": False,
-        "ONE_BLOCK": True, "PER": 1, "scaling": 0.5,
+        "ONE_BLOCK": True, "PER": 1, "scaling": 0.5, "SCAN": 64, "SOME": False,
+        "HAS_RANKS": "ranks" in kernel.arg_names, "HAS_SCALINGS": "scalings" in kernel.arg_names,
     }  # fmt: skip
     arguments = []
     for parameter in kernel.arg_names:
         stem = re.sub(r"_\d+$", "", parameter)
         if stem in values:
             arguments.append(values[stem])
-        elif stem in ("tiles", "ranks", "indices", "hidden", "x", "a", "b", "outputs"):
+        elif stem in (*types, "x", "a", "b", "outputs", "gradient", "targets"):
             arguments.append(torch.empty(1, dtype=types.get(stem, torch.bfloat16)))
         else:
             arguments.append(16)
     return "ptx" in kernel.warmup(*arguments, grid=(1,)).asm
 
 
+def gradients(
+    x: Tensor, grad: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], scalings: Tensor, i: Tensor
+) -> list[Tensor]:
+    """Those of two slices of one output, and of two trained slots of one slice."""
+    # Where autograd's formulas call it; autograd itself knows no device that is not there.
+    op: Any = torch.ops.xpu_lora.triton_backward
+    whole = op([grad], x, a, b, i, [0, 0], [0, 50], 0.5, None, [], [], True, True)
+    some = op([grad], x, a[:1], b[:1], i, [0], [0], 1.0, scalings, [1, 2], [R, 2], True, True)
+    return [made * 2 for made in (*whole, *some)]
+
+
+def operands_of_gradients(device: str) -> list[Any]:
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    a, b = [empty(K, R, D), empty(K, 1, R, D)], [empty(K, 40, R), empty(K, 1, 30, R)]
+    rows, indices = empty(T, D), empty(T, dtype=torch.int64)
+    return [rows, empty(T, D + INNER), a, b, empty(K, dtype=torch.float32), indices]
+
+
 def report(device: str) -> dict[str, Any]:
     """What the test looks at."""
-    found: dict[str, Any] = {}
-    for dynamic in (False, True):
-        module, code, _ = written(device, dynamic)
-        launches = [node for node in module.graph.nodes if "triton_kernel_wrapper_mutation" in str(node.target)]
-        texts = kernels_in(code)
-        with tempfile.TemporaryDirectory() as folder:
-            compiled = {name: compiles(name, text, Path(folder)) for name, text in texts.items()}
-        found["dynamic" if dynamic else "static"] = {
-            "launches": len(launches),
-            "grids": [str(node.kwargs["grid"]) for node in launches],
-            "copies": [
-                str(node.target)
-                for node in module.graph.nodes
-                if "clone" in str(node.target) or "copy" in str(node.target)
-            ],
-            "allocations": len(module.graph.find_nodes(op="call_function", target=torch.ops.aten.empty.memory_format)),
-            "python": re.findall(r"torch\.ops\.xpu_lora\.\w+", code),
-            "runs": len(re.findall(r"_flat\w*\.run\(", code)),
-            "compiled": compiled,
-        }
-    return found
+    return {"dynamic" if dynamic else "static": report_of(*written(device, dynamic)[:2]) for dynamic in (False, True)}
+
+
+def report_of(module: GraphModule, code: str) -> dict[str, Any]:
+    """The same of one graph, and of what Inductor made of it."""
+    launches = [node for node in module.graph.nodes if "triton_kernel_wrapper_mutation" in str(node.target)]
+    texts = kernels_in(code)
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = {name: compiles(name, text, Path(folder)) for name, text in texts.items()}
+    return {
+        "launches": len(launches),
+        "grids": [str(node.kwargs["grid"]) for node in launches],
+        "copies": [
+            str(node.target) for node in module.graph.nodes if "clone" in str(node.target) or "copy" in str(node.target)
+        ],
+        "allocations": len(module.graph.find_nodes(op="call_function", target=torch.ops.aten.empty.memory_format)),
+        "python": re.findall(r"torch\.ops\.xpu_lora\.\w+", code),
+        "runs": len(re.findall(r"_flat\w*\.run\(", code)),
+        "compiled": compiled,
+    }
 
 
 def without_overlap() -> dict[str, bool]:
@@ -286,4 +307,11 @@ def without_overlap() -> dict[str, bool]:
 if __name__ == "__main__":
     driver.set_active(Driver())
     pretend()
-    json.dump(report(sys.argv[1]) if sys.argv[1] != "without_overlap" else without_overlap(), sys.stdout)
+    match sys.argv[1:]:
+        case ["without_overlap"]:
+            said = without_overlap()
+        case [device, "gradients"]:
+            said = report_of(*written(device, True, gradients, operands_of_gradients)[:2])
+        case [device]:
+            said = report(device)
+    json.dump(said, sys.stdout)

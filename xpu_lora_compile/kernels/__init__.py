@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile.errors import KernelError
-from xpu_lora_compile.kernels import native, replay
+from xpu_lora_compile.kernels import native, replay, triton_launch
 from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator
 from xpu_lora_compile.kernels.ipex import Ipex
 from xpu_lora_compile.kernels.native import Native
@@ -25,6 +25,7 @@ from xpu_lora_compile.kernels.portable import Gather, Grouped
 from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.kernels.triton_launch import Triton
 from xpu_lora_compile.kernels.vendor import Vendor
+from xpu_lora_compile.torch_internals import number_of
 
 KERNELS: tuple[Kernel, ...] = (Vendor(), Native(), Triton(), Grouped(), Gather(), Ipex())
 
@@ -173,6 +174,25 @@ def force_kernel(kernel: str) -> Iterator[None]:
 def takes_native(output: Tensor) -> bool:
     """Return whether an eager call on this output may go to the native kernel without more questions."""
     return output.device.type == "cpu" and forced_kernel() is None and not native.warned_problem()
+
+
+def takes_triton_backward(
+    grads: Sequence[Tensor], inputs: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]
+) -> bool:
+    """Return whether the Triton kernels compute the gradients of a call, for all sizes of a graph."""
+    device, forced = inputs.device.type, forced_kernel()
+    # On a CPU the interpreter runs them, where Triton is forced.
+    is_asked = forced == Triton.name if forced else device in Triton.devices
+    if not is_asked or triton_launch.problem(device):
+        return False
+    sizes = [size for stack in (*lora_a, *lora_b) for size in (*stack.shape, *stack.stride())]
+    columns = [number_of(rows.shape[1]) for rows in (inputs, *grads)]
+    return (
+        accumulator(*grads, inputs, *lora_a, *lora_b) is torch.float32
+        and len({len(a) for a in lora_a}) == 1
+        and all(isinstance(size, int) for size in sizes)
+        and None not in columns
+    )
 
 
 def add_lora(call: LoraCall) -> None:

@@ -253,7 +253,7 @@ NATIVE_ADD_SEVERAL = _define(f"native_add_several({_LISTS}, Tensor adapter_weigh
 TRY_ADD_SCALED = _define(f"native_try_add_scaled({_LISTS}, Tensor scalings) -> bool")
 
 
-def _fake_backward(
+def fake_backward(
     grads: Sequence[Tensor],
     inputs: Tensor,
     lora_a: Sequence[Tensor],
@@ -268,6 +268,7 @@ def _fake_backward(
     needs_inputs: bool,
     needs_weights: bool,
 ) -> list[Tensor]:
+    """Return what NATIVE_BACKWARD returns, in shapes, dtypes and strides."""
     made = [inputs.new_empty(inputs.shape)] if needs_inputs else []
     if not needs_weights:
         return made
@@ -282,9 +283,9 @@ def _fake_backward(
 
 # Gradients of `lora_linear`: of the inputs if they are wanted, then of each A, and of each B if they are wanted. Where
 # some `slots` of one slice are trained: of the first `ranks` ranks of each of these slots, and of no other.
-NATIVE_BACKWARD = _define(
-    "native_backward(Tensor[] grads, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b, Tensor indices, "
+BACKWARD_SCHEMA = (
+    "(Tensor[] grads, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b, Tensor indices, "
     "int[] slice_outputs, int[] slice_offsets, float scaling, Tensor? scalings, int[] slots, int[] ranks, "
-    "bool needs_inputs, bool needs_weights) -> Tensor[]",
-    _fake_backward,
+    "bool needs_inputs, bool needs_weights) -> Tensor[]"
 )
+NATIVE_BACKWARD = _define(f"native_backward{BACKWARD_SCHEMA}", fake_backward)

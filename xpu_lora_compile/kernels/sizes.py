@@ -61,6 +61,27 @@ class Sizes(NamedTuple):
     linear_stages: int = 7
 
 
+class GradientSizes(NamedTuple):
+    """Tiles of the kernels of gradients, of one size for every T and K; no GPU has timed them yet."""
+
+    # How many ranks a product takes at most.
+    ranks: int = 32
+    # Columns of a tile of dX, and of one of dA or dB, whose sums take so many rows a step.
+    columns: int = 128
+    sum_columns: int = 64
+    sum_rows: int = 64
+    warps: int = 4
+
+
+def gradient_sizes_for(device: str, dtype: torch.dtype) -> GradientSizes:
+    """The sizes by what is multiplied by rank vectors: A, the inputs or the gradients."""
+    if device == "xpu":
+        # As `_xpu_sizes`: all is to stay in 128 registers.
+        sizes = GradientSizes(ranks=16, columns=64, sum_columns=32, sum_rows=16)
+        return sizes._replace(columns=32, warps=8) if dtype == torch.float32 else sizes
+    return GradientSizes(sum_rows=16) if dtype == torch.float32 else GradientSizes()
+
+
 # Each call asks four times.
 @lru_cache(maxsize=4096)
 def sizes_for(rows: int, rank: int, width: int, device: str = "cuda", kind: str = "plain") -> Sizes:

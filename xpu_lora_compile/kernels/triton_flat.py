@@ -2,7 +2,8 @@
 
 Inductor takes no tuples of pointers. For each structure of a kernel's tuples (how many slices, which of them share an
 output) there is one flat form, whose text is generated here: it packs its arguments into tuples and hands them to the
-kernel of `triton_kernels`, which Triton then compiles as a function inside of it. So there is one text of each kernel.
+kernel of `triton_kernels` or `triton_backward`, which Triton then compiles as a function inside of it. So there is one
+text of each kernel.
 """
 
 # Triton ships no types.
@@ -18,7 +19,7 @@ from typing import Any, TypeAlias
 import triton
 import triton.language as tl
 
-from xpu_lora_compile.kernels import triton_kernels
+from xpu_lora_compile.kernels.triton_launch import kernel_named
 
 # Of an operand: "one" for an argument, "constant" for one that Triton compiles in, "none" for None. Of a tuple, for
 # each element: the position of its argument among the tuple's, and whether another argument shifts it.
@@ -33,10 +34,10 @@ def flat_form(kernel: str, shapes: tuple[Shape, ...]) -> Any:
     """Return the kernel that takes the operands of these shapes one by one: compiled by Triton, or interpreted.
 
     Args:
-        kernel: the name of one in `triton_kernels`.
+        kernel: its name.
         shapes: of each of its parameters.
     """
-    whole = getattr(triton_kernels, kernel)
+    whole = kernel_named(kernel)
     parameters = inspect.signature(whole.fn).parameters
     name = _name_of(kernel, dict(zip(parameters, shapes, strict=True)))
     taken: list[str] = []

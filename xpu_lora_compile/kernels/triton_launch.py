@@ -351,7 +351,7 @@ def shrink_into(
     # Tiles of A that are loaded lane by lane take registers, and so do sums of pairs.
     is_tight = sizes.block_loads and not (has_blocks and each <= 2)
     most = 16 if is_tight else sizes.shrink_ranks
-    block = _rank_block(most, max(ranks), dtype)
+    block = rank_block(most, max(ranks), dtype)
     # Of float32, which takes twice the memory, no GPU with 99 KB of it shared would hold more.
     is_single = scaling is not None or block > 16 or lora_a[0].dtype == torch.float32
     group = 1 if is_single else sizes.shrink_slices
@@ -418,7 +418,7 @@ def expand_from(
         return
     sizes = _sizes(form.rows, lora_b, hidden, columns[0].dtype)
     ranks, widths = [int(b.shape[2]) for b in lora_b], [int(b.shape[1]) for b in lora_b]
-    block = _rank_block(sizes.expand_ranks, max(ranks), lora_b[0].dtype)
+    block = rank_block(sizes.expand_ranks, max(ranks), lora_b[0].dtype)
     tiles = _tiles_of(routing)
     height, count = _tiling(rows, routing)
     width = sizes.expand_columns
@@ -603,7 +603,8 @@ def _fits_block_loads(matrices: Sequence[Tensor], row: int, column: int) -> bool
     )
 
 
-def _rank_block(most: int, rank: int, dtype: torch.dtype) -> int:
+def rank_block(most: int, rank: int, dtype: torch.dtype) -> int:
+    """How many ranks one product takes, of a power of 2 that is at most `most`."""
     # Products of float32, which tensor cores do not compute exactly, are 5 to 8 times slower with 64 ranks at a time.
     most = min(most, 32 if dtype == torch.float32 else 64)
     return next(block for block in (16, 32, 64) if block >= min(rank, most))
@@ -618,7 +619,14 @@ def _with_strides(stacks: Sequence[Tensor], common: int) -> tuple[Any, ...]:
 
 def _has_pdl(device: torch.device) -> bool:
     """Whether a kernel may start while the one before it ends (programmatic dependent launch: CUDA, from Hopper on)."""
-    return device.type == "cuda" and _capability(device) >= (9, 0) and bool(_kernels().CAN_OVERLAP)
+    return device.type == "cuda" and _capability(device) >= (9, 0) and _can_overlap()
+
+
+@cache
+def _can_overlap() -> bool:
+    from xpu_lora_compile.kernels import triton_kernels
+
+    return triton_kernels.CAN_OVERLAP
 
 
 @cache
@@ -631,14 +639,15 @@ def _overlap(pdl: bool) -> dict[str, Any]:
 
 
 def _launch(kernel: str, grid: tuple[int, ...], *operands: Any, **options: Any) -> None:
-    launched = getattr(_kernels(), kernel)[grid](*operands, **options)
+    launched = kernel_named(kernel)[grid](*operands, **options)
     if (tape := current_tape()) is not None:
         tape.launch(launched, grid, operands)
 
 
 @cache
-def _kernels() -> Any:
+def kernel_named(name: str) -> Any:
+    """The Triton kernel of a name, of either file."""
     # Late: Triton is loaded where its kernels run, and nowhere else.
-    from xpu_lora_compile.kernels import triton_kernels
+    from xpu_lora_compile.kernels import triton_backward, triton_kernels
 
-    return triton_kernels
+    return getattr(triton_kernels, name, None) or getattr(triton_backward, name)

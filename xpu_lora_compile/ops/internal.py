@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from xpu_lora_compile import kernels
-from xpu_lora_compile.kernels import replay, triton_launch, triton_visible, vendor
+from xpu_lora_compile.kernels import replay, triton_gradients, triton_launch, triton_visible, vendor
 from xpu_lora_compile.kernels.call import LoraCall, accumulator, without_autocast
+from xpu_lora_compile.kernels.native import BACKWARD_SCHEMA, fake_backward
 from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.kernels.triton_visible import Launch, launch_flat, launch_traced
 from xpu_lora_compile.ops.checks import refuse_gradients, without_slice_dim
@@ -287,6 +288,32 @@ def _triton_expand_slice(
     triton_visible.expand(call, tuned_rows, launch)
 
 
+def _triton_backward(
+    launch: Launch,
+    grads: Sequence[Tensor],
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    indices: Tensor,
+    slice_outputs: Sequence[int],
+    slice_offsets: Sequence[int],
+    scaling: float,
+    scalings: Tensor | None,
+    slots: Sequence[int],
+    ranks: Sequence[int],
+    needs_inputs: bool,
+    needs_weights: bool,
+) -> list[Tensor]:
+    stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
+    rest = slice_outputs, slice_offsets, scaling, scalings, slots, ranks, needs_inputs, needs_weights
+    made = triton_gradients.backward(launch, grads, inputs, stacks_a, stacks_b, indices, *rest)
+    if slots or not needs_weights:
+        return made
+    first = len(made) - 2 * len(lora_a)
+    of_weights = zip(made[first:], (*lora_a, *lora_b), strict=True)
+    return [*made[:first], *(gradient.view(stored.shape) for gradient, stored in of_weights)]
+
+
 def _fake_triton_route_tiles(indices: Tensor, slots: int, tuned_rows: int) -> Tensor:
     shape = triton_visible.tiles_shape(indices.shape[0], int(slots), tuned_rows)
     return indices.new_empty(shape, dtype=torch.int32)
@@ -313,6 +340,8 @@ for _schema, _body, _faked in (
     ),
     (f"triton_shrink({_ROW_OPERANDS}, float scaling, {_TUNED}) -> ()", _triton_shrink, _no_result),
     (f"triton_expand_slice({_ROW_OPERANDS}, int offset, bool add, {_TUNED}) -> ()", _triton_expand_slice, _no_result),
+    # `native_backward` for GPUs, eager calls as well as graphs.
+    (f"triton_backward{BACKWARD_SCHEMA}", _triton_backward, fake_backward),
 ):
     _name = _schema.split("(", 1)[0]
     _LIBRARY.define(_schema, tags=_TAGS)
@@ -333,6 +362,7 @@ VENDOR_ADD_LORA = torch.ops.xpu_lora.vendor_add_lora.default
 TRITON_ROUTE_TILES = torch.ops.xpu_lora.triton_route_tiles.default
 TRITON_ADD_LORA = torch.ops.xpu_lora.triton_add_lora.default
 TRITON_SHRINK = torch.ops.xpu_lora.triton_shrink.default
+TRITON_BACKWARD = torch.ops.xpu_lora.triton_backward.default
 TRITON_EXPAND_SLICE = torch.ops.xpu_lora.triton_expand_slice.default
 SLOT_PRODUCTS = torch.ops.xpu_lora.slot_products.default
 OUTER_BY_SLOT = torch.ops.xpu_lora.outer_by_slot.default

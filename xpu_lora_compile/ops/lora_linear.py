@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from xpu_lora_compile.errors import LostGradientError, ShapeError
-from xpu_lora_compile.kernels import preferred_on, takes_native
+from xpu_lora_compile.kernels import preferred_on, takes_native, takes_triton_backward
 from xpu_lora_compile.kernels.call import accumulator, repeated
 from xpu_lora_compile.kernels.native import NATIVE_BACKWARD, TRY_ADD_LORA, TRY_ADD_SEVERAL
 from xpu_lora_compile.ops import checks
 from xpu_lora_compile.ops.checks import without_slice_dim
-from xpu_lora_compile.ops.internal import ADD_LORA, OUTER_BY_SLOT, ROUTE_TILES, SLOT_PRODUCTS
+from xpu_lora_compile.ops.internal import ADD_LORA, OUTER_BY_SLOT, ROUTE_TILES, SLOT_PRODUCTS, TRITON_BACKWARD
 from xpu_lora_compile.torch_internals import is_traced, runs_plainly
 
 
@@ -266,9 +266,9 @@ def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Any, ...]:
     # While compiling, torch drops trailing arguments that equal their default, and wants no gradient for them.
     others: list[Any] = [None] * (len(ctx.needs_input_grad) - 4)
     call = grads_out, rows, lora_a, lora_b, indices, ctx.slice_outputs, ctx.slice_offsets, ctx.scaling
-    is_native = takes_native_backward(*grads_out, rows, *weights) and len({len(a) for a in lora_a}) == 1
-    if is_native and not factors:
-        made = NATIVE_BACKWARD(*call, None, [], [], needs_inputs, any((*needs_a, *needs_b)))
+    fused = None if factors else fused_backward(grads_out, rows, lora_a, lora_b)
+    if fused is not None:
+        made = fused(*call, None, [], [], needs_inputs, any((*needs_a, *needs_b)))
         grad_rows = made.pop(0) if needs_inputs else None
         return grad_rows, made[: ctx.slices] or [None] * ctx.slices, made[ctx.slices :] or [None] * ctx.slices, *others
     *found, grad_factors = _portable_gradients(*call, factors[0] if factors else None)
@@ -293,9 +293,15 @@ def check_is_first_order() -> None:
         )
 
 
-def takes_native_backward(*operands: Tensor) -> bool:
-    """Return whether the native kernel computes the gradients of a call with these operands."""
-    return takes_native(operands[0]) and accumulator(*operands) is torch.float32
+def fused_backward(
+    grads: Sequence[Tensor], inputs: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]
+) -> Callable[..., list[Tensor]] | None:
+    """Return the op that computes the gradients of a call with these operands; None where plain products do."""
+    if takes_triton_backward(grads, inputs, lora_a, lora_b):
+        op: Callable[..., list[Tensor]] = TRITON_BACKWARD
+        return op
+    is_exact = accumulator(*grads, inputs, *lora_a, *lora_b) is torch.float32
+    return NATIVE_BACKWARD if takes_native(inputs) and is_exact and len({len(a) for a in lora_a}) == 1 else None
 
 
 def _portable_gradients(

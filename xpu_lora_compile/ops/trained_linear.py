@@ -14,11 +14,11 @@ from torch import Tensor
 
 from xpu_lora_compile.kernels import takes_native
 from xpu_lora_compile.kernels.call import accumulator, without_autocast
-from xpu_lora_compile.kernels.native import NATIVE_BACKWARD, TRY_ADD_SCALED
+from xpu_lora_compile.kernels.native import TRY_ADD_SCALED
 from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.ops import checks
-from xpu_lora_compile.ops.internal import SLOT_PRODUCTS
-from xpu_lora_compile.ops.lora_linear import check_is_first_order, takes_native_backward
+from xpu_lora_compile.ops.internal import SLOT_PRODUCTS, expand
+from xpu_lora_compile.ops.lora_linear import check_is_first_order, fused_backward
 
 
 def _trained_linear(
@@ -50,10 +50,9 @@ def _trained_linear(
     call = [result], inputs, [lora_a], [lora_b], indices, [0], [0], 1.0
     if takes_native(result) and TRY_ADD_SCALED(*call, scalings):
         return result
-    has_adapter, factors = _factors(indices, scalings, accumulator(base, inputs, lora_a, lora_b))
+    _, factors = _factors(indices, scalings, accumulator(base, inputs, lora_a, lora_b))
     hidden = SLOT_PRODUCTS(inputs, lora_a, indices) * factors
-    columns = result[:, : lora_b.shape[1]]
-    columns.copy_(torch.where(has_adapter, SLOT_PRODUCTS(hidden, lora_b, indices) + columns, columns))
+    expand(result[:, : lora_b.shape[1]], hidden, lora_b, indices, add=True)
     return result
 
 
@@ -95,9 +94,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     _, needs_inputs, *_, needs_a, needs_b = ctx.needs_input_grad
     needs_weights = any((*needs_a, *needs_b))
     count = len(ctx.slots)
-    if takes_native_backward(grad, rows, lora_a, lora_b):
+    fused = fused_backward([grad], rows, [lora_a], [lora_b])
+    if fused is not None:
         call = [grad], rows, [lora_a], [lora_b], indices, [0], [0], 1.0
-        made = NATIVE_BACKWARD(*call, scalings, list(ctx.slots), ctx.ranks, needs_inputs, needs_weights)
+        made = fused(*call, scalings, list(ctx.slots), ctx.ranks, needs_inputs, needs_weights)
         grad_rows = made.pop(0) if needs_inputs else None
     else:
         grad_rows, made = _portable_backward(ctx, grad)
