@@ -303,7 +303,7 @@ class AdapterBank:
         rule = "all-linear" if target_modules is None else target_modules
         sites = self.sites
         chosen = [module for module, site in sites.items() if is_targeted(module, rule, plain_linear=site.is_plain)]
-        if not chosen or any(sites[module].kind != "linear" for module in chosen):
+        if not chosen or any(sites[module].kind != "linear" or sites[module].kernel for module in chosen):
             got = f"{target_modules!r}, which matches {few(chosen) if chosen else 'none of them'}"
             wanted = f"names of linear modules of the bank, such as {few(list(sites))}"
             remedy = "Pass some of these names, or attach with more target_modules."

@@ -188,8 +188,8 @@ def _layers_of(model: nn.Module) -> dict[str, LoraLayer]:
     if model.training:
         raise ArtifactError(where, "a model in evaluation mode", "one in training mode", "Call model.eval() first.")
     if mixtures := [name for name, layer in layers.items() if hasattr(layer, "lora_pages") or layer.lora_site.by_name]:
-        remedy = "Serve adapters on experts from Python, with bank.use; or attach without them, and export that."
-        got = f"LoRA on experts or routers, {few(mixtures)}"
+        remedy = "Serve adapters on these from Python, with bank.use; or attach without them, and export that."
+        got = f"LoRA on experts, routers or convolutions, {few(mixtures)}"
         raise ArtifactError(where, "slots for A and B of single modules", got, remedy)
     if roomy := [name for name, layer in layers.items() if layer.lora_extras]:
         got = f"a bank with room for more, on {few(roomy)}"
