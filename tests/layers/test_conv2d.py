@@ -309,7 +309,7 @@ def test_images_that_mix_sequences_are_refused(tmp_path: Path) -> None:
     model = made(Stacked)
     save_adapter(tmp_path / "a", model=copy.deepcopy(model), target_modules=["conv"])
     bank = xlc.attach(model, adapters={"a": tmp_path / "a"})
-    with torch.no_grad(), pytest.raises(UnprovedRowsError, match="conv"), bank.use(NAMES):
+    with torch.no_grad(), pytest.raises(UnprovedRowsError, match="conv"), bank.use(["a", None] * 2):
         model(IMAGES)
     with torch.no_grad(), bank.use(["a"] * 4):
         model(IMAGES)
