@@ -85,6 +85,11 @@ class ModuleSizes:
         """Whether "all-linear" covers it: PEFT leaves out the output embedding, the one along the vocabulary."""
         return self.kind == "linear" and not self.padded and not self.by_name
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether its rows are tokens, of which an aLoRA changes some: PEFT has it on linear layers alone."""
+        return self.kind == "linear" and not self.by_name
+
     def shapes_in_file(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A and B as PEFT writes them, of a linear layer or a convolution."""
         channels, ones = self.in_features // math.prod(self.kernel), (1,) * len(self.kernel)
@@ -285,6 +290,7 @@ def opened_checkpoint(
             _check_room(path, config, sites, targeted)
         experts, parsed = sort_experts(file, parsed, config, base)
         _check_experts(file, config, experts, parameters, base)
+        _check_activated(path, config, [*(name for name, site in targeted.items() if not site.has_tokens), *experts])
         found, base_copies = _sorted_by_module(path, parsed, config, sites, targeted, base)
         _share_tokens(path, found, config, sites, targeted, base)
         keys = _complete(path, found, config, sites, targeted, base) if targeted or not experts else {}
@@ -336,6 +342,11 @@ def _check_experts(
     if missing := [name for name in base.parameter_sites if config.targets_parameter(name) and name not in experts]:
         remedy = "By adapter_config.json they should be there, so the file is incomplete: copy or download it again."
         raise UnmatchedTensorError(str(path), "A and B for every targeted parameter", f"none of {few(missing)}", remedy)
+
+
+def _check_activated(path: Path, config: AdapterConfig, others: list[str]) -> None:
+    if config.alora_invocation_tokens and others:
+        raise UnsupportedAdapterError(str(path.parent), "aLoRA on linear layers", few(others), SERVE_WITH_PEFT)
 
 
 @dataclass(frozen=True)

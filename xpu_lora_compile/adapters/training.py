@@ -26,7 +26,7 @@ from xpu_lora_compile.adapters.names import PREFIX, parse_key
 from xpu_lora_compile.errors import AdapterError, UnsupportedAdapterError
 
 # Fields of adapter_config.json for which a slot holds more than A and B.
-_MORE_THAN_A_AND_B = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
+_MORE_THAN_A_AND_B = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
 _PARTS = {"linear": ("lora_A.weight", "lora_B.weight"), "embedding": ("lora_embedding_A", "lora_embedding_B")}
 
 

@@ -198,6 +198,9 @@ def _layers_of(model: nn.Module) -> dict[str, LoraLayer]:
             "serve adapters with these from Python, with bank.use."
         )
         raise ArtifactError(where, "slots for A and B alone, the only thing that a file holds", got, remedy)
+    if routing.main.activates:
+        remedy = "Make a bank of other adapters, and export that; serve those with such tokens from Python."
+        raise ArtifactError(where, "adapters for all tokens", "a bank with alora_invocation_tokens", remedy)
     if routing.main.adapters_per_row > 1:
         got = f"a bank with adapters_per_row={routing.main.adapters_per_row}"
         remedy = "Attach without adapters_per_row and export that; serve several adapters for a row from Python."

@@ -366,6 +366,9 @@ def _random_adapters(model: object, inputs: Any, seed: int) -> Iterator[Draw | N
 class Draw:
     """The slots that were drawn for each sequence, in the place of a `use` block."""
 
+    # Each adapter counts for all tokens.
+    active_tokens = prompt = None
+
     def __init__(self) -> None:
         self.called: set[str] = set()
         self.read: set[str] = set()
