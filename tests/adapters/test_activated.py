@@ -122,10 +122,32 @@ def test_nan_of_an_adapter_reaches_no_prompt_without_its_invocation(served: Any)
     assert logits[0, 4:].isnan().all()
 
 
+def test_what_was_compiled_before_is_not_used_for_it(folders: dict[str, Path]) -> None:
+    torch._dynamo.reset()
+    model: Any = llama().requires_grad_(False)
+    bank = xlc.attach(model, adapters={"plain": folders["plain"]}, target_modules="all-linear", max_rank=4)
+    compiled: Any = torch.compile(model, backend="xpu_lora", fullgraph=True, options={"xpu_lora.execute": "eager"})
+    with torch.no_grad(), bank.use(["plain", None] * 3):
+        compiled(PROMPTS, MASK)
+    with bank.use(["plain", None] * 3):
+        # As another thread may.
+        bank.load("activated", folders["activated"])
+        wanted = {name: by_peft(folders.get(name or "")) for name in ("activated", "plain", None)}
+        with torch.no_grad():
+            assert_each(model(PROMPTS, MASK).logits, wanted, ["plain", None] * 3)
+    with torch.no_grad(), bank.use(NAMES, input_ids=PROMPTS):
+        assert_each(compiled(PROMPTS, MASK).logits, wanted, NAMES)
+
+
 def test_plain_adapters_of_the_bank_need_no_prompts(served: Any, folders: dict[str, Path]) -> None:
     model, bank = served
     with torch.no_grad(), bank.use(["plain"] * 6):
         torch.testing.assert_close(model(PROMPTS, MASK).logits, by_peft(folders["plain"]), atol=2e-5, rtol=2e-5)
+    packed = {"position_ids": torch.arange(10).repeat(6)[None], "use_cache": False}
+    with torch.no_grad(), bank.use(["plain"] * 6, lengths=[10] * 6):
+        logits = model(PROMPTS.view(1, 60), **packed).logits.view(6, 10, -1)
+    wanted = by_peft(folders["plain"], PROMPTS, torch.ones_like(MASK))
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
     with pytest.raises(BatchError, match=r"prompts, \[6, tokens\]"), bank.use(NAMES):
         pass
     with pytest.raises(BatchError, match="6 prompts, one for each name; got 2"), bank.use(NAMES, input_ids=PROMPTS[:2]):

@@ -94,9 +94,10 @@ class Block:
         # As `slots_of`, where `generate` has more sequences than the block has names.
         self.times = self.first_times = 1
         self._slots: dict[str, list[int]] = {}
-        # Of each sequence: how many of its last tokens its adapter changes; see `AdapterBank.use`. None where none of
-        # the bank's adapters ever had invocation tokens.
+        # Of each sequence: how many of its last tokens its adapter counts for. None where no adapter of the bank ever
+        # had invocation tokens.
         self.counts: tuple[int, ...] = ()
+        # The same of each row, on the device; None of a packed batch, too, which has no such adapters.
         self.active_tokens: Tensor | None = None
         # How many tokens the prompts have, where some adapter does not change all of them.
         self.prompt: int | None = None
@@ -589,8 +590,9 @@ class AdapterBank:
         """
         if not self._routing.activates:
             return
-        wanted = {part: [self._invocations[slot] if slot >= 0 else () for slot in block.slots_of(part)]
-                  for part in block.rows}  # fmt: skip
+        wanted = {
+            part: [self._invocations[slot] if slot >= 0 else () for slot in block.slots_of(part)] for part in block.rows
+        }
         remedy = "Open the block with bank.use(names, input_ids=input_ids)."
         block.counts = (ALL_TOKENS,) * len(wanted[""])
         if not any(map(any, wanted.values())):
@@ -635,7 +637,7 @@ class AdapterBank:
         if len(self._routings) > 1 or len(block.rows) > 1:
             self._share(set(block.rows))
         slots = {part: self._slots_on_device(part, block.slots_of_tokens(part)) for part in block.rows}
-        if self._routing.activates:
+        if block.counts and block.rows[""].lengths is None:
             counts = [count for count in block.counts for _ in range(block.times)]
             block.active_tokens = self._slots_on_device("active tokens", counts)
         for part, routing in self._routings.items():

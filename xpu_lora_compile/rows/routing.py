@@ -459,8 +459,13 @@ class BatchRouting:
         counts, batch = self.active_tokens, slots.shape[0]
         if counts is None or not layer.lora_site.has_tokens or (layout.dimension < 0 and batch > 1):
             return rows
+        if not is_compiling() and self.block.prompt is None and slots.device.type == "cpu":
+            # Elsewhere a graph that is captured now may be replayed for others.
+            return rows
         # As PEFT goes by the last tokens of what a layer is given, so that its rows have to be those of the prompts.
-        if not (len(shape) in (1, 2) and shape[0] == batch and (batch == 1 or (layout.dimension, layout.outer) == (0, 1))):
+        if not (
+            len(shape) in (1, 2) and shape[0] == batch and (batch == 1 or (layout.dimension, layout.outer) == (0, 1))
+        ):
             why = "an adapter of the bank has invocation tokens, for which inputs [batch, tokens, features] are needed"
             raise self.unproved(layer.lora_name, shape, why, "Leave the module out with exclude_modules.")
         tokens = shape[1] if len(shape) == 2 else 1
