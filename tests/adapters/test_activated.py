@@ -1,4 +1,4 @@
-"""aLoRA, whose adapters count from their invocation tokens on: PEFT's answer for each adapter alone, in a mixed batch."""
+"""aLoRA, which counts from its invocation tokens on: PEFT's answer for each adapter alone, in a mixed batch."""
 
 from __future__ import annotations
 
