@@ -201,7 +201,7 @@ def test_nan_in_one_image_and_its_adapter_stays_there(layer: nn.Module, tmp_path
     assert output[2:].isnan().all()
 
 
-@pytest.mark.parametrize("more", [{"use_dora": True}, {"lora_bias": True}], ids=["DoRA", "lora_bias"])
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"lora_bias": True}, {"bias": "lora_only"}], ids=["DoRA", "lora_bias", "bias"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_dora_and_biases_are_pefts(more: dict[str, Any], bias: bool, tmp_path: Path) -> None:
@@ -211,14 +211,16 @@ def test_dora_and_biases_are_pefts(more: dict[str, Any], bias: bool, tmp_path: P
     save_adapter(tmp_path / "b", model=copy.deepcopy(model), target_modules=["0"], seed=1)
     with edited_weights(tmp_path / "a") as tensors:
         for key in tensors:
-            if "magnitude" in key:
+            if "magnitude" in key or key.endswith(".bias"):
                 tensors[key] = torch.rand(tensors[key].shape, generator=torch.Generator().manual_seed(2)) + 0.5
     wanted = {name: by_peft(tmp_path, model, (IMAGES,), name) for name in ("a", "b", None)}
     bank = xlc.attach(model, adapters={"a": tmp_path / "a", "b": tmp_path / "b"})
     with torch.no_grad(), bank.use(NAMES):
         assert_each(model(IMAGES), wanted, NAMES)
     bank.detach()
-    with pytest.raises(UnsupportedAdapterError, match=r"use_dora=True|lora_bias=True"):
+    if "bias" in more and not bias:
+        return
+    with pytest.raises(UnsupportedAdapterError, match="use_dora=True|lora_bias=True|bias=.lora_only"):
         xlc.attach(model, target_modules=["0", "1"]).load("a", tmp_path / "a")
 
 
@@ -243,6 +245,14 @@ def test_a_peft_model_computes_on_the_bank() -> None:
             wanted[None] = oracle(IMAGES, STEPS)
         with bank.use(names := ["default", None, "b", "default"]):
             assert_each(live(IMAGES, STEPS), wanted, names)
+
+
+def test_an_image_alone_and_no_image_are_taken_as_without_lora(layer: nn.Module, tmp_path: Path) -> None:
+    wanted = by_peft(tmp_path, layer, (IMAGES[:1],), "a")
+    bank = xlc.attach(layer, adapters={"a": tmp_path / "a"})
+    with torch.no_grad(), bank.use(["a"]):
+        torch.testing.assert_close(layer[0](IMAGES[0]), wanted[0], atol=1e-4, rtol=1e-5)
+        assert layer[0](IMAGES[:0]).shape == (0, 5, 11, 9)
 
 
 def test_all_linear_leaves_it_out_as_in_peft() -> None:

@@ -34,9 +34,9 @@ class ConvLayer(LoraLayer):
         output = self.without_lora(input)
         if slots is None:
             return output
-        base = output.view(-1, *output.shape[-3:]).permute(0, 2, 3, 1)
+        base = (output if output.dim() == 4 else output.unsqueeze(0)).permute(0, 2, 3, 1)
         batch, height, width, columns = base.shape
-        rows = self.patches(images).reshape(batch * height * width, -1)
+        rows = self.patches(images).reshape(batch * height * width, self.lora_a.shape[2])
         indices = slots.unsqueeze(1).expand(batch, height * width).reshape(-1)
         ranks = None if rows.device.type == "cpu" else routing_of(self).ranks
         added = lora_linear(base.reshape(-1, columns), rows, [self.lora_a], [self.lora_b], indices, [0], ranks=ranks)
