@@ -201,7 +201,9 @@ def test_nan_in_one_image_and_its_adapter_stays_there(layer: nn.Module, tmp_path
     assert output[2:].isnan().all()
 
 
-@pytest.mark.parametrize("more", [{"use_dora": True}, {"lora_bias": True}, {"bias": "lora_only"}], ids=["DoRA", "lora_bias", "bias"])
+@pytest.mark.parametrize(
+    "more", [{"use_dora": True}, {"lora_bias": True}, {"bias": "lora_only"}], ids=["DoRA", "lora_bias", "bias"]
+)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_dora_and_biases_are_pefts(more: dict[str, Any], bias: bool, tmp_path: Path) -> None:
@@ -220,7 +222,7 @@ def test_dora_and_biases_are_pefts(more: dict[str, Any], bias: bool, tmp_path: P
     bank.detach()
     if "bias" in more and not bias:
         return
-    with pytest.raises(UnsupportedAdapterError, match="use_dora=True|lora_bias=True|bias=.lora_only"):
+    with pytest.raises(UnsupportedAdapterError, match=r"use_dora=True|lora_bias=True|bias=.lora_only"):
         xlc.attach(model, target_modules=["0", "1"]).load("a", tmp_path / "a")
 
 
