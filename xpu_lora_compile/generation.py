@@ -38,6 +38,9 @@ class Bank(Protocol):
     def step(self, names: list[Any], lengths: list[int]) -> Any:
         """Have a packed step be run by this thread, inside the block of another one."""
 
+    def check_activates_nothing(self, where: str, got: str, remedy: str) -> None:
+        """Refuse what cannot be done with adapters that have invocation tokens."""
+
     def names_in_use(self) -> list[Any] | None:
         """The names of the open block, one or several for each sequence; None outside of all."""
 
@@ -134,6 +137,9 @@ class _Generate(_Method):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate; afterwards each name is one row again."""
+        config = kwargs.get("generation_config") or getattr(self.module, "generation_config", None)
+        if kwargs.get("use_cache", getattr(config, "use_cache", True)) is False:
+            self.bank.check_activates_nothing("generate", "no cache", "Pass use_cache=True.")
         try:
             return self.own(*args, **kwargs)
         finally:
@@ -145,6 +151,8 @@ class _Batch(_Method):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Make a manager; inside a block it takes as many requests as the block has names, in their order."""
+        remedy = "Call generate."
+        self.bank.check_activates_nothing("generate_batch", "packed rows", remedy)
         manager = self.own(*args, **kwargs)
         names = self.bank.names_in_use()
         if names is not None and any(name is not None for name in names):

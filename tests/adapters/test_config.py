@@ -149,7 +149,6 @@ REFUSED: dict[str, Any] = {
     "target_modules": None,
     "layer_replication": [[0, 4], [2, 5]],
     "use_qalora": True,
-    "alora_invocation_tokens": [1, 2],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 3},
     "kasa_config": {"beta": 0.1},
@@ -171,9 +170,19 @@ def test_an_unsupported_field_is_refused_with_its_value(field: str, tmp_path: Pa
 def test_every_field_that_peft_calls_a_variant_of_lora_is_refused_when_set(tmp_path: Path) -> None:
     for name, declared in LoraConfig.__dataclass_fields__.items():
         if declared.metadata.get("is_lora_variant"):
-            # DoRA is a switch, and no value but true turns it on.
-            with pytest.raises(AdapterFileError if name == "use_dora" else UnsupportedAdapterError, match=name):
+            # DoRA is a switch, and no value but true turns it on; aLoRA a list of tokens.
+            taken = name in ("use_dora", "alora_invocation_tokens")
+            with pytest.raises(AdapterFileError if taken else UnsupportedAdapterError, match=name):
                 read_config(written(tmp_path, **{name: {"some": "value"}}))
+
+
+def test_invocation_tokens_may_repeat_and_are_tokens(tmp_path: Path) -> None:
+    config = read_config(written(tmp_path, alora_invocation_tokens=[5, 9, 5], task_type="CAUSAL_LM"))
+    assert config.alora_invocation_tokens == (5, 9, 5)
+    # To PEFT this is plain LoRA.
+    assert read_config(written(tmp_path, alora_invocation_tokens=[])).alora_invocation_tokens == ()
+    with pytest.raises(AdapterFileError, match="tokens, from 0 on"):
+        read_config(written(tmp_path, alora_invocation_tokens=[-1], task_type="CAUSAL_LM"))
 
 
 @pytest.mark.parametrize("method", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new", "true", 1])

@@ -361,7 +361,6 @@ def test_merging_is_recommended_where_it_works(case: str, tmp_path: Path) -> Non
 
 
 NOT_MERGEABLE: dict[str, dict[str, Any]] = {
-    "activated": {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
     "replicated-layers": {"layer_replication": [[0, 2], [0, 2]]},
 }
 
@@ -381,11 +380,11 @@ def test_merging_is_not_recommended_where_peft_cannot(case: str, tmp_path: Path)
 
 def test_each_field_has_its_own_advice(tmp_path: Path) -> None:
     save_adapter(tmp_path, target_modules=["q_proj"])
-    edit_config(tmp_path, use_bdlora={"nblocks": 2}, alora_invocation_tokens=[1])
+    edit_config(tmp_path, use_bdlora={"nblocks": 2}, layer_replication=[[0, 2]])
     with pytest.raises(UnsupportedAdapterError) as caught:
         read_config(tmp_path)
-    assert re.search(r"use_bdlora: Let PEFT.*alora_invocation_tokens: Serve it", caught.value.args[3]) or re.search(
-        r"alora_invocation_tokens: Serve it.*use_bdlora: Let PEFT", caught.value.args[3]
+    assert re.search(r"use_bdlora: Let PEFT.*layer_replication: Serve it", caught.value.args[3]) or re.search(
+        r"layer_replication: Serve it.*use_bdlora: Let PEFT", caught.value.args[3]
     )
 
 

@@ -35,11 +35,13 @@ class Example:
         module: makes one.
         inputs: for three sequences.
         shrink: the oracle: A `[r, D]` and the inputs to `[..., r]`.
+        features_last: the output with its features in the last dimension.
     """
 
     module: Callable[[], nn.Module]
     inputs: Tensor
     shrink: Callable[[Tensor, Tensor], Tensor]
+    features_last: Callable[[Tensor], Tensor] = lambda output: output
 
 
 # By the host's name. What a library makes that may not be there is a stand-in.
@@ -47,6 +49,12 @@ EXAMPLES = {
     "nn.Linear": Example(lambda: nn.Linear(6, 5), torch.randn(3, 2, 6), lambda a, x: x @ a.t()),
     "nn.Embedding": Example(
         lambda: nn.Embedding(7, 4), torch.tensor([[0, 6], [3, 1], [2, 2]]), lambda a, tokens: a.t()[tokens]
+    ),
+    "nn.Conv2d": Example(
+        lambda: nn.Conv2d(3, 5, (2, 3)),
+        torch.randn(3, 3, 2, 6),
+        lambda a, x: nn.functional.conv2d(x, a.view(-1, 3, 2, 3)).flatten(2).transpose(1, 2),
+        lambda output: output.flatten(2).transpose(1, 2),
     ),
     "Conv1D": Example(lambda: Conv1D(5, 6), torch.randn(3, 2, 6), lambda a, x: x @ a.t()),
     **{
@@ -124,7 +132,7 @@ def test_attach_uses_what_the_host_declares(host: Host, model: nn.Module, exampl
     assert (layer.lora_a.dtype, layer.lora_a.device) == declared
     assert (layer.lora_b.dtype, layer.lora_b.device) == declared
     inputs = example.inputs.to(dtype) if example.inputs.is_floating_point() else example.inputs
-    output = layer(inputs)
+    output = example.features_last(layer(inputs))
     assert (output.shape[-1], output.dtype) == (site.out_features, declared[0])
 
 
@@ -141,10 +149,11 @@ def test_a_layer_adds_the_adapter_of_each_row(model: nn.Module, example: Example
     run: Any = torch.compile(model, backend="xpu_lora", fullgraph=True, options={"xpu_lora.execute": "eager"})
     with torch.set_grad_enabled(way == "grad-mode"), bank.use(["a", None, "a"]):
         output = run(example.inputs) if way == "compiled" else model(example.inputs)
+    output, base = example.features_last(output), example.features_last(base)
     expected = base + example.shrink(a, example.inputs) @ b.t() * torch.tensor([1.0, 0.0, 1.0])[:, None, None]
     torch.testing.assert_close(output, expected)
     assert torch.equal(output[1], base[1])
-    assert torch.equal(model(example.inputs), base)
+    assert torch.equal(example.features_last(model(example.inputs)), base)
 
 
 def test_a_layer_says_how_many_dimensions_of_its_input_are_no_rows(

@@ -48,6 +48,8 @@ from xpu_lora_compile.terminal import wrapped
 from xpu_lora_compile.torch_internals import is_capturing
 
 NO_ADAPTER = -1
+# More tokens than a call has.
+ALL_TOKENS = 2**62
 _LARGEST_WEIGHT = torch.finfo(torch.float32).max
 
 # Adapters of one row, each with its weight: a number, or a tensor of one. As `use` has checked it.
@@ -92,6 +94,13 @@ class Block:
         # As `slots_of`, where `generate` has more sequences than the block has names.
         self.times = self.first_times = 1
         self._slots: dict[str, list[int]] = {}
+        # Of each sequence: how many of its last tokens its adapter counts for. None where no adapter of the bank ever
+        # had invocation tokens.
+        self.counts: tuple[int, ...] = ()
+        # The same of each row, on the device; None of a packed batch, too, which has no such adapters.
+        self.active_tokens: Tensor | None = None
+        # How many tokens the prompts have, where some adapter does not change all of them.
+        self.prompt: int | None = None
         # Names of layers.
         self.called: set[str] = set()
         self.read: set[str] = set()
@@ -168,6 +177,8 @@ class AdapterBank:
         self._ranks = [0] * slots
         # How many modules the adapter of each slot has LoRA on; of no meaning where the slot is empty.
         self._counts = [0] * slots
+        # Tokens from whose last occurrence on the adapter of each slot counts; none where it counts for all.
+        self._invocations: list[tuple[int, ...]] = [()] * slots
         self._max_rank = max_rank
         self._staging = Staging()
         self._loaded: dict[str, Loaded] = {}
@@ -269,11 +280,15 @@ class AdapterBank:
             # Everything that can be wrong is found here, before anything changes.
             base = BaseModel.of(self._model, self._hosts)
             config = read_config(path)
+            if config.alora_invocation_tokens and self._adapters_per_row > 1:
+                got, remedy = "alora_invocation_tokens", "Attach without adapters_per_row."
+                wanted = "adapters for all tokens, where a row may have several"
+                raise UnsupportedAdapterError(str(path), wanted, got, remedy)
             with (
                 opened_checkpoint(path, config, self.sites, base, self._max_rank) as checkpoint,
                 self._staging.staged(checkpoint, layers, mixtures) as staged,
             ):
-                self._store(name, staged)
+                self._store(name, staged, config.alora_invocation_tokens)
                 self._loaded[name] = Loaded.of(path, checkpoint)
 
     def add(
@@ -303,7 +318,7 @@ class AdapterBank:
         rule = "all-linear" if target_modules is None else target_modules
         sites = self.sites
         chosen = [module for module, site in sites.items() if is_targeted(module, rule, plain_linear=site.is_plain)]
-        if not chosen or any(sites[module].kind != "linear" for module in chosen):
+        if not chosen or any(sites[module].kind != "linear" or sites[module].kernel for module in chosen):
             got = f"{target_modules!r}, which matches {few(chosen) if chosen else 'none of them'}"
             wanted = f"names of linear modules of the bank, such as {few(list(sites))}"
             remedy = "Pass some of these names, or attach with more target_modules."
@@ -402,7 +417,7 @@ class AdapterBank:
             )
         return self._loaded[name]
 
-    def _store(self, name: str, staged: Staged) -> None:
+    def _store(self, name: str, staged: Staged, invocation: tuple[int, ...] = ()) -> None:
         """Fill a free slot, and give it its name once all is there."""
         slot = None
         try:
@@ -415,7 +430,8 @@ class AdapterBank:
             staged.store(slot, ranks, readers)
             with self._lock:
                 self._check_attached()
-                self._slots[slot], self._counts[slot] = name, staged.modules
+                self._slots[slot], self._counts[slot], self._invocations[slot] = name, staged.modules, invocation
+                self._routing.activates |= bool(invocation)
         except BaseException:
             if slot is not None:
                 with self._lock:
@@ -447,7 +463,7 @@ class AdapterBank:
             self._loaded.pop(name, None)
             self._clear(slot)
             self._note_readers()
-            self._slots[slot] = None
+            self._slots[slot], self._invocations[slot] = None, ()
 
     @contextmanager
     def use(
@@ -456,6 +472,7 @@ class AdapterBank:
         *,
         lengths: Sequence[int] | None = None,
         parts: Mapping[str, Sequence[Name] | tuple[Sequence[Name], Sequence[int]]] | None = None,
+        input_ids: Tensor | None = None,
     ) -> Iterator[None]:
         """Have each sequence of the batch answered by its own adapter while the block is open.
 
@@ -474,6 +491,9 @@ class AdapterBank:
             parts: names for parts of the model whose rows are not the sequences of the batch, by the part's name: those
                 of a vision tower are its images, `{"vision_tower": ["pirate", "pirate", None]}`. Where they are packed,
                 names and lengths: `{"visual": (names, lengths)}`.
+            input_ids: `[batch, tokens]`, the prompts that the model is called with in the block. Adapters with
+                `alora_invocation_tokens` need them: one counts for the tokens from the last occurrence of its
+                invocation tokens in the prompt on, with all that is generated then; and for none without an occurrence.
 
         Raises:
             UnknownAdapterError: the bank has no adapter of a name.
@@ -488,7 +508,7 @@ class AdapterBank:
                 called.
             AdapterError: a module has been replaced, or its forward hooked, since `attach`.
         """
-        block = self._open(names, lengths, parts or {})
+        block = self._open(names, lengths, parts or {}, input_ids)
         without_gradients = self._training.without_gradients(block.names)
         token = self._routing.mine.set(block)
         unreached: list[str] = []
@@ -533,7 +553,7 @@ class AdapterBank:
             self._ranks = [0] * len(self._slots)
             self._routing.ranks = None
 
-    def _open(self, names: Any, lengths: Any, parts: Any) -> Block:
+    def _open(self, names: Any, lengths: Any, parts: Any, input_ids: Any) -> Block:
         with self._lock:
             self._check_modules()
             self._training.check()
@@ -544,9 +564,9 @@ class AdapterBank:
                 self._check_part(part, name)
                 entries, its_lengths = given if packed else (given, None)
                 rows[name] = _checked_rows(f"use: parts[{part!r}]", entries, its_lengths, self._adapters_per_row)
-            return self._enter(rows)
+            return self._enter(rows, input_ids)
 
-    def _enter(self, rows: dict[str, Rows]) -> Block:
+    def _enter(self, rows: dict[str, Rows], input_ids: Any = None) -> Block:
         """Open a block, whose names have been checked."""
         if self._blocks and self._blocks[-1] is not self._routing.mine.get():
             raise BankInUseError(
@@ -557,9 +577,48 @@ class AdapterBank:
             )
         block = Block(rows, self._adapters_per_row)
         block.resolve(self._slot_of)
+        self._activate(block, input_ids)
         self._route(block)
         self._blocks.append(block)
         return block
+
+    def _activate(self, block: Block, input_ids: Any) -> None:
+        """Find out for which tokens of each sequence its adapter counts.
+
+        Raises:
+            BatchError: that cannot be known.
+        """
+        if not self._routing.activates:
+            return
+        wanted = {
+            part: [self._invocations[slot] if slot >= 0 else () for slot in block.slots_of(part)] for part in block.rows
+        }
+        remedy = "Open the block with bank.use(names, input_ids=input_ids)."
+        block.counts = (ALL_TOKENS,) * len(wanted[""])
+        if not any(map(any, wanted.values())):
+            return
+        if len(wanted) > 1 or block.rows[""].lengths is not None:
+            got = "parts" if len(wanted) > 1 else "packed ones"
+            raise BatchError("use", "sequences one below the other, for adapters with invocation tokens", got, remedy)
+        batch = len(wanted[""])
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
+            got = f"a tensor {list(input_ids.shape)}" if isinstance(input_ids, Tensor) else repr(input_ids)
+            wish = f"the prompts, [{batch}, tokens], since an adapter has invocation tokens"
+            raise BatchError("use: input_ids", wish, got, remedy)
+        if len(input_ids) != batch:
+            raise BatchError("use: input_ids", f"{batch} prompts, one for each name", str(len(input_ids)), remedy)
+        block.prompt = input_ids.shape[1]
+        prompts = zip(input_ids.tolist(), wanted[""], strict=True)
+        block.counts = tuple(_count_from(prompt, tokens) if tokens else ALL_TOKENS for prompt, tokens in prompts)
+
+    def check_activates_nothing(self, where: str, got: str, remedy: str) -> None:
+        """Refuse what cannot be done with adapters that have invocation tokens, where the open block has such.
+
+        Raises:
+            BatchError: it has.
+        """
+        if self._blocks and self._blocks[-1].prompt is not None:
+            raise BatchError(where, "one row for each prompt, for adapters with invocation tokens", got, remedy)
 
     def _close(self, block: Block) -> None:
         with self._lock:
@@ -578,6 +637,9 @@ class AdapterBank:
         if len(self._routings) > 1 or len(block.rows) > 1:
             self._share(set(block.rows))
         slots = {part: self._slots_on_device(part, block.slots_of_tokens(part)) for part in block.rows}
+        if block.counts and block.rows[""].lengths is None:
+            counts = [count for count in block.counts for _ in range(block.times)]
+            block.active_tokens = self._slots_on_device("active tokens", counts)
         for part, routing in self._routings.items():
             if part in slots:
                 routing.point(slots[part], block, block.rows[part].lengths)
@@ -601,6 +663,9 @@ class AdapterBank:
                     block.first_times = 1
                 times = block.first_times if times is None else times
                 if block.times != times:
+                    if times != 1:
+                        remedy = "Generate one answer for each, without beams."
+                        self.check_activates_nothing("generate", f"{times} for each", remedy)
                     block.times = times
                     self._route(block)
 
@@ -628,6 +693,7 @@ class AdapterBank:
         with self._lock:
             block = Block({"": Rows(tuple(names), tuple(lengths))}, self._adapters_per_row)
             block.resolve(self._slot_of)
+            self._activate(block, None)
             outer = self._blocks[-1]
             self._blocks.append(block)
             self._route(block)
@@ -826,6 +892,13 @@ class AdapterBank:
                 )
             if device_of(layer).type == "meta":
                 raise AdapterError(f"bank: {name}", "weights that have memory", "meta tensors", "Load the model first.")
+
+
+def _count_from(prompt: list[int], tokens: tuple[int, ...]) -> int:
+    """How many tokens a prompt has from the last occurrence of these on; 0 without one."""
+    length = len(tokens)
+    starts = (start for start in reversed(range(len(prompt))) if prompt[start : start + length] == [*tokens])
+    return len(prompt) - next(starts, len(prompt))
 
 
 def device_of(layer: Layer) -> torch.device:

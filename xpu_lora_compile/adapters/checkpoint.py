@@ -63,6 +63,7 @@ class ModuleSizes:
         experts: E, where it is a parameter of experts.
         swaps: whether PEFT's A is of what the experts give, and B of what they take.
         by_name: whether "all-linear" leaves it out.
+        kernel: of a convolution, kh and kw; D is then C * kh * kw.
         most_rank: R of its pages in the bank, where that is known.
         halves: how the rows of gate and up lie in it, "one after the other" or "in turn"; or "" where it has one alone.
     """
@@ -76,12 +77,23 @@ class ModuleSizes:
     halves: str = ""
     swaps: bool = False
     by_name: bool = False
+    kernel: tuple[int, ...] = ()
     most_rank: int = 0
 
     @property
     def is_plain(self) -> bool:
         """Whether "all-linear" covers it: PEFT leaves out the output embedding, the one along the vocabulary."""
         return self.kind == "linear" and not self.padded and not self.by_name
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether its rows are tokens, of which an aLoRA changes some: PEFT has it on linear layers alone."""
+        return self.kind == "linear" and not self.by_name
+
+    def shapes_in_file(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B as PEFT writes them, of a linear layer or a convolution."""
+        channels, ones = self.in_features // math.prod(self.kernel), (1,) * len(self.kernel)
+        return (rank, channels, *self.kernel), (self.out_features, rank, *ones)
 
 
 @dataclass(frozen=True)
@@ -278,6 +290,7 @@ def opened_checkpoint(
             _check_room(path, config, sites, targeted)
         experts, parsed = sort_experts(file, parsed, config, base)
         _check_experts(file, config, experts, parameters, base)
+        _check_activated(path, config, [*(name for name, site in targeted.items() if not site.has_tokens), *experts])
         found, base_copies = _sorted_by_module(path, parsed, config, sites, targeted, base)
         _share_tokens(path, found, config, sites, targeted, base)
         keys = _complete(path, found, config, sites, targeted, base) if targeted or not experts else {}
@@ -285,7 +298,7 @@ def opened_checkpoint(
             name: Pair(*keys[name], *_checked_shapes(file, keys[name], site, config.rank(name)), config.scaling(name))
             for name, site in targeted.items()
         }
-        extras = _checked_extras(file, found, pairs, config.trainable_token_indices, base)
+        extras = _checked_extras(file, found, pairs, sites, config.trainable_token_indices, base)
         for key, parameter in base_copies.items():
             _check_base_copy(file, key, base.parameters[parameter], _remedy_for(parameter, config, sites, base))
         yield Checkpoint(file, pairs, extras, experts)
@@ -329,6 +342,11 @@ def _check_experts(
     if missing := [name for name in base.parameter_sites if config.targets_parameter(name) and name not in experts]:
         remedy = "By adapter_config.json they should be there, so the file is incomplete: copy or download it again."
         raise UnmatchedTensorError(str(path), "A and B for every targeted parameter", f"none of {few(missing)}", remedy)
+
+
+def _check_activated(path: Path, config: AdapterConfig, others: list[str]) -> None:
+    if config.alora_invocation_tokens and others:
+        raise UnsupportedAdapterError(str(path.parent), "aLoRA on linear layers", few(others), SERVE_WITH_PEFT)
 
 
 @dataclass(frozen=True)
@@ -602,9 +620,10 @@ def _checked_shapes(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     # Tokens are the columns of an embedding's A, and the rows of lm_head's B.
     tokens_in_a, tokens_in_b = (1, None) if site.kind == "embedding" else (None, 0)
+    shape_a, shape_b = site.shapes_in_file(rank)
     return (
-        _checked_shape(file, keys[0], (rank, site.in_features), rank, tokens_in_a if site.padded else None),
-        _checked_shape(file, keys[1], (site.out_features, rank), rank, tokens_in_b if site.padded else None),
+        _checked_shape(file, keys[0], shape_a, rank, tokens_in_a if site.padded else None),
+        _checked_shape(file, keys[1], shape_b, rank, tokens_in_b if site.padded else None),
     )
 
 
@@ -612,6 +631,7 @@ def _checked_extras(
     file: TensorFile,
     found: Mapping[tuple[str, str], str],
     pairs: Mapping[str, Pair],
+    sites: Mapping[str, ModuleSizes],
     tokens: tuple[int, ...],
     base: BaseModel,
 ) -> dict[str, Extras]:
@@ -629,6 +649,8 @@ def _checked_extras(
             )
         if part in (MAGNITUDE, LORA_BIAS):
             wanted = list(pairs[name].shape_b[:1])
+            if part == MAGNITUDE and sites[name].kernel:
+                wanted = [1, *wanted, 1, 1]
         elif part == ROWS_OF_TOKENS:
             rows, features = base.parameters[f"{name}.weight"].shape
             wanted = [len(tokens), features]
@@ -654,12 +676,12 @@ def _checked_extras(
 
 
 def _checked_shape(
-    file: TensorFile, key: str, wanted: tuple[int, int], rank: int, token_axis: int | None
+    file: TensorFile, key: str, wanted: tuple[int, ...], rank: int, token_axis: int | None
 ) -> tuple[int, int]:
     where = f"{file.path}: {key}"
     shape = file.shape(key)
     fits = tuple(shape) == wanted or (
-        len(shape) == 2
+        len(shape) == len(wanted)
         and all(
             got == size or (axis == token_axis and 0 < got < size)
             for axis, (got, size) in enumerate(zip(shape, wanted, strict=True))
@@ -670,7 +692,7 @@ def _checked_shape(
         remedy = f"The rank, by adapter_config.json, is {rank}. {_GATHER}"
         raise AdapterShapeError(where, f"shape [{text}]", f"shape {shown(shape)}", remedy)
     _check_dtype(file, key)
-    return shape[0], shape[1]
+    return shape[0], math.prod(shape[1:])
 
 
 def _check_dtype(file: TensorFile, key: str) -> None:

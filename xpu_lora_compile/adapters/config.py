@@ -64,10 +64,11 @@ _WITHOUT_EFFECT |= {"fan_in_fan_out"}
 _WITHOUT_EFFECT |= {"lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "merge_weights"}
 # What PEFT can merge into the weights of any model, and what it cannot, or not into all.
 _MERGEABLE = {"use_bdlora", "kasa_config", "velora_config", "monteclora_config"}
-_NOT_MERGEABLE = {"alora_invocation_tokens", "arrow_config", "layer_replication", "use_qalora"}
+_NOT_MERGEABLE = {"arrow_config", "layer_replication", "use_qalora"}
 _NOT_MERGEABLE |= {"megatron_config"}
 # What a bank takes that was made with room for it, and a file of `export` does not.
 _IN_BANKS = {"target_parameters", "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices"}
+_IN_BANKS |= {"alora_invocation_tokens"}
 _MERGEABLE_TYPES = {"ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "VERA", "HRA", "FOURIERFT"}
 # The other initialisations (pissa, olora, corda, loftq, lora_ga) change the base weights too, so that the adapter is
 # wrong on the plain model. PEFT sets the field back to true where it has converted such an adapter while saving it.
@@ -143,6 +144,7 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...] = ()
     trainable_token_indices: tuple[int, ...] = ()
     target_parameters: tuple[str, ...] = ()
+    alora_invocation_tokens: tuple[int, ...] = ()
     part: str = ""
 
     def targets(self, name: str, *, plain_linear: bool = True) -> bool:
@@ -228,7 +230,10 @@ def read_config(folder: Path) -> AdapterConfig:
         modules_to_save=fields.saved("modules_to_save"),
         trainable_token_indices=fields.tokens("trainable_token_indices"),
         target_parameters=fields.saved("target_parameters"),
+        alora_invocation_tokens=fields.invocation("alora_invocation_tokens"),
     )
+    if config.alora_invocation_tokens:
+        _check_activated(path, config, values)
     if config.use_dora and config.lora_bias:
         raise fields.refusal("lora_bias", "false, where use_dora is true")
     if config.layers_to_transform and isinstance(config.target_modules, str):
@@ -236,6 +241,21 @@ def read_config(folder: Path) -> AdapterConfig:
     if config.layers_pattern and not config.layers_to_transform:
         raise fields.refusal("layers_pattern", "no pattern, where layers_to_transform is not set")
     return config
+
+
+def _check_activated(path: Path, config: AdapterConfig, values: Mapping[str, Any]) -> None:
+    """Refuse an aLoRA that PEFT never activates, or that changes rows before its invocation, too.
+
+    Raises:
+        UnsupportedAdapterError: it is no language model's, or has more than A and B.
+    """
+    more = [name for name in sorted(_IN_BANKS) if getattr(config, name) and name != "alora_invocation_tokens"]
+    got = [f"{name}={shown(values.get(name))}" for name in (*more, *(["bias"] if config.bias != "none" else []))]
+    if values.get("task_type") != "CAUSAL_LM":
+        got.append(f"task_type={values.get('task_type')!r}, with which PEFT does not look for the tokens")
+    if got:
+        wanted = "an aLoRA of A and B alone, with task_type='CAUSAL_LM'"
+        raise UnsupportedAdapterError(str(path), wanted, ", ".join(got), SERVE_WITH_PEFT)
 
 
 def check_is_plain(folder: Path, config: AdapterConfig) -> None:
@@ -333,6 +353,12 @@ class _Fields:
         tokens: tuple[int, ...] = self._tuple(name, int, "a list of tokens, or an object with one")
         if any(not 0 <= token < 2**31 for token in tokens) or len(set(tokens)) < len(tokens):
             raise self.refusal(name, "different tokens, from 0 on")
+        return tokens
+
+    def invocation(self, name: str) -> tuple[int, ...]:
+        tokens: tuple[int, ...] = self._tuple(name, int, "a list of tokens")
+        if any(not 0 <= token < 2**31 for token in tokens):
+            raise self.refusal(name, "tokens, from 0 on")
         return tokens
 
     def _tuple(self, name: str, of: type, wanted: str) -> tuple[Any, ...]:

@@ -82,7 +82,7 @@ def _shift(checkpoint: Checkpoint, name: str, layer: RoomyLayer, values: Mapping
 
 
 def _scale(checkpoint: Checkpoint, key: str, norms: Tensor) -> Tensor:
-    scale = checkpoint.read_extra(key, torch.float32) / norms.to("cpu")
+    scale = checkpoint.read_extra(key, torch.float32).view(-1) / norms.to("cpu")
     if not are_finite(scale):
         where = f"{checkpoint.file.path}: {key}"
         remedy = "Use the base model that the adapter was trained on."

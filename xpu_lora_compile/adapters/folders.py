@@ -15,7 +15,7 @@ from xpu_lora_compile.adapters.checkpoint import ModuleSizes
 def write_adapter(
     folder: Path, sites: Mapping[str, ModuleSizes], rank: int, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors` for these linear modules.
+    """Write `adapter_config.json` and `adapter_model.safetensors` for these linear modules and convolutions.
 
     Args:
         folder: that exists.
@@ -27,7 +27,7 @@ def write_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     weights = {}
     for name, site in sites.items():
-        a, b = torch.randn(rank, site.in_features), torch.randn(site.out_features, rank)
+        a, b = map(torch.randn, site.shapes_in_file(rank))
         weights[f"base_model.model.{name}.lora_A.weight"] = (a / site.in_features**0.5).to(dtype)
         weights[f"base_model.model.{name}.lora_B.weight"] = (0.3 * b / rank**0.5).to(dtype)
     save_file(weights, folder / "adapter_model.safetensors")

@@ -24,7 +24,7 @@ from xpu_lora_compile.errors import UnsupportedAdapterError
 
 # Kinds of LoRA that compute `B @ A @ x`, and DoRA; PEFT has classes for others.
 _VARIANTS = {"MiCALinearVariant", "MiCAEmbeddingVariant"}
-_DORA = {"DoraLinearVariant", "DoraEmbeddingVariant"}
+_DORA = {"DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv2dVariant"}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -26,7 +26,7 @@ from xpu_lora_compile.adapters.names import PREFIX, parse_key
 from xpu_lora_compile.errors import AdapterError, UnsupportedAdapterError
 
 # Fields of adapter_config.json for which a slot holds more than A and B.
-_MORE_THAN_A_AND_B = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices")
+_MORE_THAN_A_AND_B = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
 _PARTS = {"linear": ("lora_A.weight", "lora_B.weight"), "embedding": ("lora_embedding_A", "lora_embedding_B")}
 
 
@@ -177,9 +177,9 @@ class Training:
             remedy = "Train an adapter without LoRA on embeddings, or this one with PEFT."
             raise UnsupportedAdapterError(where, "LoRA on linear layers", few(tables), remedy)
         # Their layers add LoRA in a way of their own, and know nothing of slots without scaling.
-        if routers := [module for module in loaded.pairs if self._layers[module].lora_site.by_name]:
-            remedy = "Train an adapter without LoRA on routers, or this one with PEFT."
-            raise UnsupportedAdapterError(where, "LoRA on linear layers", few(routers), remedy)
+        if others := [module for module in loaded.pairs if self._layers[module].lora_site.by_name]:
+            remedy = "Train an adapter without LoRA on routers and convolutions, or this one with PEFT."
+            raise UnsupportedAdapterError(where, "LoRA on linear layers", few(others), remedy)
 
     def start(self, name: str, slot: int, loaded: Loaded) -> None:
         """Train an adapter, which can be and is not trained yet."""
@@ -290,7 +290,11 @@ def save_adapter(
             layer = layers[module]
             a, b = layer.places(layer.lora_a[slot], layer.lora_b[slot], pair.shape_a, pair.shape_b)
             b = _unscaled(b, pair.scaling).to(b.dtype) if is_scaled else b
-            for key, value in zip(_keys(pair, layer.lora_site.kind), (a, b), strict=True):
+            site = layer.lora_site
+            if site.kernel:
+                shape_a, shape_b = site.shapes_in_file(pair.rank)
+                a, b = a.reshape(shape_a), b.reshape(shape_b)
+            for key, value in zip(_keys(pair, site.kind), (a, b), strict=True):
                 tensors[key] = value.detach().cpu().contiguous().clone()
     write_folder(folder, loaded.values, tensors)
 

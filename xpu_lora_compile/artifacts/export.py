@@ -188,8 +188,8 @@ def _layers_of(model: nn.Module) -> dict[str, LoraLayer]:
     if model.training:
         raise ArtifactError(where, "a model in evaluation mode", "one in training mode", "Call model.eval() first.")
     if mixtures := [name for name, layer in layers.items() if hasattr(layer, "lora_pages") or layer.lora_site.by_name]:
-        remedy = "Serve adapters on experts from Python, with bank.use; or attach without them, and export that."
-        got = f"LoRA on experts or routers, {few(mixtures)}"
+        remedy = "Serve adapters on these from Python, with bank.use; or attach without them, and export that."
+        got = f"LoRA on experts, routers or convolutions, {few(mixtures)}"
         raise ArtifactError(where, "slots for A and B of single modules", got, remedy)
     if roomy := [name for name, layer in layers.items() if layer.lora_extras]:
         got = f"a bank with room for more, on {few(roomy)}"
@@ -198,6 +198,9 @@ def _layers_of(model: nn.Module) -> dict[str, LoraLayer]:
             "serve adapters with these from Python, with bank.use."
         )
         raise ArtifactError(where, "slots for A and B alone, the only thing that a file holds", got, remedy)
+    if routing.main.activates:
+        remedy = "Make a bank of other adapters, and export that; serve those with such tokens from Python."
+        raise ArtifactError(where, "adapters for all tokens", "a bank with alora_invocation_tokens", remedy)
     if routing.main.adapters_per_row > 1:
         got = f"a bank with adapters_per_row={routing.main.adapters_per_row}"
         remedy = "Attach without adapters_per_row and export that; serve several adapters for a row from Python."

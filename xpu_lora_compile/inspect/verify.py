@@ -366,6 +366,9 @@ def _random_adapters(model: object, inputs: Any, seed: int) -> Iterator[Draw | N
 class Draw:
     """The slots that were drawn for each sequence, in the place of a `use` block."""
 
+    # Each adapter counts for all tokens.
+    active_tokens = prompt = None
+
     def __init__(self) -> None:
         self.called: set[str] = set()
         self.read: set[str] = set()
@@ -453,7 +456,8 @@ def _digests(
         inputs = next(iter((*args, *kwargs.values())))
         owners = layer.lora_routing.owners_of(layer, inputs, layer.lora_features)
         calls[layer.lora_name] = number = calls.get(layer.lora_name, 0) + 1
-        bits = output.detach().reshape(-1, output.shape[-1]).contiguous()
+        count = output.shape[:-1].numel() if owners is None else len(owners)
+        bits = output.detach().reshape(count, -1).contiguous()
         whole = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()]).long()
         # Odd numbers lose no bit where they wrap around.
         odd = 2 * torch.arange(whole.shape[1], device=whole.device) * 0x9E3779B97F4A7C1 + 1

@@ -11,6 +11,7 @@ from torch import nn
 
 from xpu_lora_compile.layers.bitsandbytes import BitsAndBytes
 from xpu_lora_compile.layers.conv1d import Conv1D
+from xpu_lora_compile.layers.conv2d import Conv2d
 from xpu_lora_compile.layers.embedding import Embedding
 from xpu_lora_compile.layers.experts import Experts
 from xpu_lora_compile.layers.gptqmodel import GptqModel
@@ -24,6 +25,7 @@ HOSTS: tuple[Host, ...] = (
     Linear(),
     Embedding(),
     Conv1D(),
+    Conv2d(),
     BitsAndBytes(),
     Hqq(),
     TransformersFp8(),

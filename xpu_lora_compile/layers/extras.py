@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from xpu_lora_compile.adapters.checkpoint import HEAD, SCALE, SHIFT, TOKENS, ModuleSizes
 from xpu_lora_compile.adapters.extras import EMPTY, HEAD_SLOTS, HEADS, SCALES, SHIFTS, TOKEN_IDS, TOKEN_VALUES
 from xpu_lora_compile.errors import AdapterError, AttachError
+from xpu_lora_compile.layers.conv2d import ConvLayer
 from xpu_lora_compile.layers.embedding import EmbeddingLayer
 from xpu_lora_compile.layers.host import Host, LoraLayer, layer_class, routing_of
 from xpu_lora_compile.ops import bgmv_shrink, lora_linear
@@ -127,6 +128,22 @@ class ExtraLayer(LoraLayer):
         super().restore()
 
 
+class ExtraConvLayer(ExtraLayer):
+    """The same of a convolution, by the slot of each image: it has room for DoRA and biases."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name, for calls by keyword
+        """As `ExtraLayer.forward`."""
+        output = result = super(ExtraLayer, self).forward(input)
+        slots = routing_of(self).rows_of(self, input if input.dim() == 4 else input.unsqueeze(0), 3)
+        if slots is None:
+            return output
+        if SCALES in self._buffers:
+            result = result * self.lora_scales[slots][:, :, None, None]
+        if SHIFTS in self._buffers:
+            result = result + self.lora_shifts[slots][:, :, None, None]
+        return result.to(output.dtype).view(output.shape)
+
+
 class ExtraEmbeddingLayer(ExtraLayer):
     """The same of a table, whose weights are looked up by token."""
 
@@ -169,7 +186,8 @@ def own_bias(module: nn.Module) -> Tensor | None:
 
 def extra_class(kind: type[LoraLayer]) -> type[LoraLayer]:
     """Return the class of layers of this class that have room for more."""
-    return layer_class(ExtraEmbeddingLayer if issubclass(kind, EmbeddingLayer) else ExtraLayer, kind)
+    by_kind = {EmbeddingLayer: ExtraEmbeddingLayer, ConvLayer: ExtraConvLayer}
+    return layer_class(next((extra for known, extra in by_kind.items() if issubclass(kind, known)), ExtraLayer), kind)
 
 
 def room_of(
@@ -189,7 +207,7 @@ def room_of(
     Raises:
         AttachError: DoRA takes a weight that nobody can read.
     """
-    if host.site(module).by_name:
+    if host.site(module).by_name and not host.site(module).kernel:
         # PEFT has plain LoRA alone on parameters, and a router returns more than its product.
         return frozenset()
     if use_dora and not host.has_weight:

@@ -704,7 +704,7 @@ class LiveBank(AdapterBank):
         """Fill slots again before they are used: after weights were changed through `.data`, which leaves no trace."""
         self.live._touches += 1
 
-    def _open(self, names: Any, lengths: Any, parts: Any) -> Block:
+    def _open(self, names: Any, lengths: Any, parts: Any, input_ids: Any) -> Block:
         given = parts.values() if isinstance(parts, Mapping) else ()
         wanted = [
             *leaves(names),
@@ -722,7 +722,7 @@ class LiveBank(AdapterBank):
         self.make_room(adapters)
         for name in adapters:
             self.live.follow(name)
-        return super()._open(names, lengths, parts)
+        return super()._open(names, lengths, parts, input_ids)
 
     # Of `Live`.
 

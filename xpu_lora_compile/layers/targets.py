@@ -113,7 +113,8 @@ def find_experts(
         (name, parameter) for name, (host, module) in carriers.items() for parameter in host.parameter_sites(module)
     ]
     # To PEFT a weight of one product is that of one expert.
-    parameters += [(name, "weight") for name, (host, module) in carriers.items() if host.site(module).kind == "linear"]
+    sites = {name: host.site(module) for name, (host, module) in carriers.items()}
+    parameters += [(name, "weight") for name, site in sites.items() if site.kind == "linear" and not site.kernel]
     chosen: set[tuple[str, str]] = set()
     for target in target_parameters:
         # As PEFT looks them up.
@@ -236,6 +237,8 @@ def _cannot_carry(strangers: Mapping[str, nn.Module], hosts: Sequence[Host], pla
         + (" whose weight is computed from others" if name in computed else "")
         + _of_whole_numbers(module)
         + ("" if getattr(module, "max_norm", None) is None else " with max_norm")
+        + ("" if getattr(module, "groups", 1) == 1 else f" with groups={module.groups}")
+        + ("" if set(getattr(module, "dilation", ())) <= {1} else f" with dilation={module.dilation}")
         for name, module in strangers.items()
     ]
     if hooked:

@@ -50,6 +50,7 @@ MOST_PROOFS = 1024
 _FLAGS = {bool, int, str}
 # What a layer's rows are while every sequence has the same adapter: any layout gives the same.
 UNIFORM = Layout(-1, 0, 0)
+_PLACES_WANTED = "an adapter of the bank has invocation tokens, for which inputs [batch, tokens, features] are needed"
 
 
 class BatchRouting:
@@ -72,6 +73,8 @@ class BatchRouting:
         mine: the innermost block of this thread or asyncio task; others start without one.
         serves_all: whether what is compiled in a block whose sequences have the same adapter is to serve all blocks.
         main: the model's, where this is that of a part.
+        activates: whether an adapter of the bank has, or had, invocation tokens: it counts for some tokens alone.
+        active_tokens: `[batch]`, int64, then: how many of the last tokens of each sequence its adapter counts for.
     """
 
     def __init__(self, main_input: str | None = None, part: str = "") -> None:
@@ -82,6 +85,8 @@ class BatchRouting:
         self.mix_slots: Tensor | None = None
         self.mix_weights: Tensor | None = None
         self.ranks: Tensor | None = None
+        self.activates = False
+        self.active_tokens: Tensor | None = None
         self.block: Any = None
         self.uniform = self.named = self.serves_all = False
         self.lengths: tuple[int, ...] | None = None
@@ -154,6 +159,10 @@ class BatchRouting:
         self.block, self.lengths = block, lengths
         self.uniform = slots is not None and len(set(block.slots_of(self.part))) == 1
         self.named = slots is not None and any(slot >= 0 for slot in block.slots_of(self.part))
+        self.active_tokens = block.active_tokens if slots is not None and not self.part else None
+        if slots is not None and len(slots) > 1 and block.prompt is not None:
+            # Tokens of one sequence differ.
+            self.uniform = False
         self.sequence_slots = slots
         self._pointed_at = slots is not None and (slots.shape, slots.device, lengths is None, self.uniform, block.parts)
 
@@ -205,8 +214,14 @@ class BatchRouting:
             )
         layout = self._layout(layer, inputs, features)
         if isinstance(layout, Picked):
+            if self.block.prompt is not None and layer.lora_site.has_tokens:
+                raise self.unproved(
+                    layer.lora_name, inputs, _PLACES_WANTED, "Leave the module out with exclude_modules."
+                )
             return layout.rows(slots, shape)
-        rows = slots[:1].expand(shape.numel()) if layout is UNIFORM else self._by(layout, slots, shape, layer)
+        if layout is not UNIFORM:
+            self._check_fits(layout, slots, shape, layer)
+        rows = self._rows_by(layout, slots, shape, layer)
         # On other devices graphs may be captured, which must compute the rows anew in each replay.
         if slots.device.type == "cpu":
             self._rows_of_call[layer.lora_name, shape] = rows
@@ -463,12 +478,34 @@ class BatchRouting:
         """Whether what runs now may be captured, and replayed when sequences have different adapters."""
         return device.type != "cpu" and self.sequence_slots is not None and len(self.sequence_slots) > 1
 
-    def _by(self, layout: Layout, slots: Tensor, shape: Sequence[int], layer: Any) -> Tensor:
+    def _rows_by(self, layout: Layout, slots: Tensor, shape: torch.Size, layer: Any) -> Tensor:
+        """The slot of each row: -1, too, of tokens for which the adapter of their sequence does not count."""
+        rows = slots[:1].expand(shape.numel()) if layout.dimension < 0 else layout.rows(slots, shape)
+        counts, batch = self.active_tokens, slots.shape[0]
+        if counts is None or not layer.lora_site.has_tokens or (layout.dimension < 0 and batch > 1):
+            return rows
+        if not is_compiling() and self.block.prompt is None and slots.device.type == "cpu":
+            # Elsewhere a graph that is captured now may be replayed for others.
+            return rows
+        # As PEFT goes by the last tokens of what a layer is given, so that its rows have to be those of the prompts.
+        if not (
+            len(shape) in (1, 2) and shape[0] == batch and (batch == 1 or (layout.dimension, layout.outer) == (0, 1))
+        ):
+            raise self.unproved(layer.lora_name, shape, _PLACES_WANTED, "Leave the module out with exclude_modules.")
+        tokens = shape[1] if len(shape) == 2 else 1
+        if not is_compiling() and self.block.prompt is not None and tokens > self.block.prompt:
+            got = f"{tokens} tokens, where the prompts have {self.block.prompt}"
+            remedy = "Open the block with the input_ids that the model is called with, and generate with a cache."
+            raise BatchError("bank.use: input_ids", "calls with the prompts, or with tokens behind them", got, remedy)
+        places = torch.arange(tokens, device=slots.device)
+        is_active = places >= tokens - counts.unsqueeze(1)
+        return torch.where(is_active.view(-1), rows, -1)
+
+    def _check_fits(self, layout: Layout, slots: Tensor, shape: Sequence[int], layer: Any) -> None:
         if not (layout.takes(shape[layout.dimension], slots.shape[0]) and self.keeps_apart(layout)):
             self._follow_again(keep=False)
             why = "earlier calls with such inputs gave it rows in another way"
             raise self.unproved(layer.lora_name, shape, why, "Call the model again: that call is followed.")
-        return layout.rows(slots, shape)
 
     def keeps_apart(self, layout: Layout) -> bool:
         """Whether no row has tokens of two sequences, where several tokens of a packed batch become one row."""
@@ -782,12 +819,10 @@ class BatchRouting:
             self._check_device(inputs, slots)
         dimension, outer, inner = tracing.layout_of(self, layer, inputs, features)
         shape = inputs.shape[: inputs.dim() - features]
-        if dimension < 0:
-            return slots[:1].expand(shape.numel())
         layout = Layout(dimension, outer, inner)
-        if not layout.takes(shape[dimension], slots.shape[0]):
+        if dimension >= 0 and not layout.takes(shape[dimension], slots.shape[0]):
             raise self.batch_error(self._mismatch(shape[0]))
-        return layout.rows(slots, shape)
+        return self._rows_by(layout, slots, shape, layer)
 
 
 def _masks_of(inputs: list[tuple[str, Any]]) -> Hashable:
