@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.peft_folders import loaded_by_peft, save_adapter
+from support.peft_folders import edit_config, loaded_by_peft, save_adapter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -214,3 +214,13 @@ def test_a_checkpoint_that_runs_experts_again_is_refused(tmp_path: Path) -> None
         result = model(input_ids(4, 6))
         with pytest.raises(UnprovedRowsError, match=r"a checkpoint runs it again.*gradient checkpointing off"):
             result.sum().backward()
+
+
+@torch.no_grad()
+def test_adapters_with_invocation_tokens_are_refused_there(tmp_path: Path) -> None:
+    model = model_of(LoopOverExperts)
+    folder = save_adapter(tmp_path / "a", model=model_of(LoopOverExperts), target_modules=["w1"])
+    edit_config(folder, alora_invocation_tokens=[3, 1], task_type="CAUSAL_LM")
+    bank, ids = xlc.attach(model, adapters={"a": folder}), input_ids(2, 6)
+    with bank.use(["a", None], input_ids=ids), pytest.raises(UnprovedRowsError, match="invocation tokens"):
+        model(ids)
