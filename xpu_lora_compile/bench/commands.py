@@ -226,6 +226,9 @@ def bench_model(
     slots: Slots = 4,
     layers: Annotated[int, typer.Option(help="Of SmolLM2-135M's 30.")] = 30,
     runs: Annotated[int, typer.Option(min=2, help="Of each contender, interleaved.")] = 5,
+    base: Annotated[
+        str, typer.Option(help="Its linear layers: plain, int8 (by torchao), or nf4 (4 bits, by bitsandbytes).")
+    ] = "plain",
     threads: Threads = 2,
     json: Json = None,
 ) -> None:
@@ -235,7 +238,7 @@ def bench_model(
     with reported(), measure.pinned(threads):
         show.check("cpu", [dtype], [batch, new_tokens, rank, slots, layers], json)
         with show.progress() as advance:
-            run = model.run(dtype, batch, new_tokens, rank, slots, layers, runs, advance)
+            run = model.run(dtype, batch, new_tokens, rank, slots, layers, runs, base, advance)
         show.print_run(run, "a decoding step", "model", model.BASE, {run.what: run.timings}, json)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import xpu_lora_compile as xlc
+from xpu_lora_compile.bench import quantized
 from xpu_lora_compile.bench.layer import peft_adapters
 from xpu_lora_compile.bench.measure import WRONG_NUMBERS, Timing, machine, timing_of
 from xpu_lora_compile.errors import BenchError
@@ -79,6 +80,7 @@ def run(
     slots: int,
     layers: int,
     runs: int,
+    base: str,
     on_done: Callable[[str], None],
 ) -> ModelRun:
     """Generate greedily with a static cache and one compiled decoding step.
@@ -91,10 +93,11 @@ def run(
         slots: K, as many adapters.
         layers: of the model, 30 for all of SmolLM2-135M.
         runs: of each contender, interleaved.
+        base: how the linear layers but the head are stored, for all contenders alike: one of `quantized.BASES`.
         on_done: told of each step.
 
     Raises:
-        BenchError: our logits are not PEFT's, or transformers or PEFT is missing.
+        BenchError: our logits are not PEFT's, or a library is missing.
     """
     try:
         from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
@@ -104,6 +107,7 @@ def run(
     model: Any = (
         LlamaForCausalLM(LlamaConfig(**(SMOLLM2 | {"num_hidden_layers": layers}))).to(getattr(torch, dtype)).eval()
     )
+    quantized.quantize(model, base)
     model.requires_grad_(False)
     model.generation_config.pad_token_id = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +125,7 @@ def run(
     static = {"cache_implementation": "static", "compile_config": config}
     by_name = {"adapter_names": [name or "__base__" for name in chosen]}
 
-    def base(clock: _Clock) -> object:
+    def alone(clock: _Clock) -> object:
         return model.generate(prompt, **length, **static, streamer=clock)
 
     def mixed(clock: _Clock) -> object:
@@ -132,10 +136,10 @@ def run(
         return peft.generate(input_ids=prompt, **length, **by_name, streamer=clock)
 
     error = _compare(model, peft, bank, chosen, prompt, by_name, dtype)
-    contenders = {BASE: base, MIXED: mixed, PEFT: theirs}
+    contenders = {BASE: alone, MIXED: mixed, PEFT: theirs}
     # What a process's first compilation sets up for all later ones is nobody's own.
     with fresh_cache():
-        base(_Clock())
+        alone(_Clock())
     torch.compiler.reset()
     on_done("warm")
     firsts = {}
@@ -169,7 +173,8 @@ def run(
         "cold compilation, mixed adapters / base model": compile_seconds[MIXED] / compile_seconds[BASE],
         "logits: greatest difference from PEFT's / greatest logit": error,
     }
-    what = f"{dtype}, {layers} layer{'s' * (layers > 1)}, batch {batch}, {new_tokens} tokens, R{rank} K{slots}"
+    stored = "" if base == quantized.PLAIN else f"{base} weights, "
+    what = f"{dtype}, {stored}{layers} layer{'s' * (layers > 1)}, batch {batch}, {new_tokens} tokens, R{rank} K{slots}"
     return ModelRun(machine("cpu"), what, step, all_of_it, compile_seconds, summary)
 
 
