@@ -148,8 +148,11 @@ def test_plain_adapters_of_the_bank_need_no_prompts(served: Any, folders: dict[s
         logits = model(PROMPTS.view(1, 60), **packed).logits.view(6, 10, -1)
     wanted = by_peft(folders["plain"], PROMPTS, torch.ones_like(MASK))
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
-    with pytest.raises(BatchError, match=r"prompts, \[6, tokens\]"), bank.use(NAMES):
+    with pytest.raises(BatchError, match=r"integers \[6, tokens\]"), bank.use(NAMES):
         pass
+    for wrong in (PROMPTS > 3, PROMPTS.tolist()):
+        with pytest.raises(BatchError, match=r"integers \[6, tokens\]"), bank.use(NAMES, input_ids=wrong):
+            pass
     with pytest.raises(BatchError, match="6 prompts, one for each name; got 2"), bank.use(NAMES, input_ids=PROMPTS[:2]):
         pass
 
@@ -161,8 +164,8 @@ def test_what_peft_cannot_do_with_it_is_refused(served: Any, tmp_path: Path) -> 
         for more in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}, {"use_cache": False}):
             with pytest.raises(BatchError, match="adapters with invocation tokens"):
                 model.generate(PROMPTS, attention_mask=MASK, **options, **more)
-        with pytest.raises(BatchError, match="11 tokens, where the prompts have 10"), torch.no_grad():
-            model(torch.cat([PROMPTS, PROMPTS[:, :1]], 1))
+        with pytest.raises(BatchError, match="the prompts of the block"):
+            model.generate(PROMPTS, attention_mask=MASK, **options, prefill_chunk_size=4)
     with (
         pytest.raises(BatchError, match="packed"),
         bank.use(["activated", None], lengths=[5, 5], input_ids=PROMPTS[:1]),
@@ -175,6 +178,21 @@ def test_what_peft_cannot_do_with_it_is_refused(served: Any, tmp_path: Path) -> 
     bank.drop("activated")
     with torch.no_grad(), bank.use(["plain"] * 6):
         model(PROMPTS)
+
+
+@pytest.mark.parametrize("execution", ["eager", "compiled"])
+@torch.no_grad()
+def test_other_prompts_than_those_of_the_block_are_refused(served: Any, execution: str) -> None:
+    model, bank = served
+    run: Any = model if execution == "eager" else torch.compile(model, backend="eager")
+    with bank.use(NAMES, input_ids=PROMPTS):
+        run(PROMPTS, MASK)
+        for others in (PROMPTS.flip(0), PROMPTS[:, 2:], torch.cat([PROMPTS, PROMPTS[:, :1]], 1)):
+            with pytest.raises(BatchError, match="the prompts of the block, or one token of each behind them"):
+                run(others)
+        cache = run(PROMPTS, MASK, use_cache=True).past_key_values
+        with pytest.raises(BatchError, match="one token of each"):
+            run(PROMPTS[:, :4], past_key_values=cache)
 
 
 def test_rows_that_are_not_those_of_prompts_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.errors import UnprovedRowsError
@@ -488,6 +489,35 @@ class AddedInAnotherOrder(Stage):
         return x + self.layers(x + x[x.sum((1, 2)).argsort()])
 
 
+class CopiedOver(Stage):
+    """An order that values decide, in memory that was in the order of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x.sum((1, 2)).argsort()
+        lines = x * 1
+        lines[:] = lines[order]
+        return x + self.layers(lines)[order.argsort()]
+
+
+class WrittenThroughAView(Stage):
+    def forward(self, x: Tensor) -> Tensor:
+        order = x.sum((1, 2)).argsort()
+        lines = x * 1
+        lines.view(x.shape).index_copy_(0, order.argsort(), x * 1)
+        return x + self.layers(lines)[order.argsort()]
+
+
+class Accumulated(Stage):
+    """Rows that values choose, added up in rows of nobody."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, D)
+        (places,) = torch.where(rows.sum(-1) > 0)
+        sums = torch.zeros(rows.shape).index_put_((places,), rows[places], accumulate=True)
+        return x + self.layers(sums + 1).view(x.shape)
+
+
+FIRST_IS_POSITIVE = torch.cat([torch.ones(1, 2, D), -torch.ones(2, 2, D)])
 RISING = torch.arange(3.0)[:, None, None].expand(3, 2, D) + torch.linspace(0, 1, 3 * 2 * D).view(3, 2, D)
 # The stages, and inputs of the same kind for which they put rows in another order.
 CHANGING: dict[str, tuple[type[nn.Module], list[Tensor]]] = {
@@ -496,6 +526,9 @@ CHANGING: dict[str, tuple[type[nn.Module], list[Tensor]]] = {
     "a branch of Python's by values": (ReversedByData, [-RISING, RISING]),
     "a branch of Python's by length": (ReversedWhenLong, [torch.ones(3, 2, D), torch.ones(3, 5, D)]),
     "sorted by Python": (SortedByPython, [RISING, RISING.flip(0)]),
+    "copied over": (CopiedOver, [RISING, RISING.flip(0)]),
+    "written through a view": (WrittenThroughAView, [RISING, RISING.flip(0)]),
+    "accumulated": (Accumulated, [FIRST_IS_POSITIVE, FIRST_IS_POSITIVE.flip(0), RISING + 1]),
 }
 
 
@@ -507,6 +540,23 @@ def test_rows_whose_order_changes_from_call_to_call_are_right_or_refused(name: s
     for x in batches:
         with suppress(UnprovedRowsError):
             assert_rows_are_isolated(model, bank, x, NAMES[:3], OTHERS[:3])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_does_not_give_picked_rows_those_of_another_call(reentrant: bool) -> None:
+    class Checkpointed(Sorted):
+        """Long sequences in the order of their values, short ones as they are."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            order = x.sum((1, 2)).argsort() if x.shape[1] > 2 else torch.arange(len(x))
+            return checkpoint(self.layers, x[order], use_reentrant=reentrant)[order.argsort()]
+
+    model, bank = attached([Checkpointed])
+    short = RISING.flip(0).clone().requires_grad_()
+    with bank.use(NAMES[:3]):
+        total = model(short).sum() + model(short.repeat(1, 4, 1)).sum()
+        with pytest.raises(UnprovedRowsError, match="a checkpoint runs it again"):
+            total.backward()
 
 
 def test_a_row_that_also_sees_another_one_has_its_own_adapter() -> None:

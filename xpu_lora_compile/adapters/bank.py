@@ -99,7 +99,8 @@ class Block:
         self.counts: tuple[int, ...] = ()
         # The same of each row, on the device; None of a packed batch, too, which has no such adapters.
         self.active_tokens: Tensor | None = None
-        # How many tokens the prompts have, where some adapter does not change all of them.
+        # The prompts, where some adapter does not change all of their tokens, and how many tokens they have.
+        self.prompts: Tensor | None = None
         self.prompt: int | None = None
         # Names of layers.
         self.called: set[str] = set()
@@ -601,13 +602,15 @@ class AdapterBank:
             got = "parts" if len(wanted) > 1 else "packed ones"
             raise BatchError("use", "sequences one below the other, for adapters with invocation tokens", got, remedy)
         batch = len(wanted[""])
-        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
-            got = f"a tensor {list(input_ids.shape)}" if isinstance(input_ids, Tensor) else repr(input_ids)
-            wish = f"the prompts, [{batch}, tokens], since an adapter has invocation tokens"
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not _is_integer(input_ids):
+            is_tensor = isinstance(input_ids, Tensor)
+            got = f"{input_ids.dtype} {list(input_ids.shape)}" if is_tensor else f"{type(input_ids).__name__}"
+            wish = f"the prompts, a tensor of integers [{batch}, tokens], since an adapter has invocation tokens"
             raise BatchError("use: input_ids", wish, got, remedy)
         if len(input_ids) != batch:
             raise BatchError("use: input_ids", f"{batch} prompts, one for each name", str(len(input_ids)), remedy)
-        block.prompt = input_ids.shape[1]
+        # A copy, which a later change of the caller's tensor does not reach.
+        block.prompts, block.prompt = input_ids.detach().clone(), input_ids.shape[1]
         prompts = zip(input_ids.tolist(), wanted[""], strict=True)
         block.counts = tuple(_count_from(prompt, tokens) if tokens else ALL_TOKENS for prompt, tokens in prompts)
 
@@ -892,6 +895,10 @@ class AdapterBank:
                 )
             if device_of(layer).type == "meta":
                 raise AdapterError(f"bank: {name}", "weights that have memory", "meta tensors", "Load the model first.")
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def _count_from(prompt: list[int], tokens: tuple[int, ...]) -> int:

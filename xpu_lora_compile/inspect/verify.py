@@ -367,7 +367,7 @@ class Draw:
     """The slots that were drawn for each sequence, in the place of a `use` block."""
 
     # Each adapter counts for all tokens.
-    active_tokens = prompt = None
+    active_tokens = prompt = prompts = None
 
     def __init__(self) -> None:
         self.called: set[str] = set()

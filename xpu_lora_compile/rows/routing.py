@@ -273,6 +273,8 @@ class BatchRouting:
             self._entered = None, (), module
             self._proof = {key: layout for key, layout in self._shown.items() if layout is not None}
             return
+        if self.block.prompts is not None:
+            self._check_prompts(named_inputs(module, args, kwargs), self.block.prompts)
         looks = self._looks_of(module, prefix, args, kwargs) if compiled else None
         if looks is not None and looks == self._looked_at:
             self.running, self._entered = self._seen
@@ -285,6 +287,21 @@ class BatchRouting:
         self._begin(module, prefix, args, kwargs, compiled)
         if self._entered is None or not self._looks_at_masks(self._entered[0]):
             self._looked_at, self._seen = looks, (self.running, self._entered)
+
+    def _check_prompts(self, inputs: list[tuple[str, Any]], prompts: Tensor) -> None:
+        """Refuse other prompts than those that say from where on adapters count, and steps of several tokens.
+
+        Raises:
+            BatchError: these are others.
+        """
+        tokens = next((value for name, value in inputs if name == "input_ids" and isinstance(value, Tensor)), None)
+        if tokens is None or tokens.dim() != 2 or tokens.shape[1] == 1 or is_capturing(tokens.device):
+            return
+        if tokens.shape != prompts.shape or not torch.equal(tokens, prompts.to(tokens.device, tokens.dtype)):
+            wanted = "the prompts of the block, or one token of each behind them, for adapters with invocation tokens"
+            got = "others" if tokens.shape == prompts.shape else f"input_ids {list(tokens.shape)}"
+            remedy = "Open a block with the input_ids that the model is called with, and generate without chunks."
+            raise BatchError("bank.use: input_ids", wanted, got, remedy)
 
     def _begin(
         self, module: nn.Module, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
@@ -440,6 +457,8 @@ class BatchRouting:
             if isinstance(found, Picked):
                 self._picked.add(layer.lora_name)
                 self._picked_now.add((layer.lora_name, inputs.dim() - features))
+                # A checkpoint that runs the layer again cannot know which of them it gets.
+                self._shown[key] = None
                 return found
             if self._proof.setdefault(key, found) != found:
                 raise self.unproved(layer.lora_name, inputs, "one call of the model gives it rows in two orders")

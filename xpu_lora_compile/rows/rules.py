@@ -132,7 +132,7 @@ def rule_for(func: Any) -> Rule | None:
 
 @rule(
     """
-    where masked_fill copy _to_copy clone dropout native_dropout lift_fresh detach alias contiguous tril triu
+    where masked_fill _to_copy clone dropout native_dropout lift_fresh detach alias contiguous tril triu
     nan_to_num bernoulli fill zero uniform normal exponential lerp addcmul addcdiv clamp isin bucketize
     _fused_dropout rand_like randn_like polar native_batch_norm _native_batch_norm_legit
     _native_batch_norm_legit_no_training cudnn_batch_norm _batch_norm_with_update batch_norm angle complex _conj
@@ -142,6 +142,16 @@ def rule_for(func: Any) -> Rule | None:
 def pointwise(step: Step) -> Tensor:
     """Elements of all operands meet where they are broadcast to."""
     return merge([step.owners(tensor) for tensor in step.tensors if tensor.dim() <= step.results[0].dim()])
+
+
+@rule("copy")
+def copied(step: Step) -> Tensor:
+    """Nothing is left of what a tensor was before it is written over; constants become whose place it is."""
+    target, source = step.argument("self"), step.argument("src")
+    given = step.owners(source) if isinstance(source, Tensor) else constant(SHARED, 0)
+    if not bool((given >= 0).any()):
+        return merge([step.owners(target), given])
+    return given.view((1,) * (target.dim() - given.dim()) + given.shape)
 
 
 @rule("zeros_like ones_like empty_like full_like new_zeros new_empty new_ones new_full")
@@ -604,7 +614,7 @@ def found(step: Step) -> Tensor:
 @rule(
     """
     scatter scatter_add scatter_reduce index_add index_copy index_put _index_put_impl masked_scatter
-    _unsafe_index_put slice_scatter select_scatter index_fill _unsafe_masked_index_put_accumulate diagonal_scatter
+    _unsafe_index_put slice_scatter select_scatter index_fill diagonal_scatter
     put index_reduce
     """
 )
@@ -673,16 +683,22 @@ def _plain_write(step: Step, name: str, args: Any) -> Tensor:
     """The owners of the source where they are written, SHARED elsewhere."""
     target: Tensor = args[0]
     result: Tensor
+    is_put = name in ("index_put", "_index_put_impl", "_unsafe_index_put")
+    if (step.argument("accumulate") and not is_put) or step.argument("reduce") not in (None, "none"):
+        # Which of them meet in a place is not looked at.
+        return torch.full_like(target, UNKNOWN)
     if name in ("scatter_add", "scatter_reduce", "index_add", "index_reduce"):
         result = _accumulated(target, name, step.argument("dim"), args[2], args[3])
     elif name == "scatter":
         result = target.scatter(step.argument("dim"), args[2], args[3])
     elif name == "index_copy":
         result = target.index_copy(step.argument("dim"), args[2], args[3])
-    elif name in ("index_put", "_index_put_impl", "_unsafe_index_put") and step.argument("accumulate"):
-        # Which of them meet in a place is not looked at.
-        result = torch.full_like(target, int(fold(args[2], range(args[2].dim())).flatten()[0]))
-    elif name in ("index_put", "_index_put_impl", "_unsafe_index_put"):
+    elif is_put and step.argument("accumulate"):
+        places = torch.arange(target.numel()).view(target.shape)
+        places = places[tuple(slice(None) if index is None else index for index in args[1])]
+        source = args[2].expand(places.shape).reshape(-1)
+        result = _accumulated(target.view(-1), "scatter_add", 0, places.reshape(-1), source).view(target.shape)
+    elif is_put:
         result = aten.index_put.default(target, args[1], args[2])
     elif name == "masked_scatter":
         result = target.masked_scatter(args[1], args[2])
@@ -693,8 +709,9 @@ def _plain_write(step: Step, name: str, args: Any) -> Tensor:
 
 def _accumulated(target: Tensor, name: str, dimension: int, index: Tensor, source: Tensor) -> Tensor:
     """The owner of what is added up in each place."""
-    if bool((source == MIXED).any()):
-        return torch.full_like(target, MIXED)
+    for owner in (MIXED, UNKNOWN):
+        if bool((source == owner).any()):
+            return torch.full_like(target, owner)
     if name.startswith("index"):
         # `index_reduce` warns that it is in beta.
         index = index.view([-1 if at == dimension % source.dim() else 1 for at in range(source.dim())])

@@ -247,7 +247,9 @@ class Watch(TorchDispatchMode):
     def _spread(self, func: Any, target: Tensor, before: Owned | None) -> None:
         """A write into a tensor is one into all that look into the same memory."""
         owned = self.known(target)
-        if owned is None or (before is not None and _same(before.owners, owned.owners)):
+        if owned is None:
+            return
+        if before is not None and _same(before.owners, owned.owners) and owned.by_data == before.by_data:
             return
         references = self._aliases.get(target.untyped_storage()._cdata, [])
         others = [other for reference in references if (other := reference()) is not None and other is not target]
