@@ -215,16 +215,25 @@ class Poisoned:
 
 
 def assert_rows_are_isolated(
-    run: Callable[[Tensor], Tensor], bank: xlc.AdapterBank, x: Tensor, names: list[str | None], others: list[str | None]
+    run: Callable[[Tensor], Tensor],
+    bank: xlc.AdapterBank,
+    x: Tensor,
+    names: list[str | None],
+    others: list[str | None],
+    *,
+    to_the_bit: bool = True,
 ) -> None:
-    """Each row is what it is where all rows have its adapter; and has the same bits whatever the others have."""
+    """Each row is what it is where all rows have its adapter; and has the same bits whatever the others have.
+
+    But for the last bits where the values of others decide how many rows a product has.
+    """
     got = assert_rows_have_their_adapters(run, bank, x, names)
     for row, name in enumerate(names):
         changed = [name if at == row else other for at, other in enumerate(others)]
         unused = {slot for slot, adapter in enumerate(ADAPTERS) if adapter != name}
         with bank.use(changed), Poisoned(bank, unused):
             again = run(x)
-        if any(names) == any(changed):
+        if to_the_bit and any(names) == any(changed):
             assert torch.equal(again[row], got[row])
         else:
             # See `test_a_base_row_keeps_its_bits_when_the_only_adapter_goes`.
@@ -255,7 +264,9 @@ OTHERS: list[str | None] = ["b", "d", None, "c"]
 def test_each_row_has_its_own_adapter_alone(kind: type[nn.Module]) -> None:
     model, bank = attached([BatchFirst, kind])
     for batch, tokens in SIZES:
-        assert_rows_are_isolated(model, bank, torch.randn(batch, tokens, D), NAMES[:batch], OTHERS[:batch])
+        names, others = NAMES[:batch], OTHERS[:batch]
+        x, to_the_bit = torch.randn(batch, tokens, D), kind is not MixtureOfLayers
+        assert_rows_are_isolated(model, bank, x, names, others, to_the_bit=to_the_bit)
 
 
 @pytest.mark.xfail(strict=True, reason="without any adapter a layer takes another product, which rounds otherwise")
@@ -331,7 +342,7 @@ def test_no_row_of_any_model_has_the_adapter_of_another(
         x = torch.randn(len(names), tokens, D)
         others = random.choices([*ADAPTERS, None], k=len(names))
         try:
-            assert_rows_are_isolated(model, bank, x, names, others)
+            assert_rows_are_isolated(model, bank, x, names, others, to_the_bit=MixtureOfLayers not in kinds)
         except UnprovedRowsError:
             continue
 
