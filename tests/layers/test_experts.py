@@ -82,7 +82,9 @@ def test_it_is_one_graph_for_all_adapters(family: str, implementation: str, tmp_
     folders = {name: save_fused(family, tmp_path / name, seed) for seed, name in enumerate("abc")}
     model = mixture(family, implementation)
     bank = xlc.attach(model, adapters={name: folders[name] for name in "ab"}, slots=2)
-    compiled = torch.compile(model, backend="xpu_lora", fullgraph=True)
+    # Inductor takes most of a minute for each family; what it makes of one is what it makes of others.
+    options = {} if family in ("Qwen3Moe", "GptOss") else {"xpu_lora.execute": "eager"}
+    compiled = torch.compile(model, backend="xpu_lora", fullgraph=True, options=options)
     names: list[str | None] = ["b", None, "a", "b"]
     wanted = {name: logits_by_peft(family, folders.get(name), tokens) for name in (*"abc", None)}
     with bank.use(names):

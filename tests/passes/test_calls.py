@@ -21,6 +21,7 @@ PARTS = {
     "slot_products",
     "outer_by_slot",
     "native_backward",
+    "triton_backward",
     "trained_linear",
 }
 
