@@ -407,6 +407,26 @@ def test_loads_of_many_threads_while_one_serves(tmp_path: Path) -> None:
         assert_slot_holds(model, bank, bank._slots.index(name), folders[name])
 
 
+def test_a_load_that_ends_waits_for_one_that_begins(tmp_path: Path) -> None:
+    """Each takes the memory of the load before, or puts its own back; what one goes through the other would change."""
+    folder = save_adapter(tmp_path, **CASES["list"])
+    _, bank = bank_of()
+    bank.load("a", folder)
+    begun: list[tuple[threading.Thread, list[BaseException]]] = []
+
+    class Devices(list[object]):
+        def __contains__(self, device: object) -> bool:
+            begun.append(in_thread(lambda: bank.load("b", folder)))
+            begun[0][0].join(1)
+            return True
+
+    bank._staging._keep({}, Devices())
+    ((thread, raised),) = begun
+    thread.join()
+    assert not raised
+    assert bank.names == ("a", "b")
+
+
 def test_pythons_turns_are_as_long_as_before_when_a_load_ends(tmp_path: Path) -> None:
     folder = save_adapter(tmp_path, **CASES["list"])
     _, bank = bank_of()

@@ -289,8 +289,7 @@ class AdapterBank:
                 opened_checkpoint(path, config, self.sites, base, self._max_rank) as checkpoint,
                 self._staging.staged(checkpoint, layers, mixtures) as staged,
             ):
-                self._store(name, staged, config.alora_invocation_tokens)
-                self._loaded[name] = Loaded.of(path, checkpoint)
+                self._store(name, staged, Loaded.of(path, checkpoint), config.alora_invocation_tokens)
 
     def add(
         self,
@@ -418,8 +417,8 @@ class AdapterBank:
             )
         return self._loaded[name]
 
-    def _store(self, name: str, staged: Staged, invocation: tuple[int, ...] = ()) -> None:
-        """Fill a free slot, and give it its name once all is there."""
+    def _store(self, name: str, staged: Staged, loaded: Loaded | None, invocation: tuple[int, ...] = ()) -> None:
+        """Fill a free slot, and give it its name once all is there; `loaded` is None for an adapter of a PeftModel."""
         slot = None
         try:
             with self._lock:
@@ -433,6 +432,8 @@ class AdapterBank:
                 self._check_attached()
                 self._slots[slot], self._counts[slot], self._invocations[slot] = name, staged.modules, invocation
                 self._routing.activates |= bool(invocation)
+                if loaded is not None:
+                    self._loaded[name] = loaded
         except BaseException:
             if slot is not None:
                 with self._lock:

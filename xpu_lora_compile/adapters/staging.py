@@ -305,6 +305,8 @@ class Staging:
     """The memory through which the adapters of one bank come: a slot's, kept from load to load."""
 
     def __init__(self) -> None:
+        # Threads load at once: one takes a block while another puts its own back.
+        self._lock = threading.Lock()
         self._idle: dict[tuple[torch.device, torch.dtype], _Block] = {}
 
     @contextmanager
@@ -341,7 +343,8 @@ class Staging:
                     run = with_few_cores if device.type == "cpu" else _here
                     stacks = [stack for layer in members.values() for stack in (layer.lora_a, layer.lora_b)]
                     with torch.cuda.stream(side_stream(device)) if device.type == "cuda" else nullcontext():
-                        block = self._idle.pop((device, dtype), None)
+                        with self._lock:
+                            block = self._idle.pop((device, dtype), None)
                         if block is None or not block.is_for(stacks):
                             block = _Block(stacks, device, dtype)
                         taken[device, dtype] = block
@@ -367,7 +370,8 @@ class Staging:
         self, blocks: Mapping[tuple[torch.device, torch.dtype], _Block], wanted: Container[tuple[Any, Any]]
     ) -> None:
         """Keep these for the next load: of two loads at once the last one's, and none for where a model was before."""
-        self._idle = {key: block for key, block in self._idle.items() if key in wanted} | dict(blocks)
+        with self._lock:
+            self._idle = {key: block for key, block in self._idle.items() if key in wanted} | dict(blocks)
 
 
 def _fill_one_by_one(block: _Block, checkpoint: Checkpoint, layers: Mapping[str, StackedLayer]) -> None:

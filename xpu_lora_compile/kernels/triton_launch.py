@@ -358,7 +358,9 @@ def shrink_into(
     blocks = -(-max(ranks) // block)
     tiles = _tiles_of(routing)
     height, count = _tiling(rows, routing)
-    columns = sizes.shrink_columns
+    is_even = features > 0 and features % piece == 0
+    # Masks of the last columns take registers, too.
+    columns = sizes.shrink_columns if is_even or not is_tight else min(sizes.shrink_columns, 32)
     # A step of a whole piece would be summed with the next by Triton (3.6), which joins a product and a sum.
     while piece % columns or columns == piece:
         columns //= 2
@@ -383,7 +385,7 @@ def shrink_into(
         pieces,
         each,
         scaling is not None,
-        features > 0 and features % piece == 0,
+        is_even,
         has_blocks,
         pdl,
         len(lora_a),

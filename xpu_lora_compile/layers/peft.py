@@ -780,7 +780,7 @@ class LiveBank(AdapterBank):
             if name in self._slots:
                 with self._lock:
                     super().drop(name)
-            self._store(name, staged)
+            self._store(name, staged, None)
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any], model: nn.Module) -> int:
