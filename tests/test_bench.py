@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 import xpu_lora_compile as xlc
 from xpu_lora_compile.adapters.folders import write_adapter
 from xpu_lora_compile.adapters.staging import Staged
-from xpu_lora_compile.bench import forms, gpu_model, gpu_moe, layer, load, model, moe, ops, show
+from xpu_lora_compile.bench import forms, gpu_model, gpu_moe, layer, load, model, moe, ops, show, train
 from xpu_lora_compile.bench import measure as measure_module
 from xpu_lora_compile.bench.measure import Timing, geometric_mean, measure
 from xpu_lora_compile.cli import app
@@ -288,11 +289,47 @@ def test_a_model_is_timed_from_cold(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "decoding: mixed adapters' tokens/s" in ran.output
 
 
-@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
-def test_loads_are_timed_alone_and_while_a_loop_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 50}
     monkeypatch.setitem(gpu_model.SHAPES, "tiny", tiny | {"num_attention_heads": 4, "num_key_value_heads": 2})
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+
+
+TRAIN = ["bench", "train", "--shape", "tiny", "--batch", "4", "--tokens", "5", "--rank", "2", "--rounds", "2"]
+TRAIN += ["--adapters", "1", "--adapters", "2", "--slots", "2", "--slots", "5"]
+
+
+@pytest.mark.usefixtures("tiny_shape")
+def test_a_step_of_training_is_timed_beside_peft(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    ran = CliRunner().invoke(app, [*TRAIN, "--json", str(file)])
+    assert ran.exit_code == 0, ran.output
+    data = json.loads(file.read_text())
+    ours = ["ours, 1 adapter", "ours, 2 adapters mixed", "ours, 2 adapters mixed, K5"]
+    assert set(data["timings"]) == {"base model", "PEFT, one adapter", *ours}
+    for name in ours:
+        assert data["summary"][f"{name}: error of gradients against float64"] < 1e-5
+        assert data["summary"][f"time of {name} / PEFT's one adapter"] > 0
+
+
+@pytest.mark.usefixtures("tiny_shape")
+def test_gradients_that_are_wrong_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = train._our_step
+
+    def wrong(*given: Any) -> Any:
+        step = own(*given)
+        return lambda: {name: gradient * 1.01 for name, gradient in step().items()}
+
+    monkeypatch.setattr(train, "_our_step", wrong)
+    ran = CliRunner().invoke(app, TRAIN)
+    assert ran.exit_code == 2
+    assert "gradients of float64" in ran.output
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.usefixtures("tiny_shape")
+def test_loads_are_timed_alone_and_while_a_loop_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     found = load.run("tiny", "bfloat16", 3, 4, 2, 3, "cpu", done.append)
     assert done == ["checked", "compiled", "loaded alone", "decoded alone"]

@@ -322,6 +322,8 @@ def test_a_use_block_names_pefts_adapters() -> None:
         assert_same(model.get_base_model()(TOKENS).logits, expected)
     with pytest.raises(errors.UnknownAdapterError, match="load_adapter"), bank.use(["nobody"] * 4):
         pass
+    with pytest.raises(errors.UnknownAdapterError, match="Write None"), bank.use(["haiku", "__base__"] * 2):
+        pass
     for change in (lambda: bank.load("x", "folder"), lambda: bank.drop("haiku")):
         with pytest.raises(errors.AdapterError, match="peft_model"):
             change()
@@ -376,6 +378,39 @@ def test_kinds_of_lora(lora: dict[str, Any]) -> None:
             each.set_adapter(name, inference_mode=True)
         assert_same(logits(model), logits(oracle))
     assert set(called) == set(bank._layers)
+
+
+def test_an_activated_lora_is_pefts_and_the_warning_says_who_serves_it(tmp_path: Path) -> None:
+    activated = {"task_type": "CAUSAL_LM", "alora_invocation_tokens": [int(TOKENS[0, 2])]}
+    model, oracle, _ = pair("qwen2", adapters=ADAPTERS[:1], **activated)
+    expected = logits(oracle)
+    assert not torch.equal(expected, disabled(oracle))
+    with pytest.warns(UserWarning, match="save_pretrained"):
+        assert torch.equal(logits(model), expected)
+    oracle.save_pretrained(tmp_path)
+    base = qwen2().to(DEVICE)
+    bank = xlc.attach(base, adapters={"activated": tmp_path})
+    with bank.use(["activated"] * 4, input_ids=TOKENS), torch.no_grad():
+        assert_same(base(TOKENS).logits, expected)
+
+
+def test_experts_of_a_live_model_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 64}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4)
+    parameters = ["mlp.experts.down_proj"]
+    with quiet():
+        base = MixtralForCausalLM(config).to(DEVICE).eval()
+        lora = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters, init_lora_weights=False)
+        model = get_peft_model(copy.deepcopy(base), lora).eval()
+    with pytest.raises(errors.AttachError, match=r"parameters of .*experts.*save_pretrained"):
+        xlc.attach(model)
+    model.save_pretrained(tmp_path)
+    bank = xlc.attach(base, adapters={"experts": tmp_path})
+    ids = torch.arange(8, device=DEVICE).view(2, 4)
+    with bank.use(["experts"] * 2), torch.no_grad():
+        assert_same(base(ids).logits, model(ids).logits)
 
 
 def test_tokens_of_adapters() -> None:

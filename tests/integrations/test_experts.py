@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from integrations.conftest import Engine
+from integrations.served import LENGTHS, Served, started
 from integrations.test_wrapper import wrapper_for
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -37,9 +38,6 @@ NAMES = {
     "mixtral": ("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}),
     "qwen3_moe": ("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}),
 }
-RANK = 4
-LENGTHS = (9, 14, 21)
-NEW_TOKENS = 10
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,10 +58,9 @@ def _group_of_experts() -> None:
 
 
 def made(kind: str) -> Any:
-    """A random model of two layers in which every projection shows."""
+    """A model of two layers."""
     from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 515, "tie_word_embeddings": False}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 96}
     model: Any
@@ -73,61 +70,19 @@ def made(kind: str) -> Any:
         # 48 columns are no multiple of what vLLM's own kernel takes.
         experts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "norm_topk_prob": True}
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts))
-    for weight in model.parameters():
-        if weight.dim() >= 2:
-            torch.nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[-1]))
-    return model.eval()
+    return model
 
 
-class Served:
-    """A model's folder with its adapters, and what PEFT makes of each row: tokens, and a prompt's log-probabilities."""
-
-    def __init__(self, kind: str, folder: Path) -> None:
-        import copy
-
-        from peft import LoraConfig, get_peft_model
-
-        self.kind, self.folder = kind, folder
-        self.prompts = [[(7 * i + 3 * n + 1) % 500 + 5 for i in range(n)] for n in LENGTHS]
-        base = made(kind)
-        base.save_pretrained(folder)
-        self.wanted = {(None, number): self._of(base, prompt) for number, prompt in enumerate(self.prompts)}
-        for seed, (name, (modules, parameters)) in enumerate(ADAPTERS.items()):
-            config = LoraConfig(r=RANK, lora_alpha=8, target_modules=modules, target_parameters=parameters)
-            model: Any = get_peft_model(copy.deepcopy(base), config)
-            torch.manual_seed(seed)
-            for key, weight in model.named_parameters():
-                if "lora_" in key:
-                    torch.nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[1] if "lora_A" in key else 4 * RANK))
-            model.save_pretrained(folder / name)
-            self.wanted |= {
-                (name, number): self._of(model.eval(), prompt) for number, prompt in enumerate(self.prompts)
-            }
-        expert_by_expert(kind, folder / "experts", folder / "single")
-        self.wanted |= {("single", number): self.wanted["experts", number] for number in range(len(self.prompts))}
-        # Every adapter shows in every prompt.
-        assert all(len({str(self.wanted[name, n][1]) for name in (None, *ADAPTERS)}) == 4 for n in range(len(LENGTHS)))
-
-    @torch.no_grad()
-    def _of(self, model: Any, prompt: list[int]) -> tuple[list[int], list[float]]:
-        ids = torch.tensor([prompt])
-        model.generation_config.eos_token_id = None
-        length = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
-        new = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **length)[0, len(prompt) :]
-        logs = model(input_ids=ids).logits[0].log_softmax(-1)
-        return new.tolist(), [logs[i, token].item() for i, token in enumerate(prompt[1:])]
-
-    def differing(self, engine: Engine, rows: list[tuple[str | None, int]]) -> list[tuple[str | None, int]]:
-        """Those rows of one batch whose tokens or log-probabilities are not PEFT's."""
-        asked = [(name, self.prompts[number]) for name, number in rows]
-        outputs = engine.generate(asked, max_tokens=NEW_TOKENS, prompt_logprobs=0)
-        wrong = []
-        for row, output in zip(rows, outputs, strict=True):
-            logs = [next(iter(each.values())).logprob for each in output.prompt_logprobs[1:]]
-            tokens, wanted = self.wanted[row]
-            if list(output.outputs[0].token_ids) != tokens or logs != pytest.approx(wanted, abs=1e-4):
-                wrong.append(row)
-        return wrong
+def served(kind: str, folder: Path) -> Served:
+    """A model with its adapters, one of which is there in two forms."""
+    adapters = {
+        name: {"target_modules": modules, "target_parameters": parameters}
+        for name, (modules, parameters) in ADAPTERS.items()
+    }
+    made_of = Served(made(kind), adapters, folder)
+    expert_by_expert(kind, folder / "experts", folder / "single")
+    made_of.wanted |= {("single", number): made_of.wanted["experts", number] for number in range(len(LENGTHS))}
+    return made_of
 
 
 def expert_by_expert(kind: str, source: Path, folder: Path) -> None:
@@ -156,19 +111,12 @@ def expert_by_expert(kind: str, source: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    return Served("mixtral", tmp_path_factory.mktemp("mixtral"))
+    return served("mixtral", tmp_path_factory.mktemp("mixtral"))
 
 
 @pytest.fixture(scope="module")
 def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    return Served("qwen3_moe", tmp_path_factory.mktemp("qwen3_moe"))
-
-
-def started(served: Served, **options: Any) -> Engine:
-    defaults: dict[str, Any] = {"max_loras": 2, "max_lora_rank": 8, "max_num_seqs": 8, "max_num_batched_tokens": 64}
-    return Engine(
-        served.folder, **(defaults | {"max_model_len": 64, "block_size": 32, "enforce_eager": True} | options)
-    )
+    return served("qwen3_moe", tmp_path_factory.mktemp("qwen3_moe"))
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +130,7 @@ PAIRS = [("attention", "experts"), ("experts", "down"), ("single", "attention")]
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_every_row_is_its_adapters(eager: Engine, qwen3_moe: Served, pair: tuple[str, str]) -> None:
-    rows = [(name, number) for number in range(len(LENGTHS)) for name in (None, *pair)]
-    assert qwen3_moe.differing(eager, rows) == []
+    assert qwen3_moe.differing(eager, qwen3_moe.rows(None, *pair)) == []
 
 
 def test_a_batch_without_adapters_is_the_base_models(eager: Engine, qwen3_moe: Served) -> None:
@@ -198,8 +145,7 @@ def test_the_model_is_compiled_with_its_experts_in_one_graph(mixtral: Served, ca
     assert counters["stats"]["unique_graphs"] - before == 1
     assert not counters["graph_break"]
     for pair in PAIRS:
-        rows = [(name, number) for number in range(len(LENGTHS)) for name in (None, *pair)]
-        assert mixtral.differing(engine, rows) == []
+        assert mixtral.differing(engine, mixtral.rows(None, *pair)) == []
 
 
 def test_experts_that_are_not_targeted_are_vllms_own(mixtral: Served) -> None:
@@ -207,8 +153,7 @@ def test_experts_that_are_not_targeted_are_vllms_own(mixtral: Served) -> None:
     (experts, *_) = engine.runner.vllm_config.compilation_config.static_all_moe_layers
     runner = engine.runner.vllm_config.compilation_config.static_forward_context[experts]
     assert runner.routed_experts.quant_method.experts_cls.__name__ != "CpuLoraExperts"
-    rows = [(name, number) for number in range(len(LENGTHS)) for name in (None, "attention")]
-    assert mixtral.differing(engine, rows) == []
+    assert mixtral.differing(engine, mixtral.rows(None, "attention")) == []
 
 
 @pytest.mark.parametrize("option", ["fully_sharded_loras", "enable_moe_shared_loras"])

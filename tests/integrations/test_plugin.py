@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -206,3 +207,29 @@ def test_a_value_that_it_does_not_know_is_an_error(platform: Any, log: Log, monk
     monkeypatch.setenv(plugin.SWITCH, "yes")
     with pytest.raises(OptionError, match="wanted 0 or 1; got 'yes'"):
         plugin.register()
+
+
+def test_a_function_of_vllms_is_changed_once_though_vllm_wraps_it_itself() -> None:
+    from xpu_lora_compile.integrations.vllm_changes import change, replaced
+
+    class Owner:
+        @functools.lru_cache  # noqa: B019
+        def asked(self) -> list[str]:
+            return ["vLLM's"]
+
+    def adding(own: Any) -> Any:
+        return lambda self: [*own(self), "ours"]
+
+    for _ in range(2):
+        change(Owner, "asked", adding)
+    assert Owner().asked() == ["vLLM's", "ours"]
+    # What others make of it since is not changed again.
+    Owner.asked = functools.wraps(Owner.asked)(lambda self, own=Owner.asked: [*own(self), "theirs"])  # type: ignore[method-assign]
+    change(Owner, "asked", adding)
+    owner = Owner()
+    assert owner.asked() == ["vLLM's", "ours", "theirs"]
+    for place in (owner, Owner):
+        before = dict(vars(place))
+        with replaced(place, "asked", lambda *_: []):
+            assert owner.asked() == []
+        assert dict(vars(place)) == before

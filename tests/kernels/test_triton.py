@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from support.cases import BF16, DEVICE, F16, F32, I32, I64, Case, build, same_bits
+from support.poison import poison_new_memory
 from torch import Tensor
 
 from xpu_lora_compile import lora_linear
@@ -36,17 +37,7 @@ NO_TILE = -2
 
 @pytest.fixture(autouse=True)
 def _new_memory_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN, or numbers of rows that there are none of."""
-
-    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def empty(*args: Any, **kwargs: Any) -> Tensor:
-            made = make(*args, **kwargs)
-            return made.fill_(torch.nan if made.is_floating_point() else 2**30)
-
-        return empty
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+    poison_new_memory(monkeypatch)
 
 
 @pytest.fixture

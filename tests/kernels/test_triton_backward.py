@@ -13,6 +13,7 @@ import torch
 from functorch.compile import make_boxed_func
 from kernels.test_visible import said_by_the_driver
 from support.cases import BF16, DEVICE, F16, F32, F64, I32, I64, same_bits
+from support.poison import poison_new_memory
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
@@ -32,17 +33,7 @@ EPS = {F32: 2.0**-23, BF16: 2.0**-8, F16: 2.0**-10}
 
 @pytest.fixture(autouse=True)
 def _new_memory_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN, or numbers of rows that there are none of."""
-
-    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def empty(*args: Any, **kwargs: Any) -> Tensor:
-            made = make(*args, **kwargs)
-            return made.fill_(torch.nan if made.is_floating_point() else 2**30)
-
-        return empty
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    poison_new_memory(monkeypatch)
 
 
 @dataclass(frozen=True)

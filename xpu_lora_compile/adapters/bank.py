@@ -201,7 +201,7 @@ class AdapterBank:
         held = ", ".join(self.names) or "empty"
         slots = f"{len(self.names)} of {len(self._slots)} slots taken"
         several = f"adapters_per_row={self._adapters_per_row}, " if self._adapters_per_row > 1 else ""
-        size = f"max_rank={self._max_rank}, {several}{counted(len(self._layers), 'module')}, {self._memory()}"
+        size = f"max_rank={self._max_rank}, {several}{counted(len(self.sites), 'module')}, {self._memory()}"
         lines = [wrapped(f"AdapterBank({held}; {slots}, {size})", indent=4, width=80)]
         width = max(map(len, self.names), default=0)
         for name, rank, modules in zip(self._slots, self._ranks, self._counts, strict=True):

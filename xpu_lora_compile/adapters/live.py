@@ -197,6 +197,8 @@ def _check_kinds(layers: Mapping[str, Any], wrappers: Mapping[str, Any], names: 
     } - _VARIANTS
     if strange := sorted(kinds - _DORA):
         remedy = "Serve it with PEFT, or train the adapter again without it."
+        if all("ALora" in kind for kind in strange):
+            remedy = "Save it with peft_model.save_pretrained(folder), and attach to the plain model: adapters=."
         raise UnsupportedAdapterError(str(path), "LoRA or DoRA", few(strange), remedy)
     if len(names) < 2:
         return

@@ -250,7 +250,9 @@ def bench_train(
     batch: Annotated[int, typer.Option(help="Sequences.")] = 8,
     tokens: Annotated[int, typer.Option(help="Of each sequence.")] = 64,
     rank: Rank = 16,
-    slots: Slots = 8,
+    slots: Annotated[
+        list[int] | None, typer.Option(help="K, 8 by default; with another the most adapters are trained so, too.")
+    ] = None,
     adapters: Annotated[
         list[int] | None, typer.Option(help="Trained in one batch; several times for several. By default 1, 4 and 8.")
     ] = None,
@@ -262,11 +264,11 @@ def bench_train(
     """A step of training, forward and backward: the base model, PEFT's one adapter, and our adapters in one batch."""
     from xpu_lora_compile.bench import measure, show, train
 
-    counts = adapters or [1, 4, 8]
+    counts, banks = adapters or [1, 4, 8], slots or [8]
     with reported(), measure.pinned(threads):
-        show.check(device, [dtype], [batch, tokens, rank, slots, *counts], json)
+        show.check(device, [dtype], [batch, tokens, rank, *banks, *counts], json)
         with show.progress() as advance:
-            run = train.run(shape, dtype, device, batch, tokens, rank, slots, counts, layers, rounds, advance)
+            run = train.run(shape, dtype, device, batch, tokens, rank, banks, counts, layers, rounds, advance)
         show.print_run(run, "a step", "model", train.PEFT, {run.what: run.timings}, json)
 
 

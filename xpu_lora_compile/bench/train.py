@@ -32,7 +32,7 @@ def run(
     batch: int,
     tokens: int,
     rank: int,
-    slots: int,
+    slots: list[int],
     adapters: list[int],
     layers: int,
     rounds: int,
@@ -47,7 +47,7 @@ def run(
         batch: sequences; with n adapters, each nth part of them has one.
         tokens: of each sequence.
         rank: R of all adapters.
-        slots: K.
+        slots: K; with several, the most adapters are trained in a bank of each.
         adapters: how many are trained in one batch, a contender for each number.
         layers: of the model; 0 for all.
         rounds: how often each step is taken, in a random order.
@@ -58,10 +58,12 @@ def run(
     """
     if shape not in SHAPES:
         raise BenchError("bench train: --shape", ", ".join(SHAPES), repr(shape), "Choose one of these.")
-    if max(adapters) > slots:
+    if max(adapters) > min(slots):
         raise BenchError(
-            "bench train: --slots", f"at least {max(adapters)}", str(slots), "Give a slot to each adapter."
+            "bench train: --slots", f"at least {max(adapters)}", str(min(slots)), "Give a slot to each adapter."
         )
+    ours = {_ours(count): (count, slots[0]) for count in adapters}
+    ours |= {f"{_ours(max(adapters))}, K{count}": (max(adapters), count) for count in slots[1:]}
     try:
         from peft import PeftModel
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -85,8 +87,8 @@ def run(
         given: dict[str, Any] = {"is_trainable": True, "autocast_adapter_dtype": False}
         theirs = PeftModel.from_pretrained(twin(model), root / names[0], **given)
         steps[PEFT] = _pefts_step(_in_dtype(theirs, model.dtype), ids)
-        for count in adapters:
-            steps[_ours(count)] = _our_step(twin(model), root, names[:count], ids, rank, slots)
+        for name, (count, of_bank) in ours.items():
+            steps[name] = _our_step(twin(model), root, names[:count], ids, rank, of_bank)
         firsts, gradients = {}, {}
         for name, step in steps.items():
             start = time.perf_counter()
@@ -95,9 +97,9 @@ def run(
             on_done(f"compiled: {name}")
         errors = {}
         wide = twin(model, share=False).to(torch.float64)
-        for count in adapters:
-            errors[_ours(count)] = _error(wide, root, names[:count], ids, gradients[_ours(count)])
-            on_done(f"compared: {_ours(count)}")
+        for name, (count, _) in ours.items():
+            errors[name] = _error(wide, root, names[:count], ids, gradients[name])
+            on_done(f"compared: {name}")
         errors[PEFT] = _error(wide, root, [], ids, gradients[PEFT])
         del wide
     for name, error in errors.items():
@@ -121,7 +123,7 @@ def run(
             summary[f"time of {name} / PEFT's one adapter"] = timings[name].median / timings[PEFT].median
     summary |= {f"{name}: error of gradients against float64": error for name, error in errors.items()}
     summary |= {f"{name}: peak memory, GB": size / 1e9 for name, size in memory.items()}
-    what = f"{shape}, {sizes['num_hidden_layers']} layers, {dtype}, {batch} x {tokens} tokens, R{rank} K{slots}"
+    what = f"{shape}, {sizes['num_hidden_layers']} layers, {dtype}, {batch} x {tokens} tokens, R{rank} K{slots[0]}"
     return ModelRun(machine(device), what, timings, summary)
 
 

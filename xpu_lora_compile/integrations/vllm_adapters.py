@@ -8,13 +8,11 @@ runs after vLLM has read the file and cast it to its own dtype, and before vLLM 
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Collection
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from torch import Tensor
 
@@ -24,21 +22,21 @@ from xpu_lora_compile.errors import (
     RankError,
     UnmatchedTensorError,
 )
+from xpu_lora_compile.integrations.vllm_changes import change, replaced
 from xpu_lora_compile.integrations.vllm_expert_adapters import check_patterns, gather_experts
 
 
 def refuse_wrong_adapters() -> None:
-    """Change vLLM's class that loads them. A second call changes nothing."""
+    """Change vLLM's class that loads them."""
     worker: Any = importlib.import_module("vllm.lora.worker_manager").WorkerLoRAManager
-    own = worker._load_adapter
-    if hasattr(own, "__wrapped__"):
-        return
+    change(worker, "_load_adapter", _checking)
 
-    @functools.wraps(own)
+
+def _checking(own: Any) -> Any:
     def _load_adapter(self: Any, lora_request: Any) -> Any:
         manager, name = self._adapter_manager, f"{lora_request.lora_name} ({lora_request.lora_path})"
         # It refuses forms of experts that are gathered here, and is asked again after that.
-        with patch.object(manager, "_validate_moe_lora_format", lambda _: None):
+        with replaced(manager, "_validate_moe_lora_format", lambda _: None):
             adapter = own(self, lora_request)
         in_one = gather_experts(manager, adapter, name)
         folder = importlib.import_module("vllm.lora.utils").get_adapter_absolute_path(lora_request.lora_path)
@@ -47,7 +45,7 @@ def refuse_wrong_adapters() -> None:
         check_adapter(manager, adapter, name)
         return adapter
 
-    worker._load_adapter = _load_adapter
+    return _load_adapter
 
 
 def check_adapter(manager: Any, adapter: Any, name: str) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import xpu_lora_compile
 from xpu_lora_compile.errors import AttachError
+from xpu_lora_compile.integrations.vllm_changes import change
 from xpu_lora_compile.integrations.vllm_punica import XpuLoraPunicaWrapper
 
 
@@ -106,16 +107,14 @@ class Encoders:
 
 
 def tell_whose_rows_encoders_see() -> None:
-    """Change the classes of vLLM that know it. A second call changes nothing."""
+    """Change the classes of vLLM that know it."""
     manager: Any = importlib.import_module("vllm.lora.model_manager").LoRAModelManager
     runner: Any = importlib.import_module("vllm.v1.worker.gpu_model_runner").GPUModelRunner
-    if not hasattr(manager._create_lora_modules, "__wrapped__"):
-        manager._create_lora_modules = _finding_encoders(manager._create_lora_modules)
-        runner._execute_mm_encoder = _encoding_by_adapter(runner._execute_mm_encoder)
+    change(manager, "_create_lora_modules", _finding_encoders)
+    change(runner, "_execute_mm_encoder", _encoding_by_adapter)
 
 
 def _finding_encoders(own: Callable[[Any], None]) -> Callable[[Any], None]:
-    @functools.wraps(own)
     def _create_lora_modules(manager: Any) -> None:
         own(manager)
         wrappers = list(manager.punica_wrapper_mapping.values())
@@ -210,7 +209,6 @@ def _cross_attention(manager: Any) -> CrossAttentionWrapper | None:
 
 
 def _encoding_by_adapter(own: Callable[[Any, Any], list[Tensor]]) -> Callable[[Any, Any], list[Tensor]]:
-    @functools.wraps(own)
     def _execute_mm_encoder(runner: Any, scheduler_output: Any) -> list[Tensor]:
         manager = getattr(getattr(runner, "lora_manager", None), "_adapter_manager", None)
         encoders: Encoders | None = getattr(manager, "encoders", None)

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xpu_lora_compile.errors import AttachError
+from xpu_lora_compile.integrations.vllm_changes import change
 
 _FUSED = "vllm.model_executor.layers.fused_moe"
 # What the experts of a deployment must not be, by an attribute of vLLM's `FusedMoEParallelConfig`.
@@ -43,13 +44,15 @@ _ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def take_over_experts() -> None:
-    """Change what vLLM chooses for the experts of a model with LoRA on a CPU. A second call changes nothing."""
+    """Change what vLLM chooses for the experts of a model with LoRA on a CPU."""
     routed: Any = importlib.import_module(f"{_FUSED}.routed_experts").RoutedExperts
-    own = routed._get_quant_method
-    if hasattr(own, "__wrapped__"):
-        return
+    change(routed, "_get_quant_method", _refusing)
+    for module in ("unquantized_fused_moe_method", "oracle.unquantized"):
+        chooser: Any = importlib.import_module(f"{_FUSED}.{module}")
+        change(chooser, "select_unquantized_moe_backend", _choosing)
 
-    @functools.wraps(own)
+
+def _refusing(own: Any) -> Any:
     def _get_quant_method(self: Any, prefix: str, quant_config: Any, moe_config: Any) -> Any:
         if not moe_config.is_lora_enabled or not _is_cpu():
             return own(self, prefix, quant_config, moe_config)
@@ -69,14 +72,10 @@ def take_over_experts() -> None:
             raise _quantized(prefix, type(method).__name__)
         return method
 
-    routed._get_quant_method = _get_quant_method
-    for module in ("unquantized_fused_moe_method", "oracle.unquantized"):
-        chooser: Any = importlib.import_module(f"{_FUSED}.{module}")
-        chooser.select_unquantized_moe_backend = _choosing(chooser.select_unquantized_moe_backend)
+    return _get_quant_method
 
 
 def _choosing(own: Any) -> Any:
-    @functools.wraps(own)
     def select_unquantized_moe_backend(moe_config: Any) -> Any:
         if moe_config.is_lora_enabled and _is_cpu():
             backend: Any = importlib.import_module(f"{_FUSED}.oracle.unquantized").UnquantizedMoeBackend

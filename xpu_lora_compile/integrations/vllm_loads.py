@@ -29,7 +29,6 @@ for those to later calls, until the engine waits for ever. So a refusal is an an
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 import threading
@@ -39,6 +38,8 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+from xpu_lora_compile.integrations.vllm_changes import change
 
 # Numbers of adapters from here on are given out here. vLLM counts from 1, and keeps them in 64 bits.
 FIRST_OF_LATER_LOADS = 1 << 40
@@ -149,26 +150,22 @@ def _state(file: str) -> tuple[int, int] | None:
 
 
 def tell_loads_apart() -> None:
-    """Change vLLM's classes that hand out requests, of the engine and of its clients. A second call changes nothing."""
+    """Change vLLM's classes that hand out requests, of the engine and of its clients."""
     core: Any = importlib.import_module("vllm.v1.engine.core").EngineCore
-    if hasattr(core.add_lora, "__wrapped__"):
-        return
-    for change in (_add_lora, _remove_lora, _pin_lora, _list_loras, _preprocess_add_request):
-        name = change.__name__.removeprefix("_")
-        setattr(core, name, change(getattr(core, name)))
+    for made_from in (_add_lora, _remove_lora, _pin_lora, _list_loras, _preprocess_add_request):
+        change(core, made_from.__name__.removeprefix("_"), made_from)
     for name in ("step", "step_with_batch_queue"):
-        setattr(core, name, _step(getattr(core, name)))
+        change(core, name, _step)
     client: Any = importlib.import_module("vllm.v1.engine.async_llm").AsyncLLM
-    client.add_lora = _add_lora_once(client.add_lora)
+    change(client, "add_lora", _add_lora_once)
 
 
 def change_workers() -> None:
-    """Change the classes of vLLM that load adapters in the processes of a model. A second call changes nothing."""
+    """Change the classes of vLLM that load adapters in the processes of a model."""
     manager: Any = importlib.import_module("vllm.lora.worker_manager").LRUCacheWorkerLoRAManager
     runner: Any = importlib.import_module("vllm.v1.worker.lora_model_runner_mixin").LoRAModelRunnerMixin
-    if not hasattr(manager._apply_adapters, "__wrapped__"):
-        manager._apply_adapters = _apply_adapters(manager._apply_adapters)
-        runner.add_lora = _answer_with_refusals(runner.add_lora)
+    change(manager, "_apply_adapters", _apply_adapters)
+    change(runner, "add_lora", _answer_with_refusals)
 
 
 def _loads(core: Any) -> Loads:
@@ -178,7 +175,6 @@ def _loads(core: Any) -> Loads:
 
 
 def _add_lora(own: Any) -> Any:
-    @functools.wraps(own)
     def add_lora(core: Any, lora_request: Any) -> bool:
         load = _loads(core).begin(lora_request)
         try:
@@ -196,7 +192,6 @@ def _add_lora(own: Any) -> Any:
 
 
 def _answer_with_refusals(own: Any) -> Any:
-    @functools.wraps(own)
     def add_lora(runner: Any, lora_request: Any) -> bool | str:
         try:
             added: bool = own(runner, lora_request)
@@ -210,7 +205,6 @@ def _answer_with_refusals(own: Any) -> Any:
 
 
 def _add_lora_once(own: Any) -> Any:
-    @functools.wraps(own)
     async def add_lora(client: Any, lora_request: Any) -> bool:
         added: bool = await own(client, lora_request)
         # vLLM 0.32's server hands the same object to all requests that follow; 0.33's resets it as well.
@@ -221,7 +215,6 @@ def _add_lora_once(own: Any) -> Any:
 
 
 def _remove_lora(own: Any) -> Any:
-    @functools.wraps(own)
     def remove_lora(core: Any, lora_id: int) -> bool:
         _loads(core).ready = {}
         removed = [own(core, number) for number in _loads(core).remove(lora_id) or [lora_id]]
@@ -231,7 +224,6 @@ def _remove_lora(own: Any) -> Any:
 
 
 def _pin_lora(own: Any) -> Any:
-    @functools.wraps(own)
     def pin_lora(core: Any, lora_id: int) -> bool:
         numbers = _loads(core).latest(lora_id) or [lora_id]
         pinned = all(own(core, number) for number in numbers)
@@ -242,7 +234,6 @@ def _pin_lora(own: Any) -> Any:
 
 
 def _list_loras(own: Any) -> Any:
-    @functools.wraps(own)
     def list_loras(core: Any) -> set[int]:
         return _loads(core).of_user(own(core))
 
@@ -250,7 +241,6 @@ def _list_loras(own: Any) -> Any:
 
 
 def _preprocess_add_request(own: Any) -> Any:
-    @functools.wraps(own)
     def preprocess_add_request(core: Any, request: Any) -> Any:
         asked = request.lora_request
         if asked is not None:
@@ -281,7 +271,6 @@ def _read(core: Any, request: Any) -> bool:
 
 
 def _step(own: Any) -> Any:
-    @functools.wraps(own)
     def step(core: Any) -> tuple[dict[int, Any] | None, bool]:
         ended = _read_what_comes_next(core)
         outputs, executed = own(core)
@@ -361,7 +350,6 @@ def _end(core: Any, adapter: Any, problem: str) -> list[Any]:
 
 
 def _apply_adapters(own: Any) -> Any:
-    @functools.wraps(own)
     def _apply_adapters(manager: Any, lora_requests: Any) -> None:
         # Those that are there first: what is read for another takes the place of one that the step does not need. Then
         # by number, so that all processes give up the same ones: the order of a set differs.

@@ -15,12 +15,12 @@ processes say less often that they wait for a compilation, and our kernel compil
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
 from typing import Any
 
 from xpu_lora_compile.backend import inductor_options
+from xpu_lora_compile.integrations.vllm_changes import change
 from xpu_lora_compile.integrations.vllm_experts import take_over_experts
 from xpu_lora_compile.integrations.vllm_starts import make_the_kernel_meanwhile, say_less_of_waiting
 
@@ -89,17 +89,16 @@ def take_over(platform: Any) -> None:
 
 
 def _cache_encoders_by_adapter() -> None:
-    """Have vLLM keep apart what the encoders returned for each adapter. A second call changes nothing.
+    """Have vLLM keep apart what the encoders returned for each adapter.
 
     It does so with `enable_tower_connector_lora` alone, although models without `get_mm_mapping` have LoRA in their
     encoders as well.
     """
     processor: Any = importlib.import_module("vllm.v1.engine.input_processor").InputProcessor
-    own = processor._get_mm_identifier
-    if hasattr(own, "__wrapped__"):
-        return
+    change(processor, "_get_mm_identifier", _by_adapter)
 
-    @functools.wraps(own)
+
+def _by_adapter(own: Any) -> Any:
     def _get_mm_identifier(self: Any, mm_hash: str, lora_request: Any) -> str:
         identifier: str = own(self, mm_hash, lora_request)
         if lora_request is None or identifier != mm_hash:
@@ -107,7 +106,7 @@ def _cache_encoders_by_adapter() -> None:
         model = importlib.import_module("vllm.model_executor.model_loader").get_model_cls(self.model_config)
         return identifier if hasattr(model, "get_mm_mapping") else f"{lora_request.lora_name}:{mm_hash}"
 
-    processor._get_mm_identifier = _get_mm_identifier
+    return _get_mm_identifier
 
 
 def own_punica_wrapper() -> Any:

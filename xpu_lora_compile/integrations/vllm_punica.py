@@ -23,7 +23,6 @@ returns refusals: `vllm_loads.py`;
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Sequence
 from itertools import accumulate
@@ -36,6 +35,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from xpu_lora_compile.errors import BatchError
+from xpu_lora_compile.integrations.vllm_changes import change
 from xpu_lora_compile.integrations.vllm_platform import own_punica_wrapper
 from xpu_lora_compile.ops import bgmv_expand, bgmv_expand_slice, bgmv_shrink, lora_linear
 from xpu_lora_compile.ops.lora_linear import add_slices_eagerly
@@ -447,7 +447,7 @@ def added(
 
 
 def _change_vllm() -> None:
-    """Change what vLLM's classes do, where it needs a wrapper of ours. A second call changes nothing."""
+    """Change what vLLM's classes do, where it needs a wrapper of ours: see `vllm_changes.py`."""
     _have_layers_store_by_rank()
     importlib.import_module("xpu_lora_compile.integrations.vllm_encoders").tell_whose_rows_encoders_see()
     importlib.import_module("xpu_lora_compile.integrations.vllm_adapters").refuse_wrong_adapters()
@@ -458,17 +458,16 @@ def _change_vllm() -> None:
 
 
 def _have_layers_store_by_rank() -> None:
-    """Add that to what vLLM's LoRA layers do as they are given a wrapper of ours. A second call changes nothing.
+    """Add that to what vLLM's LoRA layers do as they are given a wrapper of ours.
 
     vLLM makes a layer's stacks first, and `set_mapping` is all that it asks of every layer after that, and before it
     traces or runs one. `set_lora` and `reset_lora` write to the stacks as to any other: shapes stay what they were.
     """
     layers: Any = importlib.import_module("vllm.lora.layers.base").BaseLayerWithLoRA
-    own = layers.set_mapping
-    if hasattr(own, "__wrapped__"):
-        return
+    change(layers, "set_mapping", _storing_by_rank)
 
-    @functools.wraps(own)
+
+def _storing_by_rank(own: Any) -> Any:
     def set_mapping(layer: Any, punica_wrapper: Any) -> None:
         own(layer, punica_wrapper)
         stacks = vars(layer).get("lora_b_stacked")
@@ -480,7 +479,7 @@ def _have_layers_store_by_rank() -> None:
             elif "w13_lora_b_stacked" in vars(layer):
                 _store_experts_by_rank(layer)
 
-    layers.set_mapping = set_mapping
+    return set_mapping
 
 
 def _turned(b: Tensor) -> Tensor:

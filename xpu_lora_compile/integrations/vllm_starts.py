@@ -10,17 +10,16 @@ The key of what is saved has vLLM's configuration, and with it our passes, the s
 
 from __future__ import annotations
 
-import functools
 import importlib
 import multiprocessing
 import os
 import threading
 import time
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
+from xpu_lora_compile.integrations.vllm_changes import change, replaced
 from xpu_lora_compile.kernels import native
 
 # How often vLLM says that it waits for a process, which a compilation keeps busy; in seconds, 60 unless set.
@@ -59,13 +58,12 @@ def make_the_kernel_meanwhile() -> threading.Thread | None:
 
 
 def say_that_it_compiles() -> None:
-    """Change vLLM's method that compiles a model, to log before, meanwhile and after. A second call changes nothing."""
+    """Change vLLM's method that compiles a model, to log before, meanwhile and after."""
     wrapper: Any = importlib.import_module("vllm.compilation.wrapper").TorchCompileWithNoGuardsWrapper
-    own = wrapper.aot_compile
-    if hasattr(own, "__wrapped__"):
-        return
+    change(wrapper, "aot_compile", _logging)
 
-    @functools.wraps(own)
+
+def _logging(own: Any) -> Any:
     def aot_compile(self: Any, *args: Any, **kwargs: Any) -> Any:
         layer: Any = importlib.import_module("vllm.lora.layers.base").BaseLayerWithLoRA
         layers = sum(isinstance(module, layer) for module in self.modules())
@@ -94,30 +92,27 @@ def say_that_it_compiles() -> None:
         logger.info("xpu_lora_compile: compiled the model in %.0f s.", time.monotonic() - started)
         return compiled
 
-    wrapper.aot_compile = aot_compile
+    return aot_compile
 
 
 def take_what_the_first_start_has_saved() -> None:
-    """Change vLLM's function that reads it. A second call changes nothing."""
+    """Change vLLM's module that reads it."""
     decorators: Any = importlib.import_module("vllm.compilation.decorators")
-    own = decorators._try_load_aot_compiled_fn
-    if hasattr(own, "__wrapped__"):
-        return
+    change(decorators, "_try_load_aot_compiled_fn", _loading_whole)
 
-    @functools.wraps(own)
+
+def _loading_whole(own: Any) -> Any:
     def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any:
-        with patch.object(torch.compiler, "load_compiled_function", _load_whole(torch.compiler.load_compiled_function)):
+        read = torch.compiler.load_compiled_function
+
+        def load_compiled_function(*args: Any, **kwargs: Any) -> Any:
+            loaded: Any = read(*args, **kwargs)
+            compiled = loaded._artifacts.compiled_fn
+            if not hasattr(compiled, "finalize_loading"):
+                compiled.finalize_loading = lambda _: None
+            return loaded
+
+        with replaced(torch.compiler, "load_compiled_function", load_compiled_function):
             return own(model, aot_compilation_path)
 
-    decorators._try_load_aot_compiled_fn = _try_load_aot_compiled_fn
-
-
-def _load_whole(own: Any) -> Any:
-    def load_compiled_function(*args: Any, **kwargs: Any) -> Any:
-        loaded = own(*args, **kwargs)
-        compiled = loaded._artifacts.compiled_fn
-        if not hasattr(compiled, "finalize_loading"):
-            compiled.finalize_loading = lambda _: None
-        return loaded
-
-    return load_compiled_function
+    return _try_load_aot_compiled_fn

@@ -715,6 +715,8 @@ class LiveBank(AdapterBank):
         for name in adapters:
             if name not in known:
                 remedy = "Load it: peft_model.load_adapter(folder, name)."
+                if name == _BASE:
+                    remedy = "Write None for rows without an adapter."
                 raise UnknownAdapterError(f"adapter {name!r}", f"one of {', '.join(known)}", repr(name), remedy)
         if any(layer.merged_adapters for layer in self.live.layers.values()):
             remedy = "Call peft_model.unmerge_adapter()."
@@ -857,12 +859,13 @@ def checked_live(peft_model: Any, linear_classes: Iterable[type[nn.Module]] = ()
     if not live.layers:
         remedy = "Add or load an adapter first."
         raise AttachError("attach: model", "a PeftModel with layers of LoRA", "one without any", remedy)
+    if experts := [name for name, layer in live.layers.items() if hasattr(layer, "parameter_name")]:
+        remedy = "Save it with peft_model.save_pretrained(folder), and attach to the plain model: adapters=."
+        raise AttachError("attach: model", "LoRA on modules", f"LoRA on parameters of {few(experts)}", remedy)
     strange = [
         f"{name} ({type(layer._modules['base_layer']).__name__})"
         for name, layer in live.layers.items()
-        if not _is_a(layer, _LORA_LAYER)
-        or hasattr(layer, "parameter_name")
-        or host_of(layer._modules["base_layer"], hosts) is None
+        if not _is_a(layer, _LORA_LAYER) or host_of(layer._modules["base_layer"], hosts) is None
     ]
     if strange:
         names = " or ".join(host.name for host in hosts)

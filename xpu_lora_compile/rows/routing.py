@@ -659,6 +659,9 @@ class BatchRouting:
         key = number, name, len(shape)
         if key not in self._anywhere:
             return otherwise, tracing.CALL_ONCE
+        if name in self._picked:
+            why = "the model picks its rows by values, as a router picks those of an expert"
+            return why, "Call this model without torch.compile, or give all sequences the same adapter."
         several = self._anywhere[key] is None
         why = "calls without torch.compile gave it rows in several ways" if several else "another size is the batch's"
         remedy = (

@@ -611,6 +611,10 @@ def found(step: Step) -> Tensor:
     return compress(owners.expand(source.shape)[places].unsqueeze(-1))
 
 
+# Writes by an index of tensors, by name.
+_PUTS = ("index_put", "_index_put_impl", "_unsafe_index_put")
+
+
 @rule(
     """
     scatter scatter_add scatter_reduce index_add index_copy index_put _index_put_impl masked_scatter
@@ -623,12 +627,7 @@ def written(step: Step) -> Tensor:
     target, *rest = step.tensors
     name = name_of(step.func).removesuffix("_")
     owners = step.owners(target)
-    last = {
-        "index_put": "values",
-        "_index_put_impl": "values",
-        "_unsafe_index_put": "values",
-        "masked_scatter": "source",
-    }
+    last = {**dict.fromkeys(_PUTS, "values"), "masked_scatter": "source"}
     source = step.argument(last.get(name, "src"), step.argument("source"))
     if not isinstance(source, Tensor):
         # A number is written where an index says.
@@ -670,7 +669,7 @@ def written(step: Step) -> Tensor:
 
 def _written_dims(step: Step, name: str, target: Tensor) -> list[int]:
     """The dimensions along which an index says where something is written."""
-    if name in ("index_put", "_index_put_impl", "_unsafe_index_put"):
+    if name in _PUTS:
         # By tensors, which may be masks: take all.
         return list(range(target.dim()))
     if name == "masked_scatter":
@@ -683,7 +682,7 @@ def _plain_write(step: Step, name: str, args: Any) -> Tensor:
     """The owners of the source where they are written, SHARED elsewhere."""
     target: Tensor = args[0]
     result: Tensor
-    is_put = name in ("index_put", "_index_put_impl", "_unsafe_index_put")
+    is_put = name in _PUTS
     if (step.argument("accumulate") and not is_put) or step.argument("reduce") not in (None, "none"):
         # Which of them meet in a place is not looked at.
         return torch.full_like(target, UNKNOWN)
