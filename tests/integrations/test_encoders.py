@@ -300,6 +300,23 @@ def test_an_encoder_decoder_that_is_not_known_is_refused_with_the_layers_name() 
         _cross_attention(SimpleNamespace(model=model))
 
 
+def test_the_second_model_runner_is_refused_where_an_encoder_has_lora(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.config
+
+    from xpu_lora_compile.errors import AttachError
+    from xpu_lora_compile.integrations.vllm import register
+
+    register()
+    from xpu_lora_compile.integrations.vllm_encoders import _refuse_the_second_runner
+
+    config = SimpleNamespace(use_v2_model_runner=False)
+    monkeypatch.setattr(vllm.config, "get_current_vllm_config_or_none", lambda: config)
+    _refuse_the_second_runner("Whisper")
+    config.use_v2_model_runner = True
+    with pytest.raises(AttachError, match=r"Whisper: .* got Model Runner V2. Set VLLM_USE_V2_MODEL_RUNNER=0"):
+        _refuse_the_second_runner("Whisper")
+
+
 @contextmanager
 def server(folder: Path, log: Path, *options: str) -> Iterator[str]:
     """The OpenAI server with two adapters; its address."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -222,7 +222,7 @@ def test_adapters_are_known_by_the_users_number(
     core.add_lora(asked)
     core.add_lora(lora("numbered", reference.adapters[1], load_inplace=True))
     assert asked.lora_int_id in core.list_loras()
-    assert max(core.list_loras()) < 1 << 40
+    assert max(core.list_loras()) < vllm_loads.FIRST_OF_LATER_LOADS
     assert core.remove_lora(asked.lora_int_id)
     assert asked.lora_int_id not in core.list_loras()
 
@@ -330,3 +330,81 @@ def test_changed_files_are_no_problem_where_every_process_has_the_adapter(tmp_pa
     core.in_memory[1].clear()
     assert "gone, or not those that were loaded" in vllm_loads._problem(core, adapter)
     assert len(core.asked) == 2
+
+
+class Scheduler:
+    """Requests that run and wait, with the adapters of these names; it chooses as it likes."""
+
+    def __init__(self, core: Core, running: Sequence[Any], waiting: Sequence[Any]) -> None:
+        some = {"sampling_params": object(), "mm_features": None, "ended": False}
+        made = [
+            SimpleNamespace(request_id=number, lora_request=asked, **some)
+            for number, asked in enumerate((*running, *waiting))
+        ]
+        for request in made:
+            request.is_finished = lambda request=request: request.ended
+            core.preprocess_add_request(request)
+        self.requests = {request.request_id: request for request in made}
+        self.running, self.waiting, self.kv_holding_waiting = made[: len(running)], made[len(running) :], []
+        core.scheduler = self
+        core.vllm_config.lora_config = SimpleNamespace(max_loras=1)
+
+    def finish_requests(self, numbers: Sequence[int], status: Any) -> None:
+        """End them."""
+        assert status.name == "FINISHED_ERROR"
+        for number in numbers:
+            self.requests[number].ended = True
+
+
+def test_an_adapter_that_vllm_may_read_itself_has_the_files_that_were_loaded(tmp_path: Path) -> None:
+    """With one slot, whichever of two waiting requests vLLM takes."""
+    core, asked = Core(), [named(name, tmp_path / name) for name in ("first", "second")]
+    for adapter in asked:
+        Path(adapter.lora_path).mkdir()
+        Path(adapter.lora_path, "adapter_config.json").write_text("old")
+    scheduler = Scheduler(core, [], asked)
+    assert vllm_loads._read_what_comes_next(core) == []
+    assert [adapter.lora_name for adapter in core.asked] == ["first"]
+    Path(asked[1].lora_path, "adapter_model.safetensors").write_text("one more")
+    (ended,) = vllm_loads._read_what_comes_next(core)
+    assert ended.lora_request.lora_name == "second"
+    assert not scheduler.requests[0].ended
+
+
+def test_what_was_read_is_read_again_once_the_memory_may_be_empty(tmp_path: Path) -> None:
+    core, asked = Core(), named("emptied", tmp_path)
+    (tmp_path / "adapter_config.json").write_text("old")
+    Scheduler(core, [asked], [])
+    change_of_weights = vllm_loads._forgetting(lambda core, *_: None)
+    for _ in range(2):
+        vllm_loads._read_what_comes_next(core)
+    assert len(core.asked) == 1
+    change_of_weights(core, "finish_weight_update")
+    vllm_loads._read_what_comes_next(core)
+    assert len(core.asked) == 2
+
+
+def test_an_adapter_may_be_called_like_a_later_load_of_another() -> None:
+    core = Core()
+    core.add_lora(named("sql", Path("a")))
+    core.add_lora(named("sql (load 2)", Path("c")))
+    core.add_lora(named("sql", Path("b"), load_inplace=True))
+    core.add_lora(named("sql (load 3)", Path("d")))
+    assert len({load.lora_name for load in core.asked}) == len({load.lora_int_id for load in core.asked}) == 4
+    assert core.asked[1].lora_name == "sql (load 2)"
+
+
+def test_numbers_of_later_loads_fit_both_of_vllms_model_runners() -> None:
+    from vllm.v1.worker.gpu.lora_utils import LoraState
+
+    core = Core()
+    taken = named("taken", Path("a"))
+    taken.lora_int_id = vllm_loads.FIRST_OF_LATER_LOADS
+    core.add_lora(taken)
+    for in_place in (False, True):
+        core.add_lora(named("again", Path("a"), load_inplace=in_place))
+    state = LoraState(3)
+    for row, load in enumerate(core.asked):
+        state.add_request(str(row), row, load)
+    assert state.lora_ids.tolist() == [load.lora_int_id for load in core.asked]
+    assert len(set(state.lora_ids.tolist())) == 3

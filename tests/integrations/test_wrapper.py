@@ -225,6 +225,24 @@ def layer_of(wrapper: Any, a: Any, b: Any) -> Any:
     return layer
 
 
+def test_logits_of_drafts_are_refused_where_vllm_says_one_adapter_a_request() -> None:
+    """As its second model runner does: here of three requests, the first of which has two drafts."""
+    from xpu_lora_compile.errors import BatchError
+
+    tokens = [2] * 3 + [3] * 4 + [1] * 6
+    wrapper = wrapper_for(tokens, 3, sampled=[2, 3, 1])
+    hidden, a, b = torch.randn(13, 16), torch.randn(3, 1, 4, 16), torch.randn(3, 1, 20, 4)
+    gathered, y = hidden[[0, 1, 2, 6, 12]], torch.zeros(5, 20)
+    with pytest.raises(BatchError, match="5 rows of which it is not known"):
+        wrapper.add_lora_logits(y, gathered, a, b, 1.0)
+    assert not y.any()
+    # One row of each request, and rows that are the tokens of the batch, are known.
+    for x, adapters in ((hidden[[2, 6, 12]], [2, 3, 1]), (hidden.clone(), tokens), (hidden[3:5], tokens[3:5])):
+        made = wrapper.add_lora_logits(torch.zeros(len(x), 20), x, a, b, 1.0)
+        wanted = products(products(x, a, adapters), b, adapters)
+        torch.testing.assert_close(made.double(), wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_layers_store_their_stacks_by_rank_in_one_tensor() -> None:
     from vllm.lora.layers.base import BaseLayerWithLoRA
 
@@ -378,6 +396,34 @@ def test_an_adapter_may_have_the_names_of_the_language_model_alone(
     assert [manager._get_lora_layer_weights(LoRAModel(1, 8, weights), WHOLE)] == [
         weights.get(WHOLE) or (weights[TEXT] if taken else None)
     ]
+
+
+@pytest.mark.parametrize("held", ["wrapped", "as it was"])
+def test_lora_that_deepseeks_attention_would_leave_out_is_refused(held: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM puts the layer with LoRA into the module of the attention, or the module still has the one without."""
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.lora_weights import LoRALayerWeights
+    from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+
+    from xpu_lora_compile.errors import UnmatchedTensorError
+    from xpu_lora_compile.integrations.vllm_adapters import check_adapter
+
+    monkeypatch.setattr("vllm.distributed.get_pp_group", lambda: SimpleNamespace(world_size=1))
+    model, attention = torch.nn.Module(), MLAAttention.__new__(MLAAttention)
+    torch.nn.Module.__init__(attention)
+    layers = {name: torch.nn.Module() for name in ("attn.kv_b_proj", "attn.o_proj")}
+    for layer in layers.values():
+        layer.base_layer = torch.nn.Linear(24, 24)
+    kept = layers["attn.kv_b_proj"]
+    attention.kv_b_proj, model.attn = kept if held == "wrapped" else kept.base_layer, attention
+    config = SimpleNamespace(max_lora_rank=8, target_modules=None)
+    manager = SimpleNamespace(model=model, modules=layers, packed_modules={}, lora_config=config)
+    manager.is_pooling_model = False
+    for name, b, refused in (("o_proj", 1.0, False), ("kv_b_proj", 0.0, False), ("kv_b_proj", 1.0, True)):
+        weights = LoRALayerWeights(f"attn.{name}", 8, 8, torch.ones(8, 24), torch.full((24, 8), b))
+        said = r"attn\.kv_b_proj: wanted LoRA on layers that vLLM's attention calls"
+        with pytest.raises(UnmatchedTensorError, match=said) if refused else nullcontext():
+            check_adapter(manager, LoRAModel(1, 8, {f"attn.{name}": weights}), "deepseek")
 
 
 def test_rows_past_those_of_the_batch_have_no_adapter() -> None:

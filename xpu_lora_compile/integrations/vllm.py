@@ -1,4 +1,4 @@
-"""A plugin of vLLM: after `pip install`, `vllm serve MODEL --enable-lora` adds LoRA with our ops.
+"""A plugin of vLLM: after `pip install`, a server with `--enable-lora` adds LoRA with our ops.
 
 vLLM calls `register` in each of its processes, before it makes a configuration. What it changes is one object, vLLM's
 `current_platform`, whose class becomes a subclass of the one it had: see `vllm_platform.py`. Where the plugin is on,

@@ -2,8 +2,9 @@
 
 vLLM compares the last part of each name with the layers that it knows, and the rank with `max_lora_rank`. It takes
 weights that are not finite, which spread to other requests' rows. It takes tensors of modules that the model does not
-have, and ignores them. It takes tensors that are smaller than their layer, and writes them into a corner. This check
-runs after vLLM has read the file and cast it to its own dtype, and before vLLM gives up another adapter for it.
+have, and ignores them. It takes tensors that are smaller than their layer, and writes them into a corner. It takes
+those of `kv_b_proj`, and leaves them out: its attention has that weight in two others. This check runs after vLLM has
+read the file and cast it to its own dtype, and before vLLM gives up another adapter for it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def check_adapter(manager: Any, adapter: Any, name: str) -> None:
         name: of the adapter, for errors.
 
     Raises:
-        UnmatchedTensorError: a module of the adapter is not in the model or cannot have LoRA, or has one half of it.
+        UnmatchedTensorError: a module of the adapter is not in the model or cannot have LoRA, or has one half of it; or
+            vLLM would leave it out.
         AdapterShapeError: a tensor does not fit its module.
         RankError: a module's rank is higher than `max_lora_rank`.
         NonFiniteWeightError: a weight is NaN or infinite.
@@ -66,6 +68,7 @@ def check_adapter(manager: Any, adapter: Any, name: str) -> None:
         for tensor in filter(_is_tensor, (weights.weight, weights.bias)):
             _check_finite(name, module, tensor)
     layers, experts = _layers(manager, adapter.loras)
+    absorbed = _absorbed(manager.model)
     matched, unmatched = bool(adapter.modules_to_save), []
     for module, weights in adapter.loras.items():
         pair = (weights.lora_a, weights.lora_b)
@@ -81,6 +84,13 @@ def check_adapter(manager: Any, adapter: Any, name: str) -> None:
         else:
             matched = True
             _check_shapes(name, module, pair, layer, manager.lora_config.max_lora_rank)
+            if not absorbed.isdisjoint((id(layer[0]), id(getattr(layer[0], "base_layer", None)))) and pair[1].any():
+                raise UnmatchedTensorError(
+                    f"adapter {name}, {module}",
+                    "LoRA on layers that vLLM's attention calls",
+                    "LoRA on one whose weight it multiplies into others as the model is loaded",
+                    "Train without it: exclude_modules=['kv_b_proj']. xlc.attach serves this adapter without vLLM.",
+                )
     # Other processes may have them, or `target_modules` leaves them out on purpose.
     elsewhere = importlib.import_module("vllm.distributed").get_pp_group().world_size > 1
     unknown = [module for module in unmatched if manager._match_target_modules(module) and not elsewhere]
@@ -92,6 +102,12 @@ def check_adapter(manager: Any, adapter: Any, name: str) -> None:
             f"{len(unknown or unmatched)} of other modules: {listed}",
             "Compare its names with the model's; an encoder's need `enable_tower_connector_lora`, where it has that.",
         )
+
+
+def _absorbed(model: Any) -> set[int]:
+    """The layers, by `id`, whose weights the attention of DeepSeek's models has in two other tensors (vLLM #48974)."""
+    mla: Any = importlib.import_module("vllm.model_executor.layers.attention.mla_attention").MLAAttention
+    return {id(module.kv_b_proj) for module in model.modules() if isinstance(module, mla)}
 
 
 def _is_tensor(value: Any) -> bool:

@@ -128,11 +128,30 @@ def _finding_encoders(own: Callable[[Any], None]) -> Callable[[Any], None]:
                     wrapper.names[id(vars(layer).get(stacks))] = name
         # Where a model has `get_mm_mapping`, vLLM gives its encoders LoRA when asked for it alone.
         has_lora = not manager.supports_mm or manager.supports_tower_connector_lora
-        if has_lora and hasattr(manager.model, "embed_multimodal"):
+        has_encoder = has_lora and hasattr(manager.model, "embed_multimodal")
+        if has_encoder or cross_attention is not None:
+            _refuse_the_second_runner(type(manager.model).__name__)
+        if has_encoder:
             manager.encoders = encoders = Encoders(manager, cross_attention)
             manager.model.embed_multimodal = encoders.embedding(manager.model.embed_multimodal)
 
     return _create_lora_modules
+
+
+def _refuse_the_second_runner(model: str) -> None:
+    """Refuse vLLM's Model Runner V2, which runs encoders in a way that nothing here is told of.
+
+    Raises:
+        AttachError: the configuration asks for it.
+    """
+    config: Any = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
+    if config is not None and config.use_v2_model_runner:
+        raise AttachError(
+            model,
+            "vLLM's first model runner, where an encoder or a cross attention has LoRA",
+            "Model Runner V2",
+            "Set VLLM_USE_V2_MODEL_RUNNER=0.",
+        )
 
 
 def _say_what_was_taken_over(manager: Any) -> None:

@@ -20,6 +20,7 @@ for those to later calls, until the engine waits for ever. So a refusal is an an
 | changed in vLLM | what it does more |
 |---|---|
 | `EngineCore.add_lora`, `remove_lora`, `pin_lora`, `list_loras` | translate what the user knows |
+| `EngineCore.collective_rpc` | forgets which adapters are in memory |
 | `EngineCore.preprocess_add_request` | gives a request its load |
 | `EngineCore.step`, `step_with_batch_queue` | read adapters first, and end the requests of those that cannot be read |
 | `AsyncLLM.add_lora` | resets `load_inplace` |
@@ -33,16 +34,18 @@ import importlib
 import os
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from xpu_lora_compile.integrations.vllm_changes import change
 
-# Numbers of adapters from here on are given out here. vLLM counts from 1, and keeps them in 64 bits.
-FIRST_OF_LATER_LOADS = 1 << 40
+# Numbers of adapters from here on are given out here. vLLM counts from 1; its second model runner has 32 bits for them.
+FIRST_OF_LATER_LOADS = 1 << 30
+
+_LOST = "its files are gone, or not those that were loaded"
 
 # The files of an adapter as they were when they were read: path, size and time of each.
 Files = tuple[tuple[str, int, int], ...]
@@ -62,8 +65,9 @@ class Loads:
 
     def __init__(self) -> None:
         self._latest: dict[tuple[int, str, str], Load] = {}
-        # All of them, by the engine's number; and how many a name has had.
+        # All of them, by the engine's number; their names for the engine; and how many a name of the user's has had.
         self._loads: dict[int, Load] = {}
+        self._names: set[str] = set()
         self._times: Counter[str] = Counter()
         self._numbers = count(FIRST_OF_LATER_LOADS)
         # The adapters that were read before the last step; empty where another load may have taken a slot since.
@@ -118,18 +122,21 @@ class Loads:
     def is_as_it_was(self, number: int) -> bool:
         """Whether the files of a load, by the engine's number, are there as they were; true if they never were here."""
         load = self._loads.get(number)
-        return load is None or all(_state(path) == (size, time) for path, size, time in load.files)
+        return load is None or not load.files or load.files == _files(load.request.lora_path)
 
     def _new(self, request: Any) -> Load:
         number, name = request.lora_int_id, request.lora_name
         self._times[name] += 1
-        changes: dict[str, Any] = {"load_inplace": False}
-        if number in self._loads:
-            changes["lora_int_id"] = next(self._numbers)
-        if self._times[name] > 1:
-            changes["lora_name"] = f"{name} (load {self._times[name]})"
+        for_engine = name if self._times[name] == 1 else f"{name} (load {self._times[name]})"
+        # An adapter of the user's may be called like a load of another.
+        while for_engine in self._names:
+            self._times[name] += 1
+            for_engine = f"{name} (load {self._times[name]})"
+        self._names.add(for_engine)
+        later = (number for number in self._numbers if number not in self._loads)
+        changes = {"lora_int_id": next(later) if number in self._loads else number, "lora_name": for_engine}
         replace = importlib.import_module("msgspec").structs.replace
-        load = Load(number, replace(request, **changes), _files(request.lora_path))
+        load = Load(number, replace(request, load_inplace=False, **changes), _files(request.lora_path))
         self._loads[load.request.lora_int_id] = load
         return load
 
@@ -156,6 +163,7 @@ def tell_loads_apart() -> None:
         change(core, made_from.__name__.removeprefix("_"), made_from)
     for name in ("step", "step_with_batch_queue"):
         change(core, name, _step)
+    change(core, "collective_rpc", _forgetting)
     client: Any = importlib.import_module("vllm.v1.engine.async_llm").AsyncLLM
     change(client, "add_lora", _add_lora_once)
 
@@ -233,6 +241,15 @@ def _pin_lora(own: Any) -> Any:
     return pin_lora
 
 
+def _forgetting(own: Any) -> Any:
+    def collective_rpc(core: Any, *args: Any, **kwargs: Any) -> Any:
+        # What the user has the processes do may empty their memory, as new weights of the model do.
+        _loads(core).ready = {}
+        return own(core, *args, **kwargs)
+
+    return collective_rpc
+
+
 def _list_loras(own: Any) -> Any:
     def list_loras(core: Any) -> set[int]:
         return _loads(core).of_user(own(core))
@@ -288,9 +305,14 @@ def _step(own: Any) -> Any:
 def _read_what_comes_next(core: Any) -> list[Any]:
     """Read the adapters of the requests that run or are the next to; requests whose adapter cannot be read are ended.
 
+    vLLM may choose others, whose adapters it reads itself: so their files are looked at as well.
+
     Returns the requests that were ended.
     """
     loads, ended = _loads(core), []
+    asked = {adapter.lora_int_id: adapter for adapter in _adapters(core.scheduler.requests.values())}
+    for adapter in _lost(core, [its for number, its in asked.items() if number not in loads.ready]):
+        ended += _end(core, adapter, _LOST)
     while (wanted := _wanted(core)) != loads.ready:
         # Those that are ready first: what is read for another takes the place of one that was not used for longer.
         for adapter in sorted(wanted.values(), key=lambda adapter: adapter.lora_int_id not in loads.ready):
@@ -303,13 +325,18 @@ def _read_what_comes_next(core: Any) -> list[Any]:
     return ended
 
 
+def _lost(core: Any, adapters: Sequence[Any]) -> list[Any]:
+    """Those adapters that some process has not in memory, and whose files are not those that were loaded."""
+    changed = [adapter for adapter in adapters if not _loads(core).is_as_it_was(adapter.lora_int_id)]
+    # One of several processes may have read it before its files changed, and another not.
+    in_memory = core.model_executor.collective_rpc("list_loras") if changed else []
+    return [adapter for adapter in changed if not all(adapter.lora_int_id in numbers for numbers in in_memory)]
+
+
 def _problem(core: Any, adapter: Any) -> str:
     """Read an adapter that is not in memory; why that fails, empty if it does not."""
-    if not _loads(core).is_as_it_was(adapter.lora_int_id):
-        # One of several processes may have read it before its files changed, and another not.
-        in_memory = core.model_executor.collective_rpc("list_loras")
-        if not all(adapter.lora_int_id in numbers for numbers in in_memory):
-            return f"its files in {adapter.lora_path} are gone, or not those that were loaded"
+    if _lost(core, [adapter]):
+        return _LOST
     try:
         _read(core, adapter)
     except Exception as error:
@@ -318,18 +345,21 @@ def _problem(core: Any, adapter: Any) -> str:
 
 
 def _wanted(core: Any) -> dict[int, Any]:
-    """The adapters of running requests, and of those that wait for as many as there are slots, by the engine's number.
-
-    Without those of pooling models, whose clients take no error for a request.
-    """
-    config = core.vllm_config.lora_config
+    """The adapters of requests that run, then of those that wait, for as many as there are slots: by number."""
+    config, scheduler = core.vllm_config.lora_config, core.scheduler
     wanted: dict[int, Any] = {}
-    for request in (*core.scheduler.running, *core.scheduler.requests.values()):
+    for adapter in _adapters(chain(scheduler.running, scheduler.kv_holding_waiting, scheduler.waiting)):
         if config is None or len(wanted) == config.max_loras:
             break
-        if request.lora_request is not None and request.sampling_params is not None and not request.is_finished():
-            wanted[request.lora_request.lora_int_id] = request.lora_request
+        wanted[adapter.lora_int_id] = adapter
     return wanted
+
+
+def _adapters(requests: Iterable[Any]) -> Iterator[Any]:
+    """Those of unfinished requests; without pooling models, whose clients take no error for a request."""
+    for request in requests:
+        if request.lora_request is not None and request.sampling_params is not None and not request.is_finished():
+            yield request.lora_request
 
 
 def _end(core: Any, adapter: Any, problem: str) -> list[Any]:
@@ -340,10 +370,11 @@ def _end(core: Any, adapter: Any, problem: str) -> list[Any]:
     core.scheduler.finish_requests([request.request_id for request in asked], status.FINISHED_ERROR)
     logger = importlib.import_module("vllm.logger").init_logger("vllm.plugins.xpu_lora_compile")
     logger.error(
-        "xpu_lora_compile: ended %d requests of adapter %s, which is not in memory and cannot be read: %s. Keep the "
-        "folder of an adapter as it is until its requests are over. Load other files with `load_inplace`.",
+        "xpu_lora_compile: ended %d requests of adapter %s, which is not in memory and cannot be read from %s: %s. "
+        "Keep the folder of an adapter as it is until its requests are over. Load other files with `load_inplace`.",
         len(asked),
         adapter.lora_name,
+        adapter.lora_path,
         problem,
     )
     return asked

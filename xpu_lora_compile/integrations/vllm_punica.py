@@ -381,17 +381,17 @@ class XpuLoraPunicaWrapper(_Own):  # type: ignore[misc]
         vLLM takes the rows to be those that are sampled, which it has gathered (`execute_model` of its
         `GPUModelRunner`). Where a prompt's probabilities are asked for they are some of the batch's tokens instead
         (`_get_prompt_logprobs_dict`), rows of a larger tensor, and of the indices of sampled rows those past their
-        number are stale.
+        number are stale. Its second model runner says one adapter a request, also where a request has rows of drafts.
         """
         tokens: Tensor = self._token_lora_indices
         sampled: Tensor = self.sampler_indices
-        rows = x.shape[0]
-        if is_compiling() or (
-            x.untyped_storage().nbytes() == x.numel() * x.element_size() and sampled.shape[0] == rows
-        ):
+        rows, mapped = x.shape[0], self._mapped["_token_lora_indices"]
+        is_whole = x.untyped_storage().nbytes() == x.numel() * x.element_size()
+        if is_compiling() or (is_whole and sampled.shape[0] == rows):
             return sampled[:rows]
         first = x.storage_offset() // x.stride(0)
-        if first + rows > self._mapped["_token_lora_indices"]:
+        # What was gathered is some of the tokens, and nobody says which; only all of them are known.
+        if first + rows > mapped or (is_whole and rows != mapped):
             raise self._unmapped(rows, stack, f"the {sampled.shape[0]} rows that are sampled, or tokens of the batch")
         return tokens[first : first + rows]
 

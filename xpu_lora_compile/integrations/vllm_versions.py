@@ -46,12 +46,14 @@ INTERFACES: Interfaces = {
     ("compilation/decorators.py", ""): {"_try_load_aot_compiled_fn": "model, aot_compilation_path"},
     ("compilation/wrapper.py", "TorchCompileWithNoGuardsWrapper"): {"aot_compile": "self, *args, **kwargs"},
     ("config/vllm.py", ""): {"get_current_vllm_config_or_none": ""},
+    ("config/vllm.py", "VllmConfig"): _there("use_v2_model_runner lora_config model_config compilation_config"),
     ("config/compilation.py", "CompilationMode"): _there("NONE VLLM_COMPILE DYNAMO_TRACE_ONCE"),
     ("config/compilation.py", "CompilationConfig"): _there("mode inductor_compile_config"),
     ("v1/engine/input_processor.py", "InputProcessor"): {
         **_there("model_config"),
         "_get_mm_identifier": "self, mm_hash, lora_request",
     },
+    ("model_executor/layers/attention/mla_attention.py", "MLAAttention"): _there("kv_b_proj"),
     ("model_executor/model_loader/utils.py", ""): {"get_model_cls": "model_config"},
     ("lora/punica_wrapper/punica_base.py", "PunicaWrapperABC"): {
         "*": (
@@ -124,6 +126,7 @@ INTERFACES: Interfaces = {
         "remove_lora": "self, lora_id",
         "list_loras": "self",
         "pin_lora": "self, lora_id",
+        "collective_rpc": "self, method, timeout=None, args=(), kwargs=None",
         "preprocess_add_request": "self, request",
         "step": "self",
         "step_with_batch_queue": "self",
@@ -176,6 +179,7 @@ INTERFACES: Interfaces = {
         **_there("lora_manager"),
         "add_lora": "self, lora_request",
     },
+    ("v1/core/sched/scheduler.py", "Scheduler"): _there("running waiting kv_holding_waiting requests"),
     ("v1/core/sched/output.py", "SchedulerOutput"): _there("scheduled_encoder_inputs"),
     ("v1/attention/backend.py", "AttentionType"): _there("ENCODER_DECODER"),
     ("forward_context.py", ""): {"is_forward_context_available": "", "get_forward_context": ""},
