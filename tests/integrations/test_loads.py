@@ -192,6 +192,17 @@ def test_a_request_whose_files_are_not_as_they_were_ends_and_the_others_go_on(
     assert all(requests.answered_as(number, path) for number, path in zip(running, others, strict=True))
 
 
+def test_a_request_whose_adapter_cannot_be_found_ends_and_the_next_is_answered(
+    reference: Reference, requests: Requests, lora: Any, tmp_path: Path
+) -> None:
+    lost = requests.ask(lora("lost", tmp_path / "nowhere"))
+    requests.step()
+    assert requests.outputs[lost].outputs[0].finish_reason == "error"
+    found = requests.ask(lora("found", reference.adapters[0]))
+    requests.step()
+    assert requests.answered_as(found, reference.adapters[0])
+
+
 def test_files_are_read_again_when_a_request_asks_for_it_and_they_have_changed(
     reference: Reference, requests: Requests, lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
