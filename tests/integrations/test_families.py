@@ -6,6 +6,7 @@ Mixtures of experts are in test_experts.py; audio and images in test_encoders.py
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,11 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def engine(served: Served) -> Iterator[Engine]:
+    from vllm import ModelRegistry
+
+    # A class that is there already is not looked at in a process of its own, which would import vLLM again.
+    (name,) = json.loads((served.folder / "config.json").read_text())["architectures"]
+    ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
     made = started(served)
     yield made
     # vLLM's state is one for the process, and the next engine has its own.
