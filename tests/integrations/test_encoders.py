@@ -307,14 +307,24 @@ def test_the_second_model_runner_is_refused_where_an_encoder_has_lora(monkeypatc
     from xpu_lora_compile.integrations.vllm import register
 
     register()
-    from xpu_lora_compile.integrations.vllm_encoders import _refuse_the_second_runner
+    from xpu_lora_compile.integrations import vllm_encoders
+
+    class Whisper(torch.nn.Module):
+        config = SimpleNamespace(is_encoder_decoder=False)
+
+        def embed_multimodal(self) -> None:
+            """What makes it a model with an encoder."""
 
     config = SimpleNamespace(use_v2_model_runner=False)
     monkeypatch.setattr(vllm.config, "get_current_vllm_config_or_none", lambda: config)
-    _refuse_the_second_runner("Whisper")
+    monkeypatch.setattr(vllm_encoders, "_say_what_was_taken_over", lambda _: None)
+    manager = SimpleNamespace(model=Whisper(), modules={}, punica_wrapper_mapping={}, supports_mm=False)
+    find_encoders = vllm_encoders._finding_encoders(lambda _: None)
+    find_encoders(manager)
+    assert manager.encoders
     config.use_v2_model_runner = True
     with pytest.raises(AttachError, match=r"Whisper: .* got Model Runner V2. Set VLLM_USE_V2_MODEL_RUNNER=0"):
-        _refuse_the_second_runner("Whisper")
+        find_encoders(manager)
 
 
 @contextmanager

@@ -25,6 +25,8 @@ from xpu_lora_compile.errors import UnsupportedAdapterError
 # Kinds of LoRA that compute `B @ A @ x`, and DoRA; PEFT has classes for others.
 _VARIANTS = {"MiCALinearVariant", "MiCAEmbeddingVariant"}
 _DORA = {"DoraLinearVariant", "DoraEmbeddingVariant", "DoraConv2dVariant"}
+# What to do with an adapter that a bank takes from a folder alone.
+SAVE_AND_ATTACH = "Save it with peft_model.save_pretrained(folder), and attach to the plain model: adapters=."
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -198,7 +200,7 @@ def _check_kinds(layers: Mapping[str, Any], wrappers: Mapping[str, Any], names: 
     if strange := sorted(kinds - _DORA):
         remedy = "Serve it with PEFT, or train the adapter again without it."
         if all("ALora" in kind for kind in strange):
-            remedy = "Save it with peft_model.save_pretrained(folder), and attach to the plain model: adapters=."
+            remedy = SAVE_AND_ATTACH
         raise UnsupportedAdapterError(str(path), "LoRA or DoRA", few(strange), remedy)
     if len(names) < 2:
         return

@@ -37,7 +37,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
-from pathlib import Path
 from typing import Any
 
 from xpu_lora_compile.integrations.vllm_changes import change
@@ -143,7 +142,12 @@ class Loads:
 
 def _files(path: str) -> Files:
     """Of an adapter; none where the path is no folder of this machine."""
-    found = [str(file) for file in sorted(Path(path).expanduser().glob("adapter_*"))]
+    folder = os.path.expanduser(path)  # noqa: PTH111 - each step looks at the files of all that wait
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.startswith("adapter_"))  # noqa: PTH208
+    except OSError:
+        return ()
+    found = [f"{folder}/{name}" for name in names]
     return tuple((file, *state) for file in found if (state := _state(file)) is not None)
 
 

@@ -28,7 +28,7 @@ from torch.compiler import is_compiling
 from xpu_lora_compile.adapters.bank import AdapterBank, Block, Rows, device_of
 from xpu_lora_compile.adapters.checkpoint import opened_checkpoint
 from xpu_lora_compile.adapters.files import few
-from xpu_lora_compile.adapters.live import adapter_in, factors, has_tokens, is_in
+from xpu_lora_compile.adapters.live import SAVE_AND_ATTACH, adapter_in, factors, has_tokens, is_in
 from xpu_lora_compile.adapters.names import BaseModel
 from xpu_lora_compile.adapters.needs import naming
 from xpu_lora_compile.errors import AdapterError, AttachError, LoraError, UnknownAdapterError
@@ -860,8 +860,8 @@ def checked_live(peft_model: Any, linear_classes: Iterable[type[nn.Module]] = ()
         remedy = "Add or load an adapter first."
         raise AttachError("attach: model", "a PeftModel with layers of LoRA", "one without any", remedy)
     if experts := [name for name, layer in live.layers.items() if hasattr(layer, "parameter_name")]:
-        remedy = "Save it with peft_model.save_pretrained(folder), and attach to the plain model: adapters=."
-        raise AttachError("attach: model", "LoRA on modules", f"LoRA on parameters of {few(experts)}", remedy)
+        got = f"LoRA on parameters of {few(experts)}"
+        raise AttachError("attach: model", "LoRA on modules", got, SAVE_AND_ATTACH)
     strange = [
         f"{name} ({type(layer._modules['base_layer']).__name__})"
         for name, layer in live.layers.items()
