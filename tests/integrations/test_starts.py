@@ -14,8 +14,12 @@ from xpu_lora_compile.integrations import vllm_starts as starts
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What vLLM's logger was told, once vLLM is there."""
     import vllm.compilation.wrapper
+    import vllm.envs
     import vllm.logger
     import vllm.lora.layers
+
+    # An engine that ran in this process keeps what the environment said then.
+    vllm.envs.disable_envs_cache()
 
     lines: list[str] = []
 
