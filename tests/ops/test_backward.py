@@ -108,7 +108,7 @@ def _trained(x: Tensor, grad: Tensor, a: Tensor, b: Tensor, indices: Tensor, slo
     x = x.detach().clone().requires_grad_()
     views = [[stack[slot].detach().requires_grad_() for slot in slots] for stack in (a, b)]
     scalings = torch.linspace(0.5, 2.0, len(a), device=a.device)
-    result = TRAINED_LINEAR(torch.zeros_like(grad), x, a, b, indices, scalings, slots, *views)
+    (result, *_) = TRAINED_LINEAR([torch.zeros_like(grad)], x, [a], [b], indices, scalings, slots, *views)
     return list(torch.autograd.grad(result, [x, *views[0], *views[1]], grad))
 
 
@@ -166,7 +166,7 @@ def test_only_trained_slots_get_gradients_and_each_of_its_own_rank() -> None:
     x.requires_grad_()
     views = a[5, :3].detach().requires_grad_(), b[5, :60, :3].detach().requires_grad_()
     scalings = torch.linspace(0.5, 2.0, 64, device=DEVICE)
-    result = TRAINED_LINEAR(torch.zeros_like(grad), x, a, b, indices, scalings, [5], [views[0]], [views[1]])
+    (result, *_) = TRAINED_LINEAR([torch.zeros_like(grad)], x, [a], [b], indices, scalings, [5], [views[0]], [views[1]])
     of_x, of_a, of_b = torch.autograd.grad(result, [x, *views], grad)
     assert same_bits(of_x, whole[0])
     assert same_bits(of_a, whole[1 + 5][:3])
@@ -206,7 +206,8 @@ def test_gradients_of_trained_slots_are_right() -> None:
 
     def of(base: Tensor, x: Tensor, a_0: Tensor, a_2: Tensor, b_0: Tensor, b_2: Tensor) -> Tensor:
         stack_a, stack_b = torch.stack([a_0, a[1], a_2]), torch.stack([b_0, b[1], b_2])
-        return TRAINED_LINEAR(base, x, stack_a, stack_b, indices, scalings, [0, 2], [a_0, a_2], [b_0, b_2])
+        stacks, views = ([stack_a], [stack_b]), ([a_0, a_2], [b_0, b_2])
+        return TRAINED_LINEAR([base], x, *stacks, indices, scalings, [0, 2], *views)[0]
 
     operands = [tensor.clone().requires_grad_() for tensor in (base, x, a[0], a[2], b[0], b[2])]
     # What the stacks are made of gets the gradient through the parameters alone.
@@ -218,7 +219,7 @@ def test_trained_linear_passes_opcheck() -> None:
     x.requires_grad_()
     views = [[stack[slot].detach().requires_grad_() for slot in (1, 4)] for stack in (a, b)]
     scalings = torch.ones(8, device=DEVICE)
-    opcheck(TRAINED_LINEAR, (torch.zeros_like(grad), x, a, b, indices, scalings, [1, 4], *views))
+    opcheck(TRAINED_LINEAR, ([torch.zeros_like(grad)], x, [a], [b], indices, scalings, [1, 4], *views))
 
 
 @on_cpu
@@ -237,6 +238,6 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     with pytest.raises(RuntimeError, match="do not fit together"):
         NATIVE_BACKWARD([grad], x, [a], [b], indices, [0], [0], 1.0, None, [8], [3], True, True)
     with pytest.raises(ShapeError, match="trained_linear: slot 9"):
-        TRAINED_LINEAR(grad, x, a, b, indices, torch.ones(8), [9], [a[0]], [b[0]])
+        TRAINED_LINEAR([grad], x, [a], [b], indices, torch.ones(8), [9], [a[0]], [b[0]])
     with pytest.raises(ShapeError, match="scalings: wanted float32"):
-        TRAINED_LINEAR(grad, x, a, b, indices, torch.ones(7), [1], [a[1]], [b[1]])
+        TRAINED_LINEAR([grad], x, [a], [b], indices, torch.ones(7), [1], [a[1]], [b[1]])

@@ -12,8 +12,7 @@ from xpu_lora_compile.ops import LORA_LINEAR
 from xpu_lora_compile.passes.calls import EXPANDS, LORA_OPS, ROUTINGS, SHRINKS, WHOLE, LoraNode
 from xpu_lora_compile.torch_internals import name_of, schemas_of
 
-# Parts of kernels, which no graph of our passes has: what a composite op becomes, what eager calls try, gradients. And
-# the op of layers that are trained, which the passes leave as it is, and which is not inspected.
+# Parts of kernels, which no graph of our passes has: what a composite op becomes, what eager calls try, gradients.
 PARTS = {
     "native_add_slices",
     "native_add_packed",
@@ -22,7 +21,6 @@ PARTS = {
     "outer_by_slot",
     "native_backward",
     "triton_backward",
-    "trained_linear",
 }
 
 
@@ -30,7 +28,7 @@ def test_every_op_that_adds_lora_is_known_to_whoever_reads_graphs() -> None:
     ops = {name for name in schemas_of("xpu_lora") if not name.startswith("native_try_")} - PARTS
     assert ops == {name_of(op) for op in (*LORA_OPS, *ROUTINGS)}
     prepares = {name for kernel in KERNELS for name in (kernel.prepares, kernel.visible_prepares) if name}
-    assert {name_of(op) for op in ROUTINGS} == prepares
+    assert {name_of(op) for op in ROUTINGS} == {*prepares, "triton_training_tiles"}
     visible = {name for kernel in KERNELS for name in kernel.visible_ops.values()}
     assert visible <= {name_of(op) for op in LORA_OPS}
 
@@ -50,8 +48,9 @@ def test_operands_are_read_by_name_whichever_op_it_is(op: torch._ops.OpOverload)
     assert call.indices.name in ("lora_indices_tensor", "indices", "valid")
     if op in WHOLE:
         assert (call.lora_a, call.lora_b) == ([given["lora_a"]], [given["lora_b"]])
-        assert call.scaling is given["scaling"]
+        assert call.scaling == given.get("scaling", 1.0)
     assert call.prepared == {name: given[name] for name in RowRouting.PREPARED if name in given}
+    assert (call.scalings, call.trained[1]) == (given.get("scalings"), [given[n] for n in ["trained_b"] if n in given])
     outputs = {node.name for node in call.outputs}
     assert outputs <= {"outputs", "bases", "output", "output_tensor", "base"}
     assert bool(outputs) == ("weights" not in given or op not in WHOLE)

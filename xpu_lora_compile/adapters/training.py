@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,14 +38,16 @@ class TrainedSlots:
         a: of each of them A, `[r, D]`, a view of the slot.
         b: likewise B, `[W, r]`, without scaling.
         scalings: `[K]`, float32: the scaling of each slot that is trained, and 1 of all others, which B has in it.
+            Layers with the same values share one tensor, so that a compiler sees that they are the same.
         rates: of dropout, each once; none where nothing is dropped.
     """
 
-    def __init__(self, slots: int, device: torch.device) -> None:
+    def __init__(self, slots: int, device: torch.device, shared: dict[Hashable, Tensor]) -> None:
         self.slots: tuple[int, ...] = ()
         self.a: tuple[nn.Parameter, ...] = ()
         self.b: tuple[nn.Parameter, ...] = ()
-        self.scalings = torch.ones(slots, device=device)
+        self._shared = shared
+        self._scale([1.0] * slots, device)
         self.rates: tuple[float, ...] = ()
         # Position of each slot's rate, or -1.
         self._rate = torch.full((slots,), -1, device=device)
@@ -55,7 +57,7 @@ class TrainedSlots:
         self.slots += (slot,)
         self.a += (nn.Parameter(a.detach()),)
         self.b += (nn.Parameter(b.detach()),)
-        self.scalings[slot] = scaling
+        self._scale(self._with(slot, scaling), self.scalings.device)
         if rate:
             self.rates = tuple(dict.fromkeys((*self.rates, rate)))
             self._rate[slot] = self.rates.index(rate)
@@ -65,7 +67,16 @@ class TrainedSlots:
         keep = [position for position, other in enumerate(self.slots) if other != slot]
         self.slots = tuple(self.slots[position] for position in keep)
         self.a, self.b = (tuple(parameters[position] for position in keep) for parameters in (self.a, self.b))
-        self.scalings[slot], self._rate[slot] = 1.0, -1
+        self._scale(self._with(slot, 1.0), self.scalings.device)
+        self._rate[slot] = -1
+
+    def _with(self, slot: int, scaling: float) -> list[float]:
+        return [scaling if position == slot else other for position, other in enumerate(self._values)]
+
+    def _scale(self, values: list[float], device: torch.device) -> None:
+        self._values = values
+        made = torch.tensor(values, device=device)
+        self.scalings = self._shared.setdefault((device, *values), made)
 
     def dropped(self, rows: Tensor, indices: Tensor) -> Tensor:
         """Rows `[T, D]` with some elements of those of trained slots set to 0, as PEFT does before A."""
@@ -151,6 +162,8 @@ class Training:
         # The stacks that the parameters are views of, and where each parameter lies.
         self._stacks: dict[str, tuple[Tensor, Tensor]] = {}
         self._places: dict[str, list[int]] = {}
+        # Scalings, by their values.
+        self._scalings: dict[Hashable, Tensor] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -189,7 +202,7 @@ class Training:
             for module, pair in loaded.pairs.items():
                 layer = self._layers[module]
                 if layer.lora_training is None:
-                    layer.lora_training = TrainedSlots(self._slots, layer.lora_a.device)
+                    layer.lora_training = TrainedSlots(self._slots, layer.lora_a.device, self._scalings)
                     self._stacks[module] = layer.lora_a, layer.lora_b
                 a, b = layer.places(layer.lora_a[slot], layer.lora_b[slot], pair.shape_a, pair.shape_b)
                 b.copy_(_unscaled(b, pair.scaling))

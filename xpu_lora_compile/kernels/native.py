@@ -267,6 +267,7 @@ def fake_backward(
     ranks: Sequence[int],
     needs_inputs: bool,
     needs_weights: bool,
+    *_: object,
 ) -> list[Tensor]:
     """Return what NATIVE_BACKWARD returns, in shapes, dtypes and strides."""
     made = [inputs.new_empty(inputs.shape)] if needs_inputs else []
@@ -274,18 +275,20 @@ def fake_backward(
         return made
     if not slots:
         return [*made, *map(torch.empty_like, (*lora_a, *lora_b))]
-    (a,), (b,) = lora_a, lora_b
-    made += [a.new_empty(rank, a.shape[-1]) for rank in ranks]
-    by_rank = b.stride(-2) == 1
-    width = b.shape[-2]
-    return made + [b.new_empty(rank, width).t() if by_rank else b.new_empty(width, rank) for rank in ranks]
+    of_slices = [ranks[at : at + len(slots)] for at in range(0, len(ranks), len(slots))]
+    for a, of_slots in zip(lora_a, of_slices, strict=True):
+        made += [a.new_empty(rank, a.shape[-1]) for rank in of_slots]
+    for b, of_slots in zip(lora_b, of_slices, strict=True):
+        width, by_rank = b.shape[-2], b.stride(-2) == 1
+        made += [b.new_empty(rank, width).t() if by_rank else b.new_empty(width, rank) for rank in of_slots]
+    return made
 
 
 # Gradients of `lora_linear`: of the inputs if they are wanted, then of each A, and of each B if they are wanted. Where
-# some `slots` of one slice are trained: of the first `ranks` ranks of each of these slots, and of no other.
-BACKWARD_SCHEMA = (
-    "(Tensor[] grads, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b, Tensor indices, "
-    "int[] slice_outputs, int[] slice_offsets, float scaling, Tensor? scalings, int[] slots, int[] ranks, "
-    "bool needs_inputs, bool needs_weights) -> Tensor[]"
+# some `slots` are trained: of each of these in each slice, of its first `ranks`, of which there are slices x slots.
+BACKWARD_OPERANDS = (
+    "Tensor[] grads, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b, Tensor indices, int[] slice_outputs, "
+    "int[] slice_offsets, float scaling, Tensor? scalings, int[] slots, int[] ranks, bool needs_inputs, "
+    "bool needs_weights"
 )
-NATIVE_BACKWARD = _define(f"native_backward{BACKWARD_SCHEMA}", fake_backward)
+NATIVE_BACKWARD = _define(f"native_backward({BACKWARD_OPERANDS}) -> Tensor[]", fake_backward)

@@ -84,9 +84,9 @@ class LoraLayer(nn.Module):
         """The output with LoRA, some of whose slots are trained: with dropout, and gradients for their parameters."""
         if self.training and training.rates:
             rows = training.dropped(rows, indices)
-        b = self.lora_b.narrow(1, 0, columns)
+        stacks = [self.lora_a], [self.lora_b.narrow(1, 0, columns)]
         trained = list(training.slots), list(training.a), list(training.b)
-        return cast("Tensor", TRAINED_LINEAR(output, rows, self.lora_a, b, indices, training.scalings, *trained))
+        return cast("Tensor", TRAINED_LINEAR([output], rows, *stacks, indices, training.scalings, *trained)[0])
 
     def without_lora(self, input: Tensor) -> Tensor:  # noqa: A002
         """The base layer's output."""

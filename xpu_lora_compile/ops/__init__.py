@@ -21,6 +21,7 @@ from xpu_lora_compile.ops.internal import (
     TRITON_EXPAND_SLICE,
     TRITON_ROUTE_TILES,
     TRITON_SHRINK,
+    TRITON_TRAINING_TILES,
     VALID_SLOTS,
     VENDOR_ADD_LORA,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "TRITON_EXPAND_SLICE",
     "TRITON_ROUTE_TILES",
     "TRITON_SHRINK",
+    "TRITON_TRAINING_TILES",
     "VALID_SLOTS",
     "VENDOR_ADD_LORA",
     "bgmv_expand",

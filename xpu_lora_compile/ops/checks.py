@@ -122,29 +122,32 @@ def check_lora_linears(
 
 
 def check_trained(
-    lora_a: Tensor,
-    lora_b: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
     scalings: Tensor,
     slots: Sequence[int],
     trained_a: Sequence[Tensor],
     trained_b: Sequence[Tensor],
 ) -> None:
-    """Check what `trained_linear` has of slots: scalings `[K]`, and of each that is trained A `[r, D]`, B `[W, r]`."""
-    op, (count, ranks, features), width = "trained_linear", lora_a.shape, lora_b.shape[1]
+    """Check what `trained_linear` has of slots: scalings `[K]`, and in each slice of each that is trained A and B."""
+    op, count = "trained_linear", lora_a[0].shape[0]
     if scalings.shape != (count,) or scalings.dtype != torch.float32:
         got = f"{_dtype(scalings)} {_shape(scalings)}"
         raise ShapeError(f"{op}: scalings", f"float32 [{count}], one a slot", got, "Stack one factor for each slot.")
-    if not len(slots) == len(trained_a) == len(trained_b) or len(set(slots)) < len(slots):
+    if not len(slots) * len(lora_a) == len(trained_a) == len(trained_b) or len(set(slots)) < len(slots):
         got = f"{len(slots)} slots, {len(trained_a)} A and {len(trained_b)} B"
-        raise ShapeError(op, "for each slot one A and one B, and each slot once", got, "Pass lists of the same length.")
-    for slot, a, b in zip(slots, trained_a, trained_b, strict=True):
+        wanted = "for each slot one A and one B in each slice, and each slot once"
+        raise ShapeError(op, wanted, got, "Pass lists of the same length.")
+    stacks = [stack for stack in zip(lora_a, lora_b, strict=True) for _ in slots]
+    for slot, (stored_a, stored_b), a, b in zip([*slots] * len(lora_a), stacks, trained_a, trained_b, strict=True):
+        (_, ranks, features), width = stored_a.shape, stored_b.shape[1]
         if (
             not 0 <= slot < count
             or a.shape != (len(a), features)
             or b.shape[1:] != (len(a),)
             or len(b) > width
             or len(a) > ranks
-            or (a.dtype, b.dtype) != (lora_a.dtype, lora_b.dtype)
+            or (a.dtype, b.dtype) != (stored_a.dtype, stored_b.dtype)
         ):
             raise ShapeError(
                 f"{op}: slot {slot}",

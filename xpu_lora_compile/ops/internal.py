@@ -17,13 +17,13 @@ from torch import Tensor
 from xpu_lora_compile import kernels
 from xpu_lora_compile.kernels import replay, triton_gradients, triton_launch, triton_visible, vendor
 from xpu_lora_compile.kernels.call import LoraCall, accumulator, without_autocast
-from xpu_lora_compile.kernels.native import BACKWARD_SCHEMA, fake_backward
+from xpu_lora_compile.kernels.native import BACKWARD_OPERANDS, fake_backward
 from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.kernels.triton_visible import Launch, launch_flat, launch_traced
 from xpu_lora_compile.ops.checks import refuse_gradients, without_slice_dim
 from xpu_lora_compile.torch_internals import inline_under_aot
 
-_LIBRARY = torch.library.Library("xpu_lora", "FRAGMENT")
+LIBRARY = torch.library.Library("xpu_lora", "FRAGMENT")
 
 # Inductor may lay the operands out as it likes: any strides are fine here, and so no operand is ever copied for us.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -193,11 +193,11 @@ for _schema, _kernel, _fake in (
     ),
 ):
     _name = _schema.split("(", 1)[0]
-    _LIBRARY.define(_schema, tags=_TAGS)
-    _LIBRARY.impl(_name, replay.recorded(_kernel), "CompositeExplicitAutograd")
+    LIBRARY.define(_schema, tags=_TAGS)
+    LIBRARY.impl(_name, replay.recorded(_kernel), "CompositeExplicitAutograd")
     # The gradient of a changed output passes through as it is; the public ops have refused any other.
-    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"xpu_lora::{_name}", _fake, lib=_LIBRARY)
+    LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"xpu_lora::{_name}", _fake, lib=LIBRARY)
 
 
 def _vendor_add_lora(
@@ -224,10 +224,10 @@ def _vendor_add_lora(
 # Composite: one call in the graph that our passes see, and the vendor's own ops in the one that Inductor gets.
 _VENDOR = f"{_LISTS}, Tensor valid, int[] slice_outputs, int[] slice_offsets, float scaling, str kind"
 # The indices as the vendor's ops want them: int32 if narrow, else int64; -1 wherever there is no slot.
-_LIBRARY.define("valid_slots(Tensor indices, SymInt slots, bool narrow) -> (Tensor valid)", tags=_TAGS)
-_LIBRARY.impl("valid_slots", vendor.valid_slots, "CompositeImplicitAutograd")
-_LIBRARY.define(f"vendor_add_lora({_VENDOR}) -> ()", tags=_TAGS)
-_LIBRARY.impl("vendor_add_lora", _vendor_add_lora, "CompositeImplicitAutograd")
+LIBRARY.define("valid_slots(Tensor indices, SymInt slots, bool narrow) -> (Tensor valid)", tags=_TAGS)
+LIBRARY.impl("valid_slots", vendor.valid_slots, "CompositeImplicitAutograd")
+LIBRARY.define(f"vendor_add_lora({_VENDOR}) -> ()", tags=_TAGS)
+LIBRARY.impl("vendor_add_lora", _vendor_add_lora, "CompositeImplicitAutograd")
 
 # The same once more, for a compiler to look into: AOT inlines them, and Inductor launches what they launch. So that
 # their sizes are settled, each gets the number of rows that these are for, and the table of tiles.
@@ -303,9 +303,11 @@ def _triton_backward(
     ranks: Sequence[int],
     needs_inputs: bool,
     needs_weights: bool,
+    tiles: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> list[Tensor]:
     stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
-    rest = slice_outputs, slice_offsets, scaling, scalings, slots, ranks, needs_inputs, needs_weights
+    rest = slice_outputs, slice_offsets, scaling, scalings, slots, ranks, needs_inputs, needs_weights, tiles, kept
     made = triton_gradients.backward(launch, grads, inputs, stacks_a, stacks_b, indices, *rest)
     if slots or not needs_weights:
         return made
@@ -319,7 +321,16 @@ def _fake_triton_route_tiles(indices: Tensor, slots: int, tuned_rows: int) -> Te
     return indices.new_empty(shape, dtype=torch.int32)
 
 
-def _is_interpreted(operand: Tensor | Sequence[Tensor], *_: object, **__: object) -> bool:
+def _triton_training_tiles(launch: Launch, indices: Tensor, slots: int) -> Tensor:
+    return triton_gradients.training_tiles(launch, indices, int(slots))
+
+
+def _fake_triton_training_tiles(indices: Tensor, slots: int) -> Tensor:
+    shape = triton_gradients.training_tiles_shape(indices.shape[0], int(slots))
+    return indices.new_empty(shape, dtype=torch.int32)
+
+
+def is_interpreted(operand: Tensor | Sequence[Tensor], *_: object, **__: object) -> bool:
     """Whether Triton's interpreter runs a call, of whose first argument this is: it knows no compiler's tensors."""
     first = operand if isinstance(operand, Tensor) else operand[0]
     return first.device.type == "cpu" or triton_launch.is_interpreting()
@@ -341,14 +352,24 @@ for _schema, _body, _faked in (
     (f"triton_shrink({_ROW_OPERANDS}, float scaling, {_TUNED}) -> ()", _triton_shrink, _no_result),
     (f"triton_expand_slice({_ROW_OPERANDS}, int offset, bool add, {_TUNED}) -> ()", _triton_expand_slice, _no_result),
     # `native_backward` for GPUs, eager calls as well as graphs.
-    (f"triton_backward{BACKWARD_SCHEMA}", _triton_backward, fake_backward),
+    (
+        f"triton_backward({BACKWARD_OPERANDS}, Tensor? tiles=None, Tensor? kept=None) -> Tensor[]",
+        _triton_backward,
+        fake_backward,
+    ),
+    # What both passes of a training step share.
+    (
+        "triton_training_tiles(Tensor indices, SymInt slots) -> (Tensor tiles)",
+        _triton_training_tiles,
+        _fake_triton_training_tiles,
+    ),
 ):
     _name = _schema.split("(", 1)[0]
-    _LIBRARY.define(_schema, tags=_TAGS)
-    _LIBRARY.impl(_name, triton_visible.run_here(partial(_body, launch_flat)), "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"xpu_lora::{_name}", _faked, lib=_LIBRARY)
-    inline_under_aot(_LIBRARY, _name, partial(_body, launch_traced), unless=_is_interpreted)
+    LIBRARY.define(_schema, tags=_TAGS)
+    LIBRARY.impl(_name, triton_visible.run_here(partial(_body, launch_flat)), "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"xpu_lora::{_name}", _faked, lib=LIBRARY)
+    inline_under_aot(LIBRARY, _name, partial(_body, launch_traced), unless=is_interpreted)
 
 SHRINK = torch.ops.xpu_lora.shrink.default
 EXPAND = torch.ops.xpu_lora.expand.default
@@ -363,6 +384,7 @@ TRITON_ROUTE_TILES = torch.ops.xpu_lora.triton_route_tiles.default
 TRITON_ADD_LORA = torch.ops.xpu_lora.triton_add_lora.default
 TRITON_SHRINK = torch.ops.xpu_lora.triton_shrink.default
 TRITON_BACKWARD = torch.ops.xpu_lora.triton_backward.default
+TRITON_TRAINING_TILES = torch.ops.xpu_lora.triton_training_tiles.default
 TRITON_EXPAND_SLICE = torch.ops.xpu_lora.triton_expand_slice.default
 SLOT_PRODUCTS = torch.ops.xpu_lora.slot_products.default
 OUTER_BY_SLOT = torch.ops.xpu_lora.outer_by_slot.default

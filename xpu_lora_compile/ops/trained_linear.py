@@ -1,4 +1,4 @@
-"""`lora_linear` of one slice, of whose slots some are trained: parameters of their own, and gradients for these alone.
+"""`lora_linear` of slots that are trained: parameters of their own, and gradients for these alone.
 
 The parameters of a slot are views of its memory, so that the op reads the stacks, and an optimizer that changes a
 parameter changes the slot. They are operands all the same, since autograd knows leaves and no parts of them.
@@ -7,73 +7,116 @@ parameter changes the slot. They are operands all the same, since autograd knows
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xpu_lora_compile.kernels import takes_native
+from xpu_lora_compile.kernels import takes_native, takes_triton_backward, triton_gradients
 from xpu_lora_compile.kernels.call import accumulator, without_autocast
 from xpu_lora_compile.kernels.native import TRY_ADD_SCALED
 from xpu_lora_compile.kernels.routing import RowRouting
+from xpu_lora_compile.kernels.triton_visible import Launch, launch_flat, launch_traced, run_here
 from xpu_lora_compile.ops import checks
-from xpu_lora_compile.ops.internal import SLOT_PRODUCTS, expand
+from xpu_lora_compile.ops.internal import LIBRARY, SLOT_PRODUCTS, TRITON_BACKWARD, expand, is_interpreted
 from xpu_lora_compile.ops.lora_linear import check_is_first_order, fused_backward
+from xpu_lora_compile.torch_internals import inline_under_aot
 
 
 def _trained_linear(
-    base: Tensor,
+    bases: Sequence[Tensor],
     inputs: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
     indices: Tensor,
     scalings: Tensor,
     slots: Sequence[int],
     trained_a: Sequence[Tensor],
     trained_b: Sequence[Tensor],
-) -> Tensor:
-    """`base[t] + B[i] @ (scalings[i] * A[i] @ inputs[t])`, a new tensor.
+    tiles: Tensor | None = None,
+) -> list[Tensor]:
+    """`bases[s][t] + B[s][i] @ (scalings[i] * A[s][i] @ inputs[t])` of each slice s, new tensors.
 
     Args:
-        base: `[T, H]`, H at least W.
+        bases: of each slice `[T, H]`, H at least W.
         inputs: `[T, D]`.
-        lora_a: A `[K, R, D]`, which gets no gradient.
-        lora_b: B `[K, W, R]`, likewise.
+        lora_a: of each slice A `[K, R, D]`, which gets no gradient.
+        lora_b: of each slice B `[K, W, R]`, likewise.
         indices: `[T]`; rows whose index is no slot have no adapter.
         scalings: `[K]`, float32.
         slots: those that are trained.
-        trained_a: of each of them `[r, D]`, which gets the gradient of `lora_a[slot, :r]`.
-        trained_b: `[W', r]`, W' at most W, which gets that of `lora_b[slot, :W', :r]`.
+        trained_a: slice by slice, of each of these `[r, D]`, which gets the gradient of `lora_a[s][slot, :r]`.
+        trained_b: likewise `[W', r]`, W' at most W, which gets that of `lora_b[s][slot, :W', :r]`.
+        tiles: what the Triton kernels derive from the indices, where a graph has it.
+
+    Returns:
+        A tensor for each base; on a GPU one more, of which the gradients are made.
     """
-    _check(base, inputs, lora_a, lora_b, indices, scalings, slots, trained_a, trained_b)
-    result = base.clone(memory_format=torch.contiguous_format)
-    call = [result], inputs, [lora_a], [lora_b], indices, [0], [0], 1.0
-    if takes_native(result) and TRY_ADD_SCALED(*call, scalings):
-        return result
-    _, factors = _factors(indices, scalings, accumulator(base, inputs, lora_a, lora_b))
-    hidden = SLOT_PRODUCTS(inputs, lora_a, indices) * factors
-    expand(result[:, : lora_b.shape[1]], hidden, lora_b, indices, add=True)
-    return result
+    operands = bases, inputs, lora_a, lora_b, indices, scalings, slots, trained_a, trained_b, tiles
+    _check(*operands)
+    if takes_triton_backward(bases, inputs, lora_a, lora_b):
+        made: list[Tensor] = run_here(partial(_on_a_gpu, launch_flat))(*operands)
+        return made
+    results = [base.clone(memory_format=torch.contiguous_format) for base in bases]
+    if takes_native(results[0]) and TRY_ADD_SCALED(results, *_places(inputs, lora_a, lora_b, indices), scalings):
+        return results
+    _, factors = _factors(indices, scalings, accumulator(*bases, inputs, *lora_a, *lora_b))
+    for result, a, b in zip(results, lora_a, lora_b, strict=True):
+        expand(result[:, : b.shape[1]], SLOT_PRODUCTS(inputs, a, indices) * factors, b, indices, add=True)
+    return results
 
 
-def _fake(base: Tensor, *rest: Any) -> Tensor:
-    _check(base, *rest)
-    return torch.empty_like(base, memory_format=torch.contiguous_format)
-
-
-def _check(
-    base: Tensor,
+def _on_a_gpu(
+    launch: Launch,
+    bases: Sequence[Tensor],
     inputs: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
     indices: Tensor,
     scalings: Tensor,
     slots: Sequence[int],
     trained_a: Sequence[Tensor],
     trained_b: Sequence[Tensor],
+    tiles: Tensor | None = None,
+) -> list[Tensor]:
+    return triton_gradients.forward(launch, bases, inputs, lora_a, lora_b, indices, scalings, tiles)
+
+
+def _fake(
+    bases: Sequence[Tensor], inputs: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], *rest: Any
+) -> list[Tensor]:
+    _check(bases, inputs, lora_a, lora_b, *rest)
+    made = [torch.empty_like(base, memory_format=torch.contiguous_format) for base in bases]
+    if takes_triton_backward(bases, inputs, lora_a, lora_b) and triton_gradients.keeps_hidden(lora_a, lora_b):
+        made.append(triton_gradients.empty_kept(inputs, lora_a))
+    return made
+
+
+def _is_opaque(bases: Sequence[Tensor], *rest: Any) -> bool:
+    """Whether a compiler leaves a call as it is: on a CPU, where Triton's kernels are not to run."""
+    return is_interpreted(bases) or not takes_triton_backward(bases, *rest[:3])
+
+
+def _check(
+    bases: Sequence[Tensor],
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    indices: Tensor,
+    scalings: Tensor,
+    slots: Sequence[int],
+    trained_a: Sequence[Tensor],
+    trained_b: Sequence[Tensor],
+    tiles: Tensor | None = None,
 ) -> None:
-    checks.check_lora_linears([base], inputs, [lora_a], [lora_b], indices, [0], [0])
+    checks.check_lora_linears(bases, *_places(inputs, lora_a, lora_b, indices)[:-1])
     checks.check_trained(lora_a, lora_b, scalings, slots, trained_a, trained_b)
+
+
+def _places(inputs: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], indices: Tensor) -> tuple[Any, ...]:
+    """The operands of a call of several slices, each into the first columns of an output of its own."""
+    return inputs, lora_a, lora_b, indices, list(range(len(lora_a))), [0] * len(lora_a), 1.0
 
 
 def _factors(indices: Tensor, scalings: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -82,58 +125,84 @@ def _factors(indices: Tensor, scalings: Tensor, dtype: torch.dtype) -> tuple[Ten
     return routing.has_adapter, scalings[routing.slot][:, None].to(dtype)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, rows, lora_a, lora_b, indices, scalings, ctx.slots, trained_a, trained_b = inputs
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    bases, rows, lora_a, lora_b, indices, scalings, ctx.slots, trained_a, trained_b, *tiles = inputs
     ctx.ranks, ctx.widths = [len(a) for a in trained_a], [len(b) for b in trained_b]
-    ctx.save_for_backward(rows, lora_a, lora_b, indices, scalings)
+    ctx.slices, ctx.has_tiles = len(bases), tiles not in ([], [None])
+    more = (*tiles, *output[len(bases) :]) if ctx.has_tiles else output[len(bases) :]
+    ctx.save_for_backward(rows, indices, scalings, *lora_a, *lora_b, *more)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, given: list[Tensor]) -> tuple[Any, ...]:
     check_is_first_order()
-    rows, lora_a, lora_b, indices, scalings = ctx.saved_tensors
-    _, needs_inputs, *_, needs_a, needs_b = ctx.needs_input_grad
+    grads = given[: ctx.slices]
+    rows, indices, scalings, *rest = ctx.saved_tensors
+    lora_a, lora_b, more = rest[: ctx.slices], rest[ctx.slices : 2 * ctx.slices], rest[2 * ctx.slices :]
+    _, needs_inputs, _, _, _, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
     needs_weights = any((*needs_a, *needs_b))
-    count = len(ctx.slots)
-    fused = fused_backward([grad], rows, [lora_a], [lora_b])
+    count = len(ctx.ranks)
+    fused = fused_backward(grads, rows, lora_a, lora_b)
     if fused is not None:
-        call = [grad], rows, [lora_a], [lora_b], indices, [0], [0], 1.0
-        made = fused(*call, scalings, list(ctx.slots), ctx.ranks, needs_inputs, needs_weights)
+        call = grads, *_places(rows, lora_a, lora_b, indices)
+        found = {}
+        if fused is TRITON_BACKWARD:
+            tiles = more.pop(0) if ctx.has_tiles else None
+            found = {"tiles": tiles, "kept": more[0] if more else None}
+        made = fused(*call, scalings, list(ctx.slots), ctx.ranks, needs_inputs, needs_weights, **found)
         grad_rows = made.pop(0) if needs_inputs else None
     else:
-        grad_rows, made = _portable_backward(ctx, grad)
+        grad_rows, made = _portable_backward(ctx, grads, rows, lora_a, lora_b, indices, scalings)
     grads_a: list[Any] = made[:count] or [None] * count
     of_b = zip(made[count:], ctx.widths, strict=False)
     grads_b: list[Any] = [g if len(g) == width else g[:width] for g, width in of_b] or [None] * count
-    return grad, grad_rows, None, None, None, None, None, grads_a, grads_b
+    # A trailing argument that equals its default may be missing.
+    others = [None] * (len(ctx.needs_input_grad) - 9)
+    of_stacks = [None] * ctx.slices
+    return grads, grad_rows, of_stacks, of_stacks, None, None, None, grads_a, grads_b, *others
 
 
-def _portable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _portable_backward(
+    ctx: Any,
+    grads: Sequence[Tensor],
+    rows: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    indices: Tensor,
+    scalings: Tensor,
+) -> tuple[Tensor, list[Tensor]]:
     """The same by plain products; both factors are masked, so that a NaN stays with the adapter of its row."""
-    rows, lora_a, lora_b, indices, scalings = ctx.saved_tensors
-    dtype = accumulator(grad, rows, lora_a, lora_b)
+    dtype = accumulator(*grads, rows, *lora_a, *lora_b)
     has_adapter, factors = _factors(indices, scalings, dtype)
-    grad, wide = grad[:, : lora_b.shape[1]].to(dtype), rows.to(dtype)
-    hidden = SLOT_PRODUCTS(rows, lora_a, indices).to(dtype) * factors
-    grad_hidden = SLOT_PRODUCTS(grad, lora_b.transpose(1, 2), indices) * factors
-    grad_rows = torch.where(has_adapter, SLOT_PRODUCTS(grad_hidden, lora_a.transpose(1, 2), indices), 0.0)
+    wide = rows.to(dtype)
+    grad_rows = torch.zeros_like(wide)
     grads_a: list[Tensor] = []
     grads_b: list[Tensor] = []
-    with without_autocast(rows.device.type):
-        for slot, rank in zip(ctx.slots, ctx.ranks, strict=True):
-            mine = (indices == slot)[:, None]
-            grads_a.append(torch.where(mine, grad_hidden[:, :rank], 0.0).t() @ torch.where(mine, wide, 0.0))
-            grads_b.append(torch.where(mine, grad, 0.0).t() @ torch.where(mine, hidden[:, :rank], 0.0))
-    return grad_rows.to(rows.dtype), [*(g.to(lora_a.dtype) for g in grads_a), *(g.to(lora_b.dtype) for g in grads_b)]
+    ranks = iter(ctx.ranks)
+    for whole, a, b in zip(grads, lora_a, lora_b, strict=True):
+        grad = whole[:, : b.shape[1]].to(dtype)
+        hidden = SLOT_PRODUCTS(rows, a, indices).to(dtype) * factors
+        grad_hidden = SLOT_PRODUCTS(grad, b.transpose(1, 2), indices) * factors
+        from_slice = SLOT_PRODUCTS(grad_hidden, a.transpose(1, 2), indices)
+        grad_rows = grad_rows + torch.where(has_adapter, from_slice, 0.0)
+        with without_autocast(rows.device.type):
+            for slot in ctx.slots:
+                rank, mine = next(ranks), (indices == slot)[:, None]
+                of_a = torch.where(mine, grad_hidden[:, :rank], 0.0).t() @ torch.where(mine, wide, 0.0)
+                of_b = torch.where(mine, grad, 0.0).t() @ torch.where(mine, hidden[:, :rank], 0.0)
+                grads_a.append(of_a.to(a.dtype))
+                grads_b.append(of_b.to(b.dtype))
+    return grad_rows.to(rows.dtype), [*grads_a, *grads_b]
 
 
 torch.library.custom_op(
     "xpu_lora::trained_linear",
     _trained_linear,
     mutates_args=(),
-    schema="(Tensor base, Tensor inputs, Tensor lora_a, Tensor lora_b, Tensor indices, Tensor scalings, int[] slots, "
-    "Tensor[] trained_a, Tensor[] trained_b) -> Tensor",
+    schema="(Tensor[] bases, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b, Tensor indices, Tensor scalings, "
+    "int[] slots, Tensor[] trained_a, Tensor[] trained_b, Tensor? tiles=None) -> Tensor[]",
 )
 torch.library.register_fake("xpu_lora::trained_linear", _fake)
 torch.library.register_autograd("xpu_lora::trained_linear", _backward, setup_context=_setup)
+inline_under_aot(LIBRARY, "trained_linear", partial(_on_a_gpu, launch_traced), unless=_is_opaque)
 
 TRAINED_LINEAR = torch.ops.xpu_lora.trained_linear.default

@@ -26,10 +26,12 @@ from xpu_lora_compile.ops import (
     ROUTE,
     ROUTE_TILES,
     SHRINK,
+    TRAINED_LINEAR,
     TRITON_ADD_LORA,
     TRITON_EXPAND_SLICE,
     TRITON_ROUTE_TILES,
     TRITON_SHRINK,
+    TRITON_TRAINING_TILES,
     VALID_SLOTS,
     VENDOR_ADD_LORA,
 )
@@ -40,10 +42,19 @@ from xpu_lora_compile.torch_internals import name_of
 SHRINKS = (BGMV_SHRINK, SHRINK, NATIVE_SHRINK, TRITON_SHRINK)
 EXPANDS = (BGMV_EXPAND, BGMV_EXPAND_SLICE, EXPAND, EXPAND_SLICE, NATIVE_EXPAND, TRITON_EXPAND_SLICE)
 # Those that both shrink and expand, of one slice or several.
-WHOLE = (LORA_LINEAR, LORA_LINEARS, ADD_LORA, NATIVE_ADD_LORA, VENDOR_ADD_LORA, TRITON_ADD_LORA, LINEAR_WITH_LORA)
+WHOLE = (
+    LORA_LINEAR,
+    LORA_LINEARS,
+    ADD_LORA,
+    NATIVE_ADD_LORA,
+    VENDOR_ADD_LORA,
+    TRITON_ADD_LORA,
+    LINEAR_WITH_LORA,
+    TRAINED_LINEAR,
+)
 LORA_OPS = (*SHRINKS, *EXPANDS, *WHOLE)
 # Those that compute from the indices what several calls share.
-ROUTINGS = (ROUTE, ROUTE_TILES, TRITON_ROUTE_TILES, VALID_SLOTS)
+ROUTINGS = (ROUTE, ROUTE_TILES, TRITON_ROUTE_TILES, TRITON_TRAINING_TILES, VALID_SLOTS)
 
 
 def lora_calls(graph: Graph, *ops: torch._ops.OpOverload) -> list[LoraNode]:
@@ -112,11 +123,15 @@ class LoraNode:
     @property
     def slice_outputs(self) -> list[int]:
         """The position of each slice's output."""
+        if self.op is TRAINED_LINEAR:
+            return list(range(len(self.lora_b)))
         return list(self._given.get("slice_outputs") or [0] * max(1, len(self.lora_b)))
 
     @property
     def slice_offsets(self) -> list[Any]:
         """The first column of each slice, an int or a node."""
+        if self.op is TRAINED_LINEAR:
+            return [0] * len(self.lora_b)
         if self.op in WHOLE:
             return list(self._given["slice_offsets"])
         return [self._first("slice_offset", "offset", default=0)]
@@ -135,6 +150,21 @@ class LoraNode:
     def adapter_weights(self) -> Node | None:
         """The factor of each of a row's adapters, `[T, M]`; None where a row has one adapter at most."""
         return self._given.get("adapter_weights")
+
+    @property
+    def scalings(self) -> Node | None:
+        """The factor of each slot, `[K]`, of a call that trains some."""
+        return self._given.get("scalings")
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The slots that a call trains."""
+        return tuple(self._given.get("slots", ()))
+
+    @property
+    def trained(self) -> tuple[list[Node], list[Node]]:
+        """A and B of each slot that a call trains, slice by slice."""
+        return list(self._given.get("trained_a", ())), list(self._given.get("trained_b", ()))
 
     @property
     def ranks(self) -> Node | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Graph
 
-from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, LORA_LINEAR
+from xpu_lora_compile.ops import BGMV_EXPAND, BGMV_EXPAND_SLICE, LORA_LINEAR, TRAINED_LINEAR
 from xpu_lora_compile.passes.calls import LoraNode, lora_calls
 from xpu_lora_compile.passes.decisions import Decision, decisions_on, set_decisions
 from xpu_lora_compile.passes.editing import origin_of, value_of
@@ -13,7 +13,7 @@ from xpu_lora_compile.torch_internals import is_known
 
 
 def find_sites(graph: Graph, rewrite: Rewrite) -> None:
-    """Put a decision on each call of `bgmv_expand`, `bgmv_expand_slice` and `lora_linear`, and record it.
+    """Put a decision on each call of `bgmv_expand`, `bgmv_expand_slice`, `lora_linear` and `trained_linear`.
 
     Before and after: the same graph.
 
@@ -21,7 +21,7 @@ def find_sites(graph: Graph, rewrite: Rewrite) -> None:
 
     Runs on: graphs of Dynamo and of `torch.export`, before functionalization.
     """
-    for call in lora_calls(graph, BGMV_EXPAND, BGMV_EXPAND_SLICE, LORA_LINEAR):
+    for call in lora_calls(graph, BGMV_EXPAND, BGMV_EXPAND_SLICE, LORA_LINEAR, TRAINED_LINEAR):
         rewrite.record(decision_of(call))
 
 
@@ -37,6 +37,6 @@ def _undecided(call: LoraNode) -> Decision:
     columns = value_of(call.outputs[0]).shape[1]
     source, module = origin_of(call.node)
     decision = Decision(call.name, source, module, str(width), str(columns), len(call.lora_b))
-    if call.op is LORA_LINEAR and len(call.lora_b) == 1 and is_known(width == columns):
+    if call.op in (LORA_LINEAR, TRAINED_LINEAR) and len(call.lora_b) == 1 and is_known(width == columns):
         decision.relation = "equal"
     return decision

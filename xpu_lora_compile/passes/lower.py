@@ -11,9 +11,19 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from xpu_lora_compile.kernels import KERNELS, choice_for, forced_kernel, refusal_of
+from xpu_lora_compile.kernels import KERNELS, choice_for, forced_kernel, refusal_of, takes_triton_backward
 from xpu_lora_compile.kernels.call import Kernel, LoraCall
-from xpu_lora_compile.ops import BGMV_EXPAND_SLICE, BGMV_SHRINK, EXPAND, EXPAND_SLICE, LORA_LINEAR, LORA_LINEARS, SHRINK
+from xpu_lora_compile.ops import (
+    BGMV_EXPAND_SLICE,
+    BGMV_SHRINK,
+    EXPAND,
+    EXPAND_SLICE,
+    LORA_LINEAR,
+    LORA_LINEARS,
+    SHRINK,
+    TRAINED_LINEAR,
+    TRITON_TRAINING_TILES,
+)
 from xpu_lora_compile.passes.calls import LoraNode, lora_calls
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
 from xpu_lora_compile.passes.editing import arguments_of, insert_before, is_subgraph, replace, size_of, value_of
@@ -53,6 +63,8 @@ def lower(graph: Graph, rewrite: Rewrite) -> None:
     A base that is seen again afterwards, that is an input of the graph, or that shares memory with another operand, is
     cloned first.
 
+    A `trained_linear` that the Triton kernels are to run gets `triton_training_tiles(indices, K)`, once for all calls.
+
     Left alone: `bgmv_expand` that `resolve_width` could not settle; a `lora_linear` that carries gradients, or whose
     slices have different numbers of slots, or inside `cond` and the like, which refuse ops that write to a list.
 
@@ -73,9 +85,13 @@ def lower(graph: Graph, rewrite: Rewrite) -> None:
         else:
             _make_visible(call, rewrite, cast("Memory", memory))
     calls = [call.node for call in lora_calls(graph, LORA_LINEAR, LORA_LINEARS)]
-    if not calls:
+    trained = [call for call in lora_calls(graph, TRAINED_LINEAR) if not call.prepared and _runs_triton(call)]
+    if not calls and not trained:
         return
     memory = Memory(graph)
+    for call in trained:
+        if rewrite.takes_fuel(call.node):
+            call.node.args = (*call.node.args, _prepared(TRITON_TRAINING_TILES, call, {}, memory)["tiles"])
     for node in calls:
         # Read here: a call before it may have become another.
         call = LoraNode(node)
@@ -101,6 +117,11 @@ def _lower_half(lora: LoraNode, rewrite: Rewrite, memory: Memory) -> None:
     else:
         columns = value_of(weights).shape[-2]
         replace(lora.node, _op(kernel.expand_op), (*operands, lora.slice_offsets[0], columns, lora.add))
+
+
+def _runs_triton(call: LoraNode) -> bool:
+    lists = ([value_of(node) for node in nodes] for nodes in (call.lora_a, call.lora_b))
+    return takes_triton_backward([value_of(base) for base in call.outputs], value_of(call.inputs), *lists)
 
 
 def _refusal(call: LoraNode) -> str:

@@ -1,13 +1,15 @@
-"""lora_linear calls on one input -> one call with several outputs."""
+"""lora_linear and trained_linear calls on one input -> one call with several outputs."""
 
 from __future__ import annotations
 
 import operator
+from itertools import chain
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
-from xpu_lora_compile.ops import LORA_LINEAR, LORA_LINEARS
+from xpu_lora_compile.ops import LORA_LINEAR, LORA_LINEARS, TRAINED_LINEAR
 from xpu_lora_compile.passes.calls import LoraNode, lora_calls
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
 from xpu_lora_compile.passes.editing import insert_before, value_of
@@ -37,6 +39,12 @@ def share_input(graph: Graph, rewrite: Rewrite) -> None:
         use(q_1)
         use(k_1)
 
+    Of layers that are trained, where the same slots are, with the same scalings:
+        q_1 = trained_linear([q], x, [aq], [bq], indices, scalings, slots, [aq_0], [bq_0])[0]
+        k_1 = trained_linear([k], x, [ak], [bk], indices, scalings, slots, [ak_0], [bk_0])[0]
+    become
+        q_1, k_1 = trained_linear([q, k], x, [aq, ak], [bq, bk], indices, scalings, slots, [aq_0, ak_0], [bq_0, bk_0])
+
     What the later bases are computed from moves up to the first call. The base linears stay as they are.
 
     Left alone: a base that cannot move, because it depends on the first call or on something that is written to in
@@ -65,7 +73,7 @@ def _find_groups(graph: Graph) -> list[list[Node]]:
     """Calls on the same input, indices, weights and scaling, between which nothing writes to those."""
     groups: list[list[Node]] = []
     opened: dict[Any, tuple[set[int], list[Node]]] = {}
-    calls = {call.node: call for call in lora_calls(graph, LORA_LINEAR)}
+    calls = {call.node: call for call in lora_calls(graph, LORA_LINEAR, TRAINED_LINEAR)}
     for node in graph.nodes:
         written = written_by(node)
         if is_barrier(node):
@@ -75,11 +83,13 @@ def _find_groups(graph: Graph) -> list[list[Node]]:
                 del opened[key]
         if node in calls:
             call = calls[node]
-            shared = call.inputs, call.indices, call.ranks, call.adapter_weights
+            shared = call.inputs, call.indices, call.ranks, call.adapter_weights, call.scalings
             # The same elements, detached, get no gradient.
             key = (
                 *(node and (region_of(value_of(node)), value_of(node).requires_grad) for node in shared),
                 call.scaling,
+                call.op,
+                call.slots,
             )
             if key not in opened:
                 opened[key] = set().union(*(storages_of(node) for node in shared if node)), []
@@ -117,30 +127,36 @@ def _merge(members: list[Node]) -> None:
     """Put one call in the place of the first; its results in the place of theirs."""
     first = members[0]
     calls = [LoraNode(call) for call in members]
-    optional = [calls[0].ranks, calls[0].adapter_weights]
-    while optional and optional[-1] is None:
-        optional.pop()
-    merged = insert_before(
-        first,
-        LORA_LINEARS,
-        (
-            [base for call in calls for base in call.outputs],
-            calls[0].inputs,
-            [a for call in calls for a in call.lora_a],
-            [b for call in calls for b in call.lora_b],
-            calls[0].indices,
-            [position for position, call in enumerate(calls) for _ in call.lora_a],
-            [offset for call in calls for offset in call.slice_offsets],
-            calls[0].scaling,
-            *optional,
-        ),
-        [value_of(call) for call in members],
-    )
+    op, args = _merged(calls)
+    values = [value_of(call) for call in members]
+    is_list = op is TRAINED_LINEAR
+    merged = insert_before(first, op, args, [value[0] for value in values] if is_list else values)
     places = ", ".join(dict.fromkeys(decision.place for call in members for decision in decisions_on(call)))
     set_decisions(merged, [decision for call in members for decision in decisions_on(call)])
     note(merged, f"share_input: one call for {places}")
-    for position, call in enumerate(members):
-        result = insert_before(first, operator.getitem, (merged, position), value_of(call))
-        call.replace_all_uses_with(result)
-    for call in members:
-        call.graph.erase_node(call)
+    # A call that returns a list is followed by its only element.
+    replaced = [list(call.users) if is_list else [call] for call in members]
+    for position, (value, nodes) in enumerate(zip(value_of(merged), replaced, strict=True)):
+        result = insert_before(first, operator.getitem, (merged, position), value)
+        for node in nodes:
+            node.replace_all_uses_with(result)
+    for node in [*chain(*replaced), *(members if is_list else ())]:
+        node.graph.erase_node(node)
+
+
+def _merged(calls: list[LoraNode]) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+    """The op that computes several calls, each of one output, and its arguments."""
+    first = calls[0]
+    bases = [base for call in calls for base in call.outputs]
+    lora_a = [a for call in calls for a in call.lora_a]
+    lora_b = [b for call in calls for b in call.lora_b]
+    operands = bases, first.inputs, lora_a, lora_b, first.indices
+    if first.op is TRAINED_LINEAR:
+        trained = ([node for call in calls for node in call.trained[part]] for part in (0, 1))
+        return TRAINED_LINEAR, (*operands, first.scalings, list(first.slots), *trained)
+    optional = [first.ranks, first.adapter_weights]
+    while optional and optional[-1] is None:
+        optional.pop()
+    outputs = [position for position, call in enumerate(calls) for _ in call.lora_a]
+    offsets = [offset for call in calls for offset in call.slice_offsets]
+    return LORA_LINEARS, (*operands, outputs, offsets, first.scaling, *optional)

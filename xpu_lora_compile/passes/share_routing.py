@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from xpu_lora_compile.ops import LORA_LINEAR, LORA_LINEARS
+from xpu_lora_compile.ops import LORA_LINEAR, LORA_LINEARS, TRAINED_LINEAR
 from xpu_lora_compile.passes.calls import EXPANDS, SHRINKS, lora_calls
 from xpu_lora_compile.passes.editing import erase_unused, value_of
 from xpu_lora_compile.passes.graph import Rewrite
@@ -40,7 +40,7 @@ def share_routing(graph: Graph, rewrite: Rewrite) -> None:
     returned = {storage for node in graph.nodes if node.op == "output" for storage in read_by(node)}
     returned -= input_storages(graph)
     wanted: set[Node] = set()
-    for call in lora_calls(graph, *SHRINKS, *EXPANDS, LORA_LINEAR, LORA_LINEARS):
+    for call in lora_calls(graph, *SHRINKS, *EXPANDS, LORA_LINEAR, LORA_LINEARS, TRAINED_LINEAR):
         wanted |= _ancestry(call.indices)
         if call.adapter_weights is not None and not value_of(call.adapter_weights).requires_grad:
             # What they are looked up from may be computed in any way.
