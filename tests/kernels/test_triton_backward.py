@@ -131,7 +131,7 @@ class Call:
     def gradients(self, *, inputs: bool = True, weights: bool = True) -> list[Tensor]:
         """Those of the rows, of each A and each B, as far as they are wanted."""
         operands = self.grads, self.x, self.a, self.b, self.indices, *self.places, 0.75
-        made: list[Tensor] = TRITON_BACKWARD(*operands, None, [], [], inputs, weights)
+        made: list[Tensor] = TRITON_BACKWARD(*operands, None, None, inputs, weights)
         return made
 
     def wanted(self, edit: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> list[Tensor]:
@@ -186,13 +186,15 @@ def test_autograd_takes_the_kernels_and_not_plain_products(layer: str, monkeypat
             expected = call.gradients()
         else:
             one = torch.full((2,), 0.75, device=DEVICE)
-            views = [[stack[1].detach().requires_grad_()] for stack in (call.a[0], call.b[0])]
-            (outputs, *_) = TRAINED_LINEAR(call.bases, call.x, call.a, call.b, call.indices, one, [1], *views)
+            slot = torch.tensor([1], device=DEVICE)
+            views = [stack[1:2].detach().requires_grad_() for stack in (call.a[0], call.b[0].transpose(1, 2))]
+            given = call.indices, one, slot, views[:1], views[1:]
+            (outputs, *_) = TRAINED_LINEAR(call.bases, call.x, call.a, call.b, *given)
             added = call.x, call.a, call.b, call.indices, call.places[1], 0.75
             torch.testing.assert_close(outputs, reference.lora_linear(call.bases[0], *added))
-            leaves = [call.x, *views[0], *views[1]]
+            leaves = [call.x, *views]
             of_x, of_a, of_b = call.gradients()
-            expected = [of_x, of_a[1], of_b[1]]
+            expected = [of_x, of_a[1:2], of_b[1:2].transpose(1, 2)]
         launched.clear()
         got = torch.autograd.grad(outputs, leaves, call.grads)
     torch.testing.assert_close(got, tuple(expected))
@@ -251,20 +253,20 @@ SCALINGS = [0.5, 2.0, -1.5, 1.0, 0.25]
 
 
 def trained(
-    x: Tensor, grad: Tensor, a: Tensor, b: Tensor, indices: Tensor, ranks: dict[int, int], *others: float
+    x: Tensor, grad: Tensor, a: Tensor, b: Tensor, indices: Tensor, slots: list[int], *others: float
 ) -> list[Tensor]:
     """The gradients of the inputs, and of A and B of each of these slots."""
     scalings = torch.tensor(others or SCALINGS, device=DEVICE)
     call = [grad], x, [a], [b], indices, [0], [0], 1.0
-    made: list[Tensor] = TRITON_BACKWARD(*call, scalings, list(ranks), list(ranks.values()), True, True)
-    return made
+    of_x, of_a, of_b = TRITON_BACKWARD(*call, scalings, torch.tensor(slots, device=DEVICE), True, True)
+    return [of_x, *of_a, *of_b.transpose(1, 2)]
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_trained_slots_alone_get_gradients_each_of_its_own_rank_and_scaling(dtype: torch.dtype) -> None:
+def test_trained_slots_alone_get_gradients_each_of_its_own_scaling(dtype: torch.dtype) -> None:
     x, grad, a, b, indices = mixed(dtype=dtype)
-    ranks = {0: 4, 2: 3, 4: 1}
-    got = trained(x, grad, a, b, indices, ranks)
+    slots = [0, 4, 2]
+    got = trained(x, grad, a, b, indices, slots)
     wide = [tensor.cpu().double() for tensor in (x, grad, a, b)]
 
     def wanted(edit: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -277,19 +279,9 @@ def test_trained_slots_alone_get_gradients_each_of_its_own_rank_and_scaling(dtyp
                 of_x[t] = stack_a[slot].t() @ of_hidden
                 of_a[slot] += of_hidden[:, None] * rows[t]
                 of_b[slot] += of_rows[t][:, None] * (scaling * stack_a[slot] @ rows[t])
-        slots = ranks.items()
-        return [of_x, *(of_a[slot, :r] for slot, r in slots), *(of_b[slot, :, :r] for slot, r in slots)]
+        return [of_x, *(of_a[slot] for slot in slots), *(of_b[slot] for slot in slots)]
 
     check(got, wanted(lambda tensor: tensor), wanted(torch.abs), 20 + 20 + 13 + 4)
-    # As the slot lies, so that an optimizer reads both in one order.
-    assert [made.stride() for made in got[4:]] == [(1, 13)] * 3
-
-
-def test_more_trained_slots_than_one_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    operands = mixed(12)
-    together = trained(*operands, dict.fromkeys(range(5), 4))
-    monkeypatch.setattr(triton_gradients, "SLOTS_AT_ONCE", 2)
-    assert all(map(same_bits, trained(*operands, dict.fromkeys(range(5), 4)), together))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -297,10 +289,10 @@ def test_an_adapter_has_the_same_gradients_alone_as_with_others(dtype: torch.dty
     """Of 70 rows, more than one step of the sums takes, and of tiles of other heights in the forward pass."""
     x, grad, a, b, _ = mixed(88, dtype)
     indices = torch.tensor([3 if t % 5 else t % 4 - 1 for t in range(88)], device=DEVICE)
-    of_x, *of_weights = trained(x, grad, a, b, indices, {1: 4, 3: 4})
+    of_x, *of_weights = trained(x, grad, a, b, indices, [1, 3])
     for position, slot in enumerate((1, 3)):
         mine = indices == slot
-        alone = trained(x[mine], grad[mine], a, b, indices[mine], {slot: 4})
+        alone = trained(x[mine], grad[mine], a, b, indices[mine], [slot])
         assert same_bits(alone[1], of_weights[position])
         assert same_bits(alone[2], of_weights[2 + position])
         # numpy's sums depend on the shape of a product.
@@ -310,13 +302,13 @@ def test_an_adapter_has_the_same_gradients_alone_as_with_others(dtype: torch.dty
 def test_nan_of_another_tenant_reaches_nothing() -> None:
     x, grad, a, b, indices = mixed(12)
     # Slot 0 is where a kernel would look for a row without an adapter.
-    ranks, others = {1: 4, 2: 4}, (indices != 0) & (indices >= 0) & (indices < 5)
-    clean = trained(x, grad, a, b, indices, ranks)
+    slots, others = [1, 2], (indices != 0) & (indices >= 0) & (indices < 5)
+    clean = trained(x, grad, a, b, indices, slots)
     # Rows of one adapter, and such as have none, have NaN; and so have weights and scaling of the adapter.
     for rows in (x, grad):
         rows[~others] = torch.nan
     a[0], b[0] = torch.nan, torch.nan
-    got = trained(x, grad, a, b, indices, ranks, torch.nan, *SCALINGS[1:])
+    got = trained(x, grad, a, b, indices, slots, torch.nan, *SCALINGS[1:])
     assert same_bits(got[0][others], clean[0][others])
     assert not got[0][(indices < 0) | (indices >= 5)].any()
     assert all(map(same_bits, got[1:], clean[1:]))
@@ -326,7 +318,7 @@ def test_a_trained_slot_without_rows_gets_zeros() -> None:
     x, grad, a, b, indices = mixed(6)
     indices[indices == 1] = -1
     a[1], b[1] = torch.nan, torch.nan
-    _, of_a, of_b = trained(x, grad, a, b, indices, {1: 4}, SCALINGS[0], torch.nan, *SCALINGS[2:])
+    _, of_a, of_b = trained(x, grad, a, b, indices, [1], SCALINGS[0], torch.nan, *SCALINGS[2:])
     assert not of_a.any()
     assert not of_b.any()
 
@@ -339,10 +331,11 @@ def test_only_what_is_wanted_is_computed(wanted: str) -> None:
     assert all(map(same_bits, got, whole[:1] if wanted == "inputs" else whole[1:]))
 
 
-@pytest.mark.parametrize("slots", [[], [1, 2]])
-def test_the_op_is_what_its_schema_says(slots: list[int]) -> None:
+@pytest.mark.parametrize("slots", [None, [1, 2]])
+def test_the_op_is_what_its_schema_says(slots: list[int] | None) -> None:
     call = Call(Shape(T=5, K=3, with_slice_dim=not slots, layout="by_rank"))
-    operands = call.grads, call.x, call.a, call.b, call.indices, *call.places, 0.75, None, slots, [2] * len(slots)
+    chosen = None if slots is None else torch.tensor(slots, device=DEVICE)
+    operands = call.grads, call.x, call.a, call.b, call.indices, *call.places, 0.75, None, chosen
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(TRITON_BACKWARD, (*operands, True, True), test_utils=tests)
 
@@ -353,16 +346,18 @@ def test_the_op_is_what_its_schema_says(slots: list[int]) -> None:
 def test_inductor_launches_the_kernels_and_copies_nothing(tmp_path: Path) -> None:
     """Where the number of rows is symbolic."""
     report = said_by_the_driver("cuda", tmp_path, "gradients")
-    # The routing, four a slice, dX; once for two slices, and once for trained slots.
-    assert report["launches"] == report["runs"] == (1 + 4 * 2 + 1) + (1 + 4 + 1)
+    # The routing, four a slice, dX. Of trained slots in two slices: the routing; both ways together; three a slice, dX.
+    assert report["launches"] == report["runs"] == (1 + 4 * 2 + 1) + (1 + 2 + 3 * 2 + 1)
     assert report["python"] == report["copies"] == []
     assert sorted(report["compiled"]) == [
+        "expand_kernel_0_1_without_ranks_flat",
+        "inputs_gradient_kernel_0_1_flat",
         "inputs_gradient_kernel_0_1_without_scalings_flat",
-        "inputs_gradient_kernel_0_flat",
         "route_kernel_flat",
+        "shrink_kernel_0_1_without_ranks_flat",
         "shrink_kernel_0_without_ranks_flat",
-        "weights_gradient_kernel_0_1_flat",
-        "weights_gradient_kernel_0_without_scalings_flat",
+        "weights_gradient_kernel_flat",
+        "weights_gradient_kernel_without_trained_without_scalings_flat",
     ]
     assert all(report["compiled"].values())
 

@@ -103,13 +103,24 @@ def _mixed(
     return [x, grad, a.to(dtype), b.to(dtype), torch.randint(-1, min(8, slots), (rows,), generator=generator)]
 
 
+def _leaves(stacks_a: list[Tensor], stacks_b: list[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """What gets the gradients of so many trained slots, without memory."""
+    shapes_a = [(a, (count, *a.shape[1:])) for a in stacks_a]
+    shapes_b = [(b, (count, b.shape[2], b.shape[1])) for b in stacks_b]
+    return tuple(
+        [of.new_empty(1).expand(shape).requires_grad_() for of, shape in some] for some in (shapes_a, shapes_b)
+    )
+
+
 def _trained(x: Tensor, grad: Tensor, a: Tensor, b: Tensor, indices: Tensor, slots: list[int]) -> list[Tensor]:
     """The gradients of the inputs, and of A and B of each of these slots."""
     x = x.detach().clone().requires_grad_()
-    views = [[stack[slot].detach().requires_grad_() for slot in slots] for stack in (a, b)]
+    leaves_a, leaves_b = _leaves([a], [b], len(slots))
     scalings = torch.linspace(0.5, 2.0, len(a), device=a.device)
-    (result, *_) = TRAINED_LINEAR([torch.zeros_like(grad)], x, [a], [b], indices, scalings, slots, *views)
-    return list(torch.autograd.grad(result, [x, *views[0], *views[1]], grad))
+    chosen = torch.tensor(slots, device=a.device)
+    operands = [torch.zeros_like(grad)], x, [a], [b], indices, scalings, chosen, leaves_a, leaves_b
+    of_x, of_a, of_b = torch.autograd.grad(TRAINED_LINEAR(*operands)[0], [x, *leaves_a, *leaves_b], grad)
+    return [of_x, *of_a, *of_b.transpose(1, 2)]
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -160,17 +171,35 @@ def test_nan_of_another_tenant_reaches_nothing(poisoned: str) -> None:
             assert same_bits(got, wanted)
 
 
-def test_only_trained_slots_get_gradients_and_each_of_its_own_rank() -> None:
-    x, grad, a, b, indices = (tensor.to(DEVICE) for tensor in _mixed(slots=64))
-    whole = _trained(x, grad, a, b, indices, list(range(64)))
-    x.requires_grad_()
-    views = a[5, :3].detach().requires_grad_(), b[5, :60, :3].detach().requires_grad_()
-    scalings = torch.linspace(0.5, 2.0, 64, device=DEVICE)
-    (result, *_) = TRAINED_LINEAR([torch.zeros_like(grad)], x, [a], [b], indices, scalings, [5], [views[0]], [views[1]])
-    of_x, of_a, of_b = torch.autograd.grad(result, [x, *views], grad)
+def test_only_trained_slots_get_gradients() -> None:
+    operands = [tensor.to(DEVICE) for tensor in _mixed(slots=64)]
+    whole = _trained(*operands, list(range(64)))
+    of_x, *of_weights = _trained(*operands, [5, 2])
     assert same_bits(of_x, whole[0])
-    assert same_bits(of_a, whole[1 + 5][:3])
-    assert same_bits(of_b, whole[1 + 64 + 5][:60, :3])
+    assert all(map(same_bits, of_weights, (whole[1 + at] for at in (5, 2, 64 + 5, 64 + 2))))
+
+
+def test_slices_of_one_call_get_what_each_gets_alone() -> None:
+    x, grad, a, b, indices = (tensor.to(DEVICE) for tensor in _mixed())
+    stacks_a, stacks_b, grads = [a, 2 * a], [b, b[:, :9]], [grad, grad[:, :9]]
+    scalings, slots = torch.linspace(0.5, 2.0, 8, device=DEVICE), torch.tensor([1, 4, 7], device=DEVICE)
+    x.requires_grad_()
+    leaves_a, leaves_b = _leaves(stacks_a, stacks_b, 3)
+    bases = [torch.randn_like(grad), torch.randn_like(grads[1])]
+
+    def call(part: slice) -> tuple[list[Tensor], list[Tensor]]:
+        given = bases[part], x, stacks_a[part], stacks_b[part], indices, scalings, slots
+        results = TRAINED_LINEAR(*given, leaves_a[part], leaves_b[part])[: len(bases[part])]
+        return results, list(torch.autograd.grad(results, [x, *leaves_a[part], *leaves_b[part]], grads[part]))
+
+    results, (of_x, *of_leaves) = call(slice(2))
+    for s in range(2):
+        (alone,), (x_alone, *leaves_alone) = call(slice(s, s + 1))
+        torch.testing.assert_close(results[s], alone)
+        of_x = of_x - x_alone
+        assert same_bits(of_leaves[s], leaves_alone[0])
+        assert same_bits(of_leaves[2 + s], leaves_alone[1])
+    torch.testing.assert_close(of_x, torch.zeros_like(of_x), rtol=0, atol=1e-2)
 
 
 def test_a_slot_that_no_row_uses_gets_zeros() -> None:
@@ -192,8 +221,6 @@ def test_plain_products_agree_with_the_native_kernel(by_rank: bool) -> None:
         plain = _trained(*operands, [0, 2, 7])
     for got, wanted in zip(native, plain, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-    # As the slot lies, so that an optimizer reads both in one order.
-    assert native[4].stride() == operands[3][0].stride()
 
 
 def test_gradients_of_trained_slots_are_right() -> None:
@@ -204,40 +231,48 @@ def test_gradients_of_trained_slots_are_right() -> None:
     )
     indices, scalings = torch.tensor([0, 2, -1, 1, 2, 0], device=DEVICE), torch.tensor([0.5, 2.0, -1.5], device=DEVICE)
 
-    def of(base: Tensor, x: Tensor, a_0: Tensor, a_2: Tensor, b_0: Tensor, b_2: Tensor) -> Tensor:
-        stack_a, stack_b = torch.stack([a_0, a[1], a_2]), torch.stack([b_0, b[1], b_2])
-        stacks, views = ([stack_a], [stack_b]), ([a_0, a_2], [b_0, b_2])
-        return TRAINED_LINEAR([base], x, *stacks, indices, scalings, [0, 2], *views)[0]
+    slots = torch.tensor([0, 2], device=DEVICE)
 
-    operands = [tensor.clone().requires_grad_() for tensor in (base, x, a[0], a[2], b[0], b[2])]
-    # What the stacks are made of gets the gradient through the parameters alone.
-    assert torch.autograd.gradcheck(lambda *given: of(*given), operands)
+    def of(base: Tensor, x: Tensor, some_a: Tensor, some_b: Tensor) -> Tensor:
+        stack_a = torch.stack([some_a[0], a[1], some_a[1]]).detach()
+        stack_b = torch.stack([some_b[0].t(), b[1], some_b[1].t()]).detach()
+        return TRAINED_LINEAR([base], x, [stack_a], [stack_b], indices, scalings, slots, [some_a], [some_b])[0]
+
+    operands = base, x, a[slots], b[slots].transpose(1, 2)
+    # What the stacks are made of gets the gradient through the leaves alone.
+    assert torch.autograd.gradcheck(of, [tensor.contiguous().requires_grad_() for tensor in operands])
 
 
 def test_trained_linear_passes_opcheck() -> None:
     x, grad, a, b, indices = (tensor.to(DEVICE) for tensor in _mixed(9))
-    x.requires_grad_()
-    views = [[stack[slot].detach().requires_grad_() for slot in (1, 4)] for stack in (a, b)]
-    scalings = torch.ones(8, device=DEVICE)
-    opcheck(TRAINED_LINEAR, ([torch.zeros_like(grad)], x, [a], [b], indices, scalings, [1, 4], *views))
+    scalings, slots = torch.ones(8, device=DEVICE), torch.tensor([1, 4], device=DEVICE)
+    leaves = [torch.zeros(2, *shape, device=DEVICE).requires_grad_() for shape in (a.shape[1:], b[0].t().shape)]
+    operands = [torch.zeros_like(grad)], x.requires_grad_(), [a], [b], indices, scalings, slots, leaves[:1], leaves[1:]
+    opcheck(TRAINED_LINEAR, operands)
 
 
 @on_cpu
-@pytest.mark.parametrize("slots", [[], [1, 4]])
-def test_the_backward_op_passes_opcheck(slots: list[int]) -> None:
+@pytest.mark.parametrize("slots", [None, [1, 4]])
+def test_the_backward_op_passes_opcheck(slots: list[int] | None) -> None:
     x, grad, a, b, indices = _mixed(9)
-    ranks = [3] * len(slots)
-    opcheck(NATIVE_BACKWARD, ([grad], x, [a], [b], indices, [0], [0], 1.0, None, slots, ranks, True, True))
+    chosen = None if slots is None else torch.tensor(slots)
+    opcheck(NATIVE_BACKWARD, ([grad], x, [a], [b], indices, [0], [0], 1.0, None, chosen, True, True))
 
 
 @on_cpu
 def test_operands_that_do_not_fit_are_refused() -> None:
     x, grad, a, b, indices = _mixed(9)
     with pytest.raises(RuntimeError, match="do not fit together"):
-        NATIVE_BACKWARD([grad[:5]], x, [a], [b], indices, [0], [0], 1.0, None, [], [], True, True)
+        NATIVE_BACKWARD([grad[:5]], x, [a], [b], indices, [0], [0], 1.0, None, None, True, True)
     with pytest.raises(RuntimeError, match="do not fit together"):
-        NATIVE_BACKWARD([grad], x, [a], [b], indices, [0], [0], 1.0, None, [8], [3], True, True)
-    with pytest.raises(ShapeError, match="trained_linear: slot 9"):
-        TRAINED_LINEAR([grad], x, [a], [b], indices, torch.ones(8), [9], [a[0]], [b[0]])
+        NATIVE_BACKWARD([grad], x, [a], [b], indices, [0], [0], 1.0, None, torch.tensor([8]), True, True)
+    one, operands = torch.tensor([1]), ([grad], x, [a], [b], indices)
+    leaves_a, leaves_b = _leaves([a], [b], 1)
+    with pytest.raises(ShapeError, match="trained_linear: slice 0"):
+        TRAINED_LINEAR(*operands, torch.ones(8), torch.tensor([1, 2]), leaves_a, leaves_b)
+    with pytest.raises(ShapeError, match="trained_linear: wanted for each slice"):
+        TRAINED_LINEAR(*operands, torch.ones(8), one, leaves_a, [])
+    with pytest.raises(ShapeError, match="slots: wanted int64"):
+        TRAINED_LINEAR(*operands, torch.ones(8), one.float(), leaves_a, leaves_b)
     with pytest.raises(ShapeError, match="scalings: wanted float32"):
-        TRAINED_LINEAR([grad], x, [a], [b], indices, torch.ones(7), [1], [a[1]], [b[1]])
+        TRAINED_LINEAR(*operands, torch.ones(7), one, leaves_a, leaves_b)

@@ -165,6 +165,7 @@ def written(device: str, dynamic: bool, function: Callable[..., Any] = layers, m
     def finish(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         mode = detect_fake_mode(inputs)
         with V.set_fake_mode(mode):
+            post_grad.remove_noop_ops(module.graph)
             reinplace_inplaceable_ops_core(module.graph)
             post_grad.decompose_triton_kernel_wrapper_functional(module.graph)
             post_grad.decompose_auto_functionalized(module.graph)
@@ -219,13 +220,13 @@ def compiles(name: str, text: str, folder: Path) -> bool:
     spec.loader.exec_module(module)
     kernel = getattr(module, name)
     # bfloat16 for what is not said otherwise.
-    types = {"tiles": torch.int32, "ranks": torch.int32, "indices": torch.int64}
+    types = {"tiles": torch.int32, "ranks": torch.int32, "indices": torch.int64, "trained": torch.int64}
     types |= {"hidden": torch.float32, "scalings": torch.float32}
     values: dict[str, Any] = {
         "BY_ROW": False, "CHUNK": 64, "BM": 16, "BR": 16, "BK": 64, "BN": 64, "STAGES": 2,
         "PIECE": 256, "PIECES": 1, "EACH": 1, "PUBLIC": False, "EVEN": False, "PDL": False, "SLICES": 3, "GROUP": 1,
         "SUMS": 1, "PAIRS": False, "SCALE": True, "ADD": True, "FILL": False,
-        "ONE_BLOCK": True, "PER": 1, "scaling": 0.5, "SCAN": 64, "SOME": False,
+        "ONE_BLOCK": True, "PER": 1, "scaling": 0.5, "SCAN": 64, "SOME": "trained" in kernel.arg_names,
         "HAS_RANKS": "ranks" in kernel.arg_names, "HAS_SCALINGS": "scalings" in kernel.arg_names,
     }  # fmt: skip
     arguments = []
@@ -233,7 +234,7 @@ def compiles(name: str, text: str, folder: Path) -> bool:
         stem = re.sub(r"_\d+$", "", parameter)
         if stem in values:
             arguments.append(values[stem])
-        elif stem in (*types, "x", "a", "b", "outputs", "gradient", "targets"):
+        elif stem in (*types, "x", "a", "b", "outputs", "gradient", "target"):
             arguments.append(torch.empty(1, dtype=types.get(stem, torch.bfloat16)))
         else:
             arguments.append(16)
@@ -243,12 +244,18 @@ def compiles(name: str, text: str, folder: Path) -> bool:
 def gradients(
     x: Tensor, grad: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], scalings: Tensor, i: Tensor
 ) -> list[Tensor]:
-    """Those of two slices of one output, and of two trained slots of one slice."""
+    """Those of two slices of one output; and both passes of a call that trains the slots `i[:2]` in two slices."""
     # Where autograd's formulas call it; autograd itself knows no device that is not there.
-    op: Any = torch.ops.xpu_lora.triton_backward
-    whole = op([grad], x, a, b, i, [0, 0], [0, 50], 0.5, None, [], [], True, True)
-    some = op([grad], x, a[:1], b[:1], i, [0], [0], 1.0, scalings, [1, 2], [R, 2], True, True)
-    return [made * 2 for made in (*whole, *some)]
+    ops: Any = torch.ops.xpu_lora
+    whole = ops.triton_backward([grad], x, a, b, i, [0, 0], [0, 50], 0.5, None, None, True, True)
+    b = [stack.flatten(0, -3) for stack in b]
+    a = [stack.flatten(0, -3) for stack in a]
+    bases = [linear(x, x.new_empty(INNER, D)) for _ in b]
+    slots, tiles = i.narrow(0, 0, 2), ops.triton_training_tiles(i, K)
+    leaves = [[x.new_empty(2, R, stack.shape[size]) for stack in some] for some, size in ((a, 2), (b, 1))]
+    *results, kept = ops.trained_linear(bases, x, a, b, i, scalings, slots, *leaves, tiles)
+    given = results, x, a, b, i, [0, 1], [0, 0], 1.0, scalings, slots, True, True, tiles, kept
+    return [made * 2 for made in (*whole, *results, *ops.triton_backward(*given))]
 
 
 def operands_of_gradients(device: str) -> list[Any]:

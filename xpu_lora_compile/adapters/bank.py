@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from types import MethodType
@@ -111,7 +112,7 @@ class Block:
         """The model, "", and the parts of it that have names of their own."""
         return tuple(sorted(self.rows))
 
-    @property
+    @cached_property
     def names(self) -> set[str | None]:
         """All adapters that the block uses."""
         given = [name for rows in self.rows.values() for name in rows.names]
@@ -183,7 +184,7 @@ class AdapterBank:
         self._max_rank = max_rank
         self._staging = Staging()
         self._loaded: dict[str, Loaded] = {}
-        self._training = Training(cast("Mapping[str, TrainableLayer]", self._stacked), slots)
+        self._training = Training(cast("Mapping[str, TrainableLayer]", self._stacked), self._named)
         # Slots that are being filled, and the name that each will have.
         self._filling: dict[int, str] = {}
         # Those of the layers, when an adapter was last loaded.
@@ -408,6 +409,11 @@ class AdapterBank:
         """Return the same, by PEFT's names, such as `base_model.model.….q_proj.lora_A.weight`."""
         return dict(self._training.parameters_of(name))
 
+    def _named(self) -> set[str | None] | None:
+        """The adapters that open blocks name; None where no block is open."""
+        blocks = list(self._blocks)
+        return set().union(*(block.names for block in blocks)) if blocks else None
+
     def _loaded_as(self, name: str) -> Loaded:
         """What was in the folder of an adapter."""
         if name not in self._loaded:
@@ -511,7 +517,6 @@ class AdapterBank:
             AdapterError: a module has been replaced, or its forward hooked, since `attach`.
         """
         block = self._open(names, lengths, parts or {}, input_ids)
-        without_gradients = self._training.without_gradients(block.names)
         token = self._routing.mine.set(block)
         unreached: list[str] = []
         try:
@@ -520,11 +525,6 @@ class AdapterBank:
             found = set().union(*(routing.unreached(block) for routing in self._routings.values()))
             unreached = sorted(found - traced)
         finally:
-            # A compiled graph has zeros for those that no row uses, with which an optimizer would do a step.
-            # What an inner block or another term of the loss has given stays.
-            for parameter in without_gradients:
-                if parameter.grad is not None and not parameter.grad.any():
-                    parameter.grad = None
             self._close(block)
             # A generator may be closed in another context than the one it was started in.
             with suppress(ValueError):

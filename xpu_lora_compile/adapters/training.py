@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,53 +31,107 @@ _MORE_THAN_A_AND_B = ("use_dora", "lora_bias", "modules_to_save", "trainable_tok
 _PARTS = {"linear": ("lora_A.weight", "lora_B.weight"), "embedding": ("lora_embedding_A", "lora_embedding_B")}
 
 
+@dataclass(frozen=True)
+class _Member:
+    """An adapter in a slot that is trained: its name, and its A `[r, D]` and B `[W, r]`, views of the slot."""
+
+    name: str
+    slot: int
+    a: nn.Parameter
+    b: nn.Parameter
+
+
 class TrainedSlots:
     """The slots of one layer that are trained.
 
+    The parameters of an adapter are views of its slot, and no part of any graph. The gradients of all adapters come to
+    two leaves, and are handed out from there: one leaf for each parameter would take autograd longer than the layer.
+
+    Args:
+        stacks: A `[K, R, D]` and B `[K, W, R]` of the layer.
+        shared: scalings and numbers of slots of all layers, by their values.
+        named: as of `Training`; no other adapters get gradients.
+
     Attributes:
-        slots: their numbers.
-        a: of each of them A, `[r, D]`, a view of the slot.
-        b: likewise B, `[W, r]`, without scaling.
+        slots: `[n]`, their numbers.
+        leaf_a: `[n, R, D]`, without memory of its own, which autograd gives the gradients of A.
+        leaf_b: likewise `[n, R, W]` those of B.
         scalings: `[K]`, float32: the scaling of each slot that is trained, and 1 of all others, which B has in it.
-            Layers with the same values share one tensor, so that a compiler sees that they are the same.
+            Layers with the same values share one tensor, so that a compiler sees that they are the same. So of `slots`.
         rates: of dropout, each once; none where nothing is dropped.
     """
 
-    def __init__(self, slots: int, device: torch.device, shared: dict[Hashable, Tensor]) -> None:
-        self.slots: tuple[int, ...] = ()
-        self.a: tuple[nn.Parameter, ...] = ()
-        self.b: tuple[nn.Parameter, ...] = ()
+    slots: Tensor
+    leaf_a: nn.Parameter
+    leaf_b: nn.Parameter
+    scalings: Tensor
+
+    def __init__(
+        self,
+        stacks: tuple[Tensor, Tensor],
+        shared: dict[Hashable, Tensor],
+        named: Callable[[], Collection[str | None] | None],
+    ) -> None:
+        self._stacks = stacks
         self._shared = shared
-        self._scale([1.0] * slots, device)
+        self._named = named
+        self._members: tuple[_Member, ...] = ()
+        self._factors = (1.0,) * len(stacks[0])
         self.rates: tuple[float, ...] = ()
         # Position of each slot's rate, or -1.
-        self._rate = torch.full((slots,), -1, device=device)
+        self._rate = torch.full((len(stacks[0]),), -1, device=stacks[0].device)
 
-    def add(self, slot: int, a: Tensor, b: Tensor, scaling: float, rate: float) -> None:
-        """Train a slot, whose A and B these are, and which has not been trained yet."""
-        self.slots += (slot,)
-        self.a += (nn.Parameter(a.detach()),)
-        self.b += (nn.Parameter(b.detach()),)
-        self._scale(self._with(slot, scaling), self.scalings.device)
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def add(self, name: str, slot: int, a: Tensor, b: Tensor, scaling: float, rate: float) -> tuple[nn.Parameter, ...]:
+        """Train a slot, whose A and B these are, and which has not been trained yet; return its parameters."""
+        member = _Member(name, slot, nn.Parameter(a.detach()), nn.Parameter(b.detach()))
         if rate:
             self.rates = tuple(dict.fromkeys((*self.rates, rate)))
             self._rate[slot] = self.rates.index(rate)
+        self._have((*self._members, member), slot, scaling)
+        return member.a, member.b
 
     def remove(self, slot: int) -> None:
         """Train a slot no more."""
-        keep = [position for position, other in enumerate(self.slots) if other != slot]
-        self.slots = tuple(self.slots[position] for position in keep)
-        self.a, self.b = (tuple(parameters[position] for position in keep) for parameters in (self.a, self.b))
-        self._scale(self._with(slot, 1.0), self.scalings.device)
         self._rate[slot] = -1
+        self._have(tuple(member for member in self._members if member.slot != slot), slot, 1.0)
 
-    def _with(self, slot: int, scaling: float) -> list[float]:
-        return [scaling if position == slot else other for position, other in enumerate(self._values)]
+    def _have(self, members: tuple[_Member, ...], slot: int, scaling: float) -> None:
+        stack_a, stack_b = self._stacks
+        (_, rank, features), width, count = stack_a.shape, stack_b.shape[1], len(members)
+        self._members = members
+        self._factors = tuple(scaling if at == slot else factor for at, factor in enumerate(self._factors))
+        self.slots = self._share(tuple(member.slot for member in members))
+        self.scalings = self._share(self._factors)
+        self.leaf_a, self.leaf_b = (
+            nn.Parameter(stack.new_empty(1).expand(count, rank, length))
+            for stack, length in ((stack_a, features), (stack_b, width))
+        )
+        for leaf, of_b in ((self.leaf_a, False), (self.leaf_b, True)):
+            leaf.register_post_accumulate_grad_hook(partial(self._hand_out, members, of_b))
 
-    def _scale(self, values: list[float], device: torch.device) -> None:
-        self._values = values
-        made = torch.tensor(values, device=device)
-        self.scalings = self._shared.setdefault((device, *values), made)
+    def _share(self, values: tuple[float, ...]) -> Tensor:
+        """A tensor of these values, of floats float32 and of integers int64."""
+        device = self._stacks[0].device
+        return self._shared.setdefault((device, values), torch.tensor(values, device=device))
+
+    def _hand_out(self, members: tuple[_Member, ...], of_b: bool, leaf: Tensor) -> None:
+        """Give each adapter's parameter its part of the gradient that has come to a leaf."""
+        whole, leaf.grad = leaf.grad, None
+        if whole is None:
+            return
+        named, parts = self._named(), (whole.transpose(1, 2) if of_b else whole).unbind()
+        for member, part in zip(members, parts, strict=True):
+            parameter = member.b if of_b else member.a
+            if not parameter.requires_grad or not (named is None or member.name in named):
+                continue
+            mine = part if part.shape == parameter.shape else part[tuple(map(slice, parameter.shape))]
+            if parameter.grad is None:
+                parameter.grad = mine
+            else:
+                parameter.grad.add_(mine)
 
     def dropped(self, rows: Tensor, indices: Tensor) -> Tensor:
         """Rows `[T, D]` with some elements of those of trained slots set to 0, as PEFT does before A."""
@@ -150,20 +205,22 @@ class Training:
 
     Args:
         layers: of the bank, by plain name.
-        slots: K.
+        named: the adapters that open `use` blocks name; None where no block is open.
     """
 
-    def __init__(self, layers: Mapping[str, TrainableLayer], slots: int) -> None:
+    def __init__(
+        self, layers: Mapping[str, TrainableLayer], named: Callable[[], Collection[str | None] | None]
+    ) -> None:
         self._layers = layers
-        self._slots = slots
+        self._named = named
         # Of each adapter the parameters, by PEFT's names.
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         self._loaded: dict[str, tuple[int, Loaded]] = {}
         # The stacks that the parameters are views of, and where each parameter lies.
         self._stacks: dict[str, tuple[Tensor, Tensor]] = {}
         self._places: dict[str, list[int]] = {}
-        # Scalings, by their values.
-        self._scalings: dict[Hashable, Tensor] = {}
+        # What layers share, by its values.
+        self._shared: dict[Hashable, Tensor] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -202,12 +259,11 @@ class Training:
             for module, pair in loaded.pairs.items():
                 layer = self._layers[module]
                 if layer.lora_training is None:
-                    layer.lora_training = TrainedSlots(self._slots, layer.lora_a.device, self._scalings)
                     self._stacks[module] = layer.lora_a, layer.lora_b
+                    layer.lora_training = TrainedSlots(self._stacks[module], self._shared, self._named)
                 a, b = layer.places(layer.lora_a[slot], layer.lora_b[slot], pair.shape_a, pair.shape_b)
                 b.copy_(_unscaled(b, pair.scaling))
-                layer.lora_training.add(slot, a, b, pair.scaling, loaded.dropout)
-                made = layer.lora_training.a[-1], layer.lora_training.b[-1]
+                made = layer.lora_training.add(name, slot, a, b, pair.scaling, loaded.dropout)
                 parameters |= zip(_keys(pair, "linear"), made, strict=True)
         self._parameters[name], self._loaded[name] = parameters, (slot, loaded)
         self._places[name] = [parameter.data_ptr() for parameter in parameters.values()]
@@ -226,7 +282,7 @@ class Training:
                 training = layer.lora_training
                 if training is not None:
                     training.remove(slot)
-                    if not training.slots:
+                    if not len(training):
                         layer.lora_training = None
                         del self._stacks[module]
 
@@ -240,6 +296,12 @@ class Training:
             for (key, parameter), place in zip(parameters.items(), self._places[name], strict=True):
                 if parameter.data_ptr() != place:
                     raise _moved(f"{name!r}: {key}", "a parameter that is a view of its slot", "other memory")
+                if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                    where = f"bank.trainable: {name!r}: {key}"
+                    remedy = "Do it after backward: the gradients of all adapters come in one tensor a module."
+                    raise AdapterError(
+                        where, "a parameter without hooks, which would not run", "one with a hook", remedy
+                    )
 
     def drop_stale(self) -> None:
         """Train nothing where `check` would raise."""
@@ -248,16 +310,6 @@ class Training:
         except AdapterError:
             for name in self.names:
                 self.stop(name)
-
-    def without_gradients(self, names: set[str | None]) -> list[nn.Parameter]:
-        """Return the parameters of all other adapters than these that have no gradient."""
-        return [
-            parameter
-            for name, parameters in self._parameters.items()
-            if name not in names
-            for parameter in parameters.values()
-            if parameter.grad is None
-        ]
 
     def is_trained(self, name: str) -> bool:
         """Whether an adapter is trained, so that its B is without scaling."""

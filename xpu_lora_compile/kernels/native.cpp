@@ -220,16 +220,17 @@ void gradients_of(const at::Tensor& gradient, bool is_b, int64_t slots, Gradient
     }
 }
 
-// dX first, if it is wanted; then the gradient of each A, and of each B: of the whole stacks; or, where some slots are
-// trained, of each of these in each slice, of as many ranks of it.
+// dX first, if it is wanted; then the gradient of each A, and of each B: of the whole stacks; or of the n slots that are
+// trained, of A [n, R, D], and of B turned, [n, R, W].
 std::vector<at::Tensor> backward(at::TensorList grads, const at::Tensor& inputs, at::TensorList lora_a,
                                  at::TensorList lora_b, const at::Tensor& indices, at::IntArrayRef slice_outputs,
                                  at::IntArrayRef slice_offsets, double scaling,
-                                 const std::optional<at::Tensor>& scalings, at::IntArrayRef trained,
-                                 at::IntArrayRef ranks, bool needs_inputs, bool needs_weights) {
+                                 const std::optional<at::Tensor>& scalings, const std::optional<at::Tensor>& trained,
+                                 bool needs_inputs, bool needs_weights) {
     size_t count = lora_a.size();
     bool fits = count > 0 && lora_b.size() == count && slice_outputs.size() == count && slice_offsets.size() == count &&
-                are_indices(indices) && are_rows(inputs, indices) && count * trained.size() == ranks.size();
+                are_indices(indices) && are_rows(inputs, indices) &&
+                (!trained || are_indices(*trained));
     int64_t slots = fits ? lora_a[0].size(0) : 0;
     // Rows whose columns lie side by side; of an expanded gradient, too.
     std::vector<at::Tensor> rows;
@@ -249,10 +250,12 @@ std::vector<at::Tensor> backward(at::TensorList grads, const at::Tensor& inputs,
         slices[s].output = static_cast<char*>(const_cast<void*>(grad.const_data_ptr())) +
                            slice_offsets[s] * grad.element_size();
     }
-    for (size_t j = 0; fits && j < ranks.size(); j++) {
-        int64_t slot = trained[j % trained.size()];
-        fits = slot >= 0 && slot < slots && ranks[j] >= 0 && ranks[j] <= slices[j / trained.size()].rank;
+    std::vector<int64_t> chosen;
+    if (fits && trained) {
+        at::Tensor numbers = trained->to(at::kLong).contiguous();
+        chosen.assign(numbers.const_data_ptr<int64_t>(), numbers.const_data_ptr<int64_t>() + numbers.numel());
     }
+    for (int64_t slot : chosen) fits = fits && slot >= 0 && slot < slots;
     fits = fits && (!scalings || are_factors(*scalings, slots));
     TORCH_CHECK(fits, "xpu_lora::native_backward: operands that do not fit together");
 
@@ -264,24 +267,18 @@ std::vector<at::Tensor> backward(at::TensorList grads, const at::Tensor& inputs,
         of_a.resize(count * slots);
         of_b.resize(count * slots);
         for (bool is_b : {false, true}) {
-            if (!trained.empty()) {
-                for (size_t j = 0; j < ranks.size(); j++) {
-                    size_t s = j / trained.size();
-                    int64_t slot = trained[j % trained.size()];
-                    // Laid out as the slot's own memory.
-                    const at::Tensor& all = (is_b ? lora_b : lora_a)[s];
-                    int64_t length = all.size(is_b ? -2 : -1);
-                    bool by_rank = !is_b || all.stride(-2) == 1;
-                    at::Tensor made = by_rank ? at::empty({ranks[j], length}, all.options())
-                                              : at::empty({length, ranks[j]}, all.options());
-                    if (!used[slot]) made.zero_();
-                    int64_t of_rank = made.stride(by_rank ? 0 : 1), of_column = made.stride(by_rank ? 1 : 0);
-                    (is_b ? of_b : of_a)[s * slots + slot] = {made.mutable_data_ptr(), dtype_of(made), ranks[j], of_rank,
-                                                              of_column};
-                    results.push_back(is_b && by_rank ? made.t() : made);
+            for (size_t s = 0; trained && s < count; s++) {
+                const at::Tensor& all = (is_b ? lora_b : lora_a)[s];
+                int64_t length = all.size(is_b ? -2 : -1), ranks = slices[s].rank;
+                at::Tensor made = at::empty({int64_t(chosen.size()), ranks, length}, all.options());
+                for (size_t j = 0; j < chosen.size(); j++) {
+                    at::Tensor mine = made[j];
+                    if (!used[chosen[j]]) mine.zero_();
+                    (is_b ? of_b : of_a)[s * slots + chosen[j]] = {mine.mutable_data_ptr(), dtype_of(made), ranks, length, 1};
                 }
-                continue;
+                results.push_back(made);
             }
+            if (trained) continue;
             bool all_used = std::find(used.begin(), used.end(), false) == used.end();
             for (size_t s = 0; s < count; s++) {
                 at::Tensor made = at::empty_like(is_b ? lora_b[s] : lora_a[s]);

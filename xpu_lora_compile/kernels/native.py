@@ -263,8 +263,7 @@ def fake_backward(
     slice_offsets: Sequence[int],
     scaling: float,
     scalings: Tensor | None,
-    slots: Sequence[int],
-    ranks: Sequence[int],
+    slots: Tensor | None,
     needs_inputs: bool,
     needs_weights: bool,
     *_: object,
@@ -273,22 +272,16 @@ def fake_backward(
     made = [inputs.new_empty(inputs.shape)] if needs_inputs else []
     if not needs_weights:
         return made
-    if not slots:
+    if slots is None:
         return [*made, *map(torch.empty_like, (*lora_a, *lora_b))]
-    of_slices = [ranks[at : at + len(slots)] for at in range(0, len(ranks), len(slots))]
-    for a, of_slots in zip(lora_a, of_slices, strict=True):
-        made += [a.new_empty(rank, a.shape[-1]) for rank in of_slots]
-    for b, of_slots in zip(lora_b, of_slices, strict=True):
-        width, by_rank = b.shape[-2], b.stride(-2) == 1
-        made += [b.new_empty(rank, width).t() if by_rank else b.new_empty(width, rank) for rank in of_slots]
-    return made
+    made += [a.new_empty(len(slots), *a.shape[-2:]) for a in lora_a]
+    return made + [b.new_empty(len(slots), b.shape[-1], b.shape[-2]) for b in lora_b]
 
 
-# Gradients of `lora_linear`: of the inputs if they are wanted, then of each A, and of each B if they are wanted. Where
-# some `slots` are trained: of each of these in each slice, of its first `ranks`, of which there are slices x slots.
+# Gradients of `lora_linear`: of the inputs if they are wanted, then of each A and of each B if they are wanted; or of n
+# `slots` alone, each once: of A `[n, R, D]`, and of B turned, `[n, R, W]`.
 BACKWARD_OPERANDS = (
     "Tensor[] grads, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b, Tensor indices, int[] slice_outputs, "
-    "int[] slice_offsets, float scaling, Tensor? scalings, int[] slots, int[] ranks, bool needs_inputs, "
-    "bool needs_weights"
+    "int[] slice_offsets, float scaling, Tensor? scalings, Tensor? slots, bool needs_inputs, bool needs_weights"
 )
 NATIVE_BACKWARD = _define(f"native_backward({BACKWARD_OPERANDS}) -> Tensor[]", fake_backward)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xpu_lora_compile.kernels.triton_kernels import NO_TILE, _pick, _rank_product, _rounded
+from xpu_lora_compile.kernels.triton_kernels import NO_TILE, _rank_product, _rounded
 
 
 @triton.jit(do_not_specialize=["tile_count"])
@@ -81,9 +81,9 @@ def _factors(hidden, h_row, r, rank, x, x_row, x_column, n, columns, rows):
 
 @triton.jit(do_not_specialize=["tile_count"])
 def weights_gradient_kernel(
-    targets, t_slot, t_rank, t_column, hidden, h_row, x, x_row, x_column,
-    tiles, tile_count, block_count, slots, rank, columns, scalings,
-    HAS_SCALINGS: tl.constexpr, SOME: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr, SCAN: tl.constexpr,
+    target, t_slot, t_rank, t_column, hidden, h_row, x, x_row, x_column,
+    tiles, tile_count, block_count, trained, rank, columns, scalings,
+    SOME: tl.constexpr, HAS_SCALINGS: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr, SCAN: tl.constexpr,
     BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Program (a slot and a block of columns, a block of ranks): that part of the slot's dA, or of its dB^T.
@@ -91,19 +91,15 @@ def weights_gradient_kernel(
     `dA[r, n] = sum over the slot's rows t of hidden[t, r] x[t, n]`, and zero for a slot without rows.
 
     Args:
-        targets: with SOME, of each slot in `slots` its gradient, `[rank, columns]` by its strides `t_rank` and
-            `t_column`; else one of all slots, whose stride is `t_slot`.
+        target: `[n, rank, columns]` by its strides.
         hidden: fp32 `[T, R]`, whose columns lie side by side: g for dA, h for dB.
         x: `[T, columns]`: the inputs for dA, the gradient of the outputs for dB.
-        slots: with SOME those that gradients are wanted of, one of each target.
+        trained: `[n]`, the slots that gradients are wanted of; read with SOME alone, without which it is all.
         scalings: as in `inputs_gradient_kernel`.
     """
     which = tl.program_id(0) // block_count
-    slot = _pick(slots, which) if SOME else which
-    limit = _pick(rank, which) if SOME else rank[0]
-    target = _pick(targets, which) if SOME else targets[0] + which.to(tl.int64) * t_slot
-    rank_stride = _pick(t_rank, which) if SOME else t_rank[0]
-    column_stride = _pick(t_column, which) if SOME else t_column[0]
+    slot = tl.load(trained + which) if SOME else which
+    place_of_slot = target + which.to(tl.int64) * t_slot
     # The tiles of a slot lie side by side.
     first = tile_count
     count = 0
@@ -119,10 +115,10 @@ def weights_gradient_kernel(
     total = tl.zeros([BR, BN], tl.float32)
     # Rows are known two steps ahead, and what they hold is read one step ahead.
     rows = _members(members, 0, end, CHUNK)
-    left, right = _factors(hidden, h_row, r, limit, x, x_row, x_column, n, columns, rows)
+    left, right = _factors(hidden, h_row, r, rank, x, x_row, x_column, n, columns, rows)
     rows = _members(members, CHUNK, end, CHUNK)
     for start in range(0, end, CHUNK):
-        next_left, next_right = _factors(hidden, h_row, r, limit, x, x_row, x_column, n, columns, rows)
+        next_left, next_right = _factors(hidden, h_row, r, rank, x, x_row, x_column, n, columns, rows)
         rows = _members(members, start + 2 * CHUNK, end, CHUNK)
         total = _rank_product(left, right, total)
         left = next_left
@@ -130,5 +126,5 @@ def weights_gradient_kernel(
     if HAS_SCALINGS:
         # Without rows it is 0, whatever that is scaled by.
         total = tl.where(count == 0, 0.0, total * tl.load(scalings + slot))
-    place = target + r.to(tl.int64)[:, None] * rank_stride + n.to(tl.int64)[None, :] * column_stride
-    tl.store(place, _rounded(total, target.dtype.element_ty), mask=(r < limit)[:, None] & (n < columns)[None, :])
+    place = place_of_slot + r.to(tl.int64)[:, None] * t_rank + n.to(tl.int64)[None, :] * t_column
+    tl.store(place, _rounded(total, target.dtype.element_ty), mask=(r < rank)[:, None] & (n < columns)[None, :])

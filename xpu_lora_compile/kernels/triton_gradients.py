@@ -28,8 +28,6 @@ from xpu_lora_compile.torch_internals import number_of
 
 # The height of tiles for every T, so that a sum does not depend on it.
 HEIGHT = 32
-# How many trained slots one launch takes.
-SLOTS_AT_ONCE = 8
 # Fewer programs than this leave most cores of a GPU idle.
 _PROGRAMS = 128
 # How many tiles a program looks at at once for those of its slot.
@@ -92,11 +90,11 @@ def forward(
         form = _form(launch, rows)
         tiles = training_tiles(launch, indices, slots) if tiles is None else tiles
         routing = RowRouting(indices, slots, tiles=tiles)
-        factors = scalings[routing.slot]
+        factors = scalings.gather(0, routing.slot)
         columns = [Columns(result, 0) for result in results]
         for part, hidden in zip([slice(None)] if is_one else _singles(len(lora_a)), kept, strict=True):
             shrink_into(Hidden(hidden, False), inputs, lora_a[part], routing, form=form)
-            scaled = Hidden(hidden * factors.repeat(len(lora_a[part]))[:, None], False)
+            scaled = Hidden(hidden * factors.repeat(len(lora_a[part])).unsqueeze(1), False)
             expand_from(columns[part], scaled, lora_b[part], routing, None, add=True, pdl=False, form=form)
     return [*results, *kept] if is_one else results
 
@@ -121,8 +119,7 @@ def backward(
     slice_offsets: Sequence[int],
     scaling: float,
     scalings: Tensor | None,
-    slots: Sequence[int],
-    ranks: Sequence[int],
+    slots: Tensor | None,
     needs_inputs: bool,
     needs_weights: bool,
     tiles: Tensor | None = None,
@@ -141,8 +138,7 @@ def backward(
         slice_offsets: of each slice its first column there.
         scaling: factor of all slots.
         scalings: fp32 `[K]`, one more of each slot.
-        slots: if any, those that alone get gradients, in each slice a tensor of its own.
-        ranks: of each of these how many ranks, slice by slice.
+        slots: `[n]`, those that alone get gradients; None for all.
         needs_inputs: whether dX is wanted.
         needs_weights: whether dA and dB are.
         tiles: as `training_tiles` makes them, if they are there.
@@ -150,16 +146,15 @@ def backward(
     """
     rows, count = inputs.shape[0], int(lora_a[0].shape[0])
     of_inputs = inputs.new_empty(inputs.shape) if needs_inputs else None
-    of_a: list[_Targets] = []
-    of_b: list[_Targets] = []
-    if needs_weights:
-        of_slices = (
-            [ranks[at : at + len(slots)] for at in range(0, len(ranks), len(slots))] if slots else [()] * len(lora_a)
-        )
-        of_a = [_Targets(a, True, slots, of_slice) for a, of_slice in zip(lora_a, of_slices, strict=True)]
-        of_b = [_Targets(b, False, slots, of_slice) for b, of_slice in zip(lora_b, of_slices, strict=True)]
+    of_a: list[Tensor] = []
+    of_b: list[Tensor] = []
+    if needs_weights and slots is None:
+        of_a, of_b = [torch.empty_like(a) for a in lora_a], [torch.empty_like(b) for b in lora_b]
+    elif needs_weights and slots is not None:
+        of_a = [a.new_empty((slots.shape[0], *a.shape[1:])) for a in lora_a]
+        of_b = [b.new_empty((slots.shape[0], b.shape[2], b.shape[1])) for b in lora_b]
     if number_of(rows) == 0:
-        for tensor in (tensor for targets in (*of_a, *of_b) for tensor in targets.tensors):
+        for tensor in (*of_a, *of_b):
             tensor.zero_()
     else:
         form = _form(launch, rows)
@@ -171,45 +166,13 @@ def backward(
             grad = grads[slice_outputs[s]].narrow(1, slice_offsets[s], b.shape[1])
             of_hidden.append(_shrunk(grad, b.transpose(1, 2), routing, scaling, form))
             if needs_weights:
-                _sum_by_slot(of_a[s], of_hidden[s], inputs, tiles, count, factors, form)
+                _sum_by_slot(of_a[s], False, of_hidden[s], inputs, tiles, slots, factors, form)
                 hidden = _shrunk(inputs, a, routing, scaling, form) if kept is None else kept.narrow(1, s * rows, rows)
-                _sum_by_slot(of_b[s], hidden, grad, tiles, count, factors, form)
+                _sum_by_slot(of_b[s], slots is None, hidden, grad, tiles, slots, factors, form)
         if of_inputs is not None:
             _write_inputs(of_inputs, of_hidden, lora_a, tiles, factors, form)
     made = [] if of_inputs is None else [of_inputs]
-    return made + [gradient for targets in (*of_a, *of_b) for gradient in targets.gradients()]
-
-
-class _Targets:
-    """Where the gradients of one slice's A or B go, of all slots or of some.
-
-    Args:
-        stack: A `[K, R, D]` or B `[K, W, R]`.
-        by_rank: whether it is A.
-        slots: those that get a gradient each; all get one together where there are none.
-        ranks: of each of these.
-    """
-
-    def __init__(self, stack: Tensor, by_rank: bool, slots: Sequence[int], ranks: Sequence[int]) -> None:
-        rank_dim, column_dim = (1, 2) if by_rank else (2, 1)
-        self.columns = int(stack.shape[column_dim])
-        self.slots, self.ranks = list(slots), list(ranks)
-        self.is_turned = False
-        if not slots:
-            self.ranks = [int(stack.shape[rank_dim])]
-            self.tensors = [torch.empty_like(stack)]
-            self.strides = [(self.tensors[0].stride(rank_dim), self.tensors[0].stride(column_dim))]
-            return
-        # Laid out as the slot's own memory, so that an optimizer reads both in one order.
-        lies_by_rank = by_rank or stack.stride(column_dim) == 1
-        self.is_turned = lies_by_rank and not by_rank
-        shapes = [(rank, self.columns) if lies_by_rank else (self.columns, rank) for rank in ranks]
-        self.tensors = [stack.new_empty(shape) for shape in shapes]
-        self.strides = [(self.columns, 1) if lies_by_rank else (1, rank) for rank in ranks]
-
-    def gradients(self) -> list[Tensor]:
-        """Of A `[r, D]`, of B `[W, r]`."""
-        return [tensor.t() if self.is_turned else tensor for tensor in self.tensors]
+    return [*made, *of_a, *of_b]
 
 
 def _shrunk(rows: Tensor, weights: Tensor, routing: RowRouting, scaling: float, form: Form) -> Tensor:
@@ -259,51 +222,50 @@ def _write_inputs(
 
 
 def _sum_by_slot(
-    targets: _Targets,
+    target: Tensor,
+    is_turned: bool,
     hidden: Tensor,
     rows: Tensor,
     tiles: Tensor,
-    count: int,
+    slots: Tensor | None,
     scalings: Tensor | None,
     form: Form,
 ) -> None:
-    """Write the sums of `hidden[t] rows[t]^T` over the rows of each slot, of all `count` slots or of some at a time."""
-    if not targets.columns:
+    """Write the sums of `hidden[t] rows[t]^T` over the rows of each slot: `[n, R, columns]`, or turned."""
+    rank_dim, column_dim = (2, 1) if is_turned else (1, 2)
+    count, rank, length = (int(target.shape[dim]) for dim in (0, rank_dim, column_dim))
+    if not count or not length:
         return
     sizes = gradient_sizes_for(rows.device.type, rows.dtype)
-    columns, each = sizes.sum_columns, len(targets.slots) or count
+    columns, block = sizes.sum_columns, rank_block(sizes.ranks, rank, rows.dtype)
     # Few slots in wide blocks would leave most of a GPU without work. No sum depends on it.
-    while columns > 32 and each * -(-targets.columns // columns) < _PROGRAMS:
+    while columns > 32 and count * -(-length // columns) < _PROGRAMS:
         columns //= 2
-    blocks = -(-targets.columns // columns)
-    for start in range(0, len(targets.tensors), SLOTS_AT_ONCE):
-        part = slice(start, start + SLOTS_AT_ONCE)
-        tensors, slots, ranks = targets.tensors[part], targets.slots[part], targets.ranks[part]
-        block = rank_block(sizes.ranks, max(ranks), rows.dtype)
-        form.launch(
-            "weights_gradient_kernel",
-            ((len(slots) or count) * blocks, -(-max(ranks) // block)),
-            tuple(tensors),
-            0 if slots else tensors[0].stride(0),
-            tuple(of_rank for of_rank, _ in targets.strides[part]),
-            tuple(of_column for _, of_column in targets.strides[part]),
-            hidden,
-            hidden.stride(1),
-            rows,
-            *rows.stride(),
-            tiles,
-            tiles.shape[0],
-            blocks,
-            tuple(slots) or (0,),
-            tuple(ranks),
-            targets.columns,
-            scalings,
-            scalings is not None,
-            bool(slots),
-            HEIGHT,
-            sizes.sum_rows,
-            _SCAN,
-            block,
-            columns,
-            num_warps=sizes.warps,
-        )
+    blocks = -(-length // columns)
+    form.launch(
+        "weights_gradient_kernel",
+        (count * blocks, -(-rank // block)),
+        target,
+        target.stride(0),
+        target.stride(rank_dim),
+        target.stride(column_dim),
+        hidden,
+        hidden.stride(1),
+        rows,
+        *rows.stride(),
+        tiles,
+        tiles.shape[0],
+        blocks,
+        slots,
+        rank,
+        length,
+        scalings,
+        slots is not None,
+        scalings is not None,
+        HEIGHT,
+        sizes.sum_rows,
+        _SCAN,
+        block,
+        columns,
+        num_warps=sizes.warps,
+    )

@@ -85,8 +85,8 @@ class LoraLayer(nn.Module):
         if self.training and training.rates:
             rows = training.dropped(rows, indices)
         stacks = [self.lora_a], [self.lora_b.narrow(1, 0, columns)]
-        trained = list(training.slots), list(training.a), list(training.b)
-        return cast("Tensor", TRAINED_LINEAR([output], rows, *stacks, indices, training.scalings, *trained)[0])
+        trained = training.scalings, training.slots, [training.leaf_a], [training.leaf_b]
+        return cast("Tensor", TRAINED_LINEAR([output], rows, *stacks, indices, *trained)[0])
 
     def without_lora(self, input: Tensor) -> Tensor:  # noqa: A002
         """The base layer's output."""

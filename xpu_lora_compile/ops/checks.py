@@ -125,36 +125,28 @@ def check_trained(
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     scalings: Tensor,
-    slots: Sequence[int],
+    slots: Tensor,
     trained_a: Sequence[Tensor],
     trained_b: Sequence[Tensor],
 ) -> None:
-    """Check what `trained_linear` has of slots: scalings `[K]`, and in each slice of each that is trained A and B."""
+    """Check what `trained_linear` has of slots: scalings `[K]`, n that are trained, and in each slice two leaves."""
     op, count = "trained_linear", lora_a[0].shape[0]
     if scalings.shape != (count,) or scalings.dtype != torch.float32:
         got = f"{_dtype(scalings)} {_shape(scalings)}"
         raise ShapeError(f"{op}: scalings", f"float32 [{count}], one a slot", got, "Stack one factor for each slot.")
-    if not len(slots) * len(lora_a) == len(trained_a) == len(trained_b) or len(set(slots)) < len(slots):
-        got = f"{len(slots)} slots, {len(trained_a)} A and {len(trained_b)} B"
-        wanted = "for each slot one A and one B in each slice, and each slot once"
-        raise ShapeError(op, wanted, got, "Pass lists of the same length.")
-    stacks = [stack for stack in zip(lora_a, lora_b, strict=True) for _ in slots]
-    for slot, (stored_a, stored_b), a, b in zip([*slots] * len(lora_a), stacks, trained_a, trained_b, strict=True):
-        (_, ranks, features), width = stored_a.shape, stored_b.shape[1]
-        if (
-            not 0 <= slot < count
-            or a.shape != (len(a), features)
-            or b.shape[1:] != (len(a),)
-            or len(b) > width
-            or len(a) > ranks
-            or (a.dtype, b.dtype) != (stored_a.dtype, stored_b.dtype)
-        ):
-            raise ShapeError(
-                f"{op}: slot {slot}",
-                f"A [r, {features}] and B [W, r], W at most {width} and r at most {ranks}, of a slot below {count}",
-                f"A {_dtype(a)} {_shape(a)} and B {_dtype(b)} {_shape(b)}",
-                "Pass views of the slot's A and B.",
-            )
+    if slots.dim() != 1 or slots.dtype not in (torch.int64, torch.int32):
+        wanted, got = "int64 or int32 [n], slots that are trained", f"{_dtype(slots)} {_shape(slots)}"
+        raise ShapeError(f"{op}: slots", wanted, got, "Pass their numbers as a tensor.")
+    if not len(lora_a) == len(trained_a) == len(trained_b):
+        got = f"{len(lora_a)} slices, {len(trained_a)} and {len(trained_b)}"
+        raise ShapeError(op, "for each slice a leaf of A and one of B", got, "Pass lists of the same length.")
+    for s, (stack_a, stack_b, a, b) in enumerate(zip(lora_a, lora_b, trained_a, trained_b, strict=True)):
+        (_, rank, features), width = stack_a.shape, stack_b.shape[1]
+        wanted_a, wanted_b = (len(slots), rank, features), (len(slots), rank, width)
+        if (a.shape, b.shape, a.dtype, b.dtype) != (wanted_a, wanted_b, stack_a.dtype, stack_b.dtype):
+            wanted = f"leaves {list(wanted_a)} and {list(wanted_b)} of the dtypes of the stacks"
+            got = f"{_dtype(a)} {_shape(a)} and {_dtype(b)} {_shape(b)}"
+            raise ShapeError(f"{op}: slice {s}", wanted, got, "Pass leaves that the gradients of the slots fit.")
 
 
 def refuse_gradients(op: str, output: Tensor, inputs: Tensor, weights: Tensor, replaces: bool) -> None:

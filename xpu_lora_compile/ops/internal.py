@@ -299,17 +299,16 @@ def _triton_backward(
     slice_offsets: Sequence[int],
     scaling: float,
     scalings: Tensor | None,
-    slots: Sequence[int],
-    ranks: Sequence[int],
+    slots: Tensor | None,
     needs_inputs: bool,
     needs_weights: bool,
     tiles: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> list[Tensor]:
     stacks_a, stacks_b = [[without_slice_dim(weights) for weights in stacks] for stacks in (lora_a, lora_b)]
-    rest = slice_outputs, slice_offsets, scaling, scalings, slots, ranks, needs_inputs, needs_weights, tiles, kept
+    rest = slice_outputs, slice_offsets, scaling, scalings, slots, needs_inputs, needs_weights, tiles, kept
     made = triton_gradients.backward(launch, grads, inputs, stacks_a, stacks_b, indices, *rest)
-    if slots or not needs_weights:
+    if slots is not None or not needs_weights:
         return made
     first = len(made) - 2 * len(lora_a)
     of_weights = zip(made[first:], (*lora_a, *lora_b), strict=True)

@@ -268,7 +268,7 @@ def _gradients(ctx: Any, grads_out: Sequence[Tensor]) -> tuple[Any, ...]:
     call = grads_out, rows, lora_a, lora_b, indices, ctx.slice_outputs, ctx.slice_offsets, ctx.scaling
     fused = None if factors else fused_backward(grads_out, rows, lora_a, lora_b)
     if fused is not None:
-        made = fused(*call, None, [], [], needs_inputs, any((*needs_a, *needs_b)))
+        made = fused(*call, None, None, needs_inputs, any((*needs_a, *needs_b)))
         grad_rows = made.pop(0) if needs_inputs else None
         return grad_rows, made[: ctx.slices] or [None] * ctx.slices, made[ctx.slices :] or [None] * ctx.slices, *others
     *found, grad_factors = _portable_gradients(*call, factors[0] if factors else None)

@@ -157,13 +157,13 @@ class LoraNode:
         return self._given.get("scalings")
 
     @property
-    def slots(self) -> tuple[int, ...]:
-        """The slots that a call trains."""
-        return tuple(self._given.get("slots", ()))
+    def trained_slots(self) -> Node | None:
+        """The slots that a call trains, `[n]`."""
+        return self._given.get("slots") if self.op is TRAINED_LINEAR else None
 
     @property
     def trained(self) -> tuple[list[Node], list[Node]]:
-        """A and B of each slot that a call trains, slice by slice."""
+        """Of a call that trains slots, of each slice the leaves that get the gradients of A and of B."""
         return list(self._given.get("trained_a", ())), list(self._given.get("trained_b", ()))
 
     @property

@@ -40,10 +40,10 @@ def share_input(graph: Graph, rewrite: Rewrite) -> None:
         use(k_1)
 
     Of layers that are trained, where the same slots are, with the same scalings:
-        q_1 = trained_linear([q], x, [aq], [bq], indices, scalings, slots, [aq_0], [bq_0])[0]
-        k_1 = trained_linear([k], x, [ak], [bk], indices, scalings, slots, [ak_0], [bk_0])[0]
+        q_1 = trained_linear([q], x, [aq], [bq], indices, scalings, slots, [leaf_aq], [leaf_bq])[0]
+        k_1 = trained_linear([k], x, [ak], [bk], indices, scalings, slots, [leaf_ak], [leaf_bk])[0]
     become
-        q_1, k_1 = trained_linear([q, k], x, [aq, ak], [bq, bk], indices, scalings, slots, [aq_0, ak_0], [bq_0, bk_0])
+        q_1, k_1 = trained_linear([q, k], x, [aq, ak], [bq, bk], indices, scalings, slots, [leaf_aq, leaf_ak], …)
 
     What the later bases are computed from moves up to the first call. The base linears stay as they are.
 
@@ -83,16 +83,15 @@ def _find_groups(graph: Graph) -> list[list[Node]]:
                 del opened[key]
         if node in calls:
             call = calls[node]
-            shared = call.inputs, call.indices, call.ranks, call.adapter_weights, call.scalings
+            operands = call.inputs, call.indices, call.ranks, call.adapter_weights, call.scalings, call.trained_slots
             # The same elements, detached, get no gradient.
             key = (
-                *(node and (region_of(value_of(node)), value_of(node).requires_grad) for node in shared),
+                *(node and (region_of(value_of(node)), value_of(node).requires_grad) for node in operands),
                 call.scaling,
                 call.op,
-                call.slots,
             )
             if key not in opened:
-                opened[key] = set().union(*(storages_of(node) for node in shared if node)), []
+                opened[key] = set().union(*(storages_of(node) for node in operands if node)), []
                 groups.append(opened[key][1])
             opened[key][1].append(node)
     return groups
@@ -153,7 +152,7 @@ def _merged(calls: list[LoraNode]) -> tuple[torch._ops.OpOverload, tuple[Any, ..
     operands = bases, first.inputs, lora_a, lora_b, first.indices
     if first.op is TRAINED_LINEAR:
         trained = ([node for call in calls for node in call.trained[part]] for part in (0, 1))
-        return TRAINED_LINEAR, (*operands, first.scalings, list(first.slots), *trained)
+        return TRAINED_LINEAR, (*operands, first.scalings, first.trained_slots, *trained)
     optional = [first.ranks, first.adapter_weights]
     while optional and optional[-1] is None:
         optional.pop()
