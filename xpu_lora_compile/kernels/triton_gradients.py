@@ -49,7 +49,7 @@ def training_tiles_shape(rows: Any, slots: int) -> tuple[Any, int]:
 
 
 def keeps_hidden(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> bool:
-    """Whether `forward` returns the rank vectors of a call: if one launch makes those of all its slices."""
+    """Whether one launch makes the rank vectors of all slices of a call, so that they can be kept."""
     return are_alike(lora_a, 2) and are_alike(lora_b, 1)
 
 
@@ -70,7 +70,7 @@ def forward(
     scalings: Tensor,
     tiles: Tensor | None,
 ) -> list[Tensor]:
-    """Return each slice's base with LoRA added; and, with `keeps_hidden`, the rank vectors, for `backward`.
+    """Return each slice's base with LoRA added; and, with tiles and `keeps_hidden`, the rank vectors, for `backward`.
 
     Args:
         launch: as `Form.launch`, of flat forms.
@@ -84,7 +84,7 @@ def forward(
     """
     rows, slots = inputs.shape[0], int(lora_a[0].shape[0])
     results = [base.clone(memory_format=torch.contiguous_format) for base in bases]
-    is_one = keeps_hidden(lora_a, lora_b)
+    is_one, is_kept = keeps_hidden(lora_a, lora_b), tiles is not None
     kept = [empty_kept(inputs, lora_a)] if is_one else [empty_kept(inputs, [a]) for a in lora_a]
     if number_of(rows) != 0:
         form = _form(launch, rows)
@@ -96,7 +96,7 @@ def forward(
             shrink_into(Hidden(hidden, False), inputs, lora_a[part], routing, form=form)
             scaled = Hidden(hidden * factors.repeat(len(lora_a[part])).unsqueeze(1), False)
             expand_from(columns[part], scaled, lora_b[part], routing, None, add=True, pdl=False, form=form)
-    return [*results, *kept] if is_one else results
+    return [*results, *kept] if is_one and is_kept else results
 
 
 def _singles(count: int) -> list[slice]:

@@ -48,10 +48,10 @@ def _trained_linear(
         slots: `[n]`, those that are trained, each once.
         trained_a: of each slice a leaf `[n, R, D]`, which gets the gradient of `lora_a[s][slots]`.
         trained_b: of each slice a leaf `[n, R, W]`, which gets that of `lora_b[s][slots]`, turned.
-        tiles: what the Triton kernels derive from the indices, where a graph has it.
+        tiles: of `triton_training_tiles`, in a graph that runs the Triton kernels.
 
     Returns:
-        A tensor for each base; on a GPU one more, of which the gradients are made.
+        A tensor for each base; with tiles one more, which the backward pass reads.
     """
     operands = bases, inputs, lora_a, lora_b, indices, scalings, slots, trained_a, trained_b, tiles
     _check(*operands)
@@ -84,11 +84,20 @@ def _on_a_gpu(
 
 
 def _fake(
-    bases: Sequence[Tensor], inputs: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], *rest: Any
+    bases: Sequence[Tensor],
+    inputs: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    indices: Tensor,
+    scalings: Tensor,
+    slots: Tensor,
+    trained_a: Sequence[Tensor],
+    trained_b: Sequence[Tensor],
+    tiles: Tensor | None = None,
 ) -> list[Tensor]:
-    _check(bases, inputs, lora_a, lora_b, *rest)
+    _check(bases, inputs, lora_a, lora_b, indices, scalings, slots, trained_a, trained_b)
     made = [torch.empty_like(base, memory_format=torch.contiguous_format) for base in bases]
-    if takes_triton_backward(bases, inputs, lora_a, lora_b) and triton_gradients.keeps_hidden(lora_a, lora_b):
+    if tiles is not None and triton_gradients.keeps_hidden(lora_a, lora_b):
         made.append(triton_gradients.empty_kept(inputs, lora_a))
     return made
 
