@@ -540,3 +540,66 @@ def test_gradients_of_gradients_are_refused() -> None:
         embedded = model.get_input_embeddings()(torch.randint(3, 60, (2, 5))).detach().requires_grad_()
         with bank.use(["a"] * 2), pytest.raises(LostGradientError, match=r"first derivatives; got create_graph=True"):
             torch.autograd.grad(model(inputs_embeds=embedded).logits.sum(), embedded, create_graph=True)
+
+
+def test_other_adapters_are_trained_without_a_recompile(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As many of them, in the same modules: which slots are trained, and their scalings, are data."""
+    names = ["first", "second"]
+    more = {name: save_adapter(tmp_path / name, r=2, lora_alpha=3, seed=7, target_modules=TARGETS) for name in names}
+    edit_config(more["second"], lora_alpha=5)
+    model, bank = _attached(folders | more)
+    compiled = torch.compile(model, backend="xpu_lora")
+    for recompiles, trained in ((True, names[0]), (False, names[1])):
+        bank.trainable([trained])
+        with torch._dynamo.config.patch(error_on_recompile=not recompiles), bank.use(["pirate", trained]):
+            _loss(compiled, _tokens(0)).sum().backward()
+        got = [parameter.grad for parameter in bank.parameters(trained)]
+        for parameter in bank.parameters(trained):
+            parameter.grad = None
+        with bank.use(["pirate", trained]):
+            _loss(model, _tokens(0)).sum().backward()
+        for mine, wanted in zip(got, (parameter.grad for parameter in bank.parameters(trained)), strict=True):
+            torch.testing.assert_close(mine, wanted)
+
+
+def test_parameters_that_are_frozen_or_scaled_otherwise_get_what_is_theirs(tmp_path: Path) -> None:
+    """Modules with scalings of their own, whose calls share no tensor of them; a parameter without gradients."""
+    folder = save_adapter(tmp_path / "one", r=4, lora_alpha=4, alpha_pattern={"q_proj": 12}, target_modules=TARGETS)
+    with quiet():
+        peft_model = PeftModel.from_pretrained(tiny_llama().to(DEVICE), folder, is_trainable=True)
+    _loss(peft_model, _tokens(0)).sum().backward()
+    model = tiny_llama().to(DEVICE).requires_grad_(False)
+    bank = xlc.attach(model, adapters={"one": folder})
+    bank.trainable(["one"])
+    frozen, *rest = bank.parameters("one")
+    frozen.requires_grad_(False)
+    compiled = torch.compile(model, backend="xpu_lora")
+    for run in (model, compiled):
+        with bank.use(["one"] * 2):
+            _loss(run, _tokens(0)).sum().backward()
+        assert frozen.grad is None
+        wanted = [weight.grad for weight in peft_model.parameters() if weight.requires_grad][1:]
+        for parameter, right in zip(rest, wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, right, rtol=1e-3, atol=1e-5)
+            parameter.grad = None
+
+
+def test_gradients_that_come_after_the_block_reach_its_adapters(folders: dict[str, Path]) -> None:
+    model, bank = _attached(folders)
+    bank.trainable(["pirate", "haiku"])
+    with bank.use(["pirate", None]):
+        loss = _loss(model, _tokens(0)).sum()
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in bank.parameters("pirate"))
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_that_would_never_run_are_refused(folders: dict[str, Path], register: str) -> None:
+    _, bank = _attached(folders)
+    bank.trainable(["pirate"])
+    handle = getattr(bank.parameters("pirate")[0], register)(lambda _: None)
+    with pytest.raises(AdapterError, match="a parameter without hooks, which would not run; got one with a hook"):
+        bank.use(["pirate"]).__enter__()
+    handle.remove()
+    with bank.use(["pirate"]):
+        pass

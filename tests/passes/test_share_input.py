@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import xpu_lora_compile as xlc
-from xpu_lora_compile.ops import reference
+from xpu_lora_compile.ops import TRAINED_LINEAR, reference
 from xpu_lora_compile.passes import Decision, find_sites, share_input
 from xpu_lora_compile.passes.editing import graphs_of
 from xpu_lora_compile.passes.graph import Rewrite
@@ -328,3 +328,38 @@ def test_running_twice_changes_nothing() -> None:
             share_input(graph, Rewrite())
 
     assert graphs_of_compiling(query_and_key, X, WQ, WK, passes=twice) == texts
+
+
+def _trained(x: Tensor, bases: tuple[Tensor, Tensor], scalings: tuple[Tensor, Tensor], leaves: list[Tensor]) -> Any:
+    """Two layers on one input, of whose slots two are trained."""
+    slots = SLOTS
+    calls = [
+        TRAINED_LINEAR([base], x, [a], [b], INDICES, scaling, slots, leaves[s : s + 1], leaves[s + 2 : s + 3])[0]
+        for s, (base, a, b, scaling) in enumerate(zip(bases, A, B, scalings, strict=True))
+    ]
+    return calls[0].sin(), calls[1].cos()
+
+
+SLOTS, FACTORS, OTHERS = torch.tensor([0, 2], device=DEVICE), torch.ones(K, device=DEVICE), torch.ones(K, device=DEVICE)
+
+
+@pytest.mark.parametrize("scalings", [(FACTORS, FACTORS), (FACTORS, OTHERS)], ids=["the same", "two tensors"])
+def test_layers_that_train_the_same_slots_with_the_same_scalings_become_one_call(scalings: Any) -> None:
+    x = X.clone().requires_grad_()
+    leaves = [random(2, *stack.shape[1:], seed=7 + s).requires_grad_() for s, stack in enumerate((*A, *_turned()))]
+    bases = random(T, D, seed=8), random(T, 4, seed=9)
+    operands = x, bases, scalings, leaves
+    texts = graphs_of_compiling(_trained, *operands, passes=shared)
+    calls = [line.split("(")[0] for line in "\n".join(texts).splitlines() if "trained_linear" in line]
+    is_one = scalings[0] is scalings[1]
+    assert len(calls) == (1 if is_one else 2)
+    compiled = compiled_with(shared, _trained)
+    wanted = torch.autograd.grad([value.sum() for value in _trained(*operands)], [x, *leaves])
+    got = torch.autograd.grad([value.sum() for value in compiled(*operands)], [x, *leaves])
+    for mine, right in zip(got, wanted, strict=True):
+        assert right.any()
+        torch.testing.assert_close(mine, right)
+
+
+def _turned() -> list[Tensor]:
+    return [stack.transpose(1, 2) for stack in B]

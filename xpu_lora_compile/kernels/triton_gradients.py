@@ -28,8 +28,6 @@ from xpu_lora_compile.torch_internals import number_of
 
 # The height of tiles for every T, so that a sum does not depend on it.
 HEIGHT = 32
-# Fewer programs than this leave most cores of a GPU idle.
-_PROGRAMS = 128
 # How many tiles a program looks at at once for those of its slot.
 _SCAN = 256
 
@@ -237,11 +235,7 @@ def _sum_by_slot(
     if not count or not length:
         return
     sizes = gradient_sizes_for(rows.device.type, rows.dtype)
-    columns, block = sizes.sum_columns, rank_block(sizes.ranks, rank, rows.dtype)
-    # Few slots in wide blocks would leave most of a GPU without work. No sum depends on it.
-    while columns > 32 and count * -(-length // columns) < _PROGRAMS:
-        columns //= 2
-    blocks = -(-length // columns)
+    block, blocks = rank_block(sizes.ranks, rank, rows.dtype), -(-length // sizes.sum_columns)
     form.launch(
         "weights_gradient_kernel",
         (count * blocks, -(-rank // block)),
@@ -266,6 +260,6 @@ def _sum_by_slot(
         sizes.sum_rows,
         _SCAN,
         block,
-        columns,
+        sizes.sum_columns,
         num_warps=sizes.warps,
     )
