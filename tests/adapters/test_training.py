@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
+import pickle
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -593,13 +597,95 @@ def test_gradients_that_come_after_the_block_reach_its_adapters(folders: dict[st
     assert all(parameter.grad is not None for parameter in bank.parameters("pirate"))
 
 
-@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
-def test_hooks_that_would_never_run_are_refused(folders: dict[str, Path], register: str) -> None:
-    _, bank = _attached(folders)
-    bank.trainable(["pirate"])
-    handle = getattr(bank.parameters("pirate")[0], register)(lambda _: None)
-    with pytest.raises(AdapterError, match="a parameter without hooks, which would not run; got one with a hook"):
+def test_hooks_run_or_are_refused(folders: dict[str, Path]) -> None:
+    model, bank = _attached(folders)
+    bank.trainable(["pirate", "haiku"])
+    first, others = bank.parameters("pirate")[0], bank.parameters("haiku")
+    seen: list[Tensor] = []
+    first.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.clone()))
+    with bank.use(["pirate"]):
+        _loss(model, _tokens(0, 1)).sum().backward()
+    assert [same_bits(grad, first.grad) for grad in seen] == [True]
+    handle = first.register_hook(lambda _: None)
+    with pytest.raises(AdapterError, match=r"'pirate': .*: wanted a parameter without hooks of register_hook"):
         bank.use(["pirate"]).__enter__()
+    bank.save("haiku", folders["haiku"].parent / "saved")
+    bank.trainable(["pirate", "haiku"])
+    assert all(left is right for left, right in zip(others, bank.parameters("haiku"), strict=True))
     handle.remove()
     with bank.use(["pirate"]):
-        pass
+        loss = _loss(model, _tokens(0, 1)).sum()
+        first.register_hook(lambda _: None)
+        with pytest.raises(AdapterError, match="Use register_post_accumulate_grad_hook"):
+            loss.backward()
+
+
+def test_gradients_reach_the_adapters_of_the_forward_pass_whichever_block_is_open(folders: dict[str, Path]) -> None:
+    model, bank = _attached(folders)
+    bank.trainable(["pirate", "haiku"])
+
+    def gradients_of(name: str) -> list[Tensor | None]:
+        found = [parameter.grad for parameter in bank.parameters(name)]
+        for parameter in bank.parameters(name):
+            parameter.grad = None
+        return found
+
+    with bank.use(["pirate"] * 2):
+        _loss(model, _tokens(0)).sum().backward()
+    wanted = gradients_of("pirate")
+    assert gradients_of("haiku") == [None] * len(bank.parameters("haiku"))
+    # In a later block, of another number of rows.
+    with bank.use(["pirate"] * 2):
+        loss = _loss(model, _tokens(0)).sum()
+    with bank.use(["haiku"] * 3):
+        (loss + _loss(model, _tokens(1, 3)).sum()).backward()
+    for mine, right in zip(gradients_of("pirate"), wanted, strict=True):
+        torch.testing.assert_close(mine, right)
+    assert None not in gradients_of("haiku")
+    # In the block around it.
+    with bank.use(["haiku"] * 3):
+        with bank.use(["pirate"] * 2):
+            loss = _loss(model, _tokens(0)).sum()
+        loss.backward()
+    for mine, right in zip(gradients_of("pirate"), wanted, strict=True):
+        torch.testing.assert_close(mine, right)
+    gradients_of("haiku")
+    # And an adapter of the block around gets no zeros, with which an optimizer would do a step.
+    with bank.use(["haiku"] * 2), bank.use(["pirate"] * 2):
+        _loss(model, _tokens(0)).sum().backward()
+    assert gradients_of("haiku") == [None] * len(bank.parameters("haiku"))
+
+
+def test_a_part_of_a_gradient_keeps_no_memory_of_others(folders: dict[str, Path]) -> None:
+    model, bank = _attached(folders)
+    bank.trainable(list(folders))
+    with bank.use(["haiku"]):
+        _loss(model, _tokens(0, 1)).sum().backward()
+    for parameter in bank.parameters("haiku"):
+        assert parameter.grad.untyped_storage().nbytes() == parameter.grad.nbytes
+        assert parameter.grad.stride() == parameter.stride() or parameter.grad.is_contiguous()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda what: pickle.loads(pickle.dumps(what))])  # noqa: S301
+def test_a_copy_of_a_model_that_is_trained_computes_the_same_and_trains_nothing(
+    folders: dict[str, Path], copied: Callable[[Any], Any]
+) -> None:
+    _, bank = _attached(folders)
+    bank.trainable(["pirate"])
+    layer = next(module for module in bank._layers.values() if module.lora_training is not None)
+    training = copied(layer.lora_training)
+    assert same_bits(training.scalings, layer.lora_training.scalings)
+    assert same_bits(training.slots, layer.lora_training.slots)
+    assert not training.leaf_a.requires_grad
+    assert not training.leaf_b.requires_grad
+
+
+def test_a_model_whose_adapters_were_trained_is_freed(folders: dict[str, Path]) -> None:
+    model, bank = _attached(folders)
+    bank.trainable(["pirate"])
+    with bank.use(["pirate"]):
+        _loss(model, _tokens(0, 1)).sum().backward()
+    left = weakref.ref(model)
+    del model, bank
+    gc.collect()
+    assert left() is None

@@ -15,7 +15,7 @@ from torch import Tensor
 from xpu_lora_compile.kernels import triton_launch
 from xpu_lora_compile.kernels.call import LoraCall
 from xpu_lora_compile.kernels.routing import RowRouting
-from xpu_lora_compile.kernels.triton_gradients import backward
+from xpu_lora_compile.kernels.triton_gradients import backward, forward, training_tiles
 from xpu_lora_compile.kernels.triton_launch import Triton, route
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -79,18 +79,26 @@ def _runs_of_routing() -> Iterator[Callable[[], object]]:
         yield partial(route, torch.zeros(rows, dtype=torch.int64), slots)
 
 
-def _gradients(call: LoraCall, scalings: Tensor | None, slots: list[int], ranks: list[int]) -> None:
+def _gradients(call: LoraCall, scalings: Tensor | None, slots: Tensor | None) -> None:
     """Ask for all gradients of a call, of all slots or of some."""
     places = call.slice_outputs, call.slice_offsets, call.scaling
     operands = call.outputs, call.inputs, call.lora_a, call.lora_b, call.routing.indices, *places
-    backward(triton_launch._launch, *operands, scalings, slots, ranks, True, True)
+    backward(triton_launch._launch, *operands, scalings, slots, True, True)
+
+
+def _training(call: LoraCall) -> None:
+    """Ask for both passes of a call that trains two slots in its first slice."""
+    launch, scalings, slots = triton_launch._launch, torch.ones(8), torch.tensor([1, 5])
+    indices, tiles = call.routing.indices, training_tiles(triton_launch._launch, call.routing.indices, 8)
+    operands = call.inputs, call.lora_a, call.lora_b, indices
+    result, kept = forward(launch, call.outputs, *operands, scalings, tiles)
+    backward(launch, [result], *operands, [0], [0], 1.0, scalings, slots, True, True, tiles, kept)
 
 
 def _runs_of_gradients() -> Iterator[Callable[[], None]]:
     for dtype, rank, features in itertools.product(DTYPES.values(), RANKS, (4096, 1001)):
-        yield partial(_gradients, lora_call(300, rank, dtype, features), None, [], [])
-        one = lora_call(300, rank, dtype, features, widths=(1024,))
-        yield partial(_gradients, one, torch.ones(8), [1, 5], [rank, 8])
+        yield partial(_gradients, lora_call(300, rank, dtype, features), None, None)
+        yield partial(_training, lora_call(300, rank, dtype, features, widths=(1024,)))
 
 
 @cache
@@ -117,6 +125,7 @@ def _dtype(operand: Any) -> Any:
 def _group(launch: Launch) -> str:
     """The kernel, and the dtype of A or B, or of their gradients."""
     weights = {"shrink_kernel": "a", "expand_kernel": "b", "inputs_gradient_kernel": "a"}
-    name = weights.get(launch.kernel, "targets" if launch.kernel == "weights_gradient_kernel" else "")
-    dtypes = [launch.operand(name)[0].dtype] if name else []
+    name = weights.get(launch.kernel, "target" if launch.kernel == "weights_gradient_kernel" else "")
+    operand = launch.operand(name) if name else ()
+    dtypes = [part.dtype for part in (operand if isinstance(operand, tuple) else (operand,))][:1]
     return ", ".join([launch.kernel, *(name for name, dtype in DTYPES.items() if dtype in dtypes)])

@@ -184,7 +184,7 @@ class AdapterBank:
         self._max_rank = max_rank
         self._staging = Staging()
         self._loaded: dict[str, Loaded] = {}
-        self._training = Training(cast("Mapping[str, TrainableLayer]", self._stacked), self._named)
+        self._training = Training(cast("Mapping[str, TrainableLayer]", self._stacked))
         # Slots that are being filled, and the name that each will have.
         self._filling: dict[int, str] = {}
         # Those of the layers, when an adapter was last loaded.
@@ -361,7 +361,7 @@ class AdapterBank:
 
         The parameters of an adapter that is trained already stay the same. The base model's are left as they are: call
         `model.requires_grad_(False)` if these are not to be trained, too. The graphs of a compiled model depend on
-        which adapters are trained.
+        how many adapters are trained in each module.
 
         Args:
             names: of adapters in the bank, of A and B of linear layers alone; none to end all training.
@@ -408,11 +408,6 @@ class AdapterBank:
     def named_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Return the same, by PEFT's names, such as `base_model.model.….q_proj.lora_A.weight`."""
         return dict(self._training.parameters_of(name))
-
-    def _named(self) -> set[str | None] | None:
-        """The adapters that open blocks name; None where no block is open."""
-        blocks = list(self._blocks)
-        return set().union(*(block.names for block in blocks)) if blocks else None
 
     def _loaded_as(self, name: str) -> Loaded:
         """What was in the folder of an adapter."""
@@ -559,6 +554,7 @@ class AdapterBank:
         with self._lock:
             self._check_modules()
             self._training.check()
+            self._training.check_hooks()
             rows = {"": _checked_rows("use", names, lengths, self._adapters_per_row)}
             for part, given in _checked_parts(parts).items():
                 name = self._name_of_part(part)
@@ -566,7 +562,9 @@ class AdapterBank:
                 self._check_part(part, name)
                 entries, its_lengths = given if packed else (given, None)
                 rows[name] = _checked_rows(f"use: parts[{part!r}]", entries, its_lengths, self._adapters_per_row)
-            return self._enter(rows, input_ids)
+            block = self._enter(rows, input_ids)
+            self._training.name(block.names)
+            return block
 
     def _enter(self, rows: dict[str, Rows], input_ids: Any = None) -> Block:
         """Open a block, whose names have been checked."""
@@ -629,6 +627,8 @@ class AdapterBank:
             self._note_readers()
             self._blocks.remove(block)
             self._route(self._blocks[-1] if self._blocks else None)
+            if self._blocks:
+                self._training.name(self._blocks[-1].names)
 
     def _route(self, block: Block | None) -> None:
         """Point the layers at the slots of a block; None outside all blocks."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors.torch import save_file
@@ -41,6 +42,30 @@ class _Member:
     b: nn.Parameter
 
 
+class _Shared:
+    """What the layers of a bank share.
+
+    Attributes:
+        named: the adapters of the innermost `use` block, or of the last one.
+    """
+
+    def __init__(self) -> None:
+        self.named: Collection[str | None] = ()
+        self._tensors: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()
+
+    def __reduce__(self) -> tuple[type[_Shared], tuple[()]]:
+        # A copy shares nothing with what it was made from.
+        return _Shared, ()
+
+    def tensor(self, values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """One tensor of these values for all that ask, which nobody changes."""
+        key = values, dtype, device
+        found = self._tensors.get(key)
+        if found is None:
+            found = self._tensors[key] = torch.tensor(values, dtype=dtype, device=device)
+        return found
+
+
 class TrainedSlots:
     """The slots of one layer that are trained.
 
@@ -49,8 +74,7 @@ class TrainedSlots:
 
     Args:
         stacks: A `[K, R, D]` and B `[K, W, R]` of the layer.
-        shared: scalings and numbers of slots of all layers, by their values.
-        named: as of `Training`; no other adapters get gradients.
+        shared: with the other layers.
 
     Attributes:
         slots: `[n]`, their numbers.
@@ -62,19 +86,13 @@ class TrainedSlots:
     """
 
     slots: Tensor
-    leaf_a: nn.Parameter
-    leaf_b: nn.Parameter
+    leaf_a: Tensor
+    leaf_b: Tensor
     scalings: Tensor
 
-    def __init__(
-        self,
-        stacks: tuple[Tensor, Tensor],
-        shared: dict[Hashable, Tensor],
-        named: Callable[[], Collection[str | None] | None],
-    ) -> None:
+    def __init__(self, stacks: tuple[Tensor, Tensor], shared: _Shared) -> None:
         self._stacks = stacks
         self._shared = shared
-        self._named = named
         self._members: tuple[_Member, ...] = ()
         self._factors = (1.0,) * len(stacks[0])
         self.rates: tuple[float, ...] = ()
@@ -83,6 +101,10 @@ class TrainedSlots:
 
     def __len__(self) -> int:
         return len(self._members)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: it computes the same, and gives no gradients to parameters that are not its own."""
+        return vars(self) | {"leaf_a": self.leaf_a.detach(), "leaf_b": self.leaf_b.detach()}
 
     def add(self, name: str, slot: int, a: Tensor, b: Tensor, scaling: float, rate: float) -> tuple[nn.Parameter, ...]:
         """Train a slot, whose A and B these are, and which has not been trained yet; return its parameters."""
@@ -103,35 +125,14 @@ class TrainedSlots:
         (_, rank, features), width, count = stack_a.shape, stack_b.shape[1], len(members)
         self._members = members
         self._factors = tuple(scaling if at == slot else factor for at, factor in enumerate(self._factors))
-        self.slots = self._share(tuple(member.slot for member in members))
-        self.scalings = self._share(self._factors)
-        self.leaf_a, self.leaf_b = (
-            nn.Parameter(stack.new_empty(1).expand(count, rank, length))
-            for stack, length in ((stack_a, features), (stack_b, width))
-        )
-        for leaf, of_b in ((self.leaf_a, False), (self.leaf_b, True)):
-            leaf.register_post_accumulate_grad_hook(partial(self._hand_out, members, of_b))
-
-    def _share(self, values: tuple[float, ...]) -> Tensor:
-        """A tensor of these values, of floats float32 and of integers int64."""
-        device = self._stacks[0].device
-        return self._shared.setdefault((device, values), torch.tensor(values, device=device))
-
-    def _hand_out(self, members: tuple[_Member, ...], of_b: bool, leaf: Tensor) -> None:
-        """Give each adapter's parameter its part of the gradient that has come to a leaf."""
-        whole, leaf.grad = leaf.grad, None
-        if whole is None:
-            return
-        named, parts = self._named(), (whole.transpose(1, 2) if of_b else whole).unbind()
-        for member, part in zip(members, parts, strict=True):
-            parameter = member.b if of_b else member.a
-            if not parameter.requires_grad or not (named is None or member.name in named):
-                continue
-            mine = part if part.shape == parameter.shape else part[tuple(map(slice, parameter.shape))]
-            if parameter.grad is None:
-                parameter.grad = mine
-            else:
-                parameter.grad.add_(mine)
+        self.slots = self._shared.tensor(tuple(member.slot for member in members), torch.int64, stack_a.device)
+        self.scalings = self._shared.tensor(self._factors, torch.float32, stack_a.device)
+        self.leaf_a = nn.Parameter(stack_a.new_empty(1).expand(count, rank, features))
+        self.leaf_b = nn.Parameter(stack_b.new_empty(1).expand(count, rank, width))
+        # The hooks hold no leaf: Python does not see the way from a leaf to its hooks, and would never free them.
+        of_a, of_b = [(member.name, member.a) for member in members], [(member.name, member.b) for member in members]
+        self.leaf_a.register_post_accumulate_grad_hook(partial(_hand_out, self._shared, of_a, False))
+        self.leaf_b.register_post_accumulate_grad_hook(partial(_hand_out, self._shared, of_b, True))
 
     def dropped(self, rows: Tensor, indices: Tensor) -> Tensor:
         """Rows `[T, D]` with some elements of those of trained slots set to 0, as PEFT does before A."""
@@ -139,6 +140,50 @@ class TrainedSlots:
         for position, rate in enumerate(self.rates):
             rows = torch.where(rate_of == position, nn.functional.dropout(rows, rate), rows)
         return rows
+
+
+def _hand_out(shared: _Shared, members: list[tuple[str, nn.Parameter]], is_turned: bool, leaf: Tensor) -> None:
+    """Give each adapter's parameter its part of the gradient that has come to a leaf, as autograd would.
+
+    An adapter that the block does not name has no rows, and gets no zeros, with which an optimizer would do a step. But
+    what a block around it, or one before it, has computed reaches its adapters.
+    """
+    whole, leaf.grad = leaf.grad, None
+    if whole is None:
+        return
+    takes = [name in shared.named for name, _ in members]
+    is_whole = all(takes)
+    if not is_whole:
+        has_some = whole.flatten(1).any(1).tolist()
+        takes = [is_named or has for is_named, has in zip(takes, has_some, strict=True)]
+    parts = (whole.transpose(1, 2) if is_turned else whole).unbind()
+    for (name, parameter), part, is_taken in zip(members, parts, takes, strict=True):
+        if not is_taken or not parameter.requires_grad:
+            continue
+        check_has_no_hook(f"{name!r}", parameter)
+        mine = part if part.shape == parameter.shape else part[tuple(map(slice, parameter.shape))]
+        if parameter.grad is not None:
+            parameter.grad.add_(mine)
+        elif mine.stride() != parameter.stride():
+            # Optimizers that read both in one order (`fused=True`) want one layout.
+            parameter.grad = mine.contiguous()
+        else:
+            # A part would keep all the memory that the parts of others have left.
+            parameter.grad = mine if is_whole else mine.clone()
+        for hook in tuple((parameter._post_accumulate_grad_hooks or {}).values()):
+            hook(parameter)
+
+
+def check_has_no_hook(where: str, parameter: Tensor) -> None:
+    """Refuse a parameter with a hook that nobody would run.
+
+    Raises:
+        AdapterError: it has one.
+    """
+    if parameter._backward_hooks:
+        remedy = "Use register_post_accumulate_grad_hook, or change the gradient after backward."
+        wanted, got = "a parameter without hooks of register_hook, which is no part of a graph", "one with such a hook"
+        raise AdapterError(f"bank.trainable: {where}", wanted, got, remedy)
 
 
 class TrainableLayer(Protocol):
@@ -205,22 +250,17 @@ class Training:
 
     Args:
         layers: of the bank, by plain name.
-        named: the adapters that open `use` blocks name; None where no block is open.
     """
 
-    def __init__(
-        self, layers: Mapping[str, TrainableLayer], named: Callable[[], Collection[str | None] | None]
-    ) -> None:
+    def __init__(self, layers: Mapping[str, TrainableLayer]) -> None:
         self._layers = layers
-        self._named = named
+        self._shared = _Shared()
         # Of each adapter the parameters, by PEFT's names.
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         self._loaded: dict[str, tuple[int, Loaded]] = {}
         # The stacks that the parameters are views of, and where each parameter lies.
         self._stacks: dict[str, tuple[Tensor, Tensor]] = {}
         self._places: dict[str, list[int]] = {}
-        # What layers share, by its values.
-        self._shared: dict[Hashable, Tensor] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -260,7 +300,7 @@ class Training:
                 layer = self._layers[module]
                 if layer.lora_training is None:
                     self._stacks[module] = layer.lora_a, layer.lora_b
-                    layer.lora_training = TrainedSlots(self._stacks[module], self._shared, self._named)
+                    layer.lora_training = TrainedSlots(self._stacks[module], self._shared)
                 a, b = layer.places(layer.lora_a[slot], layer.lora_b[slot], pair.shape_a, pair.shape_b)
                 b.copy_(_unscaled(b, pair.scaling))
                 made = layer.lora_training.add(name, slot, a, b, pair.scaling, loaded.dropout)
@@ -296,12 +336,16 @@ class Training:
             for (key, parameter), place in zip(parameters.items(), self._places[name], strict=True):
                 if parameter.data_ptr() != place:
                     raise _moved(f"{name!r}: {key}", "a parameter that is a view of its slot", "other memory")
-                if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                    where = f"bank.trainable: {name!r}: {key}"
-                    remedy = "Do it after backward: the gradients of all adapters come in one tensor a module."
-                    raise AdapterError(
-                        where, "a parameter without hooks, which would not run", "one with a hook", remedy
-                    )
+
+    def check_hooks(self) -> None:
+        """Raise AdapterError where a parameter has a hook that would not run."""
+        for name, parameters in self._parameters.items():
+            for key, parameter in parameters.items():
+                check_has_no_hook(f"{name!r}: {key}", parameter)
+
+    def name(self, named: Collection[str | None]) -> None:
+        """Have these adapters take gradients, and others where there are some."""
+        self._shared.named = named
 
     def drop_stale(self) -> None:
         """Train nothing where `check` would raise."""

@@ -23,7 +23,7 @@ from xpu_lora_compile.kernels.triton_launch import (
     rank_block,
     shrink_into,
 )
-from xpu_lora_compile.kernels.triton_visible import Columns, Launch
+from xpu_lora_compile.kernels.triton_visible import Launch
 from xpu_lora_compile.torch_internals import number_of
 
 # The height of tiles for every T, so that a sum does not depend on it.
@@ -89,11 +89,10 @@ def forward(
         tiles = training_tiles(launch, indices, slots) if tiles is None else tiles
         routing = RowRouting(indices, slots, tiles=tiles)
         factors = scalings.gather(0, routing.slot)
-        columns = [Columns(result, 0) for result in results]
         for part, hidden in zip([slice(None)] if is_one else _singles(len(lora_a)), kept, strict=True):
             shrink_into(Hidden(hidden, False), inputs, lora_a[part], routing, form=form)
             scaled = Hidden(hidden * factors.repeat(len(lora_a[part])).unsqueeze(1), False)
-            expand_from(columns[part], scaled, lora_b[part], routing, None, add=True, pdl=False, form=form)
+            expand_from(results[part], scaled, lora_b[part], routing, None, add=True, pdl=False, form=form)
     return [*results, *kept] if is_one and is_kept else results
 
 

@@ -136,7 +136,7 @@ def _factors(indices: Tensor, scalings: Tensor, dtype: torch.dtype) -> tuple[Ten
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     bases, rows, lora_a, lora_b, indices, scalings, slots, _, _, *tiles = inputs
-    ctx.slices, ctx.has_tiles = len(bases), tiles not in ([], [None])
+    ctx.slices, ctx.has_tiles = len(bases), bool(tiles) and tiles[0] is not None
     more = (*tiles, *output[len(bases) :]) if ctx.has_tiles else output[len(bases) :]
     ctx.save_for_backward(rows, indices, scalings, slots, *lora_a, *lora_b, *more)
 
