@@ -14,7 +14,7 @@ from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -130,9 +130,9 @@ class TrainedSlots:
         self.leaf_a = nn.Parameter(stack_a.new_empty(1).expand(count, rank, features))
         self.leaf_b = nn.Parameter(stack_b.new_empty(1).expand(count, rank, width))
         # The hooks hold no leaf: Python does not see the way from a leaf to its hooks, and would never free them.
-        of_a, of_b = [(member.name, member.a) for member in members], [(member.name, member.b) for member in members]
-        self.leaf_a.register_post_accumulate_grad_hook(partial(_hand_out, self._shared, of_a, False))
-        self.leaf_b.register_post_accumulate_grad_hook(partial(_hand_out, self._shared, of_b, True))
+        for leaf, is_b in ((self.leaf_a, False), (self.leaf_b, True)):
+            parts = [_Part.of(member.name, member.b if is_b else member.a, is_b, leaf) for member in members]
+            leaf.register_post_accumulate_grad_hook(partial(_hand_out, self._shared, parts, is_b))
 
     def dropped(self, rows: Tensor, indices: Tensor) -> Tensor:
         """Rows `[T, D]` with some elements of those of trained slots set to 0, as PEFT does before A."""
@@ -142,7 +142,31 @@ class TrainedSlots:
         return rows
 
 
-def _hand_out(shared: _Shared, members: list[tuple[str, nn.Parameter]], is_turned: bool, leaf: Tensor) -> None:
+class _Part(NamedTuple):
+    """Which part of a leaf's gradient goes to a parameter.
+
+    Attributes:
+        name: of the adapter.
+        parameter: A `[r, D]` or B `[W, r]`.
+        cut: of the adapter's `[R, D]` or `[W, R]`; None for all.
+        is_laid_otherwise: whether its elements lie in another order than the parameter's.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    cut: tuple[slice, ...] | None
+    is_laid_otherwise: bool
+
+    @classmethod
+    def of(cls, name: str, parameter: nn.Parameter, is_b: bool, leaf: Tensor) -> _Part:
+        """The part of a parameter, of B in a leaf that has it turned."""
+        _, rank, length = leaf.shape
+        whole, strides = ((length, rank), (1, length)) if is_b else ((rank, length), (length, 1))
+        cut = None if parameter.shape == whole else tuple(map(slice, parameter.shape))
+        return cls(name, parameter, cut, parameter.stride() != strides)
+
+
+def _hand_out(shared: _Shared, parts: list[_Part], is_b: bool, leaf: Tensor) -> None:
     """Give each adapter's parameter its part of the gradient that has come to a leaf, as autograd would.
 
     An adapter that the block does not name has no rows, and gets no zeros, with which an optimizer would do a step. But
@@ -151,20 +175,22 @@ def _hand_out(shared: _Shared, members: list[tuple[str, nn.Parameter]], is_turne
     whole, leaf.grad = leaf.grad, None
     if whole is None:
         return
-    takes = [name in shared.named for name, _ in members]
+    takes = [part.name in shared.named for part in parts]
     is_whole = all(takes)
     if not is_whole:
         has_some = whole.flatten(1).any(1).tolist()
         takes = [is_named or has for is_named, has in zip(takes, has_some, strict=True)]
-    parts = (whole.transpose(1, 2) if is_turned else whole).unbind()
-    for (name, parameter), part, is_taken in zip(members, parts, takes, strict=True):
+    for part, mine, is_taken in zip(parts, (whole.transpose(1, 2) if is_b else whole).unbind(), takes, strict=True):
+        parameter = part.parameter
         if not is_taken or not parameter.requires_grad:
             continue
-        check_has_no_hook(f"{name!r}", parameter)
-        mine = part if part.shape == parameter.shape else part[tuple(map(slice, parameter.shape))]
+        if parameter._backward_hooks:
+            check_has_no_hook(f"{part.name!r}", parameter)
+        if part.cut is not None:
+            mine = mine[part.cut]
         if parameter.grad is not None:
             parameter.grad.add_(mine)
-        elif mine.stride() != parameter.stride():
+        elif part.is_laid_otherwise:
             # Optimizers that read both in one order (`fused=True`) want one layout.
             parameter.grad = mine.contiguous()
         else:
