@@ -11,7 +11,7 @@ from support.cases import BF16, DEVICE, F16, F32, F64, LORA_LINEAR, Case, build,
 from torch import Tensor
 from torch.library import opcheck
 
-from xpu_lora_compile.errors import ShapeError
+from xpu_lora_compile.errors import DeviceError, ShapeError
 from xpu_lora_compile.kernels import force_kernel
 from xpu_lora_compile.kernels.native import NATIVE_BACKWARD
 from xpu_lora_compile.ops import TRAINED_LINEAR, lora_linear
@@ -274,5 +274,7 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         TRAINED_LINEAR(*operands, torch.ones(8), one, leaves_a, [])
     with pytest.raises(ShapeError, match="slots: wanted int64"):
         TRAINED_LINEAR(*operands, torch.ones(8), one.float(), leaves_a, leaves_b)
+    with pytest.raises(DeviceError, match="scalings and slots: wanted on cpu, as the stacks; got cpu and meta"):
+        TRAINED_LINEAR(*operands, torch.ones(8), one.to("meta"), leaves_a, leaves_b)
     with pytest.raises(ShapeError, match="scalings: wanted float32"):
         TRAINED_LINEAR(*operands, torch.ones(7), one, leaves_a, leaves_b)

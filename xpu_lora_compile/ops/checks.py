@@ -137,6 +137,9 @@ def check_trained(
     if slots.dim() != 1 or slots.dtype not in (torch.int64, torch.int32):
         wanted, got = "int64 or int32 [n], slots that are trained", f"{_dtype(slots)} {_shape(slots)}"
         raise ShapeError(f"{op}: slots", wanted, got, "Pass their numbers as a tensor.")
+    if len({lora_a[0].device, scalings.device, slots.device}) > 1:
+        got, remedy = f"{scalings.device} and {slots.device}", f'Move them with `.to("{lora_a[0].device}")`.'
+        raise DeviceError(f"{op}: scalings and slots", f"on {lora_a[0].device}, as the stacks", got, remedy)
     if not len(lora_a) == len(trained_a) == len(trained_b):
         got = f"{len(lora_a)} slices, {len(trained_a)} and {len(trained_b)}"
         raise ShapeError(op, "for each slice a leaf of A and one of B", got, "Pass lists of the same length.")
