@@ -114,6 +114,11 @@ def runs_plainly(*operands: Any) -> bool:
     )
 
 
+def queue_after_backward(call: Any) -> None:
+    """Have something called at the end of the backward pass that runs now."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
 def is_traced() -> bool:
     """Whether ops are looked at by a mode or a transform, as while a backward pass is traced to be compiled."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None

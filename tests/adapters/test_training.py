@@ -656,6 +656,31 @@ def test_gradients_reach_the_adapters_of_the_forward_pass_whichever_block_is_ope
     assert gradients_of("haiku") == [None] * len(bank.parameters("haiku"))
 
 
+def test_a_backward_pass_that_fails_takes_nothing_from_the_next(folders: dict[str, Path]) -> None:
+    model, bank = _attached(folders)
+    bank.trainable(["pirate", "haiku"])
+    with bank.use(["haiku"]):
+        of_haiku = _loss(model, _tokens(0, 1)).sum()
+        of_haiku.backward(retain_graph=True)
+    wanted = [parameter.grad.clone() for parameter in bank.parameters("haiku")]
+
+    def fail(_: Tensor) -> None:
+        raise ValueError("on purpose")
+
+    first = bank.parameters("pirate")[0]
+    handle = first.register_post_accumulate_grad_hook(fail)
+    # Of another size: the rows of batches of one size are in one buffer.
+    with bank.use(["pirate"] * 2):
+        with pytest.raises(ValueError, match="on purpose"):
+            _loss(model, _tokens(0)).sum().backward()
+        handle.remove()
+        for parameter in bank.parameters("haiku"):
+            parameter.grad = None
+        of_haiku.backward()
+    for parameter, right in zip(bank.parameters("haiku"), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, right)
+
+
 def test_a_part_of_a_gradient_keeps_no_memory_of_others(folders: dict[str, Path]) -> None:
     model, bank = _attached(folders)
     bank.trainable(list(folders))

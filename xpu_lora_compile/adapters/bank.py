@@ -368,8 +368,8 @@ class AdapterBank:
 
         Raises:
             UnknownAdapterError: the bank has no adapter of a name.
-            UnsupportedAdapterError: an adapter has more than A and B of linear layers, such as DoRA or LoRA on embeddings,
-                or is one of a PeftModel; or the bank has several adapters for a row.
+            UnsupportedAdapterError: an adapter has more than A and B of linear layers, such as DoRA or LoRA on
+                embeddings, or is one of a PeftModel; or the bank has several adapters for a row.
             AdapterError: no list of names; or a module has been replaced, or its forward hooked, since `attach`.
             BankInUseError: a `use` block is open.
         """

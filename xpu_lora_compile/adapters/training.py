@@ -26,6 +26,7 @@ from xpu_lora_compile.adapters.config import CONFIG_FILE, is_targeted
 from xpu_lora_compile.adapters.files import few
 from xpu_lora_compile.adapters.names import PREFIX, parse_key
 from xpu_lora_compile.errors import AdapterError, UnsupportedAdapterError
+from xpu_lora_compile.torch_internals import queue_after_backward
 
 # Fields of adapter_config.json for which a slot holds more than A and B.
 _MORE_THAN_A_AND_B = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
@@ -52,6 +53,8 @@ class _Shared:
     def __init__(self) -> None:
         self.named: Collection[str | None] = ()
         self._tensors: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()
+        # Parts that adapters get which the block does not name, each with whether it is more than zeros.
+        self._others: list[tuple[_Part, Tensor, Tensor]] = []
 
     def __reduce__(self) -> tuple[type[_Shared], tuple[()]]:
         # A copy shares nothing with what it was made from.
@@ -64,6 +67,26 @@ class _Shared:
         if found is None:
             found = self._tensors[key] = torch.tensor(values, dtype=dtype, device=device)
         return found
+
+    def give_later(self, part: _Part, gradient: Tensor, has_some: Tensor) -> None:
+        """Give a parameter its gradient at the end of the backward pass, unless that is all zeros.
+
+        Args:
+            part: of a leaf's gradient.
+            gradient: of the adapter.
+            has_some: whether it is more than zeros: read once for all, since a read waits for a GPU.
+        """
+        self._others.append((part, gradient, has_some))
+
+    def give_now(self) -> None:
+        """Do what `give_later` has put off."""
+        others, self._others = self._others, []
+        for device in {gradient.device for _, gradient, _ in others}:
+            mine = [other for other in others if other[1].device == device]
+            flags = torch.stack([has_some for *_, has_some in mine]).tolist()
+            for (part, gradient, _), has_some in zip(mine, flags, strict=True):
+                if has_some:
+                    part.give(gradient, copies=True)
 
 
 class TrainedSlots:
@@ -165,6 +188,27 @@ class _Part(NamedTuple):
         cut = None if parameter.shape == whole else tuple(map(slice, parameter.shape))
         return cls(name, parameter, cut, parameter.stride() != strides)
 
+    def give(self, gradient: Tensor, *, copies: bool) -> None:
+        """Add an adapter's gradient to the parameter's, as autograd would, and run the hooks that wait for it.
+
+        Args:
+            gradient: of A `[R, D]`, or of B `[W, R]`.
+            copies: whether the parameter gets memory of its own: a part keeps that of all adapters.
+        """
+        parameter = self.parameter
+        if parameter._backward_hooks:
+            check_has_no_hook(f"{self.name!r}", parameter)
+        mine = gradient if self.cut is None else gradient[self.cut]
+        if parameter.grad is not None:
+            parameter.grad.add_(mine)
+        elif self.is_laid_otherwise:
+            # Optimizers that read both in one order (`fused=True`) want one layout.
+            parameter.grad = mine.contiguous()
+        else:
+            parameter.grad = mine.clone() if copies else mine
+        for hook in tuple((parameter._post_accumulate_grad_hooks or {}).values()):
+            hook(parameter)
+
 
 def _hand_out(shared: _Shared, parts: list[_Part], is_b: bool, leaf: Tensor) -> None:
     """Give each adapter's parameter its part of the gradient that has come to a leaf, as autograd would.
@@ -175,29 +219,17 @@ def _hand_out(shared: _Shared, parts: list[_Part], is_b: bool, leaf: Tensor) -> 
     whole, leaf.grad = leaf.grad, None
     if whole is None:
         return
-    takes = [part.name in shared.named for part in parts]
-    is_whole = all(takes)
-    if not is_whole:
-        has_some = whole.flatten(1).any(1).tolist()
-        takes = [is_named or has for is_named, has in zip(takes, has_some, strict=True)]
-    for part, mine, is_taken in zip(parts, (whole.transpose(1, 2) if is_b else whole).unbind(), takes, strict=True):
-        parameter = part.parameter
-        if not is_taken or not parameter.requires_grad:
-            continue
-        if parameter._backward_hooks:
-            check_has_no_hook(f"{part.name!r}", parameter)
-        if part.cut is not None:
-            mine = mine[part.cut]
-        if parameter.grad is not None:
-            parameter.grad.add_(mine)
-        elif part.is_laid_otherwise:
-            # Optimizers that read both in one order (`fused=True`) want one layout.
-            parameter.grad = mine.contiguous()
-        else:
-            # A part would keep all the memory that the parts of others have left.
-            parameter.grad = mine if is_whole else mine.clone()
-        for hook in tuple((parameter._post_accumulate_grad_hooks or {}).values()):
-            hook(parameter)
+    gradients = (whole.transpose(1, 2) if is_b else whole).unbind()
+    are_named = [part.name in shared.named for part in parts]
+    has_some = () if all(are_named) else whole.flatten(1).any(1).unbind()
+    for at, (part, gradient, is_named) in enumerate(zip(parts, gradients, are_named, strict=True)):
+        if is_named and part.parameter.requires_grad:
+            part.give(gradient, copies=bool(has_some))
+        elif part.parameter.requires_grad:
+            shared.give_later(part, gradient, has_some[at])
+    if has_some:
+        # For each leaf, since a backward pass that fails calls nothing.
+        queue_after_backward(shared.give_now)
 
 
 def check_has_no_hook(where: str, parameter: Tensor) -> None:
