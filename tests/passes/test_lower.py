@@ -16,7 +16,7 @@ from torch import Tensor
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.kernels import force_kernel
-from xpu_lora_compile.ops import reference
+from xpu_lora_compile.ops import TRAINED_LINEAR, reference
 from xpu_lora_compile.passes import find_sites, lower
 from xpu_lora_compile.passes.decisions import Decision
 
@@ -493,3 +493,30 @@ def test_a_program_that_leaves_python_keeps_the_public_op_of_a_forced_kernel() -
             program = torch.export.export(Model(), args)
             xlc.rewrite(program, without_python=True)
         assert f"xpu_lora.{op}(" in as_text(program.graph_module)
+
+
+SCALINGS, SLOTS = torch.tensor([0.5, 2.0], device=DEVICE), torch.tensor([1], device=DEVICE)
+
+
+def trained_layers(output: Tensor, inputs: Tensor, a: Tensor, b: Tensor, leaf_a: Tensor, leaf_b: Tensor) -> Tensor:
+    """Two layers, one after the other, of whose slots one is trained."""
+    given = [a], [b], INDICES, SCALINGS, SLOTS, [leaf_a], [leaf_b]
+    first = TRAINED_LINEAR([output], inputs, *given)[0]
+    second: Tensor = TRAINED_LINEAR([output * 2], first[:, :6], *given)[0]
+    return second
+
+
+@pytest.mark.skipif("triton" not in KERNELS_HERE, reason="Triton is not installed")
+def test_layers_that_are_trained_share_one_table_of_tiles() -> None:
+    output, inputs, a, b = operands()
+    leaves = [torch.zeros(1, *shape, device=DEVICE).requires_grad_() for shape in ((4, 6), (4, 5))]
+    call = output, inputs.requires_grad_(), a, b, *leaves
+    (text,) = graphs_of_compiling(trained_layers, *call, passes=lowered)
+    assert "training_tiles" not in text or DEVICE.type != "cpu"
+    wanted = torch.autograd.grad(trained_layers(*call).sum(), [inputs, *leaves])
+    with force_kernel("triton"):
+        (text,) = graphs_of_compiling(trained_layers, *call, passes=lowered)
+        assert (calls_in(text, "triton_training_tiles"), calls_in(text, "trained_linear")) == (1, 2)
+        got = torch.autograd.grad(compiled_with(lowered, trained_layers)(*call).sum(), [inputs, *leaves])
+    for mine, right in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, right)

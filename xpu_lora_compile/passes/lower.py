@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 
 from xpu_lora_compile.kernels import KERNELS, choice_for, forced_kernel, refusal_of, takes_triton_backward
 from xpu_lora_compile.kernels.call import Kernel, LoraCall
+from xpu_lora_compile.kernels.triton_gradients import empty_kept, keeps_hidden
 from xpu_lora_compile.ops import (
     BGMV_EXPAND_SLICE,
     BGMV_SHRINK,
@@ -91,7 +92,7 @@ def lower(graph: Graph, rewrite: Rewrite) -> None:
     memory = Memory(graph)
     for call in trained:
         if rewrite.takes_fuel(call.node):
-            call.node.args = (*call.node.args, _prepared(TRITON_TRAINING_TILES, call, {}, memory)["tiles"])
+            _give_tiles(call, _prepared(TRITON_TRAINING_TILES, call, {}, memory)["tiles"])
     for node in calls:
         # Read here: a call before it may have become another.
         call = LoraNode(node)
@@ -122,6 +123,17 @@ def _lower_half(lora: LoraNode, rewrite: Rewrite, memory: Memory) -> None:
 def _runs_triton(call: LoraNode) -> bool:
     lists = ([value_of(node) for node in nodes] for nodes in (call.lora_a, call.lora_b))
     return takes_triton_backward([value_of(base) for base in call.outputs], value_of(call.inputs), *lists)
+
+
+def _give_tiles(call: LoraNode, tiles: Node) -> None:
+    """Hand the table of tiles to a call, which then returns its rank vectors, too."""
+    node = call.node
+    lora_a, lora_b = ([value_of(stack) for stack in stacks] for stacks in (call.lora_a, call.lora_b))
+    kept = [empty_kept(value_of(call.inputs), lora_a)] if keeps_hidden(lora_a, lora_b) else []
+    told = insert_before(node, TRAINED_LINEAR, (*node.args, tiles), [*value_of(node), *kept])
+    set_decisions(told, decisions_on(node))
+    node.replace_all_uses_with(told)
+    node.graph.erase_node(node)
 
 
 def _refusal(call: LoraNode) -> str:
