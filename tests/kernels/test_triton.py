@@ -673,7 +673,7 @@ def compile_all(rows, dtype, R, widths, has_base):
         weights = [torch.empty(w, D, dtype=dtype) for w in widths]
         kernel.linear_with_lora(replace(call, outputs=()), weights, [None] * len(widths))
         operands = outputs[:1], x, a[:1], b[:1], indices, [0], [0], 0.5
-        triton_gradients.backward(triton_launch._launch, *operands, None, [], [], True, True)
+        triton_gradients.backward(triton_launch._launch, *operands, None, None, True, True)
 
 
 for rows, dtype, *rest in json.loads(sys.argv[2]):
