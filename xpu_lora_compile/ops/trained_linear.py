@@ -53,10 +53,10 @@ def _trained_linear(
     Returns:
         A tensor for each base; with tiles one more, which the backward pass reads.
     """
-    operands = bases, inputs, lora_a, lora_b, indices, scalings, slots, trained_a, trained_b, tiles
+    operands = bases, inputs, lora_a, lora_b, indices, scalings, slots, trained_a, trained_b
     _check(*operands)
     if takes_triton_backward(bases, inputs, lora_a, lora_b):
-        made: list[Tensor] = run_here(partial(_on_a_gpu, launch_flat))(*operands)
+        made: list[Tensor] = run_here(partial(_on_a_gpu, launch_flat))(*operands, tiles)
         return made
     results = [base.clone(memory_format=torch.contiguous_format) for base in bases]
     if takes_native(results[0]) and TRY_ADD_SCALED(results, *_places(inputs, lora_a, lora_b, indices), scalings):
@@ -113,14 +113,10 @@ def _check(
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     indices: Tensor,
-    scalings: Tensor,
-    slots: Tensor,
-    trained_a: Sequence[Tensor],
-    trained_b: Sequence[Tensor],
-    tiles: Tensor | None = None,
+    *trained: Any,
 ) -> None:
     checks.check_lora_linears(bases, *_places(inputs, lora_a, lora_b, indices)[:-1])
-    checks.check_trained(lora_a, lora_b, scalings, slots, trained_a, trained_b)
+    checks.check_trained(lora_a, lora_b, *trained)
 
 
 def _places(inputs: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], indices: Tensor) -> tuple[Any, ...]:
