@@ -200,10 +200,11 @@ def test_autograd_takes_the_kernels_and_not_plain_products(layer: str, monkeypat
         got = torch.autograd.grad(outputs, leaves, call.grads)
     torch.testing.assert_close(got, tuple(expected))
     # What the forward pass has need not be computed again.
-    sums = ["shrink_kernel", "weights_gradient_kernel"]
-    last = ["weights_gradient_kernel"] if layer == "trained_linear" else sums
-    first = [] if layer == "trained_linear" else ["route_kernel"]
-    assert launched == [*first, *sums, *last, "inputs_gradient_kernel"]
+    first, sums = ["route_kernel", "shrink_kernel", "shrink_kernel"], ["weights_gradient_kernel"] * 2
+    if layer == "trained_linear":
+        # Both gradients lie alike there.
+        first, sums = ["shrink_kernel"], ["weights_gradient_kernel"]
+    assert launched == [*first, *sums, "inputs_gradient_kernel"]
 
 
 def test_a_graph_of_the_backward_pass_has_one_call() -> None:
@@ -348,8 +349,9 @@ def test_the_op_is_what_its_schema_says(slots: list[int] | None) -> None:
 def test_inductor_launches_the_kernels_and_copies_nothing(tmp_path: Path) -> None:
     """Where the number of rows is symbolic."""
     report = said_by_the_driver("cuda", tmp_path, "gradients")
-    # The routing, four a slice, dX. Of trained slots in two slices: the routing; both ways together; three a slice, dX.
-    assert report["launches"] == report["runs"] == (1 + 4 * 2 + 1) + (1 + 2 + 3 * 2 + 1)
+    # The routing, two shrinks a slice, dA and dB of both, dX. Of trained slots: the routing; both ways together; a shrink
+    # a slice, all dA and dB, dX.
+    assert report["launches"] == report["runs"] == (1 + 2 * 2 + 2 + 1) + (1 + 2 + 2 + 1 + 1)
     assert report["python"] == report["copies"] == []
     assert sorted(report["compiled"]) == [
         "expand_kernel_0_1_without_ranks_flat",
@@ -358,8 +360,9 @@ def test_inductor_launches_the_kernels_and_copies_nothing(tmp_path: Path) -> Non
         "route_kernel_flat",
         "shrink_kernel_0_1_without_ranks_flat",
         "shrink_kernel_0_without_ranks_flat",
-        "weights_gradient_kernel_flat",
-        "weights_gradient_kernel_without_trained_without_scalings_flat",
+        "weights_gradient_kernel_0_1_0_0_without_trained_without_scalings_flat",
+        "weights_gradient_kernel_0_1_2_3_0_1_0_3_flat",
+        "weights_gradient_kernel_0_1_without_trained_without_scalings_flat",
     ]
     assert all(report["compiled"].values())
 

@@ -879,7 +879,7 @@ class AdapterBank:
         self._check_attached()
         replaced = [path for parent, key, child, path in self._edges if parent._modules.get(key) is not child]
         for name, layer in self._layers.items():
-            if any(name == path or name.startswith(f"{path}.") for path in replaced) and not for_detach:
+            if replaced and not for_detach and any(name == path or name.startswith(f"{path}.") for path in replaced):
                 raise AdapterError(
                     f"bank: {name}",
                     "the module that LoRA was attached to",
@@ -887,17 +887,20 @@ class AdapterBank:
                     "Put the module back; or call bank.detach(), and attach and load again.",
                 )
             forward = vars(layer).get("forward")
-            # A hook of accelerate's calls the layer's own forward, and puts that in its place when it is removed.
-            calls_own = "_hf_hook" in vars(layer) or forward == MethodType(cast("Any", type(layer)).forward, layer)
-            if forward is not self._forwards[name] and (for_detach or not calls_own):
+            if forward is not self._forwards[name] and (for_detach or not _calls_own_forward(layer, forward)):
                 raise AdapterError(
                     f"bank: {name}",
                     "the module that LoRA was attached to",
                     "one whose forward was replaced since",
                     "Take that forward off: del module.forward. Change a model first, and then attach.",
                 )
-            if device_of(layer).type == "meta":
+            if any([stack is not None and stack.is_meta for stack in layer._buffers.values()]):
                 raise AdapterError(f"bank: {name}", "weights that have memory", "meta tensors", "Load the model first.")
+
+
+def _calls_own_forward(layer: Layer, forward: Any) -> bool:
+    """A hook of accelerate's calls the layer's own forward, and puts that in its place when it is removed."""
+    return "_hf_hook" in vars(layer) or forward == MethodType(cast("Any", type(layer)).forward, layer)
 
 
 def _is_integer(tensor: Tensor) -> bool:

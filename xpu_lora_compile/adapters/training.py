@@ -391,15 +391,19 @@ class Training:
             if layer.lora_a is not a or layer.lora_b is not b:
                 raise _moved(module, "a model that stays where it is while adapters are trained", "one that was moved")
         for name, parameters in self._parameters.items():
-            for (key, parameter), place in zip(parameters.items(), self._places[name], strict=True):
-                if parameter.data_ptr() != place:
-                    raise _moved(f"{name!r}: {key}", "a parameter that is a view of its slot", "other memory")
+            # Each `use` comes here: all at once, and one by one where something is wrong.
+            places = [parameter.data_ptr() for parameter in parameters.values()]
+            if places != self._places[name]:
+                pairs = zip(parameters, places, self._places[name], strict=True)
+                key = next(key for key, place, its_place in pairs if place != its_place)
+                raise _moved(f"{name!r}: {key}", "a parameter that is a view of its slot", "other memory")
 
     def check_hooks(self) -> None:
         """Raise AdapterError where a parameter has a hook that would not run."""
         for name, parameters in self._parameters.items():
-            for key, parameter in parameters.items():
-                check_has_no_hook(f"{name!r}: {key}", parameter)
+            if any([parameter._backward_hooks for parameter in parameters.values()]):
+                for key, parameter in parameters.items():
+                    check_has_no_hook(f"{name!r}: {key}", parameter)
 
     def name(self, named: Collection[str | None]) -> None:
         """Have these adapters take gradients, and others where there are some."""

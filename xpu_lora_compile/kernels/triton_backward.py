@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xpu_lora_compile.kernels.triton_kernels import NO_TILE, _rank_product, _rounded
+from xpu_lora_compile.kernels.triton_kernels import NO_TILE, _pick, _rank_product, _rounded
 
 
 @triton.jit(do_not_specialize=["tile_count"])
@@ -82,24 +82,30 @@ def _factors(hidden, h_row, r, rank, x, x_row, x_column, n, columns, rows):
 @triton.jit(do_not_specialize=["tile_count"])
 def weights_gradient_kernel(
     target, t_slot, t_rank, t_column, hidden, h_row, x, x_row, x_column,
-    tiles, tile_count, block_count, trained, rank, columns, scalings,
+    tiles, tile_count, first_block, block_count, trained, rank, columns, scalings,
     SOME: tl.constexpr, HAS_SCALINGS: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr, SCAN: tl.constexpr,
     BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Program (a slot and a block of columns, a block of ranks): that part of the slot's dA, or of its dB^T.
+    """Program (a slot and a block of columns, a block of ranks): that part of the slot's dA or dB^T of one slice.
 
-    `dA[r, n] = sum over the slot's rows t of hidden[t, r] x[t, n]`, and zero for a slot without rows.
+    `dA[r, n] = sum over the slot's rows t of hidden[t, r] x[t, n]`, and zero for a slot without rows. One launch takes
+    several such sums: each alone has too few programs for a GPU.
 
     Args:
-        target: `[n, rank, columns]` by its strides.
-        hidden: fp32 `[T, R]`, whose columns lie side by side: g for dA, h for dB.
-        x: `[T, columns]`: the inputs for dA, the gradient of the outputs for dB.
+        target: of each sum `[n, rank, columns]` by its strides, with its rank and columns; the last stride is that of
+            all.
+        hidden: of each fp32 `[T, R]`, whose columns lie side by side: g for dA, h for dB.
+        x: of each `[T, columns]`: the inputs for dA, the gradient of the outputs for dB; the last stride is that of all.
+        first_block: of each its first among the blocks of columns of all, which are `block_count`.
         trained: `[n]`, the slots that gradients are wanted of; read with SOME alone, without which it is all.
         scalings: as in `inputs_gradient_kernel`.
     """
     which = tl.program_id(0) // block_count
     slot = tl.load(trained + which) if SOME else which
-    place_of_slot = target + which.to(tl.int64) * t_slot
+    block = tl.program_id(0) % block_count
+    s = -1
+    for other in tl.static_range(len(target)):
+        s += (block >= first_block[other]).to(tl.int32)
     # The tiles of a slot lie side by side.
     first = tile_count
     count = 0
@@ -109,16 +115,20 @@ def weights_gradient_kernel(
         first = tl.minimum(first, tl.min(tl.where(is_mine, tile, tile_count)))
         count += tl.sum(is_mine.to(tl.int32))
     r = tl.program_id(1) * BR + tl.arange(0, BR)
-    n = tl.program_id(0) % block_count * BN + tl.arange(0, BN)
+    n = (block - _pick(first_block, s)) * BN + tl.arange(0, BN)
+    left_of, left_row, used = _pick(hidden, s), _pick(h_row, s), _pick(rank, s)
+    right_of, right_row, end_column = _pick(x, s), _pick(x_row, s), _pick(columns, s)
     members = tiles + tile_count + first * BM
     end = count * BM
     total = tl.zeros([BR, BN], tl.float32)
     # Rows are known two steps ahead, and what they hold is read one step ahead.
     rows = _members(members, 0, end, CHUNK)
-    left, right = _factors(hidden, h_row, r, rank, x, x_row, x_column, n, columns, rows)
+    left, right = _factors(left_of, left_row, r, used, right_of, right_row, x_column, n, end_column, rows)
     rows = _members(members, CHUNK, end, CHUNK)
     for start in range(0, end, CHUNK):
-        next_left, next_right = _factors(hidden, h_row, r, rank, x, x_row, x_column, n, columns, rows)
+        next_left, next_right = _factors(
+            left_of, left_row, r, used, right_of, right_row, x_column, n, end_column, rows
+        )
         rows = _members(members, start + 2 * CHUNK, end, CHUNK)
         total = _rank_product(left, right, total)
         left = next_left
@@ -126,5 +136,7 @@ def weights_gradient_kernel(
     if HAS_SCALINGS:
         # Without rows it is 0, whatever that is scaled by.
         total = tl.where(count == 0, 0.0, total * tl.load(scalings + slot))
-    place = place_of_slot + r.to(tl.int64)[:, None] * t_rank + n.to(tl.int64)[None, :] * t_column
-    tl.store(place, _rounded(total, target.dtype.element_ty), mask=(r < rank)[:, None] & (n < columns)[None, :])
+    place = _pick(target, s) + which.to(tl.int64) * _pick(t_slot, s)
+    place += r.to(tl.int64)[:, None] * _pick(t_rank, s) + n.to(tl.int64)[None, :] * t_column
+    is_inside = (r < used)[:, None] & (n < end_column)[None, :]
+    tl.store(place, _rounded(total, target[0].dtype.element_ty), mask=is_inside)

@@ -6,8 +6,9 @@ view, and ask nothing of a symbolic T.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from xpu_lora_compile.kernels.triton_launch import (
     are_alike,
     expand_from,
     fill_tiles,
+    piece_count,
     rank_block,
     shrink_into,
 )
@@ -51,11 +53,11 @@ def keeps_hidden(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> bool:
     return are_alike(lora_a, 2) and are_alike(lora_b, 1)
 
 
-def empty_kept(inputs: Tensor, lora_a: Sequence[Tensor]) -> Tensor:
-    """Memory for the rank vectors of all slices, fp32 `[1, slices * T, R or more]`."""
+def empty_kept(inputs: Tensor, lora_a: Sequence[Tensor], sums: int = 1) -> Tensor:
+    """Memory for the rank vectors of all slices, fp32 `[sums, slices * T, R or more]`."""
     # The rank rounded up, so that each row starts where it is read fastest.
     columns = -(-max(int(a.shape[1]) for a in lora_a) // 16) * 16
-    return inputs.new_empty((1, len(lora_a) * inputs.shape[0], columns), dtype=torch.float32)
+    return inputs.new_empty((sums, len(lora_a) * inputs.shape[0], columns), dtype=torch.float32)
 
 
 def forward(
@@ -83,21 +85,19 @@ def forward(
     rows, slots = inputs.shape[0], int(lora_a[0].shape[0])
     results = [base.clone(memory_format=torch.contiguous_format) for base in bases]
     is_one, is_kept = keeps_hidden(lora_a, lora_b), tiles is not None
-    kept = [empty_kept(inputs, lora_a)] if is_one else [empty_kept(inputs, [a]) for a in lora_a]
-    if number_of(rows) != 0:
+    parts = [slice(None)] if is_one else [slice(s, s + 1) for s in range(len(lora_a))]
+    if number_of(rows) == 0:
+        kept = [empty_kept(inputs, lora_a[part]) for part in parts]
+    else:
         form = _form(launch, rows)
         tiles = training_tiles(launch, indices, slots) if tiles is None else tiles
         routing = RowRouting(indices, slots, tiles=tiles)
         factors = scalings.gather(0, routing.slot)
-        for part, hidden in zip([slice(None)] if is_one else _singles(len(lora_a)), kept, strict=True):
-            shrink_into(Hidden(hidden, False), inputs, lora_a[part], routing, form=form)
+        kept = [_shrunk(inputs, lora_a[part], routing, None, form) for part in parts]
+        for part, hidden in zip(parts, kept, strict=True):
             scaled = Hidden(hidden * factors.repeat(len(lora_a[part])).unsqueeze(1), False)
             expand_from(results[part], scaled, lora_b[part], routing, None, add=True, pdl=False, form=form)
     return [*results, *kept] if is_one and is_kept else results
-
-
-def _singles(count: int) -> list[slice]:
-    return [slice(at, at + 1) for at in range(count)]
 
 
 def _form(launch: Launch, rows: Any) -> Form:
@@ -159,24 +159,36 @@ def backward(
         routing = RowRouting(indices, count, tiles=tiles)
         factors = None if scalings is None else scalings.contiguous()
         of_hidden: list[Tensor] = []
+        sums: list[_Sum] = []
         for s, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
             grad = grads[slice_outputs[s]].narrow(1, slice_offsets[s], b.shape[1])
-            of_hidden.append(_shrunk(grad, b.transpose(1, 2), routing, scaling, form))
+            of_hidden.append(_shrunk(grad, [b.transpose(1, 2)], routing, scaling, form))
             if needs_weights:
-                _sum_by_slot(of_a[s], False, of_hidden[s], inputs, tiles, slots, factors, form)
-                hidden = _shrunk(inputs, a, routing, scaling, form) if kept is None else kept.narrow(1, s * rows, rows)
-                _sum_by_slot(of_b[s], slots is None, hidden, grad, tiles, slots, factors, form)
+                hidden = _shrunk(inputs, [a], routing, scaling, form) if kept is None else kept.narrow(1, s * rows, rows)
+                sums.append(_Sum(of_a[s], False, of_hidden[s], inputs))
+                sums.append(_Sum(of_b[s], slots is None, hidden, grad))
+        # What is stored alike is one launch.
+        for key in dict.fromkeys(each.key for each in sums):
+            _sum_by_slot([each for each in sums if each.key == key], tiles, slots, factors, form)
         if of_inputs is not None:
             _write_inputs(of_inputs, of_hidden, lora_a, tiles, factors, form)
     made = [] if of_inputs is None else [of_inputs]
     return [*made, *of_a, *of_b]
 
 
-def _shrunk(rows: Tensor, weights: Tensor, routing: RowRouting, scaling: float, form: Form) -> Tensor:
-    """`scaling * weights[i] @ rows[t]`, fp32 `[1, T, R or more]`; zero in rows without an adapter."""
-    hidden = empty_kept(rows, [weights])
-    shrink_into(Hidden(hidden, False), rows, [weights], routing, scaling=scaling, form=form)
-    return hidden
+def _shrunk(
+    rows: Tensor, weights: Sequence[Tensor], routing: RowRouting, scaling: float | None, form: Form
+) -> Tensor:
+    """`scaling * weights[i] @ rows[t]` of all slices, as `empty_kept`; with a scaling, zero in rows without an adapter.
+
+    A program takes two pieces of D, as few tiles would leave a GPU idle. So D alone decides in which order it is summed.
+    """
+    hidden = empty_kept(rows, weights, -(-piece_count(int(rows.shape[1])) // 2))
+    shrink_into(Hidden(hidden, True), rows, weights, routing, scaling=scaling, form=form)
+    first, *others = (hidden.narrow(0, at, 1) for at in range(len(hidden)))
+    for other in others:
+        first = first + other
+    return first
 
 
 def _write_inputs(
@@ -218,40 +230,55 @@ def _write_inputs(
     )
 
 
+class _Sum(NamedTuple):
+    """The sums of `hidden[t] rows[t]^T` over the rows of each slot: `[n, R, columns]`, or turned."""
+
+    target: Tensor
+    is_turned: bool
+    hidden: Tensor
+    rows: Tensor
+
+    def target_as(self, ask: Callable[[int], Any]) -> tuple[Any, Any, Any]:
+        """Sizes or strides of the target as if it were not turned; no view of it, which a compiler would copy."""
+        return ask(0), ask(2 if self.is_turned else 1), ask(1 if self.is_turned else 2)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What those of one launch have in common."""
+        *_, of_column = self.target_as(self.target.stride)
+        return self.target.dtype, of_column, self.rows.dtype, self.rows.stride(1)
+
+
 def _sum_by_slot(
-    target: Tensor,
-    is_turned: bool,
-    hidden: Tensor,
-    rows: Tensor,
-    tiles: Tensor,
-    slots: Tensor | None,
-    scalings: Tensor | None,
-    form: Form,
+    sums: Sequence[_Sum], tiles: Tensor, slots: Tensor | None, scalings: Tensor | None, form: Form
 ) -> None:
-    """Write the sums of `hidden[t] rows[t]^T` over the rows of each slot: `[n, R, columns]`, or turned."""
-    rank_dim, column_dim = (2, 1) if is_turned else (1, 2)
-    count, rank, length = (int(target.shape[dim]) for dim in (0, rank_dim, column_dim))
-    if not count or not length:
-        return
+    """Write sums of one key."""
+    (count, *_), ranks, lengths = zip(*(each.target_as(each.target.size) for each in sums), strict=True)
+    of_slot, of_rank, of_column = zip(*(each.target_as(each.target.stride) for each in sums), strict=True)
+    rows = sums[0].rows
     sizes = gradient_sizes_for(rows.device.type, rows.dtype)
-    block, blocks = rank_block(sizes.ranks, rank, rows.dtype), -(-length // sizes.sum_columns)
+    block, blocks = rank_block(sizes.ranks, max(ranks), rows.dtype), [-(-n // sizes.sum_columns) for n in lengths]
+    if not count or not sum(blocks):
+        return
     form.launch(
         "weights_gradient_kernel",
-        (count * blocks, -(-rank // block)),
-        target,
-        target.stride(0),
-        target.stride(rank_dim),
-        target.stride(column_dim),
-        hidden,
-        hidden.stride(1),
-        rows,
-        *rows.stride(),
+        (count * sum(blocks), -(-max(ranks) // block)),
+        tuple(each.target for each in sums),
+        of_slot,
+        of_rank,
+        of_column[0],
+        tuple(each.hidden for each in sums),
+        tuple(each.hidden.stride(1) for each in sums),
+        tuple(each.rows for each in sums),
+        tuple(each.rows.stride(0) for each in sums),
+        rows.stride(1),
         tiles,
         tiles.shape[0],
-        blocks,
+        tuple(accumulate(blocks[:-1], initial=0)),
+        sum(blocks),
         slots,
-        rank,
-        length,
+        ranks,
+        lengths,
         scalings,
         slots is not None,
         scalings is not None,
