@@ -109,7 +109,7 @@ def test_the_sizes_for_intel_gpus_have_the_bits_of_small_ones(
     (base,) = operands.bases()
     small = operands.add_lora([base.clone()])
 
-    def for_xpu(rows: int, rank: int, width: int, _device: str = "", kind: str = "plain") -> Sizes:
+    def for_xpu(rows: int, rank: int, width: int, _device: str = "", kind: str = "plain", _slots: int = 1) -> Sizes:
         return sizes_for(rows, rank, width, "xpu", kind)
 
     monkeypatch.setattr(triton_launch, "sizes_for", for_xpu)

@@ -15,6 +15,8 @@ import torch
 
 from xpu_lora_compile.torch_internals import is_guarded, number_of
 
+# From so many slots on they are taken to be pages of experts: hardly two of few rows have the same.
+SLOTS_OF_PAGES = 512
 # What a graph for every T is tuned for: up to FEW rows for FEW, beyond for MANY.
 FEW, MANY = 64, 1024
 
@@ -88,7 +90,9 @@ def gradient_sizes_for(device: str, dtype: torch.dtype) -> GradientSizes:
 
 # Each call asks four times.
 @lru_cache(maxsize=4096)
-def sizes_for(rows: int, rank: int, width: int, device: str = "cuda", kind: str = "plain") -> Sizes:
+def sizes_for(
+    rows: int, rank: int, width: int, device: str = "cuda", kind: str = "plain", slots: int = 1
+) -> Sizes:
     """The sizes for T rows, the highest R, and W of all slices together; those of the shrink do not depend on W.
 
     Args:
@@ -98,6 +102,7 @@ def sizes_for(rows: int, rank: int, width: int, device: str = "cuda", kind: str 
         device: the type of the device.
         kind: of dtypes, for Intel GPUs: "plain", "mixed" where outputs or rank vectors are of others than usual, or
             "float32" where products are.
+        slots: K, or P where slots are pages of experts.
     """
     if device == "xpu":
         return _xpu_sizes(rows, rank, kind)
@@ -116,6 +121,9 @@ def sizes_for(rows: int, rank: int, width: int, device: str = "cuda", kind: str 
     if not is_low:
         sizes = Sizes(shrink_columns=64, shrink_warps=4, expand_columns=128, delta_first=rows >= 2048)
         return sizes._replace(expand_blocks=4 if is_small else 8)
+    if slots >= SLOTS_OF_PAGES:
+        # Tiles are hardly full, and each has weights of its own.
+        return Sizes(shrink_warps=4, shrink_columns=64, shrink_slices=3, expand_columns=64, expand_blocks=8)
     slices = 3 if rows >= 2048 else 1
     sizes = Sizes(shrink_warps=4, shrink_stages=5, shrink_slices=slices, expand_warps=8)
     if is_small:

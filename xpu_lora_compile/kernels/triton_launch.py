@@ -18,11 +18,9 @@ from torch.nn.functional import linear
 from xpu_lora_compile.kernels.call import Kernel, LoraCall, accumulator, repeated
 from xpu_lora_compile.kernels.replay import current_tape
 from xpu_lora_compile.kernels.routing import RowRouting
-from xpu_lora_compile.kernels.sizes import Sizes, sizes_for, tuned_rows_for
+from xpu_lora_compile.kernels.sizes import SLOTS_OF_PAGES, Sizes, sizes_for, tuned_rows_for
 from xpu_lora_compile.torch_internals import number_of
 
-# From so many slots on they are taken to be pages of experts: hardly two of few rows have the same.
-SLOTS_OF_PAGES = 512
 # From so many indices on that all programs of `route_kernel` would read, sorting takes less time.
 READS_OF_SORTED = 1 << 24
 
@@ -344,7 +342,7 @@ def shrink_into(
     ranks = [int(a.shape[1]) for a in lora_a]
     dtype = inputs.dtype if inputs.dtype == lora_a[0].dtype else torch.float32
     kind = "float32" if dtype == torch.float32 else "plain"
-    sizes = sizes_for(form.rows, max(ranks), 0, inputs.device.type, kind)
+    sizes = sizes_for(form.rows, max(ranks), 0, inputs.device.type, kind, int(lora_a[0].shape[0]))
     has_blocks = sizes.block_loads and _fits_block_loads(lora_a, 1, 2)
     pieces, piece, programs = piece_count(features), piece_of(features), len(hidden.sums)
     each = -(-pieces // programs)
@@ -552,7 +550,7 @@ def _sizes(
     else:
         is_mixed = inputs != torch.float32 or output not in (None, dtype)
         kind = "mixed" if is_mixed else "plain"
-    return sizes_for(rows, rank, width, lora_b[0].device.type, kind)
+    return sizes_for(rows, rank, width, lora_b[0].device.type, kind, int(lora_b[0].shape[0]))
 
 
 def empty_hidden(inputs: Tensor, lora_a: Sequence[Tensor], routing: RowRouting, sized_for: int | None = None) -> Hidden:
@@ -561,7 +559,7 @@ def empty_hidden(inputs: Tensor, lora_a: Sequence[Tensor], routing: RowRouting, 
     if sized_for is None:
         sized_for = rows
     highest = max(int(a.shape[1]) for a in lora_a)
-    sizes = sizes_for(sized_for, highest, 0, inputs.device.type)
+    sizes = sizes_for(sized_for, highest, 0, inputs.device.type, "plain", routing.slots)
     pieces = piece_count(features)
     programs = tile_count(sized_for, routing.slots) * pieces * -(-len(lora_a) // sizes.shrink_slices)
     is_paired = programs >= sizes.shrink_programs
