@@ -214,7 +214,7 @@ def sized_for_xpu(sizes: Sizes | None = None) -> Iterator[None]:
     """Have tensors on a CPU be given the sizes of tiles that those on an Intel GPU are given, or these."""
     real, real_of_gradients = triton_launch.sizes_for, triton_gradients.gradient_sizes_for
 
-    def sizes_for(rows: int, rank: int, width: int, _device: str = "", kind: str = "plain") -> Sizes:
+    def sizes_for(rows: int, rank: int, width: int, _device: str = "", kind: str = "plain", _slots: int = 1) -> Sizes:
         return sizes or real(rows, rank, width, "xpu", kind)
 
     triton_launch.sizes_for = sizes_for

@@ -349,8 +349,8 @@ def test_the_op_is_what_its_schema_says(slots: list[int] | None) -> None:
 def test_inductor_launches_the_kernels_and_copies_nothing(tmp_path: Path) -> None:
     """Where the number of rows is symbolic."""
     report = said_by_the_driver("cuda", tmp_path, "gradients")
-    # The routing, two shrinks a slice, dA and dB of both, dX. Of trained slots: the routing; both ways together; a shrink
-    # a slice, all dA and dB, dX.
+    # The routing, two shrinks a slice, dA of both, dB of both, dX. Of trained slots: the routing; both ways together; a
+    # shrink a slice, all dA and dB, dX.
     assert report["launches"] == report["runs"] == (1 + 2 * 2 + 2 + 1) + (1 + 2 + 2 + 1 + 1)
     assert report["python"] == report["copies"] == []
     assert sorted(report["compiled"]) == [

@@ -894,7 +894,7 @@ class AdapterBank:
                     "one whose forward was replaced since",
                     "Take that forward off: del module.forward. Change a model first, and then attach.",
                 )
-            if any([stack is not None and stack.is_meta for stack in layer._buffers.values()]):
+            if any(stack is not None and stack.is_meta for stack in layer._buffers.values()):
                 raise AdapterError(f"bank: {name}", "weights that have memory", "meta tensors", "Load the model first.")
 
 

@@ -401,7 +401,7 @@ class Training:
     def check_hooks(self) -> None:
         """Raise AdapterError where a parameter has a hook that would not run."""
         for name, parameters in self._parameters.items():
-            if any([parameter._backward_hooks for parameter in parameters.values()]):
+            if any(parameter._backward_hooks for parameter in parameters.values()):
                 for key, parameter in parameters.items():
                     check_has_no_hook(f"{name!r}: {key}", parameter)
 

@@ -42,7 +42,7 @@ CHECKED = 64
 # How far log-probabilities may differ from a peer's. In bfloat16 0.025 was seen, where an adapter moves them by 1.4.
 ALLOWED = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
-# What every engine is started with; the first is where vLLM would take half the memory.
+# What every engine is started with; the first is where vLLM would take most of the memory.
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -90,9 +90,7 @@ def gradient_sizes_for(device: str, dtype: torch.dtype) -> GradientSizes:
 
 # Each call asks four times.
 @lru_cache(maxsize=4096)
-def sizes_for(
-    rows: int, rank: int, width: int, device: str = "cuda", kind: str = "plain", slots: int = 1
-) -> Sizes:
+def sizes_for(rows: int, rank: int, width: int, device: str = "cuda", kind: str = "plain", slots: int = 1) -> Sizes:
     """The sizes for T rows, the highest R, and W of all slices together; those of the shrink do not depend on W.
 
     Args:

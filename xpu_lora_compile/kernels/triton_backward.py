@@ -95,7 +95,7 @@ def weights_gradient_kernel(
         target: of each sum `[n, rank, columns]` by its strides, with its rank and columns; the last stride is that of
             all.
         hidden: of each fp32 `[T, R]`, whose columns lie side by side: g for dA, h for dB.
-        x: of each `[T, columns]`: the inputs for dA, the gradient of the outputs for dB; the last stride is that of all.
+        x: of each `[T, columns]`: the inputs for dA, the gradient of the outputs for dB; the last stride is of all.
         first_block: of each its first among the blocks of columns of all, which are `block_count`.
         trained: `[n]`, the slots that gradients are wanted of; read with SOME alone, without which it is all.
         scalings: as in `inputs_gradient_kernel`.
@@ -126,9 +126,7 @@ def weights_gradient_kernel(
     left, right = _factors(left_of, left_row, r, used, right_of, right_row, x_column, n, end_column, rows)
     rows = _members(members, CHUNK, end, CHUNK)
     for start in range(0, end, CHUNK):
-        next_left, next_right = _factors(
-            left_of, left_row, r, used, right_of, right_row, x_column, n, end_column, rows
-        )
+        next_left, next_right = _factors(left_of, left_row, r, used, right_of, right_row, x_column, n, end_column, rows)
         rows = _members(members, start + 2 * CHUNK, end, CHUNK)
         total = _rank_product(left, right, total)
         left = next_left

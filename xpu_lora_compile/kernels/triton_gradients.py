@@ -164,7 +164,9 @@ def backward(
             grad = grads[slice_outputs[s]].narrow(1, slice_offsets[s], b.shape[1])
             of_hidden.append(_shrunk(grad, [b.transpose(1, 2)], routing, scaling, form))
             if needs_weights:
-                hidden = _shrunk(inputs, [a], routing, scaling, form) if kept is None else kept.narrow(1, s * rows, rows)
+                hidden = (
+                    _shrunk(inputs, [a], routing, scaling, form) if kept is None else kept.narrow(1, s * rows, rows)
+                )
                 sums.append(_Sum(of_a[s], False, of_hidden[s], inputs))
                 sums.append(_Sum(of_b[s], slots is None, hidden, grad))
         # What is stored alike is one launch.
@@ -176,12 +178,11 @@ def backward(
     return [*made, *of_a, *of_b]
 
 
-def _shrunk(
-    rows: Tensor, weights: Sequence[Tensor], routing: RowRouting, scaling: float | None, form: Form
-) -> Tensor:
+def _shrunk(rows: Tensor, weights: Sequence[Tensor], routing: RowRouting, scaling: float | None, form: Form) -> Tensor:
     """`scaling * weights[i] @ rows[t]` of all slices, as `empty_kept`; with a scaling, zero in rows without an adapter.
 
-    A program takes two pieces of D, as few tiles would leave a GPU idle. So D alone decides in which order it is summed.
+    A program takes two pieces of D: tiles alone are too few programs for a GPU. D alone decides in which order they are
+    summed.
     """
     hidden = empty_kept(rows, weights, -(-piece_count(int(rows.shape[1])) // 2))
     shrink_into(Hidden(hidden, True), rows, weights, routing, scaling=scaling, form=form)

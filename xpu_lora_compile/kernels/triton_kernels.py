@@ -254,8 +254,8 @@ def shrink_kernel(
     Computed as `A[slot] @ x[rows].T`: so the long side of a product is that of the rows, of which a tile may have many.
 
     Args:
-        hidden: fp32 `[PIECES / EACH, slices, T, R]`; with PUBLIC (and EACH = PIECES) the output of `bgmv_shrink`,
-            scaled, and zero for rows without an adapter.
+        hidden: fp32 `[PIECES / EACH, slices, T, R]`; with PUBLIC scaled, and zero for rows without an adapter: so, with
+            EACH = PIECES, the output of `bgmv_shrink`.
         a: one stack a slice, with its strides and its rank beside it; the last stride is that of all. With BLOCKS the
             last is 1, all have the first slice's stride from rank to rank, and GROUP is 1.
     """
