@@ -76,6 +76,7 @@ SHAPES = {
     "several-steps": Shape(T=140, K=1, **LOW),
     "several-steps-float32": Shape(T=80, K=1),
     "several-blocks": Shape(D=131, slices=((0, 0, 70, 35),), K=2, **LOW),
+    "several-sums": Shape(T=3, D=1100, slices=((0, 0, 600, 3),), K=2, **LOW),
     "no-rows": Shape(T=0, with_slice_dim=True),
     "one-of-each": Shape(T=1, D=1, slices=((0, 0, 1, 1),), K=1),
     "unused-slots": Shape(T=2, K=4, index=I32),
@@ -178,7 +179,8 @@ def test_autograd_takes_the_kernels_and_not_plain_products(layer: str, monkeypat
         return real(launch_noted, *args)
 
     monkeypatch.setattr(triton_gradients, "backward", noted)
-    call = Call(Shape(T=3, K=2))
+    # Of a D that is summed in two parts.
+    call = Call(Shape(T=3, K=2, D=600))
     leaves = [tensor.requires_grad_() for tensor in (call.x, *call.a, *call.b)]
     with force_kernel("triton"):
         if layer == "lora_linears":
