@@ -205,6 +205,13 @@ def test_padding_of_products_cannot_be_asked_for(spelling: str) -> None:
         xlc.inductor_options({spelling: True})
 
 
+def test_what_was_compiled_for_another_instruction_set_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a cache that machines share: vLLM's and Inductor's own keys do not say which it was."""
+    mine = CacheKey().uuid(), RewritePass().uuid()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    assert not {CacheKey().uuid(), RewritePass().uuid()} & {*mine}
+
+
 def test_passes_in_turn_are_cached_only_if_all_can_be() -> None:
     assert InTurn(CacheKey(), Count("one")).uuid() == (CacheKey().uuid(), "one")
     assert InTurn(CacheKey(), Count(None)).uuid() is None

@@ -25,7 +25,7 @@ from xpu_lora_compile.inductor_internals import (
 )
 from xpu_lora_compile.kernels import forced_kernel
 from xpu_lora_compile.passes import Launch, checked_launch, fuel, rewrite
-from xpu_lora_compile.torch_internals import ONCE_IT_RAN
+from xpu_lora_compile.torch_internals import ONCE_IT_RAN, instruction_set
 
 # Our own options, each with the values it takes; the first is the default.
 OPTIONS = {"xpu_lora.execute": ("inductor", "eager"), "xpu_lora.launch": ("auto", "inductor", "op")}
@@ -189,7 +189,7 @@ class RewritePass(CacheKey):
 
 
 def _identity() -> tuple[object, ...]:
-    return "xpu_lora", version("xpu-lora-compile"), _hash_of_sources(), fuel(), forced_kernel()
+    return "xpu_lora", version("xpu-lora-compile"), _hash_of_sources(), fuel(), forced_kernel(), *instruction_set()
 
 
 @cache

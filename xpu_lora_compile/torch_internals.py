@@ -177,6 +177,15 @@ def fresh_compilation(model: Any) -> Iterator[Any]:
             module._compiled_call_impl = call
 
 
+def instruction_set() -> tuple[object, ...]:
+    """What Inductor writes C++ for on this CPU: what was written for another computes wrong numbers, or ends here.
+
+    Keys of vLLM's and of Inductor's caches of compiled models do not have it.
+    """
+    more = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported")
+    return torch.backends.cpu.get_cpu_capability(), *(bool(getattr(torch.cpu, name, bool)()) for name in more)
+
+
 def is_known(condition: bool | torch.SymBool) -> bool:
     """Whether the condition is true for all sizes that the graph is for."""
     if isinstance(condition, bool):

@@ -300,7 +300,7 @@ def test_an_encoder_decoder_that_is_not_known_is_refused_with_the_layers_name() 
         _cross_attention(SimpleNamespace(model=model))
 
 
-def test_the_second_model_runner_is_refused_where_an_encoder_has_lora(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_runs_encoders_unseen_is_refused_where_they_have_lora(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm.config
 
     from xpu_lora_compile.errors import AttachError
@@ -315,13 +315,17 @@ def test_the_second_model_runner_is_refused_where_an_encoder_has_lora(monkeypatc
         def embed_multimodal(self) -> None:
             """What makes it a model with an encoder."""
 
-    config = SimpleNamespace(use_v2_model_runner=False)
+    graphs = SimpleNamespace(cudagraph_mm_encoder=False)
+    config = SimpleNamespace(use_v2_model_runner=False, compilation_config=graphs)
     monkeypatch.setattr(vllm.config, "get_current_vllm_config_or_none", lambda: config)
     monkeypatch.setattr(vllm_encoders, "_say_what_was_taken_over", lambda _: None)
     manager = SimpleNamespace(model=Whisper(), modules={}, punica_wrapper_mapping={}, supports_mm=False)
     find_encoders = vllm_encoders._finding_encoders(lambda _: None)
     find_encoders(manager)
     assert manager.encoders
+    graphs.cudagraph_mm_encoder = True
+    with pytest.raises(AttachError, match=r"Whisper: .* got cudagraph_mm_encoder. Leave it out"):
+        find_encoders(manager)
     config.use_v2_model_runner = True
     with pytest.raises(AttachError, match=r"Whisper: .* got Model Runner V2. Set VLLM_USE_V2_MODEL_RUNNER=0"):
         find_encoders(manager)

@@ -382,6 +382,35 @@ def test_an_adapter_that_vllm_may_read_itself_has_the_files_that_were_loaded(tmp
     assert not scheduler.requests[0].ended
 
 
+def test_files_that_cannot_be_seen_end_their_requests_alone(tmp_path: Path) -> None:
+    core, asked = Core(), named("away", tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text("old")
+    Scheduler(core, [asked], [])
+    file.unlink()
+    file.symlink_to(file)
+    (ended,) = vllm_loads._read_what_comes_next(core)
+    assert ended.lora_request.lora_name == "away"
+    assert core.asked == []
+
+
+def test_files_that_were_refused_may_be_mended_where_they_are(tmp_path: Path) -> None:
+    core, asked = Core(("refused", True)), named("mended", tmp_path)
+    (tmp_path / "adapter_config.json").write_text("wrong")
+    Scheduler(core, [asked], [])
+    assert len(vllm_loads._read_what_comes_next(core)) == 1
+    core.answers = (True, True)
+    (tmp_path / "adapter_config.json").write_text("mended now")
+    Scheduler(core, [asked], [])
+    assert vllm_loads._read_what_comes_next(core) == []
+    # What was read once stays the version of its requests.
+    (tmp_path / "adapter_config.json").write_text("changed without a word")
+    core.answers = ("refused", True)
+    vllm_loads._forgetting(lambda core, *_: None)(core, "anything")
+    Scheduler(core, [asked], [])
+    assert len(vllm_loads._read_what_comes_next(core)) == 1
+
+
 def test_what_was_read_is_read_again_once_the_memory_may_be_empty(tmp_path: Path) -> None:
     core, asked = Core(), named("emptied", tmp_path)
     (tmp_path / "adapter_config.json").write_text("old")

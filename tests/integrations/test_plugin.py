@@ -150,6 +150,12 @@ CHANGES = {
         "class Batch",
         "forward_context.py has no class BatchDescriptor",
     ),
+    "what ends a request": (
+        "v1/core/sched/scheduler.py",
+        "def finish_requests(",
+        "def end_requests(",
+        "vllm/v1/core/sched/scheduler.py has no Scheduler.finish_requests",
+    ),
     "one method more": (
         PUNICA,
         "class PunicaWrapperABC(ABC):",

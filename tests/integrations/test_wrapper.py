@@ -306,6 +306,27 @@ def test_an_embedding_adds_and_a_classifier_replaces_its_rows() -> None:
 
 
 @torch.no_grad()
+def test_an_embedding_may_get_its_tokens_with_a_batch_dimension() -> None:
+    """As vLLM's Transformers backend gives them: the layer takes the first dimension for the number of tokens."""
+    from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
+
+    layer = VocabParallelEmbeddingWithLoRA.__new__(VocabParallelEmbeddingWithLoRA)
+    torch.nn.Module.__init__(layer)
+    layer.base_layer = torch.nn.Embedding(512, 6)
+    layer.lora_a_stacked, layer.lora_b_stacked = torch.randn(3, 512, 4), torch.randn(3, 1, 6, 4)
+    layer.lora_a_stacked_2d = layer.lora_a_stacked.flatten(0, 1)
+    layer.punica_wrapper = wrapper_for(MIXED, 3)
+    tokens = torch.arange(7)
+    rows = zip(layer.base_layer(tokens), tokens, MIXED, strict=True)
+    wanted = [
+        base + layer.lora_b_stacked[one - 1, 0] @ layer.lora_a_stacked[one - 1, token] if one else base
+        for base, token, one in rows
+    ]
+    for given in (tokens, tokens[None]):
+        torch.testing.assert_close(layer(given), torch.stack(wanted).view(*given.shape, 6))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("labels", [1, 2, 7, 100])
 def test_a_shrink_may_have_any_rank(labels: int) -> None:
     # As a head that labels every token asks for it: all of its weights as A.

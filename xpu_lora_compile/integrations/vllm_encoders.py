@@ -132,6 +132,7 @@ def _finding_encoders(own: Callable[[Any], None]) -> Callable[[Any], None]:
         if has_encoder or cross_attention is not None:
             _refuse_the_second_runner(type(manager.model).__name__)
         if has_encoder:
+            _refuse_graphs_of_encoders(type(manager.model).__name__)
             manager.encoders = encoders = Encoders(manager, cross_attention)
             manager.model.embed_multimodal = encoders.embedding(manager.model.embed_multimodal)
 
@@ -151,6 +152,22 @@ def _refuse_the_second_runner(model: str) -> None:
             "vLLM's first model runner, where an encoder or a cross attention has LoRA",
             "Model Runner V2",
             "Set VLLM_USE_V2_MODEL_RUNNER=0.",
+        )
+
+
+def _refuse_graphs_of_encoders(model: str) -> None:
+    """Refuse CUDA graphs of encoders, which do not say whose items they encode.
+
+    Raises:
+        AttachError: the configuration asks for them.
+    """
+    config: Any = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
+    if config is not None and config.compilation_config.cudagraph_mm_encoder:
+        raise AttachError(
+            model,
+            "an encoder with LoRA that runs without CUDA graphs of its own",
+            "cudagraph_mm_encoder",
+            "Leave it out: --compilation-config '{\"cudagraph_mm_encoder\": false}'.",
         )
 
 

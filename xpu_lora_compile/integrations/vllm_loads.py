@@ -71,8 +71,9 @@ class Loads:
         self._numbers = count(FIRST_OF_LATER_LOADS)
         # The adapters that were read before the last step; empty where another load may have taken a slot since.
         self.ready: Mapping[int, Any] = {}
-        # The engine's numbers of those that must not be given up for others.
+        # The engine's numbers of those that must not be given up for others, and of those that were ever read.
         self.pinned: set[int] = set()
+        self.read: set[int] = set()
         # Requests arrive in a thread of their own.
         self._lock = threading.Lock()
 
@@ -108,6 +109,12 @@ class Loads:
         with self._lock:
             self._latest = {key: load for key, load in self._latest.items() if key[0] != number}
             return [load.request.lora_int_id for load in self._loads.values() if load.number == number]
+
+    def drop_unread(self, number: int) -> None:
+        """Have the next request get a new load where this one, by the engine's number, was never read."""
+        with self._lock:
+            if number not in self.read:
+                self._latest = {key: load for key, load in self._latest.items() if load.request.lora_int_id != number}
 
     def latest(self, number: int) -> list[int]:
         """The engine's numbers of the latest loads of an adapter of vLLM's user."""
@@ -152,10 +159,10 @@ def _files(path: str) -> Files:
 
 
 def _state(file: str) -> tuple[int, int] | None:
-    """Size and time of a file; None where there is none."""
+    """Size and time of a file; None where it cannot be seen, as on a disk that is away."""
     try:
         state = os.stat(file)  # noqa: PTH116
-    except FileNotFoundError:
+    except OSError:
         return None
     return state.st_size, state.st_mtime_ns
 
@@ -288,6 +295,7 @@ def _read(core: Any, request: Any) -> bool:
             # Others may have read it.
             core.model_executor.collective_rpc("remove_lora", args=(request.lora_int_id,))
             raise RuntimeError(answer)
+    _loads(core).read.add(request.lora_int_id)
     return all(answers)
 
 
@@ -344,6 +352,7 @@ def _problem(core: Any, adapter: Any) -> str:
     try:
         _read(core, adapter)
     except Exception as error:
+        _loads(core).drop_unread(adapter.lora_int_id)
         return str(error) or type(error).__name__
     return ""
 

@@ -12,7 +12,8 @@ Which row has which adapter is known in three ways. In every other case an eager
 | inside `embed_multimodal` | all of them belong to the one adapter whose items are encoded: `vllm_encoders.py` |
 | a cross attention's K and V | the rows of the encoder's outputs, request by request: `vllm_encoders.py` |
 
-The first wrapper changes eight functions of vLLM's: `BaseLayerWithLoRA.set_mapping` stores B by rank on a CPU;
+The first wrapper changes nine functions of vLLM's: `BaseLayerWithLoRA.set_mapping` stores B by rank on a CPU;
+`VocabParallelEmbeddingWithLoRA.forward` gets its tokens in one dimension, since it takes the first for their number;
 `LoRAModelManager._create_lora_modules` and `GPUModelRunner._execute_mm_encoder` tell whose rows an encoder sees;
 `WorkerLoRAManager._load_adapter` refuses adapters that would give wrong answers: `vllm_adapters.py`;
 `LRUCacheWorkerLoRAManager._apply_adapters` keeps the adapters that a step needs, and `LoRAModelRunnerMixin.add_lora`
@@ -449,6 +450,7 @@ def added(
 def _change_vllm() -> None:
     """Change what vLLM's classes do, where it needs a wrapper of ours: see `vllm_changes.py`."""
     _have_layers_store_by_rank()
+    _give_embeddings_one_dimension()
     importlib.import_module("xpu_lora_compile.integrations.vllm_encoders").tell_whose_rows_encoders_see()
     importlib.import_module("xpu_lora_compile.integrations.vllm_adapters").refuse_wrong_adapters()
     importlib.import_module("xpu_lora_compile.integrations.vllm_loads").change_workers()
@@ -465,6 +467,20 @@ def _have_layers_store_by_rank() -> None:
     """
     layers: Any = importlib.import_module("vllm.lora.layers.base").BaseLayerWithLoRA
     change(layers, "set_mapping", _storing_by_rank)
+
+
+def _give_embeddings_one_dimension() -> None:
+    embedding: Any = importlib.import_module("vllm.lora.layers.vocab_parallel_embedding").VocabParallelEmbeddingWithLoRA
+    change(embedding, "forward", _flattening)
+
+
+def _flattening(own: Any) -> Any:
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        # vLLM's Transformers backend has a dimension for a batch of one: each row would get the first row's A.
+        output: Tensor = own(layer, x.flatten())
+        return output if x.dim() == 1 else output.view(*x.shape, -1)
+
+    return forward
 
 
 def _storing_by_rank(own: Any) -> Any:

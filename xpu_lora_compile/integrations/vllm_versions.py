@@ -48,7 +48,7 @@ INTERFACES: Interfaces = {
     ("config/vllm.py", ""): {"get_current_vllm_config_or_none": ""},
     ("config/vllm.py", "VllmConfig"): _there("use_v2_model_runner lora_config model_config compilation_config"),
     ("config/compilation.py", "CompilationMode"): _there("NONE VLLM_COMPILE DYNAMO_TRACE_ONCE"),
-    ("config/compilation.py", "CompilationConfig"): _there("mode inductor_compile_config"),
+    ("config/compilation.py", "CompilationConfig"): _there("mode inductor_compile_config cudagraph_mm_encoder"),
     ("v1/engine/input_processor.py", "InputProcessor"): {
         **_there("model_config"),
         "_get_mm_identifier": "self, mm_hash, lora_request",
@@ -87,9 +87,10 @@ INTERFACES: Interfaces = {
         **_there("base_layer lora_a_stacked lora_b_stacked output_slices"),
         "_apply_lora_to_output": "self, x, output",
     },
-    ("lora/layers/vocab_parallel_embedding.py", "VocabParallelEmbeddingWithLoRA"): _there(
-        "lora_a_stacked lora_b_stacked"
-    ),
+    ("lora/layers/vocab_parallel_embedding.py", "VocabParallelEmbeddingWithLoRA"): {
+        **_there("lora_a_stacked lora_b_stacked"),
+        "forward": "self, x",
+    },
     ("lora/layers/logits_processor.py", "LogitsProcessorWithLoRA"): _there("lora_a_stacked lora_b_stacked"),
     ("lora/layers/fused_moe.py", "FusedMoEWithLoRA"): {
         **_there("moe_config w13_lora_a_stacked w13_lora_b_stacked w2_lora_a_stacked w2_lora_b_stacked"),
@@ -163,13 +164,13 @@ INTERFACES: Interfaces = {
         "w13_lora_a_stacked w13_lora_b_stacked w2_lora_a_stacked w2_lora_b_stacked punica_wrapper"
     ),
     (f"{_FUSED_MOE}/config.py", "FusedMoEConfig"): _there(
-        "is_lora_enabled activation swiglu_limit intermediate_size moe_parallel_config"
+        "is_lora_enabled is_act_and_mul activation swiglu_limit intermediate_size moe_parallel_config"
     ),
     (f"{_FUSED_MOE}/config.py", "FusedMoEParallelConfig"): {
         **_there("use_ep dp_size tp_size is_sequence_parallel"),
         "use_all2all_kernels": "self",
     },
-    ("model_executor/models/whisper.py", "WhisperCrossAttention"): {},
+    ("model_executor/models/whisper.py", "WhisperCrossAttention"): _there("kv_proj"),
     ("v1/worker/gpu_model_runner.py", "GPUModelRunner"): {
         **_there("requests"),
         "_execute_mm_encoder": "self, scheduler_output",
@@ -179,7 +180,22 @@ INTERFACES: Interfaces = {
         **_there("lora_manager"),
         "add_lora": "self, lora_request",
     },
-    ("v1/core/sched/scheduler.py", "Scheduler"): _there("running waiting kv_holding_waiting requests"),
+    ("v1/core/sched/scheduler.py", "Scheduler"): {
+        **_there("running waiting kv_holding_waiting requests"),
+        "finish_requests": "self, request_ids, finished_status",
+    },
+    ("v1/executor/abstract.py", "Executor"): {
+        "collective_rpc": "self, method, timeout=None, args=(), kwargs=None, non_block=False",
+        "remove_lora": "self, lora_id",
+    },
+    ("v1/request.py", "Request"): {
+        **_there("request_id client_index lora_request sampling_params mm_features"),
+        "is_finished": "self",
+    },
+    ("v1/request.py", "RequestStatus"): _there("FINISHED_ERROR"),
+    ("v1/engine/__init__.py", "FinishReason"): _there("ERROR"),
+    ("v1/engine/__init__.py", "EngineCoreOutput"): _there("request_id new_token_ids finish_reason"),
+    ("v1/engine/__init__.py", "EngineCoreOutputs"): _there("outputs"),
     ("v1/core/sched/output.py", "SchedulerOutput"): _there("scheduled_encoder_inputs"),
     ("v1/attention/backend.py", "AttentionType"): _there("ENCODER_DECODER"),
     ("forward_context.py", ""): {"is_forward_context_available": "", "get_forward_context": ""},
