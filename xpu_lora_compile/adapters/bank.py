@@ -64,6 +64,8 @@ class Layer(Protocol):
 
     lora_name: str
     lora_routing: Any
+    # Every module has them.
+    _buffers: dict[str, Tensor | None]
 
     @property
     def lora_stacks(self) -> Mapping[str, Tensor]:
