@@ -77,6 +77,7 @@ SHAPES = {
     "several-steps-float32": Shape(T=80, K=1),
     "several-blocks": Shape(D=131, slices=((0, 0, 70, 35),), K=2, **LOW),
     "several-sums": Shape(T=3, D=1100, slices=((0, 0, 600, 3),), K=2, **LOW),
+    "more-slices-than-a-launch-takes": Shape(T=3, slices=tuple((0, 2 * s, 2, 1) for s in range(9)), K=2, **LOW),
     "no-rows": Shape(T=0, with_slice_dim=True),
     "one-of-each": Shape(T=1, D=1, slices=((0, 0, 1, 1),), K=1),
     "unused-slots": Shape(T=2, K=4, index=I32),

@@ -30,6 +30,8 @@ from xpu_lora_compile.torch_internals import number_of
 
 # The height of tiles for every T, so that a sum does not depend on it.
 HEIGHT = 32
+# How many sums one launch takes at most: a kernel has room for so many arguments.
+_SUMS = 8
 # How many tiles a program looks at at once for those of its slot.
 _SCAN = 256
 
@@ -171,7 +173,9 @@ def backward(
                 sums.append(_Sum(of_b[s], slots is None, hidden, grad))
         # What is stored alike is one launch.
         for key in dict.fromkeys(each.key for each in sums):
-            _sum_by_slot([each for each in sums if each.key == key], tiles, slots, factors, form)
+            alike = [each for each in sums if each.key == key]
+            for start in range(0, len(alike), _SUMS):
+                _sum_by_slot(alike[start : start + _SUMS], tiles, slots, factors, form)
         if of_inputs is not None:
             _write_inputs(of_inputs, of_hidden, lora_a, tiles, factors, form)
     made = [] if of_inputs is None else [of_inputs]
