@@ -311,8 +311,10 @@ def test_parameters_of_one_that_is_trained_already_stay_the_same(folders: dict[s
         bank.parameters("pirate")
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints_change_no_gradient(folders: dict[str, Path], reentrant: bool) -> None:
+@pytest.mark.parametrize(
+    ("reentrant", "compiled"), [(False, False), (True, False), (False, True)], ids=["", "reentrant", "compiled"]
+)
+def test_checkpoints_change_no_gradient(folders: dict[str, Path], reentrant: bool, compiled: bool) -> None:
     gradients = []
     for checkpoints in (False, True):
         model, bank = _attached(folders)
@@ -320,9 +322,14 @@ def test_checkpoints_change_no_gradient(folders: dict[str, Path], reentrant: boo
         model.train()
         if checkpoints:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            model.enable_input_require_grads()
+            if compiled:
+                # It has been enabled by that, and breaks the graph.
+                model.disable_input_require_grads()
+            elif reentrant:
+                model.enable_input_require_grads()
+        called: Any = torch.compile(model, backend="xpu_lora", fullgraph=True) if checkpoints and compiled else model
         with bank.use(list(folders)):
-            _loss(model, _tokens(2, 3), use_cache=False).sum().backward()
+            _loss(called, _tokens(2, 3), use_cache=False).sum().backward()
         gradients.append([p.grad for name in folders for p in bank.parameters(name)])
     for got, wanted in zip(*gradients, strict=True):
         assert wanted.any()

@@ -237,6 +237,15 @@ def test_behind_a_break_of_the_graph_only_calls_that_an_eager_call_has_shown_run
     assert assert_right_or_refused(lambda: compiled(longer), bank, NAMES)
 
 
+def test_an_eager_call_before_the_model_is_given_to_the_compiler_shows_it_too() -> None:
+    torch._dynamo.reset()
+    model, x = Broken(), torch.randn(3, 5, D)
+    bank = attached(model)
+    assert assert_right_or_refused(lambda: model(x), bank, NAMES)
+    compiled = torch.compile(model, backend="eager")
+    assert assert_right_or_refused(lambda: compiled(x), bank, NAMES)
+
+
 class TurnedByValues(Broken):
     """Its layer behind the break gets the tokens of all sequences in turn, or sequence by sequence."""
 

@@ -688,7 +688,9 @@ class BatchRouting:
         """The flags of the modules that people call; those inside of them are not looked at."""
         flags: list[Hashable] = []
         for prefix, entry in self.entries.items():
-            flags += [(prefix, name, value) for name, value in vars(entry).items() if value.__class__ in _FLAGS]
+            found = ((name, value) for name, value in vars(entry).items() if value.__class__ in _FLAGS)
+            # That it was given to `torch.compile` changes no row.
+            flags += [(prefix, name, value) for name, value in found if name != "_is_torch_compile"]
         return tuple(flags)
 
     def _looks_at_masks(self, kind: Hashable) -> bool:

@@ -7,7 +7,7 @@ The graph is run once more, on fake tensors of the example inputs' sizes under a
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -282,7 +282,10 @@ class Trace:
             return self._unknown(node, example)
         args, kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), self._look_up)
         if is_autograd_function(node.target):
-            return self._forward_of(node, args)
+            # Before what is kept for the backward pass.
+            return self._result_of(node, args[2:], lambda result: result[0])
+        if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+            return self._result_of(node, args[1:], lambda result: result)
         try:
             with self.mode, self.watch:
                 if node.op == "call_method":
@@ -302,13 +305,19 @@ class Trace:
             return self._unknown(node, example)
         return value
 
-    def _forward_of(self, node: Node, args: tuple[Any, ...]) -> Any:
-        """The value of a `torch.autograd.Function`: that of the graph of its forward pass, for these arguments."""
+    def _result_of(self, node: Node, args: tuple[Any, ...], chosen: Callable[[Any], Any]) -> Any:
+        """What the graph that a node calls returns for these arguments: of a checkpoint, or of an autograd function.
+
+        Args:
+            node: whose first argument is the graph.
+            args: of the graph.
+            chosen: what of the graph's output counts.
+        """
         forward = self.modules.get(str(getattr(node.args[0], "target", None)))
         inputs = [] if forward is None else forward.graph.find_nodes(op="placeholder")
-        values = list(args[2:])
+        values = list(args)
         if len(inputs) == len(values) + 1:
-            # Older versions of torch, such as 2.8, have a place for the context.
+            # Older versions of torch, such as 2.8, have a place for an autograd function's context.
             values.insert(0, None)
         if forward is None or len(inputs) != len(values):
             return self._unknown(node, node.meta.get("example_value"))
@@ -319,8 +328,7 @@ class Trace:
                 if inner.op == "placeholder":
                     self.values[inner] = next(given)
                 elif inner.op == "output":
-                    # Before what is kept for the backward pass.
-                    return torch.fx.node.map_aggregate(inner.args[0][0], self._look_up)
+                    return torch.fx.node.map_aggregate(chosen(inner.args[0]), self._look_up)
                 elif inner.op == "get_attr":
                     self.values[inner] = tree_map(self._fake, getattr(forward, inner.target, None))
                 else:
