@@ -246,6 +246,27 @@ def test_an_eager_call_before_the_model_is_given_to_the_compiler_shows_it_too() 
     assert assert_right_or_refused(lambda: compiled(x), bank, NAMES)
 
 
+class Checkpointed(nn.Module):
+    """A layer behind a checkpoint, which changes the order of the tokens or that of the sequences."""
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.first, self.lin, self.dimension = nn.Linear(D, D), nn.Linear(D, D), dimension
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(lambda rows: self.first(rows).flip(self.dimension), x, use_reentrant=False)
+        return self.lin(x).flip(self.dimension)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("dimension", "is_right"), [(1, True), (0, False)])
+def test_rows_are_followed_through_a_checkpoint_of_a_compiled_graph(dimension: int, is_right: bool) -> None:
+    torch._dynamo.reset()
+    model, x = Checkpointed(dimension), torch.randn(3, 5, D)
+    bank = attached(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert assert_right_or_refused(lambda: compiled(x), bank, NAMES) == is_right
+
+
 class TurnedByValues(Broken):
     """Its layer behind the break gets the tokens of all sequences in turn, or sequence by sequence."""
 
