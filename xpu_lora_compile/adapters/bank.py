@@ -326,6 +326,9 @@ class AdapterBank:
             wanted = f"names of linear modules of the bank, such as {few(list(sites))}"
             remedy = "Pass some of these names, or attach with more target_modules."
             raise AdapterError(f"add {name!r}: target_modules", wanted, got, remedy)
+        if not 0 < r <= self._max_rank:
+            remedy = "Pass another r, or attach with a higher max_rank."
+            raise AdapterError(f"add {name!r}: r", f"1 to {self._max_rank}, the bank's max_rank", str(r), remedy)
         others = (plain_name(other) for other, _ in self._model.named_modules())
         values = {
             "peft_type": "LORA",

@@ -222,11 +222,9 @@ def _hand_out(shared: _Shared, parts: list[_Part], is_b: bool, leaf: Tensor) -> 
     gradients = (whole.transpose(1, 2) if is_b else whole).unbind()
     are_named = [part.name in shared.named for part in parts]
     has_some = () if all(are_named) else whole.flatten(1).any(1).unbind()
-    # Most of the memory is in use anyway, or it is given back.
-    copies = 2 * sum(are_named) < len(parts)
     for at, (part, gradient, is_named) in enumerate(zip(parts, gradients, are_named, strict=True)):
         if is_named and part.parameter.requires_grad:
-            part.give(gradient, copies=copies)
+            part.give(gradient, copies=bool(has_some))
         elif part.parameter.requires_grad:
             shared.give_later(part, gradient, has_some[at])
     if has_some:

@@ -251,10 +251,11 @@ def bench_train(
     tokens: Annotated[int, typer.Option(help="Of each sequence.")] = 64,
     rank: Rank = 16,
     slots: Annotated[
-        list[int] | None, typer.Option(help="K, 8 by default; with another the most adapters are trained so, too.")
+        list[int] | None,
+        typer.Option(help="K, 8 by default. Give more to time the most adapters in banks of these, too."),
     ] = None,
     adapters: Annotated[
-        list[int] | None, typer.Option(help="Trained in one batch; several times for several. By default 1, 4 and 8.")
+        list[int] | None, typer.Option(help="Trained at once: 1, 4 and 8 by default. Beyond --batch, some have no row.")
     ] = None,
     layers: Annotated[int, typer.Option(min=0, help="Of the model; 0 for all.")] = 0,
     rounds: Annotated[int, typer.Option(min=2, help="Steps of each.")] = 10,
