@@ -267,6 +267,67 @@ def test_rows_are_followed_through_a_checkpoint_of_a_compiled_graph(dimension: i
     assert assert_right_or_refused(lambda: compiled(x), bank, NAMES) == is_right
 
 
+class Swapped(nn.Module):
+    """A checkpoint that changes the order of the sequences in place, of memory from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.last = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def swapped(rows: Tensor) -> Tensor:
+            first = rows[0].clone()
+            rows[0] = rows[1]
+            rows[1] = first
+            return rows
+
+        lines = x.clone()
+        lines = checkpoint(lambda rows: swapped(self.lin(swapped(rows))), lines, use_reentrant=False)
+        return self.last(lines)  # type: ignore[no-any-return]
+
+
+def test_a_checkpoint_that_writes_to_memory_from_outside_is_right_or_refused() -> None:
+    torch._dynamo.reset()
+    model, x = Swapped(), torch.randn(2, 5, D)
+    bank = attached(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert not assert_right_or_refused(lambda: compiled(x), bank, ["a", "b"])
+
+
+class Turned(nn.Module):
+    """A checkpoint whose graph breaks, of the tokens sequence by sequence or in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(D, D)
+
+    def block(self, rows: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return torch.sin(self.lin(rows))
+
+    def forward(self, x: Tensor, *, turned: bool = False) -> Tensor:
+        lines = x.transpose(0, 1) if turned else x
+        result = checkpoint(self.block, lines.reshape(-1, D), use_reentrant=False).view(lines.shape)
+        return result.transpose(0, 1) if turned else result  # type: ignore[no-any-return]
+
+
+# Dynamo looks at it.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_what_a_checkpoint_runs_again_has_not_the_rows_of_the_last_call(is_compiled: bool) -> None:
+    torch._dynamo.reset()
+    model, x = Turned(), torch.randn(3, 5, D, requires_grad=True)
+    bank = attached(model)
+    for turned in (False, True):
+        with bank.use(NAMES):
+            model(x, turned=turned)
+    run: Any = torch.compile(model, backend="eager") if is_compiled else model
+    with bank.use(NAMES):
+        results = [run(x, turned=turned) for turned in (False, True)]
+        with pytest.raises(UnprovedRowsError, match="in several ways"):
+            sum(result.sum() for result in results).backward()
+
+
 class TurnedByValues(Broken):
     """Its layer behind the break gets the tokens of all sequences in turn, or sequence by sequence."""
 

@@ -344,7 +344,11 @@ class BatchRouting:
         if self.running == GLANCED_AT:
             why = "no layer has asked in a compiled call before, so that how this one began was not looked at closely"
             raise self.unproved(layer.lora_name, inputs, why, "Call the model again: from now on it is.")
-        return self.running
+        return self.number_of_running()
+
+    def number_of_running(self) -> int:
+        """The number of the call that runs; in a backward pass -1, as a checkpoint may run any call's part again."""
+        return -1 if torch.is_grad_enabled() and current_backward() is not None else self.running
 
     def _looks_of(self, module: nn.Module, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         """All that `_begin` goes by, as it is when the call begins; None where that takes more than a look.
@@ -473,18 +477,22 @@ class BatchRouting:
         # Not of a layer that is called by itself afterwards.
         compiled = self._compiled and (self._depth > 0 or current_backward() is not None)
         if known is None and compiled:
-            known = self.known_anywhere(layer.lora_name, inputs.shape[: inputs.dim() - features], self.running)
+            rows = inputs.shape[: inputs.dim() - features]
+            known = self.known_anywhere(layer.lora_name, rows, self.number_of_running())
         if known is not None:
             return known
         if self.uniform and not is_capturing(inputs.device):
             return UNIFORM
         if compiled:
             why = "torch.compile left it to Python, and no call that was followed has reached it"
-            rows = inputs.shape[: inputs.dim() - features]
-            raise self.unproved(layer.lora_name, inputs, *self.why_unknown(layer.lora_name, rows, self.running, why))
+            number = self.number_of_running()
+            raise self.unproved(layer.lora_name, inputs, *self.why_unknown(layer.lora_name, rows, number, why))
         if layer.lora_name in self._picked and torch.is_grad_enabled() and current_backward() is not None:
             why = "the model picks its rows by values, and a checkpoint runs it again"
             raise self.unproved(layer.lora_name, inputs, why, "Switch gradient checkpointing off for this model.")
+        if key in self._shown and torch.is_grad_enabled() and current_backward() is not None:
+            why = "calls of this block gave it rows in several ways, and a checkpoint runs one of them again"
+            raise self.unproved(layer.lora_name, inputs, why, "Give each call and its backward pass a block of their own.")
         if self._entered is not None:
             self._follow_again()
             why = "earlier calls with such inputs did not reach it, so that their rows were not followed to it"

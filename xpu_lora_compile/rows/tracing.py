@@ -37,6 +37,7 @@ from xpu_lora_compile.torch_internals import (
     without_tracing,
 )
 
+CHANGES_OUTSIDE = "a checkpoint, or another graph inside of the graph, writes to memory from outside of it"
 # A call whose sequences all have the same adapter needs no proof, and is not followed.
 CALL_ONCE = (
     "Call the model once without torch.compile in a `use` block with two different names: that call is followed."
@@ -91,7 +92,8 @@ def layout_of(at: Any, routing: Any, layer: Any, inputs: Any, features: int) -> 
         _check_caller(at, routing)
         # In a subgraph, of a checkpoint say, values of the graph around it are used as they are.
         trace, example = _trace_of(at, routing, inputs.graph), inputs.meta["example_value"]
-        found = trace.layout_of(inputs, features)
+        is_changed = _trace_of(at, routing).changes_outside()
+        found = CHANGES_OUTSIDE if is_changed else trace.layout_of(inputs, features)
     if not isinstance(found, str):
         if at is not None and found[2] < 0:
             own, layout = weakref.proxy(routing), Layout(*found)
@@ -108,7 +110,7 @@ def layout_of(at: Any, routing: Any, layer: Any, inputs: Any, features: int) -> 
         number = running = routing.note_question(layer, example)
         if at is not None:
             of_call = weakref.proxy(routing)
-            guard_on(at, f"xpu_lora: calls of number {number} of {id(routing)}", lambda: of_call.running == running)
+            guard_on(at, f"xpu_lora: calls of number {number} of {id(routing)}", lambda: of_call.number_of_running() == running)
     shape = example.shape[: example.dim() - features]
     if unsaid and (known := routing.known_anywhere(layer.lora_name, shape, number)):
         if at is not None:
@@ -214,6 +216,8 @@ class Trace:
         self.number: int | None = None if outer is None else outer.number
         self.pending: list[tuple[Any, Node]] = []
         self.values: dict[Node, Any] = {}
+        # What this graph reads of the one around it, each with how often it had been written to.
+        self.copies: list[tuple[Tensor, int]] = []
         batch = len(routing.lengths or routing.sequence_slots)
         self.watch: Watch = Watch(batch, routing.lengths) if outer is None else outer.watch
         self.mode: Any = fake_mode() if outer is None else outer.mode
@@ -265,6 +269,12 @@ class Trace:
         # A graph serves other calls, too.
         return found.why if isinstance(found, Picked) else found
 
+    def changes_outside(self) -> bool:
+        """Whether this graph, or one around it that has one around itself, writes to what it reads from outside."""
+        self.advance()
+        is_changed = any(copy._version != version for copy, version in self.copies)
+        return is_changed or (self.outer is not None and self.outer.changes_outside())
+
     def advance(self) -> None:
         """Follow what has been added to the graph."""
         with without_tracing(), torch.no_grad():
@@ -276,7 +286,9 @@ class Trace:
         example = node.meta.get("example_value")
         if node.op == "placeholder" or node.op == "get_attr":
             if self.outer is not None and (value := self.outer.same_as(example)) is not None:
-                return value
+                copy = self._apart(value)
+                self.copies.append((copy, copy._version))
+                return copy
             return self._input(node, example)
         if node.op not in ("call_function", "call_method") or is_state_change(node.target):
             return self._unknown(node, example)
@@ -322,8 +334,10 @@ class Trace:
         if forward is None or len(inputs) != len(values):
             return self._unknown(node, node.meta.get("example_value"))
         outside, self.values = self.values, {}
+        copies = [self._apart(value) if isinstance(value, Tensor) else value for value in values]
+        versions = [copy._version if isinstance(copy, Tensor) else 0 for copy in copies]
         try:
-            given = iter(values)
+            given = iter(copies)
             for inner in forward.graph.nodes:
                 if inner.op == "placeholder":
                     self.values[inner] = next(given)
@@ -335,7 +349,22 @@ class Trace:
                     self.values[inner] = self._value_of(inner)
         finally:
             self.values = outside
+            for value, copy, version in zip(values, copies, versions, strict=True):
+                if isinstance(copy, Tensor) and copy._version != version:
+                    self._forget(value)
         return None
+
+    def _forget(self, value: Tensor) -> None:
+        """Whose the rows of a value are is not known from now on; nor of what shares its memory."""
+        with self.mode, self.watch:
+            unknown = torch.empty_like(value)
+            self.watch.own(unknown, constant(UNKNOWN, value.dim()), CHANGES_OUTSIDE)
+            value.copy_(unknown)
+
+    def _apart(self, value: Tensor) -> Tensor:
+        """The same rows in memory of their own: what a graph inside changes in place would be changed twice."""
+        with self.mode, self.watch:
+            return value.clone()
 
     def _input(self, node: Node, example: Any) -> Any:
         """The value of an input: a weight, an input of the model that was entered eagerly, or of unknown owners."""
