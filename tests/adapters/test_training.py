@@ -336,6 +336,22 @@ def test_checkpoints_change_no_gradient(folders: dict[str, Path], reentrant: boo
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="elsewhere the fused optimizers of torch refuse such parameters")
+def test_a_parameter_with_gaps_in_memory_is_refused_and_the_advice_works(tmp_path: Path) -> None:
+    bank = xlc.attach(tiny_llama(vocab_size=100), slots=1, max_rank=4, target_modules=["lm_head"])
+    bank.add("smaller", r=4, target_modules=["lm_head"])
+    bank.save("smaller", tmp_path)
+    given: dict[str, Any] = {"slots": 1, "max_rank": 4, "target_modules": ["lm_head"]}
+    bank = xlc.attach(tiny_llama(vocab_size=104), **given)
+    bank.load("smaller", tmp_path)
+    with pytest.raises(UnsupportedAdapterError, match=r"wanted B without gaps in memory.*vocab_size=100"):
+        bank.trainable(["smaller"])
+    bank = xlc.attach(tiny_llama(vocab_size=104), vocab_size=100, **given)
+    bank.load("smaller", tmp_path)
+    bank.trainable(["smaller"])
+    assert all(p.is_contiguous() or p.t().is_contiguous() for p in bank.parameters("smaller"))
+
+
 def test_autocast_trains_with_gradients_close_to_those_of_float32(folders: dict[str, Path]) -> None:
     gradients = []
     for enabled in (False, True):

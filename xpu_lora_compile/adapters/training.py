@@ -349,6 +349,15 @@ class Training:
             remedy = "Train an adapter without LoRA on routers and convolutions, or this one with PEFT."
             raise UnsupportedAdapterError(where, "LoRA on linear layers", few(others), remedy)
 
+        for module, pair in loaded.pairs.items():
+            layer = self._layers[module]
+            _, b = layer.places(layer.lora_a[0], layer.lora_b[0], pair.shape_a, pair.shape_b)
+            if b.device.type == "cpu" and _has_gaps(b):
+                wanted = "B without gaps in memory, which torch's fused optimizers for CPUs would write into"
+                got = f"one {list(b.shape)} in a slot {list(layer.lora_b.shape[1:])}"
+                remedy = f"Attach with vocab_size={b.shape[0]} if it is that of a vocabulary, or max_rank={b.shape[1]}."
+                raise UnsupportedAdapterError(f"{where}: {module}", wanted, got, remedy)
+
     def start(self, name: str, slot: int, loaded: Loaded) -> None:
         """Train an adapter, which can be and is not trained yet."""
         parameters: dict[str, nn.Parameter] = {}
@@ -425,6 +434,13 @@ class Training:
 def _moved(where: str, wanted: str, got: str) -> AdapterError:
     remedy = "Call bank.trainable() again, and make new optimizers of the parameters that it gives."
     return AdapterError(f"bank.trainable: {where}", wanted, got, remedy)
+
+
+def _has_gaps(tensor: Tensor) -> bool:
+    """Whether memory between its elements is not its own."""
+    return (
+        sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1 != tensor.numel()
+    )
 
 
 def _unscaled(b: Tensor, scaling: float) -> Tensor:

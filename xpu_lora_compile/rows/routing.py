@@ -492,7 +492,9 @@ class BatchRouting:
             raise self.unproved(layer.lora_name, inputs, why, "Switch gradient checkpointing off for this model.")
         if key in self._shown and torch.is_grad_enabled() and current_backward() is not None:
             why = "calls of this block gave it rows in several ways, and a checkpoint runs one of them again"
-            raise self.unproved(layer.lora_name, inputs, why, "Give each call and its backward pass a block of their own.")
+            raise self.unproved(
+                layer.lora_name, inputs, why, "Give each call and its backward pass a block of their own."
+            )
         if self._entered is not None:
             self._follow_again()
             why = "earlier calls with such inputs did not reach it, so that their rows were not followed to it"

@@ -110,7 +110,11 @@ def layout_of(at: Any, routing: Any, layer: Any, inputs: Any, features: int) -> 
         number = running = routing.note_question(layer, example)
         if at is not None:
             of_call = weakref.proxy(routing)
-            guard_on(at, f"xpu_lora: calls of number {number} of {id(routing)}", lambda: of_call.number_of_running() == running)
+            guard_on(
+                at,
+                f"xpu_lora: calls of number {number} of {id(routing)}",
+                lambda: of_call.number_of_running() == running,
+            )
     shape = example.shape[: example.dim() - features]
     if unsaid and (known := routing.known_anywhere(layer.lora_name, shape, number)):
         if at is not None:
