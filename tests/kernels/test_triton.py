@@ -24,8 +24,9 @@ from torch import Tensor
 from xpu_lora_compile import lora_linear
 from xpu_lora_compile.inspect.operands import RandomOperands
 from xpu_lora_compile.kernels import force_kernel, triton_launch
+from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.kernels.sizes import Sizes, sizes_for
-from xpu_lora_compile.ops import ADD_LORA, LINEAR_WITH_LORA, ROUTE_TILES, reference
+from xpu_lora_compile.ops import ADD_LORA, LINEAR_WITH_LORA, ROUTE_TILES, SORTED_INDICES, reference
 from xpu_lora_compile.ops.budget import Budget, _gamma, _half_ulp, budget_of
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -73,7 +74,7 @@ def mix(rows: int, slots: int, dtype: torch.dtype = I64) -> Tensor:
 def tiles_of(table: Tensor, rows: int, slots: int) -> list[tuple[int, list[int]]]:
     """Slot and rows of each tile of a table."""
     height, count = triton_launch.tile_rows(rows, slots), triton_launch.tile_count(rows, slots)
-    assert count * (1 + height) <= len(table) == triton_launch.table_length(rows, slots)
+    assert count * (1 + height) <= len(table) == triton_launch.table_length(rows, slots + 1)
     codes, table = table[:count].tolist(), table[count : count * (1 + height)].reshape(count, height)
     return list(zip(codes, table.tolist(), strict=True))
 
@@ -146,10 +147,43 @@ def test_rows_that_are_sorted_first_get_the_same_tiles(
 def test_rows_among_many_more_pages_are_sorted_by_numbers_of_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     slots = 1 << 15
     monkeypatch.setattr(triton_launch, "SLOTS_OF_PAGES", slots + 1)
-    order, starts = triton_launch._sorted(mix(50, slots), slots)
-    assert len(starts) == slots + 2
+    order, ends = triton_launch._sorted(mix(50, slots), slots)
+    assert len(ends) == slots + 1
     assert sorted(order.tolist()) == list(range(50))
-    assert int(starts[-1]) == 50
+    assert int(ends[-1]) == 50
+
+
+@pytest.mark.parametrize("dtype", [I64, I32])
+@pytest.mark.parametrize(("rows", "slots", "sizes"), [(300, 5, 60), (300, 40, 60), (9, 600, 700)])
+def test_rows_that_lie_group_by_group_are_not_sorted_again(
+    rows: int, slots: int, sizes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Some groups are of no adapter, some of the slot of another group, and most without rows.
+    codes = mix(sizes, slots).where(mix(sizes, slots) < slots, -1).clamp(min=-1).to(dtype)
+    groups = torch.randint(sizes, (rows,), generator=torch.Generator().manual_seed(rows)).sort().values.to(DEVICE)
+    ends = torch.searchsorted(groups, torch.arange(sizes, device=DEVICE), right=True, out_int32=True)
+    indices = SORTED_INDICES(groups, codes, ends)
+    assert indices.tolist() == [codes.tolist()[group] for group in groups.tolist()]
+    monkeypatch.setattr(triton_launch, "_sorted", None)
+    table = ROUTE_TILES(indices, slots, ends=ends, codes=codes)
+    routing = RowRouting(indices, slots, tiles=table)
+    height, count = triton_launch._tiling(rows, routing)
+    members = table[count : count * (1 + height)].view(count, height)
+    found = [
+        (code, [t for t in tile if t >= 0])
+        for code, tile in zip(table[:count].tolist(), members.tolist(), strict=True)
+        if code != NO_TILE
+    ]
+    assert sorted(t for _, tile in found for t in tile) == list(range(rows))
+    assert all(indices[t] == code for code, tile in found for t in tile)
+    draw = RandomOperands(0, DEVICE)
+    a, b, base = draw.normal(slots, 4, 33), draw.normal(slots, 40, 4), draw.normal(rows, 40)
+    inputs = draw.normal(rows, 33)
+    result = base.clone()
+    with force_kernel("triton"):
+        ADD_LORA([result], inputs, [a], [b], indices, [0], [0], 1.0, tiles=table)
+    expected = reference.lora_linear(base.double(), inputs.double(), [a.double()], [b.double()], indices, [0])
+    torch.testing.assert_close(result.double(), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [I64, I32])

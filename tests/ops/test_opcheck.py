@@ -20,6 +20,7 @@ from xpu_lora_compile.ops import (
     ROUTE,
     ROUTE_TILES,
     SHRINK,
+    SORTED_INDICES,
 )
 from xpu_lora_compile.ops import (
     LORA_LINEAR as LORA_LINEAR_OP,
@@ -154,3 +155,8 @@ def test_the_table_of_tiles_has_the_length_that_its_fake_says(case: Case) -> Non
     indices = build(LORA_LINEAR, case).args["lora_indices_tensor"]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(ROUTE_TILES, (indices, case.K), test_utils=checks)
+    groups = torch.arange(case.T, device=DEVICE) // 3
+    codes = torch.arange(-1, case.T, device=DEVICE) % (case.K + 1) - 1
+    ends = torch.searchsorted(groups, torch.arange(len(codes), device=DEVICE), right=True, out_int32=True)
+    opcheck(SORTED_INDICES, (groups, codes, ends))
+    opcheck(ROUTE_TILES, (codes[groups], case.K), {"ends": ends, "codes": codes}, test_utils=checks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ import xpu_lora_compile as xlc
 from xpu_lora_compile.backend import RewritePass
 from xpu_lora_compile.errors import OptionError
 from xpu_lora_compile.kernels import force_kernel
+from xpu_lora_compile.ops import SORTED_INDICES
 from xpu_lora_compile.passes.text import as_text
 from xpu_lora_compile.torch_internals import without_memory
 
@@ -73,6 +75,38 @@ def test_one_routing_and_one_call_stand_for_two_linears_of_an_input() -> None:
         """\
 %0: i32[4, 17] = xpu_lora.triton_route_tiles(%1, 3, 5)
 xpu_lora.triton_add_lora((%2, %3), %4, (%5, %6), (%7, %8), %1, (0, 1), (0, 0), 0.5, 5, %0)""",
+    )
+
+
+class Sorted(Layer):
+    """The same for rows that lie group by group."""
+
+    def forward(self, x: Tensor, groups: Tensor, codes: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x, SORTED_INDICES(groups, codes, ends))
+
+
+def test_rows_that_lie_group_by_group_are_routed_by_where_groups_end() -> None:
+    groups, codes = torch.tensor([0, 0, 2, 3, 3], device=DEVICE), torch.tensor([2, 1, -1, 0], device=DEVICE)
+    ends = torch.tensor([2, 2, 3, 5], dtype=torch.int32, device=DEVICE)
+    x, layer = random(T, D), Sorted()
+    expected = Layer()(x, codes[groups])
+    texts = []
+    for launch in ("inductor", "op"):
+        torch._dynamo.reset()
+        with force_kernel("triton"):
+            (text,) = graphs_of_compiling(layer, x, groups, codes, ends, passes=partial(xlc.rewrite, launch=launch))
+            torch._dynamo.reset()
+            options = {"xpu_lora.launch": launch, "xpu_lora.execute": "eager"}
+            results = torch.compile(layer, backend="xpu_lora", options=options)(x, groups, codes, ends)
+        torch.testing.assert_close(results, expected)
+        texts.append(lora_lines(text))
+    assert_expected_inline(
+        "\n".join(texts),
+        """\
+%0: i32[4, 17] = xpu_lora.triton_route_tiles(%1, 3, 5, ends=%2, codes=%3)
+xpu_lora.triton_add_lora((%4, %5), %6, (%7, %8), (%9, %10), %1, (0, 1), (0, 0), 0.5, 5, %0)
+%0: i32[142] = xpu_lora.route_tiles(%1, 3, ends=%2, codes=%3)
+xpu_lora.linear_with_lora(%4, (%5, %6), (None, None), (%7, %8), (%9, %10), %1, (0, 1), (0, 0), 0.5, tiles=%0)""",
     )
 
 

@@ -1,8 +1,8 @@
 """`xpu-lora bench moe --device cuda`: experts in CUDA graphs, with LoRA and without, and LoRA alone next to others'.
 
 A graph has 12 layers that take turns with two layers' weights, of more than the caches hold: so the host's time does
-not count. "alone" is LoRA alone, on both products. Ours then finds out which rows share a page in each layer, as its
-layers do; what others sort their rows by is computed before, and not timed.
+not count. "alone" is LoRA alone, on both products. Ours then makes a table of tiles in each layer, as its layers do.
+How rows are sorted is computed before, and not timed: ours by expert and slot, instead of by expert as the base layer.
 """
 
 from __future__ import annotations
@@ -187,16 +187,19 @@ def contenders_alone(
     rows, count = inputs.index.shape
     pairs, dtype, device = rows * count, sizes.torch_dtype, inputs.hidden.device
     activated = RandomOperands(3, device, drawn_on=device).normal(pairs, sizes.inner, dtype=dtype)
-    experts, order = torch.sort(inputs.index.reshape(-1))
-    sorted_hidden, sorted_activated, tokens = inputs.hidden[order // count], activated[order], order // count
+    # Whose pages the layer knows: any of them has as many slots.
+    groups, order = layers[0].experts.sorted_groups(inputs.index, slots)
+    ends = layers[0].experts.ends_of(groups)
+    sorted_hidden, sorted_activated = inputs.hidden[order // count], activated[order]
     outputs = {
         name: torch.zeros(pairs, width, dtype=dtype, device=device) for name, (width, _) in sizes.shapes().items()
     }
 
     def ours(number: int) -> Tensor:
         layer = layers[number % len(layers)]
-        pages = layer.experts.lora_pages[slots[tokens], experts]
-        tiles = ROUTE_TILES(pages, layer.stacks(GATE_UP)[0].shape[0])
+        codes = layer.experts.page_of_group()
+        pages = codes[groups]
+        tiles = ROUTE_TILES(pages, layer.stacks(GATE_UP)[0].shape[0], ends=ends, codes=codes)
         for name, rows_in in ((GATE_UP, sorted_hidden), (DOWN, sorted_activated)):
             a, b = layer.stacks(name)
             ADD_LORA([outputs[name]], rows_in, [a], [b], pages, [0], [0], 1.0, tiles=tiles)

@@ -37,13 +37,12 @@ INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "
 
 @triton.jit
 def _open_group(
-    tiles, tile_count, group, slots, before, mine, BM: tl.constexpr, BY_ROW: tl.constexpr, CHUNK: tl.constexpr
+    tiles, tile_count, group, code, before, mine, BM: tl.constexpr, BY_ROW: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     """Write the codes of a group's tiles, and which rows the last one lacks; return the first, and their distance."""
     lanes = tl.arange(0, CHUNK)
     first = before if BY_ROW else before // BM + group
     end = before + mine if BY_ROW else (before + mine) // BM + group + 1
-    code = tl.where(group == slots, -1, group)
     step: tl.constexpr = BM if BY_ROW else 1
     for start in range(first, end, CHUNK):
         tile = start + lanes
@@ -76,7 +75,8 @@ def route_kernel(
         slot = tl.where((index >= 0) & (index < slots), index, slots).to(tl.int32)
         before += tl.sum(((t < rows) & (slot < group)).to(tl.int32))
         mine += tl.sum(((t < rows) & (slot == group)).to(tl.int32))
-    first, step = _open_group(tiles, tile_count, group, slots, before, mine, BM, BY_ROW, CHUNK)
+    code = tl.where(group == slots, -1, group)
+    first, step = _open_group(tiles, tile_count, group, code, before, mine, BM, BY_ROW, CHUNK)
     table = tiles + tile_count
     found = 0
     for start in range(0, rows, CHUNK):
@@ -89,26 +89,34 @@ def route_kernel(
         found += tl.sum(is_mine.to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["slots", "tile_count"])
+@triton.jit(do_not_specialize=["tile_count"])
 def route_sorted_kernel(
-    order, starts, tiles, slots, tile_count, BM: tl.constexpr, BY_ROW: tl.constexpr, CHUNK: tl.constexpr
+    order, ends, codes, tiles, tile_count, BM: tl.constexpr, BY_ROW: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """Program g writes the rows of group g into its tiles, as `route_kernel` does, from rows that were sorted by group.
+    """Program g writes the rows of group g into its tiles, as `route_kernel` does, from rows that lie group by group.
 
     Args:
-        order: the rows in the order of their groups.
-        starts: `[slots + 2]`: where each group starts in it, and the end.
+        order: the rows in the order of their groups; None where all lie in it.
+        ends: where each group ends in it.
+        codes: the slot of each group, -1 for none; None where group g is that of slot g, and the last is of none.
     """
     group = tl.program_id(0)
-    before = tl.load(starts + group).to(tl.int32)
-    mine = tl.load(starts + group + 1).to(tl.int32) - before
-    first, step = _open_group(tiles, tile_count, group, slots, before, mine, BM, BY_ROW, CHUNK)
+    before = tl.load(ends + tl.maximum(group - 1, 0)).to(tl.int32)
+    before = tl.where(group == 0, 0, before)
+    mine = tl.load(ends + group).to(tl.int32) - before
+    if codes is None:
+        code = tl.where(group == tl.num_programs(0) - 1, -1, group)
+    else:
+        code = tl.load(codes + group).to(tl.int32)
+    first, step = _open_group(tiles, tile_count, group, code, before, mine, BM, BY_ROW, CHUNK)
     table = tiles + tile_count
     lanes = tl.arange(0, CHUNK)
     for start in range(0, mine, CHUNK):
         at = start + lanes
-        t = tl.load(order + before + at, mask=at < mine, other=0)
-        tl.store(table + (first + at // BM * step) * BM + at % BM, t.to(tl.int32), mask=at < mine)
+        t = before + at
+        if order is not None:
+            t = tl.load(order + t, mask=at < mine, other=0).to(tl.int32)
+        tl.store(table + (first + at // BM * step) * BM + at % BM, t, mask=at < mine)
 
 
 @triton.jit(do_not_specialize=["rows", "slots"])

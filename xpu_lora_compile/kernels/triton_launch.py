@@ -66,9 +66,9 @@ def tile_rows(rows: int, slots: int) -> int:
     return 16 if rows <= 64 or rows // slots <= 16 else 32
 
 
-def tile_count(rows: int, slots: int) -> int:
-    """How many tiles a table has, used or not."""
-    return min(rows, rows // tile_rows(rows, slots) + slots + 1)
+def tile_count(rows: int, slots: int, groups: int | None = None) -> int:
+    """How many tiles a table has, used or not, of so many groups of rows; by default those of slots, and of none."""
+    return min(rows, rows // tile_rows(rows, slots) + (slots + 1 if groups is None else groups))
 
 
 def as_current(device: torch.device) -> AbstractContextManager[Any]:
@@ -80,55 +80,80 @@ def as_current(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if module.current_device() == device.index else module.device(device)
 
 
-def route(indices: Tensor, slots: int) -> Tensor:
+class Groups(NamedTuple):
+    """Rows that lie group by group, all of a group with the same index: what need not be sorted again."""
+
+    # `[G]`: where each group ends.
+    ends: Tensor
+    # `[G]`: the slot of its rows, or -1.
+    codes: Tensor
+
+
+def route(indices: Tensor, slots: int, groups: Groups | None = None) -> Tensor:
     """The table of tiles for these indices, int32; its length is a simple function of T and K, so that it can be faked.
 
     Args:
         indices: `[T]`, int32 or int64.
         slots: K.
+        groups: how the rows lie, if that is known.
     """
-    rows = len(indices)
-    tiles = torch.empty(table_length(rows, slots), dtype=torch.int32, device=indices.device)
+    rows, count_of_groups = len(indices), _count(slots, groups)
+    tiles = torch.empty(table_length(rows, count_of_groups), dtype=torch.int32, device=indices.device)
     if rows:
-        height, count = tile_rows(rows, slots), tile_count(rows, slots)
+        height, count = tile_rows(rows, slots), tile_count(rows, slots, count_of_groups)
         with as_current(indices.device):
-            fill_tiles(tiles, indices, slots, height, count, count == rows, Form(_launch, rows))
+            fill_tiles(tiles, indices, slots, height, count, count == rows, Form(_launch, rows), groups)
     return tiles
 
 
-def fill_tiles(tiles: Tensor, indices: Tensor, slots: int, height: int, count: Any, by_row: bool, form: Form) -> None:
+def _count(slots: int, groups: Groups | None) -> int:
+    return slots + 1 if groups is None else groups.ends.shape[0]
+
+
+def fill_tiles(
+    tiles: Tensor,
+    indices: Tensor,
+    slots: int,
+    height: int,
+    count: Any,
+    by_row: bool,
+    form: Form,
+    groups: Groups | None = None,
+) -> None:
     """Write a table of tiles; `by_row` has a tile for each row.
 
     Each program of `route_kernel` reads all indices. That takes little time where rows or slots are few, as they are
-    unless a slot is one expert's page: then rows get tiles of their own, or are sorted first.
+    unless a slot is one expert's page: then rows get tiles of their own, or are sorted first if they are not.
     """
     rows, stride = indices.shape[0], indices.stride(0)
     chunk = 64 if form.rows <= 64 else 1024
     if by_row and slots >= SLOTS_OF_PAGES and 2 * rows <= slots:
         form.launch("route_alone_kernel", (-(-rows // 16),), indices, stride, tiles, rows, slots, height, 16)
-    elif form.rows * slots >= READS_OF_SORTED:
-        order, starts = _sorted(indices, slots)
-        form.launch("route_sorted_kernel", (slots + 1,), order, starts, tiles, slots, count, height, by_row, 64)
+    elif groups is not None or form.rows * slots >= READS_OF_SORTED:
+        order, ends, codes = (None, *groups) if groups is not None else (*_sorted(indices, slots), None)
+        form.launch("route_sorted_kernel", (ends.shape[0],), order, ends, codes, tiles, count, height, by_row, 64)
     else:
         operands = indices, stride, tiles, rows, slots, count, height, by_row, chunk
         form.launch("route_kernel", (slots + 1,), *operands)
 
 
 def _sorted(indices: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """The rows in the order of their slots, those without an adapter last, and where each slot starts among them."""
+    """The rows in the order of their slots, those without an adapter last, and where each slot ends among them."""
     # Of fewer bits, fewer are sorted by.
     dtype = torch.int16 if slots < 1 << 15 else torch.int32
     group = torch.where((indices >= 0) & (indices < slots), indices, slots).to(dtype)
     groups, order = torch.sort(group, stable=True)
-    bounds = torch.arange(slots + 2, dtype=torch.int32, device=indices.device)
-    return order, torch.searchsorted(groups.int(), bounds, out_int32=True)
+    bounds = torch.arange(slots + 1, dtype=torch.int32, device=indices.device)
+    return order, torch.searchsorted(groups.int(), bounds, out_int32=True, right=True)
 
 
 def _tiling(rows: Any, routing: RowRouting) -> tuple[Any, Any]:
     """The height of the tiles of a routing and their number; the table says both where Inductor launches."""
     if routing.tiles is not None and routing.tiles.dim() == 2:
         return int(routing.tiles.shape[1]) - 1, routing.tiles.shape[0]
-    return tile_rows(rows, routing.slots), tile_count(rows, routing.slots)
+    # Its length says how many groups of rows there are.
+    groups = None if routing.tiles is None else (len(routing.tiles) - 2 * rows) // 33
+    return tile_rows(rows, routing.slots), tile_count(rows, routing.slots, groups)
 
 
 def _tiles_of(routing: RowRouting) -> Tensor:
@@ -138,9 +163,9 @@ def _tiles_of(routing: RowRouting) -> Tensor:
     return routing.tiles
 
 
-def table_length(rows: Any, slots: Any) -> Any:
+def table_length(rows: Any, groups: Any) -> Any:
     """Enough for every height of tiles: `count * (1 + height)`."""
-    return 2 * rows + 33 * (slots + 1)
+    return 2 * rows + 33 * groups
 
 
 class Triton(Kernel):

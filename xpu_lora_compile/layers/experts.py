@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from itertools import groupby
 from types import FunctionType
@@ -33,6 +33,7 @@ from xpu_lora_compile.layers.host import (
     layer_class,
     routing_of,
 )
+from xpu_lora_compile.ops import SORTED_INDICES
 from xpu_lora_compile.ops.lora_linear import tiles_eagerly
 from xpu_lora_compile.torch_internals import runs_plainly
 
@@ -43,6 +44,8 @@ _LLAMA_4 = "transformers.models.llama4.modeling_llama4.Llama4TextExperts"
 _UP, _GATE_UP, _DOWN = "up_proj", "gate_up_proj", "down_proj"
 # What a forward of transformers computes, in the order of the rows that it has here.
 _SORTED = ("eager", "grouped_mm")
+# Of so many experts a token's rows are added one by one where Inductor compiles for a GPU.
+_UNROLLED = 16
 # Held while pages are taken: two adapters may be loaded at once.
 _FILLING = threading.Lock()
 
@@ -52,6 +55,19 @@ class _Pages(NamedTuple):
 
     indices: Tensor
     tiles: Tensor | None
+
+
+class _Pairs(NamedTuple):
+    """Pairs of a token and one of its experts: the rows of both products."""
+
+    # Which pair each row is; None where they are in the order of the tokens.
+    order: Tensor | None
+    tokens: Tensor
+    experts: Tensor
+    # What computes a product without LoRA, and where each expert's rows end or which each row has, as that wants it.
+    product: Callable[..., Tensor]
+    ends: Tensor
+    pages: _Pages
 
 
 class ExpertsLayer(LoraLayer):
@@ -81,53 +97,90 @@ class ExpertsLayer(LoraLayer):
         if slots is None:
             return self.without_lora(hidden_states, top_k_index, top_k_weights)
         module = cast("Any", self)
-        count, experts = top_k_index.shape[-1], top_k_index.reshape(-1)
-        if module.config._experts_implementation in _SORTED:
-            experts, order = torch.sort(experts)
-            tokens = order // count
-            ends: Any = experts
-            product: Any = _one_by_one
-            if not _is_few(experts, module.num_experts):
-                ends, product = _ends(experts, module.num_experts), _grouped
-        elif module.config._experts_implementation == "batched_mm":
-            order, ends, product = None, experts, _batched
-            tokens = torch.arange(hidden_states.shape[0], device=experts.device).repeat_interleave(count)
-        else:
-            raise AttachError(
-                f"attach: {self.lora_name}",
-                f"an experts_implementation of {', '.join((*_SORTED, 'batched_mm'))}",
-                repr(module.config._experts_implementation),
-                'Call model.set_experts_implementation("grouped_mm").',
-            )
-        pages = self._pages(self.lora_pages[slots[tokens], experts])
-        rows = self._product(_GATE_UP if module.has_gate else _UP, product, hidden_states[tokens], experts, ends, pages)
+        pairs = self._pairs(top_k_index, slots)
+        rows = self._product(_GATE_UP if module.has_gate else _UP, hidden_states[pairs.tokens], pairs)
         rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
-        rows = self._product(_DOWN, product, rows, experts, ends, pages)
+        rows = self._product(_DOWN, rows, pairs)
         # Of transformers from 5.20 on.
         if getattr(module, "has_post_expert_norm", False):
             rows = module.post_expert_norm(rows)
-        if order is not None and _is_plain(rows, order):
-            rows = torch.empty_like(rows).index_copy_(0, order, rows)
-        elif order is not None:
-            places = torch.empty_like(order)
-            places[order] = torch.arange(order.shape[0], device=order.device)
-            rows = rows[places]
-        weighted = rows * top_k_weights.reshape(-1, 1)
-        return weighted.view(-1, count, weighted.shape[-1]).sum(1).to(hidden_states.dtype)
+        return _summed(rows, pairs.order, top_k_weights).to(hidden_states.dtype)
 
     def without_lora(self, *inputs: Tensor) -> Tensor:
         """The output of the experts alone."""
         return cast("Tensor", super(LoraLayer, self).forward(*inputs))
 
-    def _product(self, name: str, product: Any, rows: Tensor, experts: Tensor, ends: Tensor, pages: _Pages) -> Tensor:
-        module = cast("Any", self)
-        bias = getattr(module, f"{name}_bias")[experts] if module.has_bias else None
-        output: Tensor = product(rows, getattr(module, name), ends, bias, module.is_transposed)
-        return self._with_lora(name, output, rows, pages)
+    def _pairs(self, top_k_index: Tensor, slots: Tensor) -> _Pairs:
+        """The pairs of tokens and experts in the order that this form of the products wants."""
+        module, count = cast("Any", self), top_k_index.shape[-1]
+        form = module.config._experts_implementation
+        if form in _SORTED:
+            return self._sorted_pairs(top_k_index, slots)
+        if form == "batched_mm":
+            experts = top_k_index.reshape(-1)
+            tokens = torch.arange(top_k_index.shape[0], device=experts.device).repeat_interleave(count)
+            pages = self._pages(self.lora_pages[slots[tokens], experts])
+            return _Pairs(None, tokens, experts, _batched, experts, pages)
+        raise AttachError(
+            f"attach: {self.lora_name}",
+            f"an experts_implementation of {', '.join((*_SORTED, 'batched_mm'))}",
+            repr(form),
+            'Call model.set_experts_implementation("grouped_mm").',
+        )
 
-    def _pages(self, indices: Tensor) -> _Pages:
+    def _sorted_pairs(self, top_k_index: Tensor, slots: Tensor) -> _Pairs:
+        """The pairs by expert, and those of one expert by slot: so the rows of a page lie together, too."""
+        table_rows, experts = self.lora_pages.shape
+        count, flat = top_k_index.shape[-1], top_k_index.flatten()
+        if _is_few(flat, experts):
+            expert, order = torch.sort(flat)
+            tokens = order // count
+            pages = self._pages(self.lora_pages[slots[tokens], expert])
+            return _Pairs(order, tokens, expert, _one_by_one, expert, pages)
+        groups, order = self.sorted_groups(top_k_index, slots)
+        ends, codes = self.ends_of(groups), self.page_of_group()
+        if is_compiling():
+            pages = _Pages(SORTED_INDICES(groups, codes, ends), None)
+        else:
+            pages = self._pages(codes[groups], ends, codes)
+        ends_of_experts = ends[table_rows - 1 :: table_rows].contiguous()
+        return _Pairs(order, order // count, groups // table_rows, _grouped, ends_of_experts, pages)
+
+    def sorted_groups(self, top_k_index: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Sort the pairs of tokens and experts by groups: those of one expert and one slot, or no adapter.
+
+        Args:
+            top_k_index: `[T, k]`, the experts of each token.
+            slots: `[T]`, -1 for none.
+
+        Returns:
+            The group of each row, in order, and which pair each row is: `[T k]`, int64.
+        """
+        table_rows, experts = self.lora_pages.shape
+        # Of fewer bits, fewer are sorted by.
+        dtype = torch.int16 if table_rows * experts < 1 << 15 else torch.int32
+        group = top_k_index * table_rows + torch.remainder(slots, table_rows).unsqueeze(1)
+        groups, order = torch.sort(group.flatten().to(dtype))
+        return groups.long(), order
+
+    def ends_of(self, groups: Tensor) -> Tensor:
+        """`[G]`, int32: where each group ends among rows that are sorted by them."""
+        bounds = torch.arange(self.lora_pages.numel(), device=groups.device)
+        return torch.searchsorted(groups, bounds, right=True, out_int32=True)
+
+    def page_of_group(self) -> Tensor:
+        """`[G]`, int64: the page of each group of `sorted_groups`, or -1."""
+        return self.lora_pages.t().flatten()
+
+    def _product(self, name: str, rows: Tensor, pairs: _Pairs) -> Tensor:
+        module = cast("Any", self)
+        bias = getattr(module, f"{name}_bias")[pairs.experts] if module.has_bias else None
+        output: Tensor = pairs.product(rows, getattr(module, name), pairs.ends, bias, module.is_transposed)
+        return self._with_lora(name, output, rows, pairs.pages)
+
+    def _pages(self, indices: Tensor, ends: Tensor | None = None, codes: Tensor | None = None) -> _Pages:
         stack = cast("Tensor", self._buffers[f"lora_a_{next(iter(self.lora_parameters))}"])
-        return _Pages(indices, tiles_eagerly(indices, stack))
+        return _Pages(indices, tiles_eagerly(indices, stack, ends, codes))
 
     def _with_lora(self, name: str, output: Tensor, rows: Tensor, pages: _Pages) -> Tensor:
         if name not in self.lora_parameters:
@@ -229,10 +282,26 @@ class DenseExpertsLayer(ExpertsLayer):
         return self._with_lora(name, output, rows, pages)
 
 
-def _ends(experts: Tensor, count: int) -> Tensor:
-    """Return where each expert's rows end, of rows that are sorted by expert, as transformers computes it."""
-    kind = experts.float() if experts.device.type in ("cpu", "mps") else experts.int()
-    return torch.cumsum(torch.histc(kind, bins=count, min=0, max=count - 1), 0, dtype=torch.int32)
+def _summed(rows: Tensor, order: Tensor | None, weights: Tensor) -> Tensor:
+    """The rows of each token's experts, times the router's weights, summed: `[T, D]`.
+
+    Args:
+        rows: `[T k, D]`.
+        order: which pair each row is; None where they are in order.
+        weights: `[T, k]`.
+    """
+    count, features = weights.shape[-1], rows.shape[-1]
+    if order is not None and rows.device.type == "cpu" and _is_plain(rows, order):
+        rows, order = torch.empty_like(rows).index_copy_(0, order, rows), None
+    if order is None:
+        return (rows * weights.reshape(-1, 1)).view(-1, count, features).sum(1)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(order.shape[0], device=order.device)
+    if is_compiling() and rows.device.type != "cpu" and count <= _UNROLLED:
+        # Inductor makes one pass over memory of it, and of a sum over a dimension one that takes three times as long.
+        places = places.view(-1, count)
+        return cast("Tensor", sum(rows[places[:, at]] * weights[:, at, None] for at in range(count)))
+    return (rows[places] * weights.reshape(-1, 1)).view(-1, count, features).sum(1)
 
 
 def _is_plain(*operands: Tensor) -> bool:

@@ -103,8 +103,16 @@ def _linear_with_lora(
     return kernels.linear_with_lora(call, weights, biases)
 
 
-def _route_tiles(indices: Tensor, slots: int) -> Tensor:
-    return triton_launch.route(indices, slots)
+def _groups(ends: Tensor | None, codes: Tensor | None) -> triton_launch.Groups | None:
+    return None if ends is None or codes is None else triton_launch.Groups(ends, codes)
+
+
+def _route_tiles(indices: Tensor, slots: int, ends: Tensor | None = None, codes: Tensor | None = None) -> Tensor:
+    return triton_launch.route(indices, slots, _groups(ends, codes))
+
+
+def _sorted_indices(groups: Tensor, codes: Tensor, ends: Tensor) -> Tensor:
+    return codes[groups]
 
 
 def _slot_products(inputs: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -141,8 +149,13 @@ def _fake_route(indices: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Te
     )
 
 
-def _fake_route_tiles(indices: Tensor, slots: int) -> Tensor:
-    return indices.new_empty(triton_launch.table_length(indices.shape[0], slots), dtype=torch.int32)
+def _fake_route_tiles(indices: Tensor, slots: int, ends: Tensor | None = None, codes: Tensor | None = None) -> Tensor:
+    groups = slots + 1 if ends is None else ends.shape[0]
+    return indices.new_empty(triton_launch.table_length(indices.shape[0], groups), dtype=torch.int32)
+
+
+def _fake_sorted_indices(groups: Tensor, codes: Tensor, ends: Tensor) -> Tensor:
+    return codes.new_empty(groups.shape)
 
 
 def _fake_linear_with_lora(inputs: Tensor, weights: Sequence[Tensor], *_: object) -> list[Tensor]:
@@ -162,6 +175,7 @@ _PRODUCTS = "Tensor inputs, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a,
 _LISTS = "Tensor(a!)[] outputs, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b"
 _PLACES = "int[] slice_outputs, SymInt[] slice_offsets, float scaling"
 # The results of `route`, or of `route_tiles` and the ranks; without them a kernel computes what it needs.
+_GROUPS = "Tensor? ends=None, Tensor? codes=None"
 _PREPARED = ", ".join(f"Tensor? {name}=None" for name in RowRouting.PREPARED)
 
 for _schema, _kernel, _fake in (
@@ -175,7 +189,7 @@ for _schema, _kernel, _fake in (
         _fake_route,
     ),
     # The same for the Triton kernels.
-    ("route_tiles(Tensor indices, SymInt slots) -> (Tensor tiles)", _route_tiles, _fake_route_tiles),
+    (f"route_tiles(Tensor indices, SymInt slots, {_GROUPS}) -> (Tensor tiles)", _route_tiles, _fake_route_tiles),
     # The base products of one input, with what `add_lora` adds to them.
     (
         f"linear_with_lora({_PRODUCTS}, Tensor indices, {_PLACES}, {_PREPARED}) -> Tensor[]",
@@ -198,6 +212,11 @@ for _schema, _kernel, _fake in (
     # The gradient of a changed output passes through as it is; the public ops have refused any other.
     LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"xpu_lora::{_name}", _fake, lib=LIBRARY)
+
+# `codes[groups]`, of rows that lie group by group: group g ends at `ends[g]`. `lower` hands that on, or leaves it out.
+LIBRARY.define("sorted_indices(Tensor groups, Tensor codes, Tensor ends) -> Tensor", tags=_TAGS)
+LIBRARY.impl("sorted_indices", _sorted_indices, "CompositeExplicitAutograd")
+torch.library.register_fake("xpu_lora::sorted_indices", _fake_sorted_indices, lib=LIBRARY)
 
 
 def _vendor_add_lora(
@@ -233,8 +252,15 @@ LIBRARY.impl("vendor_add_lora", _vendor_add_lora, "CompositeImplicitAutograd")
 # their sizes are settled, each gets the number of rows that these are for, and the table of tiles.
 
 
-def _triton_route_tiles(launch: Launch, indices: Tensor, slots: int, tuned_rows: int) -> Tensor:
-    return triton_visible.route_tiles(indices, slots, tuned_rows, launch)
+def _triton_route_tiles(
+    launch: Launch,
+    indices: Tensor,
+    slots: int,
+    tuned_rows: int,
+    ends: Tensor | None = None,
+    codes: Tensor | None = None,
+) -> Tensor:
+    return triton_visible.route_tiles(indices, slots, tuned_rows, launch, _groups(ends, codes))
 
 
 def _triton_add_lora(
@@ -315,8 +341,11 @@ def _triton_backward(
     return [*made[:first], *(gradient.view(stored.shape) for gradient, stored in of_weights)]
 
 
-def _fake_triton_route_tiles(indices: Tensor, slots: int, tuned_rows: int) -> Tensor:
-    shape = triton_visible.tiles_shape(indices.shape[0], int(slots), tuned_rows)
+def _fake_triton_route_tiles(
+    indices: Tensor, slots: int, tuned_rows: int, ends: Tensor | None = None, codes: Tensor | None = None
+) -> Tensor:
+    groups = None if ends is None else int(ends.shape[0])
+    shape = triton_visible.tiles_shape(indices.shape[0], int(slots), tuned_rows, groups)
     return indices.new_empty(shape, dtype=torch.int32)
 
 
@@ -339,7 +368,7 @@ _TUNED = "int tuned_rows, Tensor tiles"
 _PLAIN_PLACES = "int[] slice_outputs, int[] slice_offsets, float scaling"
 for _schema, _body, _faked in (
     (
-        "triton_route_tiles(Tensor indices, SymInt slots, int tuned_rows) -> (Tensor tiles)",
+        f"triton_route_tiles(Tensor indices, SymInt slots, int tuned_rows, {_GROUPS}) -> (Tensor tiles)",
         _triton_route_tiles,
         _fake_triton_route_tiles,
     ),
@@ -375,6 +404,7 @@ EXPAND = torch.ops.xpu_lora.expand.default
 EXPAND_SLICE = torch.ops.xpu_lora.expand_slice.default
 ROUTE = torch.ops.xpu_lora.route.default
 ROUTE_TILES = torch.ops.xpu_lora.route_tiles.default
+SORTED_INDICES = torch.ops.xpu_lora.sorted_indices.default
 LINEAR_WITH_LORA = torch.ops.xpu_lora.linear_with_lora.default
 ADD_LORA = torch.ops.xpu_lora.add_lora.default
 VALID_SLOTS = torch.ops.xpu_lora.valid_slots.default

@@ -101,14 +101,19 @@ def lora_linear(
     return result
 
 
-def tiles_eagerly(indices: Tensor, stack: Tensor) -> Tensor | None:
-    """Return what calls of `add_lora_eagerly` share that have these indices and stacks like this; None for nothing."""
+def tiles_eagerly(
+    indices: Tensor, stack: Tensor, ends: Tensor | None = None, codes: Tensor | None = None
+) -> Tensor | None:
+    """Return what calls of `add_lora_eagerly` share that have these indices and stacks like this; None for nothing.
+
+    Of rows that lie group by group `ends` `[G]` says where each group ends, and `codes` `[G]` its index.
+    """
     device = indices.device.type
     if device == "cpu" or is_compiling() or not runs_plainly(indices):
         return None
     kernel = preferred_on(device)
     has_tiles = kernel.prepares == "route_tiles" and not kernel.problem(device)
-    return ROUTE_TILES(indices, stack.shape[0]) if has_tiles else None
+    return ROUTE_TILES(indices, stack.shape[0], ends=ends, codes=codes) if has_tiles else None
 
 
 def add_lora_eagerly(

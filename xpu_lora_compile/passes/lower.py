@@ -22,12 +22,21 @@ from xpu_lora_compile.ops import (
     LORA_LINEAR,
     LORA_LINEARS,
     SHRINK,
+    SORTED_INDICES,
     TRAINED_LINEAR,
     TRITON_TRAINING_TILES,
 )
 from xpu_lora_compile.passes.calls import LoraNode, lora_calls
 from xpu_lora_compile.passes.decisions import decisions_on, note, set_decisions
-from xpu_lora_compile.passes.editing import arguments_of, insert_before, is_subgraph, replace, size_of, value_of
+from xpu_lora_compile.passes.editing import (
+    arguments_of,
+    calls_to,
+    insert_before,
+    is_subgraph,
+    replace,
+    size_of,
+    value_of,
+)
 from xpu_lora_compile.passes.graph import Launch, Memory, Rewrite
 from xpu_lora_compile.passes.memory import overlap, storage_of, storages_of
 from xpu_lora_compile.torch_internals import is_compiling_for_this_process, is_guarded, is_known
@@ -66,11 +75,21 @@ def lower(graph: Graph, rewrite: Rewrite) -> None:
 
     A `trained_linear` that the Triton kernels are to run gets `triton_training_tiles(indices, K)`, once for all calls.
 
+    Of indices that are `sorted_indices(groups, codes, ends)`, `route_tiles` and `triton_route_tiles` get codes and
+    ends, and so need not sort rows again; `codes[groups]` stands for the indices afterwards.
+
     Left alone: `bgmv_expand` that `resolve_width` could not settle; a `lora_linear` that carries gradients, or whose
     slices have different numbers of slots, or inside `cond` and the like, which refuse ops that write to a list.
 
     Runs on: graphs of Dynamo and of `torch.export`, before functionalization.
     """
+    _lower_calls(graph, rewrite)
+    for node in calls_to(graph, SORTED_INDICES):
+        groups, codes, _ = node.args
+        node.target, node.args = torch.ops.aten.index.Tensor, (codes, [groups])
+
+
+def _lower_calls(graph: Graph, rewrite: Rewrite) -> None:
     for public, internal in ((BGMV_SHRINK, SHRINK), (BGMV_EXPAND_SLICE, EXPAND_SLICE)):
         for call in lora_calls(graph, public):
             if rewrite.takes_fuel(call.node):
@@ -410,19 +429,28 @@ def _prepared(op: torch._ops.OpOverload, lora: LoraNode, options: dict[str, Any]
     """Results of the one call of `op` for these indices and this number of slots, by name; made if there is none."""
     stack = (lora.lora_a or lora.lora_b)[0]
     indices, slots = lora.indices, value_of(stack).shape[0]
-    more = tuple(options[argument.name] for argument in op._schema.arguments[2:])
+    more = tuple(options[argument.name] for argument in op._schema.arguments[2:] if not argument.has_default_value())
+    groups = _groups_of(indices, op)
     names = [result.name for result in op._schema.returns]
     for user in indices.users:
         same = user.target is op and user.args[2:] == more and is_guarded(slots == _size(user.args[1]))
         if same and memory.is_unchanged(indices, user, lora.node):
             return dict(zip(names, _results(user), strict=True))
-    value = op(value_of(indices), slots, *more)
-    made = insert_before(lora.node, op, (indices, size_of(stack, 0, lora.node), *more), value)
+    value = op(value_of(indices), slots, *more, **{name: value_of(node) for name, node in groups.items()})
+    made = insert_before(lora.node, op, (indices, size_of(stack, 0, lora.node), *more), value, **groups)
     memory.add(made, lora.node)
     if isinstance(value, tuple | list):
         for position, tensor in enumerate(value):
             insert_before(lora.node, operator.getitem, (made, position), tensor)
     return dict(zip(names, _results(made), strict=True))
+
+
+def _groups_of(indices: Node, op: torch._ops.OpOverload) -> dict[str, Node]:
+    """How rows lie that are sorted, for an op that asks for it."""
+    if indices.target is not SORTED_INDICES or all(argument.name != "ends" for argument in op._schema.arguments):
+        return {}
+    _, codes, ends = indices.args
+    return {"ends": cast("Node", ends), "codes": cast("Node", codes)}
 
 
 def _results(made: Node) -> list[Node]:
