@@ -28,6 +28,9 @@ Rows = Annotated[
 ]
 Rank = Annotated[int, typer.Option(help="R of every adapter.")]
 Slots = Annotated[int, typer.Option(help="K, and as many adapters.")]
+Base = Annotated[
+    str, typer.Option(help="The model's linear layers: plain, int8 (by torchao), or nf4 (4 bits, by bitsandbytes).")
+]
 Suite = Literal["main", "wide"]
 
 
@@ -107,6 +110,7 @@ def bench_gpu_model(
     rank: Rank = 16,
     slots: Slots = 8,
     rounds: Annotated[int, typer.Option(min=2, help="Steps of each.")] = 30,
+    base: Base = "plain",
     json: Json = None,
 ) -> None:
     """A step of a model on a GPU, on random weights: mixed adapters, and the base model run in the same way."""
@@ -115,7 +119,7 @@ def bench_gpu_model(
     with reported():
         show.check("cpu", [], [batch, rank, slots], json)
         with show.progress() as advance:
-            run = gpu_model.run(shape, mode, batch, tokens, rank, slots, rounds, "cuda", advance)
+            run = gpu_model.run(shape, mode, batch, tokens, rank, slots, rounds, "cuda", base, advance)
         show.print_run(run, "a step", "model", model.BASE, {run.what: run.timings}, json)
 
 
@@ -226,9 +230,7 @@ def bench_model(
     slots: Slots = 4,
     layers: Annotated[int, typer.Option(help="Of SmolLM2-135M's 30.")] = 30,
     runs: Annotated[int, typer.Option(min=2, help="Of each contender, interleaved.")] = 5,
-    base: Annotated[
-        str, typer.Option(help="Its linear layers: plain, int8 (by torchao), or nf4 (4 bits, by bitsandbytes).")
-    ] = "plain",
+    base: Base = "plain",
     threads: Threads = 2,
     json: Json = None,
 ) -> None:

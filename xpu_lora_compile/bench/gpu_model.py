@@ -17,6 +17,7 @@ from torch import Tensor
 import xpu_lora_compile as xlc
 from xpu_lora_compile.adapters.bank import AdapterBank
 from xpu_lora_compile.adapters.folders import write_adapter
+from xpu_lora_compile.bench import quantized
 from xpu_lora_compile.bench.measure import WRONG_NUMBERS, ModelRun, machine, timing_of, without_stderr
 from xpu_lora_compile.bench.model import BASE, MIXED, SMOLLM2, TARGETS
 from xpu_lora_compile.errors import BenchError
@@ -56,6 +57,7 @@ def run(
     slots: int,
     rounds: int,
     device: str,
+    base: str,
     on_done: Callable[[str], None],
 ) -> ModelRun:
     """Time a step of the base model and of mixed adapters in turn, both run in the same way.
@@ -69,6 +71,7 @@ def run(
         slots: K, as many adapters.
         rounds: how often each step is taken, in a random order.
         device: "cuda".
+        base: how the linear layers but the head are stored: one of `quantized.BASES`.
         on_done: told of each step.
 
     Raises:
@@ -79,7 +82,7 @@ def run(
             raise BenchError(f"bench gpu-model: --{option}", ", ".join(known), repr(value), "Choose one of these.")
     if device != "cuda" or not torch.cuda.is_available():
         raise BenchError("bench gpu-model", "a CUDA device", "none", "Run it on a machine that has one.")
-    model, bank, chosen = prepare(SHAPES[shape], batch, rank, slots, device)
+    model, bank, chosen = prepare(SHAPES[shape], batch, rank, slots, device, base)
     step = Step(model, batch, tokens, device)
     compiled = model if mode == EAGER else torch.compile(model, backend="xpu_lora", fullgraph=True, **MODES[mode])
 
@@ -134,12 +137,13 @@ def run(
     }
     if mode != EAGER:
         summary["Python frames of this package during a step"] = float(frames)
-    what = f"{shape}, {layers} layers, bfloat16, {mode}, batch {batch}, {tokens} tokens a row, R{rank} K{slots}"
+    stored = quantized.described(base)
+    what = f"{shape}, {layers} layers, bfloat16, {stored}{mode}, batch {batch}, {tokens} tokens a row, R{rank} K{slots}"
     return ModelRun(machine("cuda"), what, timings, summary)
 
 
 def prepare(
-    sizes: dict[str, Any], batch: int, rank: int, slots: int, device: str
+    sizes: dict[str, Any], batch: int, rank: int, slots: int, device: str, base: str = quantized.PLAIN
 ) -> tuple[Any, AdapterBank, list[str | None]]:
     """A model of these sizes with as many adapters as slots, and a name or None for each row."""
     try:
@@ -150,6 +154,7 @@ def prepare(
     with torch.device(device):
         made: Any = LlamaForCausalLM(LlamaConfig(**sizes))
     model = made.to(torch.bfloat16).eval()
+    quantized.quantize(model, base)
     model.requires_grad_(False)
     bank = xlc.attach(model, slots=slots, max_rank=rank, target_modules=TARGETS)
     names = [f"adapter-{number}" for number in range(slots)]

@@ -173,8 +173,8 @@ def run(
         "cold compilation, mixed adapters / base model": compile_seconds[MIXED] / compile_seconds[BASE],
         "logits: greatest difference from PEFT's / greatest logit": error,
     }
-    stored = "" if base == quantized.PLAIN else f"{base} weights, "
-    what = f"{dtype}, {stored}{layers} layer{'s' * (layers > 1)}, batch {batch}, {new_tokens} tokens, R{rank} K{slots}"
+    shown = f"{layers} layer{'s' * (layers > 1)}, batch {batch}, {new_tokens} tokens, R{rank} K{slots}"
+    what = f"{dtype}, {quantized.described(base)}{shown}"
     return ModelRun(machine("cpu"), what, step, all_of_it, compile_seconds, summary)
 
 

@@ -1,4 +1,7 @@
-"""Quantized base models for `xpu-lora bench model --base`: the real libraries change the linear layers but the head."""
+"""Quantized base models, for `--base` of `xpu-lora bench model` and `bench gpu-model`.
+
+The real libraries change the linear layers but the head.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def _nf4(model: nn.Module) -> None:
             made = four_bit(*sizes, bias=module.bias is not None, quant_type="nf4", compute_dtype=dtype)
             made.load_state_dict(module.state_dict())
             # The weight is quantized as it moves to its device.
-            model.set_submodule(name, made.to("cpu"))
+            model.set_submodule(name, made.to(module.weight.device))
     # By this PEFT knows such a model.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
 
@@ -48,8 +51,13 @@ def quantize(model: nn.Module, base: str) -> None:
         BenchError: there is no such way, or its library is missing.
     """
     if base not in BASES:
-        raise BenchError("bench model: --base", ", ".join(BASES), repr(base), "Choose one of these.")
+        raise BenchError("bench: --base", ", ".join(BASES), repr(base), "Choose one of these.")
     BASES[base](model)
+
+
+def described(base: str) -> str:
+    """How a benchmark's title says so: "nf4 weights, ", or nothing of plain ones."""
+    return "" if base == PLAIN else f"{base} weights, "
 
 
 def _library(module: str, package: str) -> Any:
@@ -58,4 +66,4 @@ def _library(module: str, package: str) -> Any:
             warnings.simplefilter("ignore")
             return importlib.import_module(module)
     except ImportError as missing:
-        raise BenchError("bench model: --base", package, "none", f"pip install {package}.") from missing
+        raise BenchError("bench: --base", package, "none", f"pip install {package}.") from missing
