@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from integrations import speech
+from integrations import qwen2_vl, speech
 from torch import Tensor
 
 NAMES = [None, "adapter_0", "adapter_1"]
@@ -277,6 +277,24 @@ def test_an_image_encoder_sees_each_image_with_its_own_adapter(
         assert blip2.differing(rows) == []
         for row in [(name, 0) for name in NAMES] + [("adapter_1", 4), (None, 4), ("adapter_0", 4)]:
             assert blip2.differing([row]) == []
+
+
+TORCHVISION = Path(sys.prefix, "torchvision")
+
+
+@pytest.mark.skipif(
+    not TORCHVISION.is_dir(), reason=f"pip install --no-deps --target {TORCHVISION} torchvision==0.28.0"
+)
+def test_qwen2_vl_sees_each_image_with_its_own_adapter(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    command = [sys.executable, qwen2_vl.__file__, str(TORCHVISION), str(tmp_path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads((tmp_path / qwen2_vl.FOUND).read_text())
+    assert found["rows"] == 12
+    assert not any(found["wrong"])
+    # Each adapter shows, and the base model.
+    assert found["answers"] == len(NAMES)
 
 
 def test_an_encoder_decoder_that_is_not_known_is_refused_with_the_layers_name() -> None:
