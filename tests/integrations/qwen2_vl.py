@@ -1,8 +1,8 @@
 """Qwen2-VL in vLLM's engine, next to PEFT: run with the folder of torchvision's Python, and one for the model.
 
-No torchvision loads beside vLLM's build for CPUs: that of PyPI is built for CUDA. Of torchvision, images need its Python
-alone. So its folder is put in front, and the names of its compiled ops, which it asks for as it is imported, stand for them
-here: none is ever called. It runs in a process of its own, in which nothing has looked for torchvision.
+No torchvision loads beside vLLM's build for CPUs: that of PyPI is built for CUDA. Of torchvision, images need its
+Python alone. So its folder is put in front, and the names of its compiled ops, which it asks for as it is imported,
+stand for them here: none is ever called. It runs in a process of its own, in which nothing has looked for torchvision.
 """
 
 from __future__ import annotations
