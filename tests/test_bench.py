@@ -249,6 +249,7 @@ def test_the_command_for_ops_measures_and_writes(tmp_path: Path, monkeypatch: py
         (["layer", "--json", "no/such/folder/x.json"], "wanted a folder that exists"),
         (["model", "--batch", "-1"], "wanted sizes of at least 1"),
         (["model", "--base", "fp4"], "wanted plain, int8, nf4; got 'fp4'. Choose one of these."),
+        (["gpu-model", "--base", "fp4"], "wanted plain, int8, nf4; got 'fp4'. Choose one of these."),
         (["moe", "--form", "sonic"], "wanted grouped_mm, batched_mm, eager; got 'sonic'"),
         (["moe", "--experts", "4"], "wanted at most the 4 experts; got 8"),
         (["moe", "--peers", "."], "wanted --device cuda, where their kernels run; got cpu. Leave it out."),

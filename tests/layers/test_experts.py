@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,13 @@ from support.mixtures import (
 )
 from support.peft_folders import edited_weights
 from torch import Tensor
+from torch.fx import GraphModule
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.errors import AdapterError, ArtifactError, AttachError, NoFreePageError
+from xpu_lora_compile.kernels import force_kernel
 from xpu_lora_compile.layers import experts as experts_module
+from xpu_lora_compile.passes.text import as_text
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +100,29 @@ def test_it_is_one_graph_for_all_adapters(family: str, implementation: str, tmp_
         for others in (["c", "a", None, None], ["a", "c", "c", None]):
             with bank.use(others):
                 assert_rows(logits(compiled, tokens), wanted, list(others))
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_tiles_are_made_of_the_order_that_the_layer_sorts_its_rows_in(tmp_path: Path, tokens: Tensor) -> None:
+    folders = {name: save_fused("Mixtral", tmp_path / name, seed) for seed, name in enumerate("ab")}
+    model = mixture("Mixtral", "grouped_mm")
+    bank = xlc.attach(model, adapters=folders)
+    names: list[str | None] = ["b", None, "a", "b"]
+    texts: list[str] = []
+
+    def backend(module: GraphModule, _: list[Any]) -> Callable[..., Any]:
+        xlc.rewrite(module)
+        texts.append(as_text(module))
+        return module.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with bank.use(names), force_kernel("triton"):
+        wanted = logits(model, tokens)
+        torch.testing.assert_close(logits(compiled, tokens), wanted, atol=1e-4, rtol=1e-4)
+    (text,) = texts
+    routed = [line for line in text.splitlines() if "route_tiles" in line and "ends=" in line]
+    assert len(routed) == len(experts_of(model))
+    assert "sorted_indices" not in text
 
 
 @pytest.mark.sweep

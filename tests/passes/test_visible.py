@@ -110,6 +110,26 @@ xpu_lora.linear_with_lora(%4, (%5, %6), (None, None), (%7, %8), (%9, %10), %1, (
     )
 
 
+class Overwritten(Sorted):
+    """Where codes are written to before LoRA is added."""
+
+    def forward(self, x: Tensor, groups: Tensor, codes: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        indices = SORTED_INDICES(groups, codes, ends)
+        codes.fill_(-1)
+        return Layer.forward(self, x, indices)
+
+
+def test_what_groups_were_is_not_read_once_it_may_have_changed() -> None:
+    groups, codes = torch.tensor([0, 0, 2, 3, 3], device=DEVICE), torch.tensor([2, 1, -1, 0], device=DEVICE)
+    ends = torch.tensor([2, 2, 3, 5], dtype=torch.int32, device=DEVICE)
+    x, layer = random(T, D), Overwritten()
+    expected = Layer()(x, codes[groups])
+    options = {"xpu_lora.launch": "inductor", "xpu_lora.execute": "eager"}
+    with force_kernel("triton"):
+        results = torch.compile(layer, backend="xpu_lora", options=options)(x, groups, codes, ends)
+    torch.testing.assert_close(results, expected)
+
+
 def test_a_symbolic_t_is_tuned_for_few_rows_or_for_many() -> None:
     texts = []
     for rows in (T, 70):

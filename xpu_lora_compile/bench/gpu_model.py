@@ -77,7 +77,7 @@ def run(
     Raises:
         BenchError: no such shape, mode or device, the logits are not the eager ones, or transformers is missing.
     """
-    for option, value, known in (("shape", shape, SHAPES), ("mode", mode, MODES)):
+    for option, value, known in (("shape", shape, SHAPES), ("mode", mode, MODES), ("base", base, quantized.BASES)):
         if value not in known:
             raise BenchError(f"bench gpu-model: --{option}", ", ".join(known), repr(value), "Choose one of these.")
     if device != "cuda" or not torch.cuda.is_available():

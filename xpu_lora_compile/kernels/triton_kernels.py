@@ -89,25 +89,23 @@ def route_kernel(
         found += tl.sum(is_mine.to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["tile_count"])
+@triton.jit(do_not_specialize=["slots", "tile_count"])
 def route_sorted_kernel(
-    order, ends, codes, tiles, tile_count, BM: tl.constexpr, BY_ROW: tl.constexpr, CHUNK: tl.constexpr
+    order, ends, codes, tiles, slots, tile_count, BM: tl.constexpr, BY_ROW: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     """Program g writes the rows of group g into its tiles, as `route_kernel` does, from rows that lie group by group.
 
     Args:
         order: the rows in the order of their groups; None where all lie in it.
         ends: where each group ends in it.
-        codes: the slot of each group, -1 for none; None where group g is that of slot g, and the last is of none.
+        codes: the index of each group; None where group g is that of slot g, and the last is of none.
     """
     group = tl.program_id(0)
     before = tl.load(ends + tl.maximum(group - 1, 0)).to(tl.int32)
     before = tl.where(group == 0, 0, before)
     mine = tl.load(ends + group).to(tl.int32) - before
-    if codes is None:
-        code = tl.where(group == tl.num_programs(0) - 1, -1, group)
-    else:
-        code = tl.load(codes + group).to(tl.int32)
+    code = group if codes is None else tl.load(codes + group)
+    code = tl.where((code >= 0) & (code < slots), code, -1).to(tl.int32)
     first, step = _open_group(tiles, tile_count, group, code, before, mine, BM, BY_ROW, CHUNK)
     table = tiles + tile_count
     lanes = tl.arange(0, CHUNK)

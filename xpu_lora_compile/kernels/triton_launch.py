@@ -85,12 +85,12 @@ class Groups(NamedTuple):
 
     # `[G]`: where each group ends.
     ends: Tensor
-    # `[G]`: the slot of its rows, or -1.
+    # `[G]`: the index of its rows.
     codes: Tensor
 
 
 def route(indices: Tensor, slots: int, groups: Groups | None = None) -> Tensor:
-    """The table of tiles for these indices, int32; its length is a simple function of T and K, so that it can be faked.
+    """The table of tiles for these indices, int32; its length is simple arithmetic on sizes, so that it can be faked.
 
     Args:
         indices: `[T]`, int32 or int64.
@@ -131,7 +131,8 @@ def fill_tiles(
         form.launch("route_alone_kernel", (-(-rows // 16),), indices, stride, tiles, rows, slots, height, 16)
     elif groups is not None or form.rows * slots >= READS_OF_SORTED:
         order, ends, codes = (None, *groups) if groups is not None else (*_sorted(indices, slots), None)
-        form.launch("route_sorted_kernel", (ends.shape[0],), order, ends, codes, tiles, count, height, by_row, 64)
+        sorted_rows = order, ends, codes
+        form.launch("route_sorted_kernel", (ends.shape[0],), *sorted_rows, tiles, slots, count, height, by_row, 64)
     else:
         operands = indices, stride, tiles, rows, slots, count, height, by_row, chunk
         form.launch("route_kernel", (slots + 1,), *operands)

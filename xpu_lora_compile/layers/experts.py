@@ -297,10 +297,12 @@ def _summed(rows: Tensor, order: Tensor | None, weights: Tensor) -> Tensor:
         return (rows * weights.reshape(-1, 1)).view(-1, count, features).sum(1)
     places = torch.empty_like(order)
     places[order] = torch.arange(order.shape[0], device=order.device)
-    if is_compiling() and count <= _UNROLLED:
-        # Inductor makes one pass over memory of it: a sum over a dimension takes it twice as long on an H200.
-        places = places.view(-1, count)
-        return cast("Tensor", sum(rows[places[:, at]] * weights[:, at, None] for at in range(count)))
+    if is_compiling() and count <= _UNROLLED and not torch.is_grad_enabled():
+        # Inductor makes one pass over memory of it: a sum over a dimension takes it twice as long on an H200. (A
+        # backward pass would take one for each of a token's experts.)
+        places, dtype = places.view(-1, count), torch.promote_types(rows.dtype, torch.float32)
+        parts = (rows[places[:, at]] * weights[:, at, None] for at in range(count))
+        return cast("Tensor", sum(part.to(dtype) for part in parts))
     return (rows[places] * weights.reshape(-1, 1)).view(-1, count, features).sum(1)
 
 

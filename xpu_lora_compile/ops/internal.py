@@ -150,8 +150,9 @@ def _fake_route(indices: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def _fake_route_tiles(indices: Tensor, slots: int, ends: Tensor | None = None, codes: Tensor | None = None) -> Tensor:
-    groups = slots + 1 if ends is None else ends.shape[0]
-    return indices.new_empty(triton_launch.table_length(indices.shape[0], groups), dtype=torch.int32)
+    groups = _groups(ends, codes)
+    count = slots + 1 if groups is None else groups.ends.shape[0]
+    return indices.new_empty(triton_launch.table_length(indices.shape[0], count), dtype=torch.int32)
 
 
 def _fake_sorted_indices(groups: Tensor, codes: Tensor, ends: Tensor) -> Tensor:
@@ -174,8 +175,9 @@ _ROW_OPERANDS = "Tensor(a!) output, Tensor inputs, Tensor weights, Tensor indice
 _PRODUCTS = "Tensor inputs, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b"
 _LISTS = "Tensor(a!)[] outputs, Tensor inputs, Tensor[] lora_a, Tensor[] lora_b"
 _PLACES = "int[] slice_outputs, SymInt[] slice_offsets, float scaling"
-# The results of `route`, or of `route_tiles` and the ranks; without them a kernel computes what it needs.
+# How rows lie that are sorted: see `triton_launch.Groups`.
 _GROUPS = "Tensor? ends=None, Tensor? codes=None"
+# The results of `route`, or of `route_tiles` and the ranks; without them a kernel computes what it needs.
 _PREPARED = ", ".join(f"Tensor? {name}=None" for name in RowRouting.PREPARED)
 
 for _schema, _kernel, _fake in (
@@ -344,8 +346,9 @@ def _triton_backward(
 def _fake_triton_route_tiles(
     indices: Tensor, slots: int, tuned_rows: int, ends: Tensor | None = None, codes: Tensor | None = None
 ) -> Tensor:
-    groups = None if ends is None else int(ends.shape[0])
-    shape = triton_visible.tiles_shape(indices.shape[0], int(slots), tuned_rows, groups)
+    groups = _groups(ends, codes)
+    count = None if groups is None else int(groups.ends.shape[0])
+    shape = triton_visible.tiles_shape(indices.shape[0], int(slots), tuned_rows, count)
     return indices.new_empty(shape, dtype=torch.int32)
 
 

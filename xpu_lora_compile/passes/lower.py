@@ -430,7 +430,7 @@ def _prepared(op: torch._ops.OpOverload, lora: LoraNode, options: dict[str, Any]
     stack = (lora.lora_a or lora.lora_b)[0]
     indices, slots = lora.indices, value_of(stack).shape[0]
     more = tuple(options[argument.name] for argument in op._schema.arguments[2:] if not argument.has_default_value())
-    groups = _groups_of(indices, op)
+    groups = _groups_of(indices, op, lora.node, memory)
     names = [result.name for result in op._schema.returns]
     for user in indices.users:
         same = user.target is op and user.args[2:] == more and is_guarded(slots == _size(user.args[1]))
@@ -445,12 +445,13 @@ def _prepared(op: torch._ops.OpOverload, lora: LoraNode, options: dict[str, Any]
     return dict(zip(names, _results(made), strict=True))
 
 
-def _groups_of(indices: Node, op: torch._ops.OpOverload) -> dict[str, Node]:
-    """How rows lie that are sorted, for an op that asks for it."""
+def _groups_of(indices: Node, op: torch._ops.OpOverload, call: Node, memory: Memory) -> dict[str, Node]:
+    """How rows lie that are sorted, for an op that asks for it; nothing if that may have changed since."""
     if indices.target is not SORTED_INDICES or all(argument.name != "ends" for argument in op._schema.arguments):
         return {}
-    _, codes, ends = indices.args
-    return {"ends": cast("Node", ends), "codes": cast("Node", codes)}
+    codes, ends = cast("list[Node]", indices.args[1:])
+    is_as_it_was = all(memory.is_unchanged(node, indices, call) for node in (codes, ends))
+    return {"ends": ends, "codes": codes} if is_as_it_was else {}
 
 
 def _results(made: Node) -> list[Node]:

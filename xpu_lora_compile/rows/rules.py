@@ -721,7 +721,7 @@ def _accumulated(target: Tensor, name: str, dimension: int, index: Tensor, sourc
     return torch.where(highest < 0, SHARED, torch.where(lowest == highest, highest, MIXED))
 
 
-@rule("histc bincount one_hot unique _unique2 unique_dim unique_consecutive")
+@rule("histc bincount searchsorted one_hot unique _unique2 unique_dim unique_consecutive")
 def counted(step: Step) -> Tensor | list[Tensor]:
     """Counts of values belong to all; `one_hot` has its own dimension for them."""
     if name_of(step.func).endswith("one_hot"):
