@@ -16,7 +16,7 @@ from xpu_lora_compile.kernels import triton_launch
 from xpu_lora_compile.kernels.call import LoraCall
 from xpu_lora_compile.kernels.routing import RowRouting
 from xpu_lora_compile.kernels.triton_gradients import backward, forward, training_tiles
-from xpu_lora_compile.kernels.triton_launch import Triton, route
+from xpu_lora_compile.kernels.triton_launch import Groups, Triton, route
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # T of tiles of 16 rows and of 32, the latter with pieces of D one by one and in pairs; and R of one block of 16 ranks,
@@ -77,6 +77,9 @@ def _runs_of_routing() -> Iterator[Callable[[], object]]:
     """What routes rows among so many slots that they are pages of experts."""
     for rows, slots in ((300, 100_000), (20_000, 1_000)):
         yield partial(route, torch.zeros(rows, dtype=torch.int64), slots)
+    # Which lie group by group.
+    groups = Groups(torch.zeros(1_100, dtype=torch.int32), torch.zeros(1_100, dtype=torch.int64))
+    yield partial(route, torch.zeros(20_000, dtype=torch.int64), 1_000, groups)
 
 
 def _gradients(call: LoraCall, scalings: Tensor | None, slots: Tensor | None) -> None:

@@ -389,6 +389,19 @@ def test_calls_that_nothing_looks_at_take_shorter_ways(
         assert_rows(logits(model, tokens), wanted, names)
 
 
+def test_a_tokens_rows_are_rounded_once_in_a_compiled_graph_too() -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows, weights = (torch.randn(sizes, generator=draw).bfloat16() for sizes in ((400, 32), (50, 8)))
+    order = torch.randperm(400, generator=draw)
+    with torch.no_grad():
+        got = torch.compile(experts_module._summed, backend="eager", fullgraph=True)(rows, order, weights)
+    exact = (rows.double()[torch.argsort(order)] * weights.double().reshape(-1, 1)).view(50, 8, 32).sum(1)
+    # Each product is rounded to bfloat16, as the model's own are; sums of them are not.
+    products = (rows[torch.argsort(order)] * weights.reshape(-1, 1)).double().view(50, 8, 32).sum(1)
+    torch.testing.assert_close(got.double(), products, atol=1e-5, rtol=1e-5)
+    assert (got.double() - exact).abs().max() < 0.05
+
+
 def test_few_rows_are_those_of_few_experts_on_a_cpu_that_nothing_looks_at() -> None:
     with torch.no_grad():
         assert experts_module._is_few(torch.zeros(2, dtype=torch.int64), 8)
