@@ -20,8 +20,18 @@ from support.cases import DEVICE, same_bits
 from support.mixtures import mixture, save_fused
 from support.peft_folders import edit_config, edited_weights, loaded_by_peft, quiet, save_adapter, tiny_llama
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.functional import cross_entropy
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from torch.utils.data import SequentialSampler
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import xpu_lora_compile as xlc
 from xpu_lora_compile.adapters.bank import AdapterBank
@@ -33,6 +43,7 @@ from xpu_lora_compile.errors import (
     UnknownAdapterError,
     UnsupportedAdapterError,
 )
+from xpu_lora_compile.passes.text import as_text
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 # Different ranks, scalings that are no powers of two, and different modules.
@@ -86,6 +97,12 @@ def _pefts_losses(folder: Path, batches: list[Tensor], optimizer: Callable[[Any]
         steps.step()
         losses.append(loss.item())
     return losses
+
+
+def _compiled(model: nn.Module) -> Callable[..., Any]:
+    """Without Inductor, which takes many times as long, and computes the same."""
+    run: Callable[..., Any] = torch.compile(model, backend="xpu_lora", options={"xpu_lora.execute": "eager"})
+    return run
 
 
 OPTIMIZERS = {
@@ -260,6 +277,95 @@ def test_each_adapter_has_its_own_learning_rate_and_weight_decay(folders: dict[s
     assert not any(same_bits(p, b) for p, b in zip(bank.parameters("haiku"), before["haiku"], strict=True))
 
 
+def test_layers_without_a_trained_adapter_hand_gradients_on_by_the_same_op(folders: dict[str, Path]) -> None:
+    texts: list[str] = []
+
+    def backend(module: GraphModule, _: list[Any]) -> Callable[..., Any]:
+        xlc.rewrite(module)
+        texts.append(as_text(module))
+        return module.forward
+
+    found = []
+    for given in (folders, {"haiku": folders["haiku"]}):
+        targets = TARGETS if given is folders else ["q_proj", "v_proj"]
+        model = tiny_llama().to(DEVICE).requires_grad_(False)
+        bank = xlc.attach(model, adapters=given, slots=5, max_rank=6, target_modules=targets)
+        bank.trainable(["haiku"])
+        run = torch.compile(model, backend=backend) if given is folders else model
+        with bank.use(["haiku", None]):
+            _loss(run, _tokens(0)).sum().backward()
+        found.append([p.grad for p in bank.parameters("haiku")])
+        with bank.use(["haiku", None]), torch.no_grad():
+            _loss(model, _tokens(0))
+        bank.trainable([])
+        assert all(layer.lora_training is None for layer in model.modules() if hasattr(layer, "lora_training"))
+    torch.testing.assert_close(*found)
+    assert any("trained_linear" in text for text in texts)
+    assert not any("lora_linear" in text for text in texts)
+
+
+def test_transformers_trainer_trains_an_adapter_inside_of_its_block(folders: dict[str, Path], tmp_path: Path) -> None:
+    rows = [row.cpu() for seed in range(4) for row in _tokens(seed)]
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    trained = []
+    for by_trainer in (True, False):
+        model, bank = _attached(folders)
+        bank.trainable(["pirate"])
+        optimizer = torch.optim.SGD(bank.parameters("pirate"), lr=0.3)
+        if by_trainer:
+            _train_by_transformers(model, bank, optimizer, data, tmp_path)
+        else:
+            # Two batches of two rows for each step.
+            for step in range(2):
+                for batch in range(2):
+                    first = 4 * step + 2 * batch
+                    tokens = torch.stack(rows[first : first + 2]).to(DEVICE)
+                    with bank.use(["pirate"] * 2):
+                        (_loss(model, tokens).mean() / 2).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        trained.append([parameter.detach() for parameter in bank.parameters("pirate")])
+    torch.testing.assert_close(*trained)
+
+
+def _train_by_transformers(
+    model: nn.Module, bank: AdapterBank, optimizer: torch.optim.Optimizer, data: list[dict[str, Tensor]], folder: Path
+) -> None:
+    """As docs/training.md has it: blocks around forward and backward, and gradients that are zeroed by the user."""
+
+    class InBlocks(Trainer):
+        def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any) -> Tensor:
+            with bank.use(["pirate"] * len(inputs["input_ids"])):
+                loss: Tensor = super().training_step(model, inputs, *args)
+            return loss
+
+        def _get_train_sampler(self, *args: Any) -> Any:
+            return SequentialSampler(data)  # type: ignore[arg-type]
+
+    class ZeroGradients(TrainerCallback):
+        def on_step_end(self, *args: Any, **given: Any) -> None:
+            optimizer.zero_grad()
+
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        report_to=[],
+        use_cpu=DEVICE.type == "cpu",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    InBlocks(
+        model,
+        arguments,
+        train_dataset=data,
+        optimizers=(optimizer, constant),
+        callbacks=[ZeroGradients()],  # type: ignore[arg-type]
+    ).train()
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_an_adapter_that_no_row_uses_gets_no_gradient(folders: dict[str, Path], compiled: bool) -> None:
     model, bank = _attached(folders)
@@ -277,8 +383,10 @@ def test_an_adapter_that_no_row_uses_gets_no_gradient(folders: dict[str, Path], 
     assert all(same_bits(p.grad, was) for p, was in zip(bank.parameters("haiku"), kept, strict=True))
 
 
-def test_gradients_add_up_over_small_batches(folders: dict[str, Path]) -> None:
-    model, bank = _attached(folders)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_gradients_add_up_over_small_batches(folders: dict[str, Path], compiled: bool) -> None:
+    plain, bank = _attached(folders)
+    model = _compiled(plain) if compiled else plain
     bank.trainable(list(folders))
     names, tokens = [*folders, "pirate"], _tokens(1, 4)
     with bank.use(names):
@@ -354,10 +462,12 @@ def test_a_parameter_with_gaps_in_memory_is_refused_and_the_advice_works(tmp_pat
     assert all(p.is_contiguous() or p.t().is_contiguous() for p in bank.parameters("smaller"))
 
 
-def test_autocast_trains_with_gradients_close_to_those_of_float32(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_autocast_trains_with_gradients_close_to_those_of_float32(folders: dict[str, Path], compiled: bool) -> None:
     gradients = []
     for enabled in (False, True):
-        model, bank = _attached(folders)
+        plain, bank = _attached(folders)
+        model = _compiled(plain) if compiled else plain
         bank.trainable(list(folders))
         with bank.use(list(folders)), torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled):
             _loss(model, _tokens(2, 3)).sum().backward()

@@ -112,11 +112,20 @@ def _leaves(stacks_a: list[Tensor], stacks_b: list[Tensor], count: int) -> tuple
     )
 
 
-def _trained(x: Tensor, grad: Tensor, a: Tensor, b: Tensor, indices: Tensor, slots: list[int]) -> list[Tensor]:
+def _trained(
+    x: Tensor,
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    indices: Tensor,
+    slots: list[int],
+    scalings: Tensor | None = None,
+) -> list[Tensor]:
     """The gradients of the inputs, and of A and B of each of these slots."""
     x = x.detach().clone().requires_grad_()
     leaves_a, leaves_b = _leaves([a], [b], len(slots))
-    scalings = torch.linspace(0.5, 2.0, len(a), device=a.device)
+    if scalings is None:
+        scalings = torch.linspace(0.5, 2.0, len(a), device=a.device)
     chosen = torch.tensor(slots, device=a.device)
     operands = [torch.zeros_like(grad)], x, [a], [b], indices, scalings, chosen, leaves_a, leaves_b
     of_x, of_a, of_b = torch.autograd.grad(TRAINED_LINEAR(*operands)[0], [x, *leaves_a, *leaves_b], grad)
@@ -159,12 +168,14 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 @pytest.mark.parametrize("poisoned", ["inputs", "gradient", "A", "B", "scaling"])
 def test_nan_of_another_tenant_reaches_nothing(poisoned: str) -> None:
     x, grad, a, b, indices = (tensor.to(DEVICE) for tensor in _mixed())
-    clean = _trained(x, grad, a, b, indices, list(range(8)))
+    scalings = torch.linspace(0.5, 2.0, len(a), device=a.device)
+    clean = _trained(x, grad, a, b, indices, list(range(8)), scalings)
     if poisoned in ("inputs", "gradient"):
         (x if poisoned == "inputs" else grad)[indices == 3] = torch.nan
     else:
-        (a if poisoned == "A" else b)[3] = torch.nan
-    of_x, *of_weights = _trained(x, grad, a, b, indices, list(range(8)))
+        {"A": a, "B": b, "scaling": scalings}[poisoned][3] = torch.nan
+    of_x, *of_weights = _trained(x, grad, a, b, indices, list(range(8)), scalings)
+    assert any(gradient.isnan().any() for gradient in (of_x, *of_weights))
     assert same_bits(of_x[indices != 3], clean[0][indices != 3])
     for position, (got, wanted) in enumerate(zip(of_weights, clean[1:], strict=True)):
         if position % 8 != 3:
@@ -177,6 +188,19 @@ def test_only_trained_slots_get_gradients() -> None:
     of_x, *of_weights = _trained(*operands, [5, 2])
     assert same_bits(of_x, whole[0])
     assert all(map(same_bits, of_weights, (whole[1 + at] for at in (5, 2, 64 + 5, 64 + 2))))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_without_trained_slots_inputs_alone_get_gradients(dtype: torch.dtype) -> None:
+    # Of float64 by plain products.
+    x, grad, a, b, indices = (tensor.to(DEVICE) for tensor in _mixed())
+    x, grad, a, b = (tensor.to(dtype) for tensor in (x, grad, a, b))
+    wanted = _trained(x, grad, a, b, indices, [1])[0]
+    x.requires_grad_()
+    leaves = [[leaf.detach() for leaf in some] for some in _leaves([a], [b], 0)]
+    scalings, nobody = torch.linspace(0.5, 2.0, len(a), device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)
+    result = TRAINED_LINEAR([torch.zeros_like(grad)], x, [a], [b], indices, scalings, nobody, *leaves)[0]
+    assert same_bits(torch.autograd.grad(result, x, grad)[0], wanted)
 
 
 def test_slices_of_one_call_get_what_each_gets_alone() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -121,6 +121,7 @@ class TrainedSlots:
         self.rates: tuple[float, ...] = ()
         # Position of each slot's rate, or -1.
         self._rate = torch.full((len(stacks[0]),), -1, device=stacks[0].device)
+        self._have((), self._factors)
 
     def __len__(self) -> int:
         return len(self._members)
@@ -135,23 +136,28 @@ class TrainedSlots:
         if rate:
             self.rates = tuple(dict.fromkeys((*self.rates, rate)))
             self._rate[slot] = self.rates.index(rate)
-        self._have((*self._members, member), slot, scaling)
+        self._have((*self._members, member), self._factors_with(slot, scaling))
         return member.a, member.b
 
     def remove(self, slot: int) -> None:
         """Train a slot no more."""
         self._rate[slot] = -1
-        self._have(tuple(member for member in self._members if member.slot != slot), slot, 1.0)
+        members = tuple(member for member in self._members if member.slot != slot)
+        self._have(members, self._factors_with(slot, 1.0))
 
-    def _have(self, members: tuple[_Member, ...], slot: int, scaling: float) -> None:
+    def _factors_with(self, slot: int, scaling: float) -> tuple[float, ...]:
+        return tuple(scaling if at == slot else factor for at, factor in enumerate(self._factors))
+
+    def _have(self, members: tuple[_Member, ...], factors: tuple[float, ...]) -> None:
         stack_a, stack_b = self._stacks
         (_, rank, features), width, count = stack_a.shape, stack_b.shape[1], len(members)
-        self._members = members
-        self._factors = tuple(scaling if at == slot else factor for at, factor in enumerate(self._factors))
+        self._members, self._factors = members, factors
         self.slots = self._shared.tensor(tuple(member.slot for member in members), torch.int64, stack_a.device)
         self.scalings = self._shared.tensor(self._factors, torch.float32, stack_a.device)
-        self.leaf_a = nn.Parameter(stack_a.new_empty(1).expand(count, rank, features))
-        self.leaf_b = nn.Parameter(stack_b.new_empty(1).expand(count, rank, width))
+        self.leaf_a = nn.Parameter(stack_a.new_empty(1).expand(count, rank, features), bool(count))
+        self.leaf_b = nn.Parameter(stack_b.new_empty(1).expand(count, rank, width), bool(count))
+        if not count:
+            return
         # The hooks hold no leaf: Python does not see the way from a leaf to its hooks, and would never free them.
         for leaf, is_b in ((self.leaf_a, False), (self.leaf_b, True)):
             parts = [_Part.of(member.name, member.b if is_b else member.a, is_b, leaf) for member in members]
@@ -363,14 +369,16 @@ class Training:
         parameters: dict[str, nn.Parameter] = {}
         # A parameter that is made in inference mode could not be trained.
         with torch.inference_mode(False), torch.no_grad():
+            if not self._parameters:
+                for layer in filter(_can_be_trained, self._layers.values()):
+                    layer.lora_training = TrainedSlots((layer.lora_a, layer.lora_b), self._shared)
             for module, pair in loaded.pairs.items():
                 layer = self._layers[module]
-                if layer.lora_training is None:
-                    self._stacks[module] = layer.lora_a, layer.lora_b
-                    layer.lora_training = TrainedSlots(self._stacks[module], self._shared)
+                self._stacks[module] = layer.lora_a, layer.lora_b
                 a, b = layer.places(layer.lora_a[slot], layer.lora_b[slot], pair.shape_a, pair.shape_b)
                 b.copy_(_unscaled(b, pair.scaling))
-                made = layer.lora_training.add(name, slot, a, b, pair.scaling, loaded.dropout)
+                training = cast("TrainedSlots", layer.lora_training)
+                made = training.add(name, slot, a, b, pair.scaling, loaded.dropout)
                 parameters |= zip(_keys(pair, "linear"), made, strict=True)
         self._parameters[name], self._loaded[name] = parameters, (slot, loaded)
         self._places[name] = [parameter.data_ptr() for parameter in parameters.values()]
@@ -390,8 +398,10 @@ class Training:
                 if training is not None:
                     training.remove(slot)
                     if not len(training):
-                        layer.lora_training = None
-                        del self._stacks[module]
+                        self._stacks.pop(module, None)
+        if not self._parameters:
+            for layer in self._layers.values():
+                layer.lora_training = None
 
     def check(self) -> None:
         """Raise AdapterError where parameters are no longer what the layers read: the model has been moved, say."""
@@ -429,6 +439,11 @@ class Training:
     def is_trained(self, name: str) -> bool:
         """Whether an adapter is trained, so that its B is without scaling."""
         return name in self._parameters
+
+
+def _can_be_trained(layer: TrainableLayer) -> bool:
+    """Whether slots of a layer may be trained: those of others it adds in a way of its own."""
+    return layer.lora_site.kind == "linear" and not layer.lora_site.by_name
 
 
 def _moved(where: str, wanted: str, got: str) -> AdapterError:

@@ -43,7 +43,8 @@ class LoraLayer(nn.Module):
         lora_features: how many of the last dimensions of its input are no rows; `forward` says the same to the routing.
         lora_in_place: whether the base class makes a new tensor for each call, to which LoRA may be added in place.
         lora_takes_one_input: whether it is called with its input alone.
-        lora_training: the slots that are trained, whose B is without scaling meanwhile; None where none is.
+        lora_training: the slots that are trained, whose B is without scaling meanwhile, perhaps none; None where no
+            layer of the bank has any.
     """
 
     lora_site: ModuleSizes
@@ -68,9 +69,11 @@ class LoraLayer(nn.Module):
         output = self.without_lora(rows) if self.lora_in_place else self._rows_of_base(self.without_lora(input))
         shape = (*input.shape[:-1], output.shape[1])
         lora_a, lora_b = self.lora_a, self.lora_b
-        if self.lora_training is not None:
+        training = self.lora_training
+        # A layer without trained slots hands gradients on by the same op as the others: a compiler sees through it.
+        if training is not None and (len(training) or torch.is_grad_enabled()):
             columns = min(lora_b.shape[1], output.shape[1])
-            return self._with_training(self.lora_training, output, rows, indices, columns).view(shape)
+            return self._with_training(training, output, rows, indices, columns).view(shape)
         # What a CPU's kernel does not ask for need not be an input of its graphs.
         ranks = None if rows.device.type == "cpu" else routing.ranks
         if self.lora_in_place:

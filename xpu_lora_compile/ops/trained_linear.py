@@ -186,7 +186,9 @@ def _portable_backward(
         from_slice = SLOT_PRODUCTS(grad_hidden, a.transpose(1, 2), indices)
         grad_rows = grad_rows + torch.where(has_adapter, from_slice, 0.0)
         with without_autocast(rows.device.type):
-            for made, left, right, stack in ((grads_a, grad_hidden, wide, a), (grads_b, hidden, grad, b)):
+            # A layer without trained slots has leaves without gradients.
+            pairs = ((grads_a, grad_hidden, wide, a), (grads_b, hidden, grad, b)) if len(slots) else ()
+            for made, left, right, stack in pairs:
                 sums = [torch.where(m, left, 0.0).t() @ torch.where(m, right, 0.0) for m in mine]
                 made.append(torch.stack(sums).to(stack.dtype))
     return grad_rows.to(rows.dtype), [*grads_a, *grads_b]
