@@ -29,10 +29,12 @@ from xpu_lora_compile.errors import (
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-ADAPTERS: dict[str, tuple[list[str], list[str]]] = {
+ADAPTERS: dict[str, tuple[list[str] | str, list[str]]] = {
     "attention": (ATTENTION, []),
     "down": ([], PARAMETERS[1:]),
     "experts": (ATTENTION, PARAMETERS),
+    # PEFT's own choice: attention and experts, gate and up with twice the rank and alpha of their own; and the router.
+    "all": ("all-linear", []),
 }
 NAMES = {
     "mixtral": ("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}),
@@ -125,7 +127,7 @@ def eager(qwen3_moe: Served) -> Engine:
 
 
 # Both slots taken in each; all prompts of one name in one batch.
-PAIRS = [("attention", "experts"), ("experts", "down"), ("single", "attention")]
+PAIRS = [("attention", "experts"), ("experts", "down"), ("single", "attention"), ("all", "down")]
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
@@ -220,6 +222,12 @@ def load(engine: Engine, folder: Path) -> Any:
     return engine.runner.lora_manager._load_adapter(LoRARequest("changed", 77, str(folder)))
 
 
+def wrapped_the_other_way_around(tensors: dict[str, Tensor]) -> None:
+    for inner in [name for name in tensors if ".experts.base_layer." in name]:
+        outer = inner.replace("base_layer.", "")
+        tensors[inner], tensors[outer] = tensors[outer], tensors[inner]
+
+
 INNER = "base_model.model.model.layers.1.mlp.experts.base_layer.lora_A.weight"
 DOWN = "base_model.model.model.layers.1.mlp.experts.5.down_proj.lora_{}.weight"
 WRONG: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], dict[str, Any], type[Exception], str]] = {
@@ -232,9 +240,9 @@ WRONG: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], dict[str, Any], 
         r"base_layer: wanted lora_A \[8 R, 64\] and lora_B \[96, 8 R\], or lora_A \[8 R, 48\]",
     ),
     "a rank in the config alone": ("experts", lambda _: None, {"r": 2}, AdapterShapeError, "one pair of rank 2"),
-    "a rank of a parameter": (
+    "a rank of a parameter that vLLM takes for the other": (
         "experts",
-        lambda _: None,
+        wrapped_the_other_way_around,
         {"alpha_pattern": {"mlp.experts.down_proj": 32}},
         UnmatchedTensorError,
         "got alpha_pattern 'mlp.experts.down_proj'",

@@ -39,9 +39,9 @@ def _checking(own: Any) -> Any:
         # It refuses forms of experts that are gathered here, and is asked again after that.
         with replaced(manager, "_validate_moe_lora_format", lambda _: None):
             adapter = own(self, lora_request)
-        in_one = gather_experts(manager, adapter, name)
+        taken_for_others = gather_experts(manager, adapter, name)
         folder = importlib.import_module("vllm.lora.utils").get_adapter_absolute_path(lora_request.lora_path)
-        check_patterns(Path(folder), in_one, name)
+        check_patterns(Path(folder), taken_for_others, name)
         manager._validate_moe_lora_format(adapter)
         check_adapter(manager, adapter, name)
         return adapter

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import xpu_lora_compile
 from xpu_lora_compile.errors import AttachError
 from xpu_lora_compile.integrations.vllm_changes import change
+from xpu_lora_compile.integrations.vllm_experts import hand_routers_on
 from xpu_lora_compile.integrations.vllm_punica import XpuLoraPunicaWrapper
 
 
@@ -120,6 +121,7 @@ def _finding_encoders(own: Callable[[Any], None]) -> Callable[[Any], None]:
         wrappers = list(manager.punica_wrapper_mapping.values())
         if not all(isinstance(wrapper, XpuLoraPunicaWrapper) for wrapper in wrappers):
             return
+        hand_routers_on(manager)
         _say_what_was_taken_over(manager)
         cross_attention = _cross_attention(manager)
         for wrapper in [*wrappers, *([cross_attention] if cross_attention else [])]:

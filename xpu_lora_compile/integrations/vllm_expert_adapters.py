@@ -70,7 +70,7 @@ def gather_experts(manager: Any, adapter: Any, name: str) -> list[str]:
         name: of the adapter, for errors.
 
     Returns:
-        The adapter's names of the mixtures whose parameters it had in PEFT's form.
+        The adapter's names of the mixtures whose parameters are not those for which vLLM takes them by their names.
 
     Raises:
         AdapterShapeError: a tensor does not fit the experts.
@@ -79,11 +79,13 @@ def gather_experts(manager: Any, adapter: Any, name: str) -> list[str]:
     """
     layers: Any = importlib.import_module("vllm.lora.layers")
     packed: Any = importlib.import_module("vllm.lora.lora_weights").PackedLoRALayerWeights
-    in_one = []
+    taken_for_others = []
     for module, layer in manager.modules.items():
         if not isinstance(layer, layers.FusedMoEWithLoRA) or _is_left_to_vllm(manager, layer):
             continue
-        owner = next((owner for owner in _owners(manager, module) if _of(adapter, owner)), None)
+        owners = _owners(manager, module)
+        _rename_router(manager, adapter, owners)
+        owner = next((owner for owner in owners if _of(adapter, owner)), None)
         if owner is None:
             continue
         mixture = Mixture(
@@ -95,18 +97,18 @@ def gather_experts(manager: Any, adapter: Any, name: str) -> list[str]:
         )
         found = {key.removeprefix(owner).removeprefix("."): adapter.loras.pop(key) for key in _of(adapter, owner)}
         pairs = _pairs(mixture, found)
-        if not any(_OF_EXPERT.fullmatch(suffix) for suffix in found):
-            in_one.append(owner)
+        if not any(_OF_EXPERT.fullmatch(suffix) for suffix in found) and _are_taken_for_others(mixture, found):
+            taken_for_others.append(owner)
         products = ["gate and up", "down"] if isinstance(layer, layers.FusedMoE3DWithLoRA) else ["gate", "down", "up"]
         ordered = [_product(mixture, pairs, product) for product in products]
         rank = max(a.shape[1] for a, _ in ordered)
         a, b, ones = [a for a, _ in ordered], [b for _, b in ordered], [1] * len(ordered)
         adapter.loras[module] = packed(module, rank, ones, a, b, scaling=ones)
-    return in_one
+    return taken_for_others
 
 
 def check_patterns(folder: Path, owners: list[str], name: str) -> None:
-    """Compare an adapter's config with experts whose parameters it has in PEFT's form: vLLM reads them by other names.
+    """Compare an adapter's config with experts whose parameters vLLM takes for others, and so their ranks and alphas.
 
     Raises:
         UnmatchedTensorError: it gives one of these parameters a rank or alpha of its own.
@@ -144,6 +146,15 @@ def _owners(manager: Any, module: str) -> list[str]:
         names.append(module.removeprefix("model."))
     above = [name.split(".")[:-2] for name in names]
     return [*names, *(".".join([*parts, "mlp", "experts"]) for parts in above)]
+
+
+def _rename_router(manager: Any, adapter: Any, owners: list[str]) -> None:
+    """Call the router of a mixture as the model does, which may call the block otherwise than transformers 5."""
+    own, *others = [f"{owner.rpartition('.')[0]}.gate" for owner in owners]
+    for name in others:
+        if own in manager.modules and name not in manager.modules and name in adapter.loras:
+            weights = adapter.loras[own] = adapter.loras.pop(name)
+            weights.module_name = own
 
 
 def _of(adapter: Any, owner: str) -> list[str]:
@@ -212,6 +223,15 @@ def _check(mixture: Mixture, suffix: str, pair: Pair, products: tuple[str, ...],
         f"{list(a.shape)} and {list(b.shape)}",
         "Load an adapter that was trained for this model.",
     )
+
+
+def _are_taken_for_others(mixture: Mixture, found: Mapping[str, Any]) -> bool:
+    """Whether vLLM gave a parameter the rank and alpha of another: it takes the one wrapped last for that of down."""
+    products = {
+        suffix: _check(mixture, suffix, (weights.lora_a, weights.lora_b), ("gate and up", "down"), mixture.experts)
+        for suffix, weights in found.items()
+    }
+    return any(product != ("gate and up" if suffix else "down") for suffix, product in products.items())
 
 
 def _stacked(mixture: Mixture, product: str, experts: Mapping[int, Pair]) -> Pair:

@@ -52,6 +52,22 @@ def take_over_experts() -> None:
         change(chooser, "select_unquantized_moe_backend", _choosing)
 
 
+def hand_routers_on(manager: Any) -> None:
+    """Have whatever calls a router call the one with LoRA.
+
+    vLLM (0.32, 0.33) puts it in the place of the router in the block of a mixture. But of some models, such as
+    Qwen3-MoE, the experts call the router themselves, and keep the one without.
+
+    Args:
+        manager: vLLM's `LoRAModelManager`, whose layers have LoRA.
+    """
+    layers = {id(layer.base_layer): layer for layer in manager.modules.values() if hasattr(layer, "base_layer")}
+    for module in list(manager.model.modules()):
+        layer = layers.get(id(module._modules.get("gate")))
+        if layer is not None:
+            module._modules["gate"] = layer
+
+
 def _refusing(own: Any) -> Any:
     def _get_quant_method(self: Any, prefix: str, quant_config: Any, moe_config: Any) -> Any:
         if not moe_config.is_lora_enabled or not _is_cpu():
