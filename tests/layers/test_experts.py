@@ -132,10 +132,17 @@ def test_every_form_of_a_file_is_the_same_adapter(family: str, tmp_path: Path, t
     wanted = logits_by_peft(family, folders["fused"], tokens)
     assert (wanted - logits_by_peft(family, None, tokens)).abs().max() > 1e-3
     model = mixture(family)
-    bank = xlc.attach(model, adapters=folders)
+    other = save_fused(family, tmp_path / "other", 5)
+    bank = xlc.attach(model, adapters=folders | {"other": other})
     names: list[str | None] = list(folders)
     with bank.use(names):
         assert_rows(logits(model, tokens), dict.fromkeys(names, wanted), names)
+    by_name: dict[str | None, Tensor] = dict.fromkeys(names, wanted)
+    by_name |= {"other": logits_by_peft(family, other, tokens), None: logits_by_peft(family, None, tokens)}
+    compiled = torch.compile(model, backend="xpu_lora", fullgraph=True, options={"xpu_lora.execute": "eager"})
+    for mixed in (["single", "other", None, "shared"], [None, "stacked", "fused", "other"]):
+        with bank.use(mixed):
+            assert_rows(logits(compiled, tokens), by_name, list(mixed))
 
 
 def test_peft_reads_the_names_of_single_experts_as_we_do(tmp_path: Path, tokens: Tensor) -> None:

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support.mixtures import assert_rows, logits, logits_by_peft, mixture, save_fused, token_ids
+from support.mixtures import (
+    FAMILIES,
+    RANK,
+    assert_rows,
+    experts_of,
+    logits,
+    logits_by_peft,
+    mixture,
+    save_fused,
+    token_ids,
+)
 from torch import Tensor
 
 import xpu_lora_compile as xlc
@@ -52,6 +63,26 @@ def test_what_peft_calls_all_linear_is_taken_and_compiled(tmp_path: Path, tokens
     compiled, names = torch.compile(model, backend="xpu_lora", fullgraph=True), ["a", None, "a", None]
     with bank.use(names):
         assert_rows(logits(compiled, tokens), wanted, names)
+
+
+# PEFT's own model fails on all linear layers of Llama 4: its router returns a tuple.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "Llama4Text"])
+def test_all_linear_of_every_family_is_pefts_in_a_mixed_batch(family: str, tmp_path: Path, tokens: Tensor) -> None:
+    lora: dict[str, Any] = {"target_modules": "all-linear", "target_parameters": None}
+    folders = {name: save_fused(family, tmp_path / name, seed, **lora) for seed, name in enumerate("ab")}
+    model = mixture(family)
+    bank = xlc.attach(model, adapters=folders)
+    names: list[str | None] = ["b", None, "a", "b"]
+    wanted = {name: logits_by_peft(family, folders.get(name), tokens) for name in (*"ab", None)}
+    options = {"xpu_lora.execute": "eager"}
+    compiled = torch.compile(model, backend="xpu_lora", fullgraph=True, options=options)
+    with bank.use(names):
+        assert_rows(logits(model, tokens), wanted, names)
+        assert_rows(logits(compiled, tokens), wanted, names)
+    # Gate and up have twice the rank of all others, and down has not.
+    for experts in experts_of(model).values():
+        ranks = {name: stack.shape[1] for name, stack in experts.named_buffers() if name.startswith("lora_a_")}
+        assert ranks in ({}, {"lora_a_gate_up_proj": 2 * RANK, "lora_a_down_proj": RANK})
 
 
 def test_a_bank_with_room_for_dora_has_plain_lora_on_routers(tmp_path: Path, tokens: Tensor) -> None:

@@ -22,7 +22,7 @@ class Needs:
         modules: the names of the modules that any of them has LoRA on.
         max_rank: the highest rank of all.
         parameters: the names of parameters of experts that any of them has LoRA on.
-        experts_rank: the highest rank on these, of gate and up together.
+        experts_ranks: the highest rank on these by a parameter's own name, of gate and up together.
         rows: for each module the most rows that a B has.
         use_dora: whether any has DoRA, and so on by the names of PEFT's fields.
         lora_bias: likewise.
@@ -34,7 +34,7 @@ class Needs:
     modules: tuple[str, ...]
     max_rank: int
     parameters: tuple[str, ...]
-    experts_rank: int
+    experts_ranks: Mapping[str, int]
     rows: Mapping[str, int]
     use_dora: bool
     lora_bias: bool
@@ -77,12 +77,16 @@ def needs_of(
             for module, its_rows in contents.rows.items():
                 rows[module] = max(rows.get(module, 0), its_rows)
                 max_rank = max(max_rank, config.rank(module))
+    experts_ranks: dict[str, int] = {}
+    for parameter, rank in experts.items():
+        own_name = parameter.rpartition(".")[2]
+        experts_ranks[own_name] = max(experts_ranks.get(own_name, 0), rank)
     # In the order of the model.
     return Needs(
         tuple(module for module in sites if module in rows),
         max_rank,
         tuple(parameter for parameter in base.parameter_sites if parameter in experts),
-        max(experts.values(), default=1),
+        experts_ranks,
         rows,
         use_dora=any(config.use_dora for config in configs),
         lora_bias=any(config.lora_bias for config in configs),

@@ -154,7 +154,7 @@ def attach(
     ):
         got, remedy = repr(trainable_token_indices), "Write trainable_token_indices=4 for adapters with up to 4."
         raise AttachError("attach: trainable_token_indices", "the most tokens of one adapter", got, remedy)
-    experts_rank = max_rank or 16
+    given_rank, needed_ranks = max_rank, dict[str, int]()
     if any(map(_is_lost, model.modules())):
         detach(model)
     hosts = (*HOSTS, Declared(tuple(linear_classes))) if linear_classes else HOSTS
@@ -169,7 +169,7 @@ def attach(
         except UnmatchedTensorError as error:
             _say_why_not(model, head, hosts, str(error))
             raise
-        experts_rank = max_rank or needs.experts_rank
+        needed_ranks |= needs.experts_ranks
         max_rank = max_rank or needs.max_rank
         target_parameters = needs.parameters if target_parameters is None else target_parameters
         if isinstance(target_modules, _Unsaid):
@@ -193,6 +193,12 @@ def attach(
     for name in [name for name, (host, _) in targets.items() if isinstance(host, Experts)]:
         host, module = targets.pop(name)
         mixtures[name] = host, module, tuple(host.parameter_sites(module))
+    highest = given_rank or max(needed_ranks.values(), default=16)
+    ranks_of_experts = {
+        parameter: given_rank or needed_ranks.get(parameter, highest)
+        for *_, parameters in mixtures.values()
+        for parameter in parameters
+    }
     heads = find_heads(model, modules_to_save or (), hosts)
     embeddings = find_tied(model, _input_embedding(model), hosts) if trainable_token_indices else {}
     all_targets = targets | heads | embeddings
@@ -219,7 +225,7 @@ def attach(
     prepare_for_tracing()
     carriers = targets | {name: (host, module) for name, (host, module, _) in mixtures.items()}
     _check_devices({name: host.device(module) for name, (host, module) in carriers.items()})
-    _check_memory(carriers, sites, mixtures, slots, max_rank, experts_rank, expert_pages, dtype)
+    _check_memory(carriers, sites, mixtures, slots, max_rank, ranks_of_experts, expert_pages, dtype)
     # All memory is taken before the first module changes.
     stacks = {
         name: _empty_stacks(
@@ -237,9 +243,8 @@ def attach(
         name: empty_pages(
             cast("Experts", host),
             module,
-            parameters,
+            {parameter: ranks_of_experts[parameter] for parameter in parameters},
             slots,
-            experts_rank,
             expert_pages,
             dtype or host.dtype(module) or _dtype_of(model),
         )
@@ -328,7 +333,7 @@ def _check_memory(
     mixtures: Mapping[str, tuple[Host, nn.Module, tuple[str, ...]]],
     slots: int,
     rank: int,
-    experts_rank: int,
+    ranks_of_experts: Mapping[str, int],
     pages: int | None,
     dtype: torch.dtype | None,
 ) -> None:
@@ -340,9 +345,13 @@ def _check_memory(
         if name in sites:
             values = slots * rank * (sites[name].in_features + sites[name].out_features)
         else:
-            chosen = [host.parameter_sites(module)[parameter] for parameter in mixtures[name][2]]
-            count = count_pages(slots, chosen[0].experts, pages)
-            values = count * experts_rank * sum(site.in_features + site.out_features for site in chosen)
+            found = host.parameter_sites(module)
+            chosen = {parameter: found[parameter] for parameter in mixtures[name][2]}
+            count = count_pages(slots, next(iter(chosen.values())).experts, pages)
+            values = count * sum(
+                ranks_of_experts[parameter] * (site.in_features + site.out_features)
+                for parameter, site in chosen.items()
+            )
             of_experts += values * size
         wanted[device] = wanted.get(device, 0) + values * size
     for device, size in wanted.items():

@@ -410,9 +410,8 @@ def count_pages(slots: int, experts: int, pages: int | None) -> int:
 def empty_pages(
     host: Experts,
     module: nn.Module,
-    parameters: Collection[str],
+    ranks: Mapping[str, int],
     slots: int,
-    rank: int,
     pages: int | None,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
@@ -421,9 +420,8 @@ def empty_pages(
     Args:
         host: of the module.
         module: before it is a layer.
-        parameters: the names of those that get LoRA.
+        ranks: R of a page, by the name of each parameter that gets LoRA.
         slots: K.
-        rank: R of a page.
         pages: P; by default one for each expert of each slot.
         dtype: of the pages.
     """
@@ -433,7 +431,7 @@ def empty_pages(
     # A buffer made in inference mode could not be written outside of it.
     with torch.inference_mode(False):
         buffers: dict[str, Tensor] = {}
-        for name in parameters:
+        for name, rank in ranks.items():
             site = sites[name]
             buffers[f"lora_a_{name}"] = torch.zeros(count, rank, site.in_features, dtype=dtype, device=device)
             buffers[f"lora_b_{name}"] = empty_b(count, site.out_features, rank, dtype, device)
