@@ -132,6 +132,40 @@ def _trained(
     return [of_x, *of_a, *of_b.transpose(1, 2)]
 
 
+def _wanted_of_slots(
+    x: Tensor, grad: Tensor, a: Tensor, b: Tensor, indices: Tensor, slots: list[int], scalings: Tensor
+) -> list[Tensor]:
+    """What `_trained` returns, slot by slot, in the dtype of the operands."""
+    of_x, of_a, of_b = torch.zeros_like(x), torch.zeros_like(a), torch.zeros_like(b)
+    for slot in range(len(a)):
+        mine, scaling = indices == slot, scalings[slot]
+        of_hidden = scaling * grad[mine] @ b[slot]
+        of_x[mine] = of_hidden @ a[slot]
+        of_a[slot] = of_hidden.t() @ x[mine]
+        of_b[slot] = grad[mine].t() @ (scaling * x[mine] @ a[slot].t())
+    return [of_x, *of_a[slots], *of_b[slots]]
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_two_hundred_random_contracts_of_trained_slots_agree_with_float64(block: int) -> None:
+    for seed in range(50 * block, 50 * block + 50):
+        pick = random.Random(seed)
+        rows, slots, dtype = pick.choice([1, 2, 17, 90]), pick.choice([1, 3, 8, 20]), pick.choice([F32, BF16, F16])
+        features, width = pick.choice([1, 33, 100]), pick.choice([1, 31, 70])
+        operands = [
+            tensor.to(DEVICE) for tensor in _mixed(rows, dtype=dtype, slots=slots, features=features, width=width)
+        ]
+        chosen = pick.sample(range(slots), pick.randint(1, slots))
+        scalings = torch.tensor([pick.uniform(-2, 2) for _ in range(slots)], device=DEVICE)
+        x, grad, a, b, indices = (tensor.double() if tensor.is_floating_point() else tensor for tensor in operands)
+        wanted = _wanted_of_slots(x, grad, a, b, indices, chosen, scalings.double())
+        most = _wanted_of_slots(x.abs(), grad.abs(), a.abs(), b.abs(), indices, chosen, scalings.double().abs())
+        terms = features + width + a.shape[1] + rows
+        for got, right, size in zip(_trained(*operands, chosen, scalings), wanted, most, strict=True):
+            allowed = size * 2.0**-23 * terms + right.abs() * EPS[got.dtype] + torch.finfo(got.dtype).tiny
+            assert ((got.double() - right).abs() <= allowed).all(), seed
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_adapter_has_the_same_gradients_alone_as_with_seven_others(dtype: torch.dtype, threads: int) -> None:
