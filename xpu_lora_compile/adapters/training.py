@@ -400,7 +400,7 @@ class Training:
                     if not len(training):
                         self._stacks.pop(module, None)
         if not self._parameters:
-            for layer in self._layers.values():
+            for layer in filter(_can_be_trained, self._layers.values()):
                 layer.lora_training = None
 
     def check(self) -> None:
