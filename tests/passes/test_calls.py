@@ -21,6 +21,8 @@ PARTS = {
     "outer_by_slot",
     "native_backward",
     "triton_backward",
+    # What `lower` takes out again.
+    "sorted_indices",
 }
 
 
