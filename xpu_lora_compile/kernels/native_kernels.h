@@ -758,7 +758,8 @@ struct Work {
     // Rank vectors of all slices, [rows with an adapter, rank] each, and memory for one task of each thread that needs
     // weights in another order; not cleared, since that would take longer than many a call.
     std::unique_ptr<float[]> hidden, scratch;
-    // Where rows have several adapters: for a task of each thread what is added to its columns of all rows.
+    // Where rows have several adapters: for a task of each thread what is added to its columns of all rows, if that is
+    // to be rounded once.
     std::unique_ptr<float[]> sums;
     std::vector<int64_t> hidden_at;
     int64_t scratch_size = 0;
@@ -783,7 +784,12 @@ struct Work {
         hidden.reset(new float[size]);
         threads = chosen().choose(batch.most_threads, expected());
         scratch.reset(new float[scratch_size * threads]);
-        if (batch.factors) sums.reset(new float[batch.rows * WIDTH * threads]);
+        if (batch.factors && rounds(batch, slices)) sums.reset(new float[batch.rows * WIDTH * threads]);
+    }
+
+    // Whether some output holds fewer bits than sums have.
+    static bool rounds(const Batch& batch, const Slice* slices) {
+        return std::any_of(slices, slices + batch.slices, [](const Slice& slice) { return slice.output_dtype != 0; });
     }
 
     // Nanoseconds of one thread: 40 multiplications and 20 bytes of weights in each (a core of an EPYC with AVX-512).
@@ -880,6 +886,11 @@ struct Work {
             step = larger(64, smaller(step, columns_at_once(slices[s])));
             share(batch.slices + s, (width + step - 1) / step, [&](int64_t task) {
                 int64_t from = task * step, to = smaller(from + step, width);
+                if (slices[s].output_dtype == 0) {
+                    for (const Rows& rows : groups.whole)
+                        expand_part(batch, slices[s], groups, rows, from, to, hidden.get() + hidden_at[s], my_scratch());
+                    return;
+                }
                 float* mine = sums.get() + omp_get_thread_num() * batch.rows * WIDTH;
                 for (int64_t t : groups.rows) std::memset(mine + t * (to - from), 0, sizeof(float) * (to - from));
                 Slice into = slices[s];
@@ -920,11 +931,11 @@ void add_slices(const Batch& batch, const Slice* slices) {
 // The same for rows with several adapters each: output[t] += the sum of factor B (scaling A inputs[t]).
 void add_several(const Batch& batch, const Slice* slices) {
     // So many rows at a time, so that a task's sums stay in the cache of its core.
-    constexpr int64_t MOST = 128;
+    int64_t most = Work::rounds(batch, slices) ? 128 : batch.rows;
     std::vector<Slice> moved(slices, slices + batch.slices);
-    for (int64_t first = 0; first < batch.rows; first += MOST) {
+    for (int64_t first = 0; first < batch.rows; first += most) {
         Batch part = batch;
-        part.rows = smaller(MOST, batch.rows - first);
+        part.rows = smaller(most, batch.rows - first);
         part.inputs = static_cast<const char*>(batch.inputs) + first * batch.inputs_stride * bytes_of(batch.inputs_dtype);
         part.indices = static_cast<const char*>(batch.indices) + first * batch.per_row * batch.index_bytes;
         part.factors = batch.factors + first * batch.per_row;
