@@ -307,6 +307,31 @@ def test_layers_without_a_trained_adapter_hand_gradients_on_by_the_same_op(folde
     assert not any("lora_linear" in text for text in texts)
 
 
+def test_layers_without_a_trained_adapter_may_be_converted_or_narrower(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    more = save_adapter(tmp_path, r=2, lora_alpha=3, seed=7, target_modules=["q_proj", "down_proj"])
+    gradients = []
+    for converted in (False, True):
+        model = tiny_llama().to(DEVICE).requires_grad_(False)
+        given: dict[str, Any] = {"vocab_size": 80} if converted else {}
+        bank = xlc.attach(model, slots=3, max_rank=6, target_modules=[*TARGETS, "lm_head"], **given)
+        bank.load("haiku", folders["haiku"])
+        bank.load("more", more)
+        bank.trainable(["haiku"])
+        if converted:
+            model.model.layers[0].mlp.to(torch.bfloat16).to(torch.float32)
+            model.model.layers[1].mlp.to(torch.float64)
+            model.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: (args[0].double(),))
+            model.model.layers[1].mlp.register_forward_hook(lambda _, args, result: result.float())
+        for names in (["haiku"], ["haiku", "more"]):
+            bank.trainable(names)
+            with bank.use(["haiku", "more"]):
+                _loss(model, _tokens(0)).sum().backward()
+        gradients.append([p.grad.float() for name in ("haiku", "more") for p in bank.parameters(name)])
+    torch.testing.assert_close(*gradients, rtol=2e-2, atol=2e-3)
+
+
 def test_transformers_trainer_trains_an_adapter_inside_of_its_block(folders: dict[str, Path], tmp_path: Path) -> None:
     rows = [row.cpu() for seed in range(4) for row in _tokens(seed)]
     data = [{"input_ids": row, "labels": row} for row in rows]

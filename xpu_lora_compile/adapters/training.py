@@ -14,7 +14,7 @@ from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -129,6 +129,15 @@ class TrainedSlots:
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has: it computes the same, and gives no gradients to parameters that are not its own."""
         return vars(self) | {"leaf_a": self.leaf_a.detach(), "leaf_b": self.leaf_b.detach()}
+
+    def fits(self, lora_a: Tensor, columns: int) -> bool:
+        """Whether its leaves are those of a call with this A and so many columns."""
+        of_a = self.leaf_a.dtype == lora_a.dtype and self.leaf_a.device == lora_a.device
+        return of_a and self.leaf_b.shape[2] == columns
+
+    def is_of(self, a: Tensor, b: Tensor) -> bool:
+        """Whether these are its stacks."""
+        return self._stacks[0] is a and self._stacks[1] is b
 
     def add(self, name: str, slot: int, a: Tensor, b: Tensor, scaling: float, rate: float) -> tuple[nn.Parameter, ...]:
         """Train a slot, whose A and B these are, and which has not been trained yet; return its parameters."""
@@ -374,10 +383,12 @@ class Training:
                     layer.lora_training = TrainedSlots((layer.lora_a, layer.lora_b), self._shared)
             for module, pair in loaded.pairs.items():
                 layer = self._layers[module]
-                self._stacks[module] = layer.lora_a, layer.lora_b
+                stacks = self._stacks[module] = layer.lora_a, layer.lora_b
+                training = layer.lora_training
+                if training is None or not (len(training) or training.is_of(*stacks)):
+                    training = layer.lora_training = TrainedSlots(stacks, self._shared)
                 a, b = layer.places(layer.lora_a[slot], layer.lora_b[slot], pair.shape_a, pair.shape_b)
                 b.copy_(_unscaled(b, pair.scaling))
-                training = cast("TrainedSlots", layer.lora_training)
                 made = training.add(name, slot, a, b, pair.scaling, loaded.dropout)
                 parameters |= zip(_keys(pair, "linear"), made, strict=True)
         self._parameters[name], self._loaded[name] = parameters, (slot, loaded)
