@@ -97,7 +97,7 @@ def route(indices: Tensor, slots: int, groups: Groups | None = None) -> Tensor:
         slots: K.
         groups: how the rows lie, if that is known.
     """
-    rows, count_of_groups = len(indices), _count(slots, groups)
+    rows, count_of_groups = len(indices), group_count(slots, groups)
     tiles = torch.empty(table_length(rows, count_of_groups), dtype=torch.int32, device=indices.device)
     if rows:
         height, count = tile_rows(rows, slots), tile_count(rows, slots, count_of_groups)
@@ -106,7 +106,8 @@ def route(indices: Tensor, slots: int, groups: Groups | None = None) -> Tensor:
     return tiles
 
 
-def _count(slots: int, groups: Groups | None) -> int:
+def group_count(slots: int, groups: Groups | None) -> int:
+    """How many groups of rows a table of tiles is of: by default those of slots, and of none."""
     return slots + 1 if groups is None else groups.ends.shape[0]
 
 

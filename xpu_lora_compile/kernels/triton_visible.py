@@ -31,6 +31,7 @@ from xpu_lora_compile.kernels.triton_launch import (
     empty_hidden,
     expand_from,
     fill_tiles,
+    group_count,
     shrink_into,
     tile_rows,
 )
@@ -60,10 +61,10 @@ class Columns(NamedTuple):
         return self.output.stride(dim)
 
 
-def tiles_shape(rows: Any, slots: int, tuned_rows: int, groups: int | None = None) -> tuple[Any, int]:
+def tiles_shape(rows: Any, slots: int, tuned_rows: int, groups: Groups | None = None) -> tuple[Any, int]:
     """The shape of the table for T rows: `(tiles, 1 + height)`; where T is symbolic, of enough tiles for every T."""
     height = tile_rows(tuned_rows, slots)
-    count = rows // height + (slots + 1 if groups is None else groups)
+    count = rows // height + group_count(slots, groups)
     # Its last size is a number: of others Inductor (2.8) makes strides that it does not know again.
     return min(rows, count) if isinstance(rows, int) else count, 1 + height
 
@@ -71,8 +72,7 @@ def tiles_shape(rows: Any, slots: int, tuned_rows: int, groups: int | None = Non
 def route_tiles(indices: Tensor, slots: int, tuned_rows: int, launch: Launch, groups: Groups | None = None) -> Tensor:
     """Return the table of tiles for these indices."""
     rows, slots = indices.shape[0], int(slots)
-    shape = tiles_shape(rows, slots, tuned_rows, None if groups is None else groups.ends.shape[0])
-    tiles = torch.empty(shape, dtype=torch.int32, device=indices.device)
+    tiles = torch.empty(tiles_shape(rows, slots, tuned_rows, groups), dtype=torch.int32, device=indices.device)
     if not _is_none(rows):
         by_row = isinstance(rows, int) and tiles.shape[0] == rows
         height, form = tiles.shape[1] - 1, Form(launch, tuned_rows)

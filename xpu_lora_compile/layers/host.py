@@ -69,16 +69,17 @@ class LoraLayer(nn.Module):
         output = self.without_lora(rows) if self.lora_in_place else self._rows_of_base(self.without_lora(input))
         shape = (*input.shape[:-1], output.shape[1])
         lora_a, lora_b = self.lora_a, self.lora_b
-        training, columns = self.lora_training, min(lora_b.shape[1], output.shape[1])
-        # A layer without trained slots hands gradients on by the same op as the others, which a compiler sees through,
-        # unless it has been converted since, or its output is narrower than B.
-        if training is not None and (len(training) or (torch.is_grad_enabled() and training.fits(lora_a, columns))):
-            return self._with_training(training, output, rows, indices, columns).view(shape)
+        if (training := self.lora_training) is not None:
+            columns = min(lora_b.shape[1], output.shape[1])
+            # A layer without trained slots hands gradients on by the same op as the others, which a compiler sees
+            # through, unless it has been converted since, or its output is narrower than B.
+            if len(training) or (torch.is_grad_enabled() and training.fits(lora_a, columns)):
+                return self._with_training(training, output, rows, indices, columns).view(shape)
         # What a CPU's kernel does not ask for need not be an input of its graphs.
         ranks = None if rows.device.type == "cpu" else routing.ranks
         if self.lora_in_place:
             return added_in_place(output, rows, lora_a, lora_b, indices, ranks).view(shape)
-        b = lora_b.narrow(1, 0, columns)
+        b = lora_b.narrow(1, 0, min(lora_b.shape[1], output.shape[1]))
         return lora_linear(output, rows, [lora_a], [b], indices, [0], ranks=ranks).view(shape)
 
     def _with_training(

@@ -150,8 +150,7 @@ def _fake_route(indices: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def _fake_route_tiles(indices: Tensor, slots: int, ends: Tensor | None = None, codes: Tensor | None = None) -> Tensor:
-    groups = _groups(ends, codes)
-    count = slots + 1 if groups is None else groups.ends.shape[0]
+    count = triton_launch.group_count(slots, _groups(ends, codes))
     return indices.new_empty(triton_launch.table_length(indices.shape[0], count), dtype=torch.int32)
 
 
@@ -346,9 +345,7 @@ def _triton_backward(
 def _fake_triton_route_tiles(
     indices: Tensor, slots: int, tuned_rows: int, ends: Tensor | None = None, codes: Tensor | None = None
 ) -> Tensor:
-    groups = _groups(ends, codes)
-    count = None if groups is None else int(groups.ends.shape[0])
-    shape = triton_visible.tiles_shape(indices.shape[0], int(slots), tuned_rows, count)
+    shape = triton_visible.tiles_shape(indices.shape[0], int(slots), tuned_rows, _groups(ends, codes))
     return indices.new_empty(shape, dtype=torch.int32)
 
 
